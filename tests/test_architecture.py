@@ -1,0 +1,151 @@
+"""The import rules of the design, checked on the syntax tree of every module.
+
+Modules are listed in order; one may import only what stands before it. That rules out cycles, and keeps data flowing
+one way: slide -> mask -> grids -> tiles -> encoder -> bag -> data set -> model -> trainer -> predictor.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+WSI_PIPE = [
+    # values
+    "errors",
+    "geometry",
+    "files",
+    "config",
+    "outcome",
+    # slides, and pure functions on arrays
+    "slides",
+    "synthetic",
+    "tissue",
+    "tiling",
+    # streams, encoders, files
+    "overview",
+    "tiles",
+    "encoders",
+    "bag",
+    # engines
+    "extract",
+    "manifest",
+    "execute",
+    # composition
+    "pictures",
+    "job",
+    "plan",
+    "care",
+    "benchmark",
+    "report",
+    "demo",
+    # commands
+    "cli",
+    "__main__",
+]
+LRMIL = [
+    "errors",
+    "config",
+    "splits",
+    "metrics",
+    "checkpoint",
+    "store",
+    "data",
+    "model",
+    "losses",
+    "distill",
+    "trainer",
+    "predictor",
+    "pictures",
+    "experiment",
+    "cli",
+    "__main__",
+]
+ORDER = {"wsi_pipe": WSI_PIPE, "lrmil": LRMIL}
+
+# Third-party package -> the only modules that may import it.
+ONLY_IN = {
+    "click": {"wsi_pipe.cli", "lrmil.cli"},
+    "dask": {"wsi_pipe.execute"},
+    "distributed": {"wsi_pipe.execute"},
+    "h5py": {"wsi_pipe.bag", "lrmil.store"},
+    "openslide": {"wsi_pipe.slides"},
+    "tifffile": {"wsi_pipe.slides"},
+    "imagecodecs": {"wsi_pipe.slides"},
+    "simplejpeg": {"wsi_pipe.slides"},
+    "pyvips": {"wsi_pipe.slides"},
+    "pydicom": {"wsi_pipe.slides"},
+    "timm": {"wsi_pipe.encoders", "lrmil.distill"},
+    "huggingface_hub": {"wsi_pipe.encoders"},
+}
+# Reading, segmenting and tiling must start without torch.
+TORCH_FREE = {
+    "errors", "geometry", "files", "config", "outcome", "slides", "synthetic", "tissue", "tiling", "overview", "tiles",
+    "bag", "manifest", "execute", "pictures", "plan", "care",
+}  # fmt: skip
+PURE = {"tissue", "tiling"}
+IMPURE_IMPORTS = {"pathlib", "os", "io", "subprocess", "wsi_pipe.slides", "wsi_pipe.files"}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for package in ORDER:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found.append((".".join(p for p in parts if p != "__init__"), path))
+    return found
+
+
+def imports(path: Path, module: str, *, top_level_only: bool = False) -> Iterator[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import in line {node.lineno}"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def group(module: str) -> tuple[str, str] | None:
+    parts = module.split(".")
+    return (parts[0], parts[1]) if parts[0] in ORDER and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: str(value) if isinstance(value, str) else "")
+def test_imports(module: str, path: Path) -> None:
+    package = module.split(".")[0]
+    own = group(module)
+    if own is not None:
+        assert own[1] in ORDER[package], f"{module} has no place in the order: add it where its imports allow"
+    inside = f"{own[0]}.{own[1]}" if own else package
+    for name in imports(path, module):
+        top = name.split(".")[0]
+        assert not (package == "wsi_pipe" and top in ("lrmil", "pipelines")), f"{module} imports {name}"
+        assert not (package == "lrmil" and top == "pipelines"), f"{module} imports {name}"
+        allowed = ONLY_IN.get(top)
+        assert allowed is None or inside in allowed, f"{module} imports {name}: only {', '.join(sorted(allowed))} may"
+        target = group(name)
+        if own and target and target[0] == package and target[1] in ORDER[package] and target[1] != own[1]:
+            order = ORDER[package]
+            assert order.index(target[1]) < order.index(own[1]), f"{module} imports {name}, which stands after it"
+        if own and package == "wsi_pipe" and own[1] in TORCH_FREE:
+            assert top not in ("torch", "torchvision", "timm"), f"{module} imports {name}: it must start without torch"
+        if own and own[1] in PURE:
+            assert name not in IMPURE_IMPORTS, f"{module} imports {name}: arrays in, values out"
+
+
+def test_pipelines_are_imported_by_no_package() -> None:
+    for module, path in modules():
+        assert not any(name.split(".")[0] == "pipelines" for name in imports(path, module)), module
+
+
+def test_every_module_in_the_order_is_named_once() -> None:
+    for names in ORDER.values():
+        assert len(names) == len(set(names))

@@ -1,0 +1,214 @@
+"""Frozen settings of the stages, TOML in and out, and fingerprints.
+
+A stage's fingerprint covers its own settings and whatever it builds on, so that changing a setting redoes just the
+stages that it touches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from wsi_pipe.errors import ConfigError
+from wsi_pipe.geometry import TileSpec, parse_resolution
+
+__all__ = [
+    "ExtractSettings",
+    "JobSettings",
+    "SegmentSettings",
+    "TileSettings",
+    "dump_toml",
+    "fingerprint",
+    "from_mapping",
+    "load_toml",
+    "to_mapping",
+]
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class SegmentSettings:
+    """How tissue is found. Lengths in um, areas in um2; see ``wsi_pipe.tissue`` for what each threshold does.
+
+    mpp: resolution of the mask in um/px.
+    """
+
+    mpp: float = 8.0
+
+
+@dataclass(frozen=True)
+class TileSettings:
+    """Which grids are laid.
+
+    resolutions: um/px of each grid. tile_px: side of a tile in pixels. overlap_px: pixels shared with the next tile.
+    min_tissue: a tile is kept if one judging cell in it has at least this fraction of tissue. judge_um: side of the
+    judging cell. mpp_tolerance: relative distance within which tiles are cut at a dyadic scale of the slide.
+    max_upsampling: relative amount by which a request may be finer than the slide. allow_upsampling: no limit to that.
+    """
+
+    resolutions: tuple[float, ...] = (0.5, 2.0)
+    tile_px: int = 256
+    overlap_px: int = 0
+    min_tissue: float = 0.25
+    judge_um: float = 128.0
+    mpp_tolerance: float = 0.025
+    max_upsampling: float = 0.10
+    allow_upsampling: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.resolutions:
+            raise ConfigError("no resolution is given", remedy="give at least one, such as -r 20x")
+        if not 0 <= self.min_tissue <= 1:
+            raise ConfigError(f"min_tissue {self.min_tissue} must lie between 0 and 1")
+        if not 0 <= self.mpp_tolerance < 0.25:
+            raise ConfigError(f"mpp_tolerance {self.mpp_tolerance} must be at least 0 and below 0.25")
+        labels = [spec.label for spec in self.specs]
+        if len(set(labels)) < len(labels):
+            raise ConfigError(f"a resolution is given twice: {', '.join(labels)}")
+
+    @property
+    def specs(self) -> tuple[TileSpec, ...]:
+        """The requested grids, coarsest first."""
+        return tuple(TileSpec(mpp, self.tile_px, self.overlap_px) for mpp in sorted(self.resolutions, reverse=True))
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """Which features are computed and how.
+
+    encoders: level label, or "*" for all levels, to encoder names. layers: blocks of a ViT whose CLS is stored too.
+    dtype: of the stored features. The rest changes speed, not results, and is left out of the fingerprint:
+    precision does change results a little, so it is in.
+    """
+
+    encoders: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"*": ("texture",)})
+    layers: tuple[int, ...] = ()
+    dtype: str = "float16"
+    precision: str = "auto"
+    random_weights: bool = False
+    batch_size: int | None = None
+    devices: tuple[str, ...] = ("auto",)
+    compile: bool = False
+    read_threads: int | None = None
+    memory_mib: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float16", "float32"):
+            raise ConfigError(f"feature dtype {self.dtype!r} must be float16 or float32")
+        if self.precision not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"precision {self.precision!r} must be auto, float32, bfloat16 or float16")
+
+    def encoders_of(self, label: str) -> tuple[str, ...]:
+        """Names of the encoders that run on the level ``label``: its own where it has any, else those for all."""
+        return tuple(self.encoders.get(label) or self.encoders.get("*", ()))
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """Everything that decides a job's results; ``config.toml`` of a job directory."""
+
+    segment: SegmentSettings = SegmentSettings()
+    tile: TileSettings = TileSettings()
+    extract: ExtractSettings = field(default_factory=ExtractSettings)
+    reader: str = "auto"
+
+
+def fingerprint(*parts: object) -> str:
+    """SHA-256, in hex, over the canonical JSON of ``parts`` (settings, strings, numbers, mappings, sequences)."""
+    text = json.dumps([_plain(part) for part in parts], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def to_mapping(settings: Any) -> dict[str, Any]:
+    """A settings value as plain mappings and lists, without what is None (TOML has no null)."""
+    plain = _plain(settings)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _plain(value: object) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: _plain(item) for name, item in pairs if item is not None}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"{type(value).__name__} has no canonical form")
+
+
+def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "settings") -> S:
+    """A settings value from plain mappings, types checked.
+
+    Raises ConfigError for an unknown key, a value of the wrong type, or one that the settings class refuses; the
+    message begins with ``where``.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{where}: unknown setting {key!r}", remedy=f"known ones are {', '.join(sorted(known))}")
+        arguments[key] = _typed(hints[key], value, f"{where}.{key}")
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.message}", remedy=error.remedy) from error
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _typed(next(a for a in arguments if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_mapping(typing.cast(type[Any], hint), value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) == len(value):
+            return tuple(_typed(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return {str(k): _typed(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, str) and where.rpartition(".")[2].startswith("resolutions"):
+        return parse_resolution(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if (
+        isinstance(hint, type)
+        and origin is None
+        and isinstance(value, hint)
+        and (hint is bool or not isinstance(value, bool))
+    ):
+        return value
+    wanted = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{where}: {value!r} is not a valid {wanted}")
+
+
+def load_toml(cls: type[S], path: Path) -> S:
+    """Settings of class ``cls`` from a TOML file. Raises ConfigError naming the file when it is missing or wrong."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}", remedy="give a TOML file that can be read") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    return from_mapping(cls, values, str(path))
+
+
+def dump_toml(settings: Any) -> str:
+    """Settings as TOML text that ``load_toml`` reads back to an equal value."""
+    import tomli_w
+
+    return tomli_w.dumps(to_mapping(settings))

@@ -1,0 +1,1 @@
+"""Encoders: uint8 tiles in, features out."""

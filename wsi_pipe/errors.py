@@ -1,0 +1,159 @@
+"""The errors that wsi-pipe raises on purpose, each with a message that names file, cause and remedy.
+
+::
+
+    WsiPipeError
+    ├── SlideError                       something about one slide
+    │   ├── SlideOpenError (OSError)         not there, not readable, empty, truncated, not a slide
+    │   ├── SlideReadError (OSError)         opened, but a region or a native tile cannot be decoded
+    │   ├── UnsupportedSlideError (ValueError)   a reader cannot prove that it understands the file
+    │   ├── MissingMppError (ValueError)     no resolution in the file, and none given
+    │   └── ResolutionError (ValueError)     a request finer than the slide, or grids that do not align
+    ├── ConfigError (ValueError)         a bad option or settings file
+    ├── ManifestError (ValueError)       a bad slide list: column, row, two slides with one id
+    ├── MaskError (ValueError)           a bad mask or GeoJSON
+    ├── BagError (ValueError)            a bag or a stage file that breaks the schema
+    ├── EncoderError (RuntimeError)
+    │   ├── UnknownEncoderError (LookupError)    no encoder of that name
+    │   ├── WeightsError (OSError)           weights not there, gated, keys missing, wrong dimension
+    │   ├── DeviceError (RuntimeError)       the device is not there, or out of memory at batch size 1
+    │   └── EncoderOutputError (ArithmeticError)  NaN or infinity in the features
+    └── JobError
+        ├── OutputError (OSError)        cannot write: read-only folder, disk full
+        ├── JobLockedError (RuntimeError)    another run holds the job directory
+        ├── TaskTimeoutError (TimeoutError)  a slide took longer than its limit
+        └── WorkerError (RuntimeError)   a worker process died, or a scheduler went away
+
+A command catches ``WsiPipeError`` in one place and turns it into one line and an exit code.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BagError",
+    "ConfigError",
+    "DeviceError",
+    "EncoderError",
+    "EncoderOutputError",
+    "JobError",
+    "JobLockedError",
+    "ManifestError",
+    "MaskError",
+    "MissingMppError",
+    "OutputError",
+    "ResolutionError",
+    "SlideError",
+    "SlideOpenError",
+    "SlideReadError",
+    "TaskTimeoutError",
+    "UnknownEncoderError",
+    "UnsupportedSlideError",
+    "WeightsError",
+    "WorkerError",
+    "WsiPipeError",
+]
+
+
+class WsiPipeError(Exception):
+    """Root of all errors that wsi-pipe raises on purpose.
+
+    ``remedy`` is what the user can do about it; ``str()`` gives message and remedy in one line.
+    """
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        # No super().__init__ chain with keywords: OSError's constructor would take a second positional
+        # argument for an errno, so only the message goes up.
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy}" if self.remedy else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process boundaries (Dask workers); keyword-only state needs its own recipe.
+        return _rebuild, (type(self), self.message, self.remedy)
+
+
+def _rebuild(cls: type[WsiPipeError], message: str, remedy: str | None) -> WsiPipeError:
+    return cls(message, remedy=remedy)
+
+
+class SlideError(WsiPipeError):
+    """Something is wrong with one slide."""
+
+
+class SlideOpenError(SlideError, OSError):
+    """The slide is not there, not readable, empty, truncated, or not a slide."""
+
+
+class SlideReadError(SlideError, OSError):
+    """The slide was opened, but a region or a native tile of it cannot be read or decoded."""
+
+
+class UnsupportedSlideError(SlideError, ValueError):
+    """A reader cannot prove that it understands the file; another reader may."""
+
+
+class MissingMppError(SlideError, ValueError):
+    """The file states no resolution and the user gave none."""
+
+
+class ResolutionError(SlideError, ValueError):
+    """A resolution finer than the slide was asked for, or grids that do not align."""
+
+
+class ConfigError(WsiPipeError, ValueError):
+    """A bad option or settings file."""
+
+
+class ManifestError(WsiPipeError, ValueError):
+    """A bad slide list: an unknown column, a bad row, two slides with one id."""
+
+
+class MaskError(WsiPipeError, ValueError):
+    """A bad tissue mask or GeoJSON."""
+
+
+class BagError(WsiPipeError, ValueError):
+    """A bag or a stage file that cannot be read or breaks the schema."""
+
+
+class EncoderError(WsiPipeError, RuntimeError):
+    """Something is wrong with an encoder."""
+
+
+class UnknownEncoderError(EncoderError, LookupError):
+    """No encoder has that name."""
+
+
+class WeightsError(EncoderError, OSError):
+    """Weights are not there, gated, incomplete, or of another shape."""
+
+
+class DeviceError(EncoderError):
+    """The device is not there, or is out of memory even for one tile."""
+
+
+class EncoderOutputError(EncoderError, ArithmeticError):
+    """An encoder gave NaN or infinity."""
+
+
+class JobError(WsiPipeError):
+    """Something is wrong with a job as a whole."""
+
+
+class OutputError(JobError, OSError):
+    """An output cannot be written: read-only folder, disk full, folder gone."""
+
+
+class JobLockedError(JobError, RuntimeError):
+    """Another run holds the job directory."""
+
+
+class TaskTimeoutError(JobError, TimeoutError):
+    """A slide took longer than its limit."""
+
+
+class WorkerError(JobError, RuntimeError):
+    """A worker process died, or the scheduler went away."""

@@ -1,0 +1,63 @@
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wsi_pipe.errors import OutputError
+
+__all__ = ["TEMPORARY_SUFFIX", "atomic_path", "output_error", "write_text_atomically"]
+
+TEMPORARY_SUFFIX = ".partial"
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """An OutputError that names the file, the cause and the remedy."""
+    remedies = {
+        errno.ENOSPC: "free some space or give another output folder, then run again: finished slides are kept",
+        errno.EDQUOT: "the quota is used up: free some space or give another output folder, then run again",
+        errno.EACCES: "check the folder's permissions or give another output folder",
+        errno.EROFS: "the file system is read-only: give another output folder",
+        errno.EPERM: "check the folder's permissions or give another output folder",
+        errno.ENOENT: "the output folder is gone: restore it or give another, then run again",
+        errno.ENOTDIR: "a file stands where a folder is needed: give another output folder",
+    }
+    cause = error.strerror or str(error)
+    return OutputError(
+        f"cannot write {path}: {cause}", remedy=remedies.get(error.errno or 0, "check the output folder")
+    )
+
+
+@contextmanager
+def atomic_path(path: Path, check: Callable[[Path], object] | None = None) -> Iterator[Path]:
+    """Give a temporary name beside ``path``; on leaving, flush it, check it, and rename it into place.
+
+    ``check`` re-opens the finished temporary file and raises if it is not valid. On any error the temporary file is
+    removed and ``path`` is as it was. Raises OutputError when the folder cannot be written or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        if check is not None:
+            check(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        if isinstance(error, OutputError) or error.errno is None:
+            raise
+        raise output_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write UTF-8 text so that ``path`` holds all of it or what it held before."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,46 @@
+"""What became of one slide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+__all__ = ["STAGES", "SlideOutcome", "Stage", "Status"]
+
+Status = Literal["done", "empty", "failed"]
+Stage = Literal["open", "segment", "tile", "extract", "assemble"]
+STAGES: tuple[Stage, ...] = ("open", "segment", "tile", "extract", "assemble")
+
+
+@dataclass(frozen=True)
+class SlideOutcome:
+    """The end of one slide in one run.
+
+    reason: why it is empty or failed; remedy: what the user can do. stage: where it failed. seconds: wall seconds by
+    stage. tiles: kept tiles by level label. cached: stages that were valid already and not run again.
+    """
+
+    slide_id: str
+    status: Status
+    path: str = ""
+    stage: Stage | None = None
+    reason: str | None = None
+    remedy: str | None = None
+    error: str | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    tiles: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, float] = field(default_factory=dict)
+    cached: tuple[str, ...] = ()
+    finished_utc: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able values, one line of ``outcomes.jsonl``."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SlideOutcome:
+        """The inverse of ``to_json``; unknown keys of later versions are ignored."""
+        known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
+        known["cached"] = tuple(known.get("cached", ()))
+        return cls(**known)

@@ -1,0 +1,1 @@
+"""Slide readers behind one protocol."""
