@@ -1,0 +1,43 @@
+"""The bag: one HDF5 file a slide with the coordinates and features of all its grids.
+
+``values`` holds what a bag contains, ``write`` puts it on disk, ``read`` gets it back, ``check`` says what is wrong
+with a file. The schema is documented in ``docs/bag.md``.
+"""
+
+from __future__ import annotations
+
+from wsi_pipe.bag.check import check_bag, check_feature_file
+from wsi_pipe.bag.read import (
+    BagLevelView,
+    FeatureFileHeader,
+    read_attrs,
+    read_bag,
+    read_feature_file,
+    read_feature_header,
+    read_grids,
+    read_level,
+)
+from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, Features
+from wsi_pipe.bag.write import write_attention, write_bag, write_feature_file
+
+__all__ = [
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "Bag",
+    "BagAttrs",
+    "BagLevel",
+    "BagLevelView",
+    "FeatureFileHeader",
+    "Features",
+    "check_bag",
+    "check_feature_file",
+    "read_attrs",
+    "read_bag",
+    "read_feature_file",
+    "read_feature_header",
+    "read_grids",
+    "read_level",
+    "write_attention",
+    "write_bag",
+    "write_feature_file",
+]

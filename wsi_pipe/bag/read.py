@@ -1,0 +1,237 @@
+"""Reading bags and feature files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, FeatureArray, Features
+from wsi_pipe.errors import BagError
+from wsi_pipe.geometry import TileGrid, TileSpec
+
+__all__ = [
+    "BagLevelView",
+    "FeatureFileHeader",
+    "open_bag",
+    "read_attrs",
+    "read_bag",
+    "read_feature_file",
+    "read_feature_header",
+    "read_grids",
+    "read_level",
+]
+
+
+@contextmanager
+def open_bag(path: Path, schema: str = SCHEMA) -> Iterator[Any]:
+    """Open an HDF5 file of this schema for reading.
+
+    Raises BagError when it is not there, not HDF5 (or truncated), of another schema, or of a later version.
+    """
+    try:
+        file = h5py.File(path, "r")
+    except FileNotFoundError as error:
+        raise BagError(f"{path}: no such file") from error
+    except OSError as error:
+        raise BagError(f"{path}: not a readable HDF5 file ({str(error).splitlines()[0]})") from error
+    with file:
+        try:
+            found, version = file.attrs.get("schema"), int(file.attrs.get("schema_version", 0))
+            if found != schema:
+                raise BagError(f"{path}: is not a {schema} file (schema {found!r})")
+            if version > SCHEMA_VERSION:
+                raise BagError(
+                    f"{path}: has schema version {version}, this program reads up to {SCHEMA_VERSION}",
+                    remedy="update wsi-pipe",
+                )
+            yield file
+        except (KeyError, RuntimeError, OSError) as error:
+            # h5py raises these three for damaged groups, links and chunks.
+            raise BagError(f"{path}: is damaged ({str(error).splitlines()[0]})") from error
+
+
+def read_attrs(path: Path) -> BagAttrs:
+    """The root attributes of a bag. Raises BagError when the file is not a bag or lacks one."""
+    with open_bag(path) as file:
+        return _attrs(path, file)
+
+
+def _attrs(path: Path, file: Any) -> BagAttrs:
+    values: dict[str, Any] = {}
+    for name in (f.name for f in fields(BagAttrs)):
+        if name not in file.attrs:
+            raise BagError(f"{path}: lacks the attribute {name}")
+        value = file.attrs[name]
+        if name == "mpp_l0":
+            values[name] = (float(value[0]), float(value[1]))
+        elif name in ("width_l0", "height_l0"):
+            values[name] = int(value)
+        else:
+            values[name] = str(value)
+    return BagAttrs(**values)
+
+
+def level_labels(file: Any) -> list[str]:
+    """Labels of a bag's levels, coarsest first."""
+    if "levels" not in file:
+        return []
+    groups = file["levels"]
+    return sorted(groups, key=lambda label: -float(groups[label]["cells"].attrs["mpp"]))
+
+
+def grid_of(group: Any) -> TileGrid:
+    """The grid stored in a level's group."""
+    cells = group["cells"]
+    attrs = cells.attrs
+    spec = TileSpec(float(attrs["mpp"]), int(attrs["tile_size_px"]), int(attrs.get("overlap_px", 0)))
+
+    def pair(name: str) -> tuple[float, float]:
+        x, y = attrs[name]
+        return (float(x), float(y))
+
+    return TileGrid(
+        spec=spec,
+        mpp_effective=pair("mpp_effective"),
+        origin_l0=pair("origin_l0"),
+        stride_l0=pair("stride_l0"),
+        tile_size_l0=pair("tile_size_l0"),
+        cells=cells[()],
+        tissue=group["tissue"][()],
+        parent=group["parent"][()] if "parent" in group else None,
+        upsampled=bool(attrs["upsampled"]),
+        min_tissue=float(attrs["min_tissue"]),
+    )
+
+
+def read_grids(path: Path) -> tuple[TileGrid, ...]:
+    """The grids of a bag or tile file, coarsest first, without features."""
+    with open_bag(path) as file:
+        return tuple(grid_of(file["levels"][label]) for label in level_labels(file))
+
+
+def _features_of(group: Any, slug: str) -> Features:
+    data = group["features"][slug]
+    layers = group["layers"][slug] if "layers" in group and slug in group["layers"] else {}
+    return Features(
+        values=data[()],
+        layers={block: layers[block][()] for block in layers},
+        **{
+            name: str(data.attrs[name])
+            for name in ("encoder", "weights_sha256", "licence", "precision", "transform", "fingerprint")
+        },
+    )
+
+
+def read_bag(path: Path) -> Bag:
+    """A whole bag in memory. Raises BagError when the file is not a bag or is damaged."""
+    with open_bag(path) as file:
+        levels = []
+        for label in level_labels(file):
+            group = file["levels"][label]
+            slugs = list(group["features"]) if "features" in group else []
+            attention = group.get("attention", {})
+            levels.append(
+                BagLevel(
+                    grid=grid_of(group),
+                    features={slug: _features_of(group, slug) for slug in slugs},
+                    attention={model: attention[model][()] for model in attention},
+                )
+            )
+        return Bag(_attrs(path, file), tuple(levels))
+
+
+@dataclass(frozen=True)
+class BagLevelView:
+    """What a MIL model needs of one level of a bag: features, geometry, and where they come from.
+
+    features: (N, D) float16 or float32. parent: int32 (N,) rows in the next coarser level, None for the coarsest;
+    parent_label: the label of that level. layers: CLS of blocks, (N, D) each, when they are stored.
+    """
+
+    attrs: BagAttrs
+    grid: TileGrid
+    encoder: str
+    slug: str
+    weights_sha256: str
+    features: FeatureArray
+    fingerprint: str
+    parent_label: str | None
+    layers: dict[str, FeatureArray]
+
+
+def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bool = False) -> BagLevelView:
+    """One level of a bag with one encoder's features; ``encoder`` is a name or slug, None where there is only one.
+
+    Raises BagError naming what the bag has when it lacks the level or the encoder.
+    """
+    with open_bag(path) as file:
+        labels = level_labels(file)
+        if label not in labels:
+            raise BagError(f"{path}: has no level {label}", remedy=f"its levels are {', '.join(labels) or 'none'}")
+        group = file["levels"][label]
+        slugs = list(group["features"]) if "features" in group else []
+        names = {slug: str(group["features"][slug].attrs["encoder"]) for slug in slugs}
+        wanted = [slug for slug in slugs if encoder in (None, slug, names[slug])]
+        if len(wanted) != 1:
+            have = ", ".join(names.values()) or "none"
+            what = f"no features of {encoder}" if encoder else f"features of {len(slugs)} encoders"
+            raise BagError(f"{path}: has {what} at {label}", remedy=f"choose an encoder it has: {have}")
+        slug = wanted[0]
+        found = _features_of(group, slug) if layers else None
+        data = group["features"][slug]
+        position = labels.index(label)
+        return BagLevelView(
+            attrs=_attrs(path, file),
+            grid=grid_of(group),
+            encoder=names[slug],
+            slug=slug,
+            weights_sha256=str(data.attrs["weights_sha256"]),
+            features=found.values if found else data[()],
+            fingerprint=str(data.attrs["fingerprint"]),
+            parent_label=labels[position - 1] if position else None,
+            layers=dict(found.layers) if found else {},
+        )
+
+
+@dataclass(frozen=True)
+class FeatureFileHeader:
+    """What a feature file says of itself without its values; shape: (N, D)."""
+
+    slide_id: str
+    level: str
+    slug: str
+    fingerprint: str
+    shape: tuple[int, int]
+
+
+def read_feature_header(path: Path) -> FeatureFileHeader:
+    """The header of a feature file. Raises BagError when it is not one."""
+    with open_bag(path, f"{SCHEMA}-features") as file:
+        slug = str(file.attrs["slug"])
+        data = file["features"][slug]
+        rows, dim = data.shape
+        return FeatureFileHeader(
+            slide_id=str(file.attrs["slide_id"]),
+            level=str(file.attrs["level"]),
+            slug=slug,
+            fingerprint=str(data.attrs["fingerprint"]),
+            shape=(int(rows), int(dim)),
+        )
+
+
+def read_feature_file(path: Path) -> Features:
+    """The features in a feature file. Raises BagError when it is not one or is damaged."""
+    with open_bag(path, f"{SCHEMA}-features") as file:
+        return _features_of(file, str(file.attrs["slug"]))
+
+
+def finite(values: NDArray[Any]) -> bool:
+    """Whether all values are finite."""
+    return bool(np.isfinite(values).all())

@@ -1,0 +1,107 @@
+"""What a bag holds, as frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_pipe.geometry import FloatPair, TileGrid
+
+__all__ = ["SCHEMA", "SCHEMA_VERSION", "Bag", "BagAttrs", "BagLevel", "Features", "fits_next"]
+
+SCHEMA = "wsi-pipe-bag"
+SCHEMA_VERSION = 1
+
+FeatureArray = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class BagAttrs:
+    """The root attributes of a bag.
+
+    mpp_l0: (x, y) um per level-0 pixel. icc: SHA-256 of the embedded colour profile, "" where there is none.
+    status: "done" or "empty"; empty_reason: why, or "". fingerprint_segment, fingerprint_tile: of the stages that made
+    the grids. primary_level, primary_encoder: what ``/coords`` and ``/features`` link to; primary_encoder is "" in a
+    file that has no features yet.
+    """
+
+    slide_id: str
+    case_id: str
+    slide_path: str
+    slide_fingerprint: str
+    width_l0: int
+    height_l0: int
+    mpp_l0: FloatPair
+    mpp_source: str
+    vendor: str
+    reader: str
+    icc: str
+    wsi_pipe_version: str
+    created_utc: str
+    status: str
+    empty_reason: str
+    fingerprint_segment: str
+    fingerprint_tile: str
+    primary_level: str
+    primary_encoder: str = ""
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of one encoder on one grid.
+
+    values: float16 or float32 (N, D). encoder: the encoder's name as given. transform: JSON text. layers: CLS of
+    chosen blocks, block number as text -> the same shape.
+    """
+
+    encoder: str
+    values: FeatureArray
+    weights_sha256: str
+    licence: str
+    precision: str
+    transform: str
+    fingerprint: str
+    layers: Mapping[str, FeatureArray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BagLevel:
+    """One grid with its features by encoder slug, and attention by model name (float32 (N,), sums to 1)."""
+
+    grid: TileGrid
+    features: Mapping[str, Features] = field(default_factory=dict)
+    attention: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bag:
+    """One slide's bag; levels coarsest first."""
+
+    attrs: BagAttrs
+    levels: tuple[BagLevel, ...]
+
+
+def fits_next(grid: TileGrid, coarser: TileGrid) -> NDArray[np.bool_]:
+    """For each tile, whether it lies in the cell of its parent in ``coarser``; bool (N,).
+
+    Without overlap the whole tile must, with overlap its centre. A parent index out of range counts as False.
+    """
+    if grid.parent is None:
+        return np.zeros(len(grid), bool)
+    fits = (grid.parent >= 0) & (grid.parent < len(coarser))
+    if not len(coarser):
+        return fits
+    size = np.asarray(grid.tile_size_l0)
+    if grid.spec.overlap_px or coarser.spec.overlap_px:
+        first = last = grid.corners_l0 + size / 2
+    else:
+        first, last = grid.corners_l0, grid.corners_l0 + size
+    corner = coarser.corners_l0[np.clip(grid.parent, 0, len(coarser) - 1)]
+    slack = 1e-6 * np.asarray(coarser.tile_size_l0)
+    inside = (first >= corner - slack) & (last <= corner + np.asarray(coarser.tile_size_l0) + slack)
+    result: NDArray[np.bool_] = fits & inside.all(axis=1)
+    return result

@@ -1,0 +1,147 @@
+"""Writing bags and feature files: to a temporary name, checked, then renamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_pipe.bag.check import check_bag, check_feature_file
+from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagLevel, Features
+from wsi_pipe.errors import BagError
+from wsi_pipe.files import atomic_path, output_error
+from wsi_pipe.geometry import MICROMETRES_PER_MAGNIFICATION
+
+__all__ = ["write_attention", "write_bag", "write_feature_file"]
+
+CHUNK_BYTES = 1 << 20
+
+
+def write_bag(path: Path, bag: Bag) -> None:
+    """Write ``bag`` to ``path``; the file appears only once it is complete and passes ``check_bag``.
+
+    Raises OutputError when it cannot be written, BagError when what was written does not hold together.
+    """
+    with (
+        atomic_path(path, check=_refuser(path, check_bag)) as temporary,
+        h5py.File(temporary, "w", libver="v110") as file,
+    ):
+        file.attrs["schema"] = SCHEMA
+        file.attrs["schema_version"] = SCHEMA_VERSION
+        for name in (f.name for f in fields(bag.attrs)):
+            file.attrs[name] = getattr(bag.attrs, name)
+        for level in bag.levels:
+            _write_level(file.require_group("levels").create_group(level.grid.label), bag, level)
+        primary = f"/levels/{bag.attrs.primary_level}"
+        file["coords"] = h5py.SoftLink(f"{primary}/coords")
+        if bag.attrs.primary_encoder:
+            file["features"] = h5py.SoftLink(f"{primary}/features/{bag.attrs.primary_encoder}")
+
+
+def _write_level(group: Any, bag: Bag, level: BagLevel) -> None:
+    grid = level.grid
+    cells = _dataset(group, "cells", np.asarray(grid.cells, np.int32))
+    cells.attrs["origin_l0"] = np.asarray(grid.origin_l0, np.float64)
+    cells.attrs["stride_l0"] = np.asarray(grid.stride_l0, np.float64)
+    cells.attrs["tile_size_l0"] = np.asarray(grid.tile_size_l0, np.float64)
+    cells.attrs["tile_size_px"] = grid.spec.size_px
+    cells.attrs["overlap_px"] = grid.spec.overlap_px
+    cells.attrs["mpp"] = grid.spec.mpp
+    cells.attrs["mpp_effective"] = np.asarray(grid.mpp_effective, np.float64)
+    cells.attrs["upsampled"] = grid.upsampled
+    cells.attrs["min_tissue"] = grid.min_tissue
+    coords = _dataset(group, "coords", grid.coords)
+    mpp_l0 = sum(bag.attrs.mpp_l0) / 2
+    # What TRIDENT and CLAM readers look for beside the coordinates.
+    coords.attrs["patch_size"] = grid.spec.size_px
+    coords.attrs["patch_size_level0"] = round(grid.tile_size_l0[0])
+    coords.attrs["level0_magnification"] = MICROMETRES_PER_MAGNIFICATION / mpp_l0
+    coords.attrs["target_magnification"] = MICROMETRES_PER_MAGNIFICATION / grid.spec.mpp
+    coords.attrs["overlap"] = grid.spec.overlap_px
+    coords.attrs["name"] = bag.attrs.slide_id
+    coords.attrs["level0_width"] = bag.attrs.width_l0
+    coords.attrs["level0_height"] = bag.attrs.height_l0
+    _dataset(group, "tissue", np.asarray(grid.tissue, np.float32))
+    if grid.parent is not None:
+        _dataset(group, "parent", np.asarray(grid.parent, np.int32))
+    for slug, features in level.features.items():
+        _write_features(group, slug, features)
+    for model, attention in level.attention.items():
+        _dataset(group.require_group("attention"), model, np.asarray(attention, np.float32))
+
+
+def _write_features(group: Any, slug: str, features: Features) -> None:
+    data = _dataset(group.require_group("features"), slug, features.values)
+    for name in ("encoder", "weights_sha256", "licence", "precision", "transform", "fingerprint"):
+        data.attrs[name] = getattr(features, name)
+    for block, values in features.layers.items():
+        _dataset(group.require_group("layers").require_group(slug), block, values)
+
+
+def _dataset(group: Any, name: str, values: NDArray[Any]) -> Any:
+    """A dataset in chunks of about 1 MiB, whole rows; what is empty is stored without chunks."""
+    if not values.size:
+        return group.create_dataset(name, data=values)
+    row_bytes = max(values.nbytes // len(values), 1)
+    rows = min(len(values), max(CHUNK_BYTES // row_bytes, 1))
+    return group.create_dataset(name, data=values, chunks=(rows, *values.shape[1:]))
+
+
+def _refuser(path: Path, problems_of: Callable[[Path], list[str]]) -> Callable[[Path], None]:
+    """A check of the temporary file whose error names the file that it would have become."""
+
+    def refuse(temporary: Path) -> None:
+        problems = problems_of(temporary)
+        if problems:
+            raise BagError(f"{path} is not written: {'; '.join(problems[:3])}")
+
+    return refuse
+
+
+def write_feature_file(path: Path, slide_id: str, label: str, slug: str, features: Features) -> None:
+    """Write one encoder's features of one grid, as the extract stage keeps them until the bag is assembled.
+
+    Raises OutputError when it cannot be written.
+    """
+    with (
+        atomic_path(path, check=_refuser(path, check_feature_file)) as temporary,
+        h5py.File(temporary, "w", libver="v110") as file,
+    ):
+        file.attrs["schema"] = f"{SCHEMA}-features"
+        file.attrs["schema_version"] = SCHEMA_VERSION
+        file.attrs["slide_id"] = slide_id
+        file.attrs["level"] = label
+        file.attrs["slug"] = slug
+        _write_features(file, slug, features)
+
+
+def write_attention(path: Path, label: str, model: str, values: NDArray[np.float32]) -> None:
+    """Put a model's attention, float32 (N,) that sums to 1, into a bag, replacing what it gave before.
+
+    The bag is copied, changed and renamed into place, so that an interrupted write leaves the old one.
+    Raises BagError when the level is not in the bag or the length differs, OutputError when it cannot be written.
+    """
+    import shutil
+
+    weights = np.asarray(values, np.float32)
+    with atomic_path(path, check=_refuser(path, check_bag)) as temporary:
+        try:
+            shutil.copyfile(path, temporary)
+        except OSError as error:
+            raise output_error(path, error) from error
+        with h5py.File(temporary, "r+") as file:
+            level = file.get(f"levels/{label}")
+            if level is None:
+                known = ", ".join(file["levels"]) if "levels" in file else "none"
+                raise BagError(f"{path}: has no level {label}", remedy=f"its levels are {known}")
+            if weights.shape != (len(level["cells"]),):
+                raise BagError(f"{path}: attention {weights.shape} does not fit {len(level['cells'])} tiles at {label}")
+            group = level.require_group("attention")
+            if model in group:
+                del group[model]
+            _dataset(group, model, weights)
