@@ -1,0 +1,187 @@
+"""Frozen settings of models, losses and training; TOML in and out.
+
+``load_settings`` reads them from a TOML file with the tables ``[model]`` and ``[loss]`` beside the training's own keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wsi_pipe.config import load_toml
+from wsi_pipe.errors import ConfigError
+
+__all__ = [
+    "ATTENTION_MODELS",
+    "LOWER_IS_BETTER",
+    "MODELS",
+    "MONITORS",
+    "LossSettings",
+    "ModelSettings",
+    "TrainSettings",
+    "load_settings",
+]
+
+MODELS = ("mean", "max", "abmil", "gated-abmil", "clam-sb", "dsmil", "transmil")
+ATTENTION_MODELS = ("abmil", "gated-abmil", "clam-sb", "dsmil", "transmil")
+# Figures on the validation cases that early stopping can watch.
+MONITORS = (
+    "loss",
+    "auc",
+    "average_precision",
+    "balanced_accuracy",
+    "accuracy",
+    "f1_macro",
+    "f1_weighted",
+    "brier",
+    "ece",
+)
+LOWER_IS_BETTER = frozenset({"loss", "brier", "ece"})
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The architecture of a MIL model; enough to build it again.
+
+    name: one of ``MODELS``. in_dim: features per tile. classes: number of classes. hidden: width of the projection that
+    all models begin with, and of the bag's representation. attention_dim: width of the attention branch (ABMIL, CLAM)
+    or of the queries (DSMIL). dropout: in the projection and the attention branch. input_dropout: of single features
+    before the projection. heads, landmarks: of TransMIL, whose attention is exact up to ``landmarks`` tokens and
+    Nyström's above. auxiliary_weight: share of the model's own second loss (CLAM's instance clustering, DSMIL's
+    max-pooling stream) in the cross-entropy term; None takes the publication's (0.3, 0.5), and the other models have no
+    second loss, so they take None only. cluster_k: tiles on each side that CLAM clusters.
+    """
+
+    name: str = "gated-abmil"
+    in_dim: int = 1024
+    classes: int = 2
+    hidden: int = 512
+    attention_dim: int = 256
+    dropout: float = 0.25
+    input_dropout: float = 0.0
+    heads: int = 8
+    landmarks: int = 256
+    auxiliary_weight: float | None = None
+    cluster_k: int = 8
+
+    def __post_init__(self) -> None:
+        if self.name not in MODELS:
+            raise ConfigError(f"no model is called {self.name!r}", remedy=f"known ones are {', '.join(MODELS)}")
+        for name in ("in_dim", "hidden", "attention_dim", "heads", "landmarks", "cluster_k"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.classes < 2:
+            raise ConfigError(f"a classifier needs at least 2 classes, not {self.classes}")
+        for name in ("dropout", "input_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
+        if self.name == "transmil" and self.hidden % self.heads:
+            raise ConfigError(f"hidden {self.hidden} must be a multiple of heads {self.heads}")
+        if self.auxiliary_weight is not None:
+            if self.name not in ("clam-sb", "dsmil"):
+                raise ConfigError(f"{self.name} has no second loss", remedy="leave out auxiliary_weight")
+            if not 0 <= self.auxiliary_weight < 1:
+                raise ConfigError(f"auxiliary_weight {self.auxiliary_weight} must be at least 0 and below 1")
+
+    @property
+    def second_loss_share(self) -> float:
+        """Share of the model's own second loss: CLAM's 0.3, DSMIL's 0.5 unless given; 0 for the other models."""
+        if self.auxiliary_weight is not None:
+            return self.auxiliary_weight
+        return {"clam-sb": 0.3, "dsmil": 0.5}.get(self.name, 0.0)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights of the terms of a student's loss; a teacher or plain model has ``ce`` alone.
+
+    ce: cross-entropy with the label. bag: KL to the teacher's class probabilities. soft: KL to the teacher's attention
+    on the covered tiles. hard: 2-way loss on the teacher's highest and lowest ``instances`` tiles. temperature: of the
+    class probabilities. attention_temperature: of the attention.
+    """
+
+    ce: float = 1.0
+    bag: float = 1.0
+    soft: float = 0.5
+    hard: float = 0.1
+    temperature: float = 2.0
+    attention_temperature: float = 1.0
+    instances: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("ce", "bag", "soft", "hard"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"the weight {name} {getattr(self, name)} must be at least 0")
+        for name in ("temperature", "attention_temperature"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
+        if self.instances < 1:
+            raise ConfigError(f"instances {self.instances} must be at least 1")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term looks at the teacher."""
+        return self.bag > 0 or self.soft > 0 or self.hard > 0
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a model is trained on one fold.
+
+    epochs: at most. learning_rate: AdamW's peak. schedule: "cosine" falls to ``final_lr_share`` of the peak at the last
+    epoch, "constant" stays. warmup_epochs: linear rise, fractions allowed. clip_norm: of the gradient, 0 for none.
+    precision: "float32", "bfloat16", or "auto", which takes bfloat16 where the processor computes with it.
+    token_budget: tiles per step, at least one bag. max_bags: bags per step. class_weights: "balanced" weighs each bag
+    by the inverse frequency of its class in training, "none" does not. monitor: validation figure of early stopping,
+    one of ``MONITORS``. patience: epochs without improvement before the end, 0 for never; the best epoch's weights
+    are kept either way where there are validation cases. min_epochs: not stopped earlier. deterministic: refuse
+    operations that may differ between runs on a GPU. save_every: epochs between saved states, 0 for none.
+    device: "auto", "cpu", "cuda", "cuda:1". tensorboard: event files in the run's folder.
+    """
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    epochs: int = 50
+    learning_rate: float = 2e-4
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"
+    final_lr_share: float = 0.01
+    warmup_epochs: float = 1.0
+    clip_norm: float = 1.0
+    precision: str = "auto"
+    token_budget: int = 16384
+    max_bags: int = 8
+    class_weights: str = "balanced"
+    monitor: str = "loss"
+    patience: int = 10
+    min_epochs: int = 10
+    seed: int = 0
+    deterministic: bool = False
+    save_every: int = 1
+    device: str = "auto"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "token_budget", "max_bags"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate {self.learning_rate} must be above 0")
+        for name in ("weight_decay", "warmup_epochs", "clip_norm", "patience", "min_epochs", "save_every", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least 0")
+        if not 0 <= self.final_lr_share <= 1:
+            raise ConfigError(f"final_lr_share {self.final_lr_share} must lie between 0 and 1")
+        for name, known in (
+            ("schedule", ("cosine", "constant")),
+            ("precision", ("auto", "float32", "bfloat16")),
+            ("class_weights", ("balanced", "none")),
+            ("monitor", MONITORS),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} {getattr(self, name)!r} must be one of {', '.join(known)}")
+
+
+def load_settings(path: Path) -> TrainSettings:
+    """Training settings from a TOML file. Raises ConfigError naming the file and the key when one is wrong."""
+    return load_toml(TrainSettings, path)

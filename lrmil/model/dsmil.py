@@ -1,0 +1,48 @@
+"""DSMIL: the critical tile of each class, and attention by likeness to it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lrmil.config import ModelSettings
+from lrmil.model.base import MILModel, MILOutput, Pooled
+from lrmil.model.segments import bag_dot, bag_sum, segment_argmax, segment_log_softmax, segment_max
+
+__all__ = ["DSMIL"]
+
+
+class DSMIL(MILModel):
+    """Two streams: the largest score of a tile for each class, and an attention by likeness to that critical tile.
+
+    Class c attends with ``softmax(q_i . q_critical(c) / sqrt(Q))``; the classifier sees the C bag vectors side by side.
+    The attention of a tile is the mean over the classes. The second loss is the cross-entropy of the largest scores.
+    Li, Li and Eliceiri, Dual-stream Multiple Instance Learning Network, CVPR 2021.
+    """
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__(settings, bag_width=settings.classes * settings.hidden)
+        self.instance_classifier = nn.Linear(settings.hidden, settings.classes)
+        self.query = nn.Sequential(
+            nn.Linear(settings.hidden, settings.attention_dim),
+            nn.ReLU(),
+            nn.Linear(settings.attention_dim, settings.attention_dim),
+            nn.Tanh(),
+        )
+
+    def pool(self, instances: Tensor, offsets: Tensor) -> Pooled:
+        scores = self.instance_classifier(instances).float()
+        queries = self.query(instances)
+        critical = queries[segment_argmax(scores, offsets)]
+        likeness = bag_dot(queries, critical, offsets) / math.sqrt(self.settings.attention_dim)
+        log_attention = segment_log_softmax(likeness, offsets)
+        bag = bag_sum(log_attention.exp(), instances, offsets)
+        mean_attention = torch.logsumexp(log_attention, dim=1) - math.log(self.settings.classes)
+        return Pooled(bag.flatten(1), mean_attention, segment_max(scores, offsets))
+
+    def second_loss(self, output: MILOutput, offsets: Tensor, labels: Tensor, weights: Tensor) -> Tensor | None:
+        assert output.second_logits is not None
+        return (F.cross_entropy(output.second_logits, labels, reduction="none") * weights).mean()
