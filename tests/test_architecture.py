@@ -49,6 +49,7 @@ WSI_PIPE = [
 ]
 LRMIL = [
     "errors",
+    "tables",
     "config",
     "splits",
     "metrics",

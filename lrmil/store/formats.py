@@ -1,0 +1,311 @@
+"""Feature bags as they lie on disk: this project's schema, TRIDENT's, CLAM's and STAMP's.
+
+What a file states about itself is believed before what the user says; where both speak and differ, that is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from lrmil.errors import BagMismatchError, StoreError
+from wsi_pipe.encoders.base import encoder_slug
+from wsi_pipe.geometry import level_label
+
+__all__ = ["BagFormat", "BagInfo", "find_bags", "inspect_bag", "read_features", "read_places"]
+
+BagFormat = Literal["wsi-pipe", "trident", "clam", "stamp", "memory"]
+
+
+@dataclass(frozen=True)
+class BagInfo:
+    """Facts about the features of one bag at one level.
+
+    rows, dim: shape of the features. slug: the encoder's name in the file's paths. case_id: None where the file states none. encoder, weights_sha256, level, mpp
+    (um/px), tile_px: empty or None where neither file nor user states them. tile_size_l0: (x, y) in level-0 px.
+    coords_unit: frame of the coordinates. fingerprint: changes whenever the features do.
+    """
+
+    path: str
+    format: BagFormat
+    slide_id: str
+    case_id: str | None
+    rows: int
+    dim: int
+    encoder: str
+    slug: str
+    weights_sha256: str
+    level: str
+    mpp: float | None
+    tile_px: int | None
+    tile_size_l0: tuple[float, float] | None
+    coords_unit: Literal["px_l0", "um"]
+    fingerprint: str
+    has_parent: bool = False
+    empty_reason: str | None = None
+
+
+def find_bags(where: Iterable[str | Path] | str | Path) -> list[Path]:
+    """Bag files, sorted by name: files as they are given, folders by their ``*.h5`` and ``*.hdf5``.
+
+    Raises StoreError for a path that does not exist or a folder without bags.
+    """
+    given = [where] if isinstance(where, (str, Path)) else list(where)
+    found: list[Path] = []
+    for item in map(Path, given):
+        if item.is_dir():
+            inside = [p for p in item.iterdir() if p.suffix in (".h5", ".hdf5") and not p.name.startswith(".")]
+            if not inside:
+                raise StoreError(f"{item} holds no bags", remedy="give the folder with the .h5 files, such as JOB/bags")
+            found.extend(inside)
+        elif item.is_file():
+            found.append(item)
+        else:
+            raise StoreError(f"{item} does not exist", remedy="give bag files or the folder that holds them")
+    return sorted(set(found), key=lambda p: (p.name, str(p)))
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[h5py.File]:
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except OSError as error:
+        raise StoreError(
+            f"{path} is not a readable HDF5 file: {error}", remedy="make the bag again or leave it out"
+        ) from error
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _file_fingerprint(path: Path, key: str) -> str:
+    status = path.stat()
+    return f"{key}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def inspect_bag(path: str | Path, level: str | None = None, encoder: str | None = None) -> BagInfo:
+    """Facts about the features of ``level`` and ``encoder`` in a bag, without reading the features.
+
+    level: a label such as "5x"; None takes the only or primary one. encoder: its name; None takes the only or primary
+    one. Raises StoreError when the file is no bag or lacks them, BagMismatchError when a foreign bag states another
+    resolution or encoder than asked for.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        if "levels" in file:
+            return _inspect_own(path, file, level, encoder)
+        if "feats" in file:
+            return _inspect_stamp(path, file, level, encoder)
+        if "features" in file:
+            return _inspect_root(path, file, level, encoder)
+    raise StoreError(
+        f"{path} is no feature bag: it has neither /levels nor /features nor /feats",
+        remedy="give bags of wsi-pipe, TRIDENT, CLAM or STAMP (features, not coordinates alone)",
+    )
+
+
+def _choose(path: Path, kind: str, wanted: str | None, names: list[str], primary: str) -> str:
+    if wanted is not None:
+        if wanted in names:
+            return wanted
+        raise StoreError(
+            f"{path} has no {kind} {wanted!r}", remedy=f"it has {', '.join(sorted(names)) or 'none at all'}"
+        )
+    if len(names) == 1:
+        return names[0]
+    if primary in names:
+        return primary
+    raise StoreError(f"{path} has {len(names)} {kind}s", remedy=f"choose one of {', '.join(sorted(names))}")
+
+
+def _own_paths(path: Path, file: h5py.File, level: str | None, encoder: str | None) -> tuple[str, str]:
+    label = _choose(path, "level", level, list(file["levels"]), _text(file.attrs.get("primary_level", "")))
+    group = file["levels"][label]
+    names = {slug: _text(data.attrs.get("encoder", slug)) for slug, data in group.get("features", {}).items()}
+    # A name on the command line may be the encoder's own or the one in paths.
+    wanted = next((slug for slug, name in names.items() if encoder in (slug, name)), encoder)
+    primary = _text(file.attrs.get("primary_encoder", ""))
+    return label, _choose(path, f"encoder at {label}", wanted, list(names), primary)
+
+
+def _inspect_own(path: Path, file: h5py.File, level: str | None, encoder: str | None) -> BagInfo:
+    label, slug = _own_paths(path, file, level, encoder)
+    group = file["levels"][label]
+    features, cells = group["features"][slug], group["cells"].attrs
+    rows, dim = _shape(path, features)
+    status = _text(file.attrs.get("status", "done"))
+    case = _text(file.attrs.get("case_id", ""))
+    size = np.atleast_1d(np.asarray(cells["tile_size_l0"], float))
+    return BagInfo(
+        path=str(path),
+        format="wsi-pipe",
+        slide_id=_text(file.attrs.get("slide_id", path.stem)),
+        case_id=case or None,
+        rows=rows,
+        dim=dim,
+        encoder=_text(features.attrs.get("encoder", slug)),
+        slug=slug,
+        weights_sha256=_text(features.attrs.get("weights_sha256", "")),
+        level=label,
+        mpp=float(cells["mpp"]),
+        tile_px=int(cells["tile_size_px"]),
+        tile_size_l0=(float(size[0]), float(size[-1])),
+        coords_unit="px_l0",
+        fingerprint=_text(features.attrs.get("fingerprint", "")) or _file_fingerprint(path, f"{label}/{slug}"),
+        has_parent="parent" in group,
+        empty_reason=(_text(file.attrs.get("empty_reason", "")) or "no tissue") if status == "empty" else None,
+    )
+
+
+def _shape(path: Path, data: h5py.Dataset) -> tuple[int, int]:
+    shape = data.shape
+    if len(shape) == 3 and shape[0] == 1:  # some versions of TRIDENT keep a batch axis
+        shape = shape[1:]
+    if len(shape) != 2:
+        raise StoreError(f"{path}: features must be (N, D), not {data.shape}", remedy="make the bag again")
+    return int(shape[0]), int(shape[1])
+
+
+def _agreed_level(path: Path, level: str | None, mpp: float | None) -> str:
+    """The level's label: the file's where it states a resolution, checked against what is asked for."""
+    if mpp is None:
+        return level or ""
+    stated = level_label(mpp)
+    if level is not None and level != stated:
+        raise BagMismatchError(
+            f"{path} holds features at {stated} ({mpp:g} um/px), not at {level}", remedy=f"ask for -r {stated}"
+        )
+    return stated
+
+
+def _agreed_encoder(path: Path, encoder: str | None, stated: str) -> str:
+    if not stated:
+        return encoder or ""
+    if encoder is not None and encoder_slug(encoder) != encoder_slug(stated):
+        raise BagMismatchError(f"{path} holds features of {stated}, not of {encoder}", remedy=f"ask for {stated}")
+    return stated
+
+
+def _inspect_stamp(path: Path, file: h5py.File, level: str | None, encoder: str | None) -> BagInfo:
+    rows, dim = _shape(path, file["feats"])
+    attrs = file.attrs
+    tile_um, tile_px = attrs.get("tile_size_um"), attrs.get("tile_size_px")
+    mpp = float(tile_um) / int(tile_px) if tile_um is not None and tile_px is not None else None
+    return BagInfo(
+        path=str(path),
+        format="stamp",
+        slide_id=path.stem,
+        case_id=None,
+        rows=rows,
+        dim=dim,
+        slug="feats",
+        encoder=_agreed_encoder(path, encoder, _text(attrs.get("extractor", attrs.get("encoder", "")))),
+        weights_sha256="",
+        level=_agreed_level(path, level, mpp),
+        mpp=mpp,
+        tile_px=None if tile_px is None else int(tile_px),
+        tile_size_l0=None,
+        coords_unit="um" if _text(attrs.get("unit", "um")) == "um" else "px_l0",
+        fingerprint=_file_fingerprint(path, "feats"),
+    )
+
+
+def _inspect_root(path: Path, file: h5py.File, level: str | None, encoder: str | None) -> BagInfo:
+    rows, dim = _shape(path, file["features"])
+    place = dict(file["coords"].attrs) if "coords" in file else {}
+    trident = "target_magnification" in place
+    mpp = 10.0 / float(place["target_magnification"]) if trident else None
+    size = place.get("patch_size_level0")
+    stated = _text(file["features"].attrs.get("encoder", file.attrs.get("encoder", "")))
+    return BagInfo(
+        path=str(path),
+        format="trident" if trident else "clam",
+        slide_id=path.stem,
+        case_id=None,
+        rows=rows,
+        dim=dim,
+        slug="features",
+        encoder=_agreed_encoder(path, encoder, stated),
+        weights_sha256="",
+        level=_agreed_level(path, level, mpp),
+        mpp=mpp,
+        tile_px=int(place["patch_size"]) if "patch_size" in place else None,
+        tile_size_l0=None if size is None else (float(size), float(size)),
+        coords_unit="px_l0",
+        fingerprint=_file_fingerprint(path, "features"),
+    )
+
+
+def _features_of(file: h5py.File, info: BagInfo) -> h5py.Dataset:
+    if info.format == "wsi-pipe":
+        return file["levels"][info.level]["features"][info.slug]
+    return file["feats" if info.format == "stamp" else "features"]
+
+
+def read_features(info: BagInfo) -> NDArray[np.floating[Any]]:
+    """Features of an inspected bag, (rows, dim), in the file's float type.
+
+    Raises StoreError when the file is unreadable, has changed since, or holds NaN or infinity.
+    """
+    with _open(Path(info.path)) as file:
+        values: NDArray[Any] = np.asarray(_features_of(file, info)[()])
+    if values.ndim == 3:
+        values = values[0]
+    if values.shape != (info.rows, info.dim):
+        raise StoreError(f"{info.path} changed while it was read", remedy="wait until its writer is done")
+    if not np.issubdtype(values.dtype, np.floating):
+        raise StoreError(f"{info.path}: features are {values.dtype}, not floating point", remedy="make the bag again")
+    # A sum is NaN or infinite if any value is: one pass without a mask of the whole bag; a float16 sum would overflow.
+    if not np.isfinite(values.sum(dtype=np.float64)):
+        bad = int((~np.isfinite(values)).any(axis=1).sum())
+        if bad:
+            raise StoreError(f"{info.path}: {bad} of {info.rows} rows hold NaN or infinity", remedy="extract it again")
+    return values
+
+
+def read_places(info: BagInfo, parent_level: str | None = None) -> tuple[NDArray[np.float64], NDArray[np.int32] | None]:
+    """Coordinates float64 (rows, 2) and, with ``parent_level``, int32 (rows,): the row of ``parent_level`` above each.
+
+    Coordinates are NaN where the file has none. Parents are composed through the levels in between.
+    Raises StoreError when the level is not coarser or the bag holds no parent index.
+    """
+    coords = np.full((info.rows, 2), np.nan)
+    with _open(Path(info.path)) as file:
+        group = file["levels"][info.level] if info.format == "wsi-pipe" else file
+        if "coords" in group:
+            found = np.asarray(group["coords"][()], np.float64).reshape(-1, 2)
+            if len(found) != info.rows:
+                raise StoreError(
+                    f"{info.path}: {len(found)} coordinates for {info.rows} features", remedy="make the bag again"
+                )
+            coords = found
+        parents = None if parent_level is None else _parents(file, info, parent_level)
+    return coords, parents
+
+
+def _parents(file: h5py.File, info: BagInfo, parent_level: str) -> NDArray[np.int32]:
+    if info.format != "wsi-pipe" or parent_level not in file["levels"]:
+        raise StoreError(
+            f"{info.path} has no level {parent_level} above {info.level}",
+            remedy="make bags with both resolutions: wsi-pipe run -r 20x -r 5x",
+        )
+    mpp = {label: float(group["cells"].attrs["mpp"]) for label, group in file["levels"].items()}
+    chain = sorted((label for label in mpp if mpp[info.level] <= mpp[label] < mpp[parent_level]), key=mpp.__getitem__)
+    if not chain or chain[0] != info.level:
+        raise StoreError(f"{info.path}: {parent_level} is not coarser than {info.level}")
+    rows: NDArray[np.int32] = np.arange(info.rows, dtype=np.int32)
+    for label in chain:
+        group = file["levels"][label]
+        if "parent" not in group:
+            raise StoreError(f"{info.path}: level {label} has no parent index", remedy="make the bag again")
+        rows = np.asarray(group["parent"][()], np.int32)[rows]
+    return rows
