@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -34,15 +35,59 @@ __all__ = [
 
 S = TypeVar("S")
 
+SEGMENT_METHODS = ("stain", "od", "otsu-saturation")
+
+
+def _option(default: Any, text: str) -> Any:
+    """A settings field whose help text becomes that of its command-line option."""
+    return field(default=default, metadata={"help": text})
+
 
 @dataclass(frozen=True)
 class SegmentSettings:
-    """How tissue is found. Lengths in um, areas in um2; see ``wsi_pipe.tissue`` for what each threshold does.
+    """How tissue is found. Lengths in um, areas in um2, densities in units of optical density (OD, log10).
 
-    mpp: resolution of the mask in um/px.
+    Every field's ``metadata["help"]`` says what it does; ``wsi_pipe.tissue`` says how. Raises ConfigError for a
+    method that does not exist or a threshold out of its range.
     """
 
-    mpp: float = 8.0
+    mpp: float = _option(8.0, "resolution at which tissue is found and the mask is stored, um/px")
+    method: str = _option(
+        "stain",
+        "stain: colour that haematoxylin, eosin and DAB have and grey has not; od: optical density by Otsu's "
+        "threshold; otsu-saturation: HSV saturation by Otsu's threshold, as CLAM does",
+    )
+    stain_min: float = _option(0.014, "stain density from which a pixel counts as pale tissue, OD")
+    stain_seed: float = _option(0.032, "stain density that each piece of tissue must reach somewhere, OD")
+    noise_factor: float = _option(6.0, "pale tissue must also exceed this many standard deviations of the background")
+    white_min: float = _option(200.0, "darkest grey level (0 to 255) that can be the slide's background")
+    smooth_um: float = _option(8.0, "standard deviation of the Gaussian that is applied before the thresholds, um")
+    close_um: float = _option(24.0, "gaps up to twice this width are closed, so that fat holds together, um")
+    min_area_um2: float = _option(10_000.0, "smaller pieces of tissue are dropped, um2")
+    max_hole_um2: float = _option(20_000.0, "smaller holes are filled, um2")
+    drop_pen: bool = _option(True, "leave out blue, green and red pen and tissue ink")
+    drop_dark: bool = _option(True, "leave out black pen, dark debris and other dark grey matter")
+    pen_od: float = _option(0.20, "optical density from which pen is recognised by its colour, OD")
+    dark_od: float = _option(0.50, "optical density from which grey counts as black pen or debris, OD")
+    mark_area_um2: float = _option(5_000.0, "smaller spots of pen or debris are not looked at, um2")
+    mark_margin_um: float = _option(48.0, "width around pen and debris in which faint colour is dropped too, um")
+    edge_width_um: float = _option(80.0, "straight lines thinner than this and 20 times longer are edges of glass, um")
+    dark_background: float = _option(90.0, "a slide without white whose grey levels mostly lie below is fluorescence")
+
+    def __post_init__(self) -> None:
+        if self.method not in SEGMENT_METHODS:
+            raise ConfigError(f"tissue method {self.method!r} must be one of {', '.join(SEGMENT_METHODS)}")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{f.name} {value} must be a finite number, zero or above")
+        if self.mpp <= 0:
+            raise ConfigError(f"mpp {self.mpp} um/px must be above zero")
+        if self.stain_seed < self.stain_min:
+            raise ConfigError(f"stain_seed {self.stain_seed} must be at least stain_min {self.stain_min}")
+        for name in ("white_min", "dark_background"):
+            if getattr(self, name) > 255:
+                raise ConfigError(f"{name} {getattr(self, name)} must be a grey level, 0 to 255")
 
 
 @dataclass(frozen=True)

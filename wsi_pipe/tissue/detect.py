@@ -1,0 +1,195 @@
+"""Tissue on an RGB overview, without weights.
+
+The default method rests on one fact: haematoxylin, eosin, DAB and most bright-field dyes absorb green more than they
+absorb red or blue (whichever of the two they absorb least), while uneven light, stitching seams, dust, glass edges and
+black ink are grey. So ``stain = OD_green - min(OD_red, OD_blue)`` in optical density (Beer-Lambert; Ruifrok and
+Johnston 2001) is zero on all of these whatever their brightness, and above zero on the palest eosin. It needs no
+histogram with two peaks, so a slide that is all tissue, or none, is no special case.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_pipe.config import SegmentSettings
+from wsi_pipe.errors import MaskError
+from wsi_pipe.geometry import FloatPair, TissueMask
+from wsi_pipe.tissue.marks import find_marks
+
+__all__ = ["find_tissue", "optical_density", "white_reference"]
+
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+
+DEFAULT_WHITE = 245.0
+"""Grey level of glass where no glass is in view: what scanners calibrate to lies between 235 and 255."""
+
+_NEAR_WHITE_SHARE = 0.005
+_DARK_SHARE = 0.25
+_GREY_SPREAD = 3
+_MAX_WHITE_CHROMA = 0.03
+
+
+class _Candidates(NamedTuple):
+    """pale: what may be tissue; sure: what each piece must hold some of."""
+
+    pale: Bools
+    sure: Bools
+
+
+def find_tissue(
+    rgb: NDArray[np.uint8], um_per_px: FloatPair, scale_l0: FloatPair, settings: SegmentSettings | None = None
+) -> TissueMask:
+    """Tissue on an overview of a whole slide.
+
+    rgb: uint8 (H, W, 3), any resolution, best near 8 um/px. um_per_px: micrometres per overview pixel, (x, y).
+    scale_l0: level-0 pixels per overview pixel, (x, y). The mask is bool (H, W); where nothing is tissue (blank glass,
+    fluorescence, pen and debris only) it is empty and ``empty_reason`` says why.
+
+    Raises MaskError when rgb is not uint8 (H, W, 3) or um_per_px is not above zero.
+    """
+    settings = settings or SegmentSettings()
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or 0 in rgb.shape:
+        raise MaskError(f"an overview must be uint8 (H, W, 3), not {rgb.dtype} {rgb.shape}")
+    if not all(math.isfinite(um) and um > 0 for um in um_per_px):
+        raise MaskError(f"the overview's resolution {um_per_px} um/px must be above zero")
+    blank = np.zeros(rgb.shape[:2], bool)
+    reason = _dark_reason(rgb, settings)
+    if reason is not None:
+        return TissueMask(blank, scale_l0, reason)
+    od = optical_density(rgb, white_reference(rgb, settings.white_min))
+    marks = find_marks(od, um_per_px, settings)
+    candidates = _candidates(rgb, od, marks.core | marks.halo, um_per_px, settings)
+    mask = _cleaned(candidates, marks.core, marks.halo, um_per_px, settings)
+    if mask.any():
+        return TissueMask(mask, scale_l0)
+    marked = float(marks.core.mean())
+    if marked > 0:
+        reason = f"no tissue: only pen or debris, on {marked:.1%} of the slide"
+    else:
+        reason = f"no tissue: no stained area of {settings.min_area_um2:g} um2 or more"
+    return TissueMask(blank, scale_l0, reason)
+
+
+def _dark_reason(rgb: NDArray[np.uint8], settings: SegmentSettings) -> str | None:
+    """Why a slide is not bright-field, or None; black that was not scanned does not make it dark."""
+    brightest, dimmest = rgb.max(axis=2), rgb.min(axis=2)
+    if float(np.mean(dimmest >= settings.white_min)) >= _NEAR_WHITE_SHARE:
+        return None
+    seen = brightest > 12  # black that was never scanned says nothing
+    if not seen.any():
+        return "dark background: the slide is black"
+    if float(np.mean(brightest[seen] < settings.dark_background)) >= _DARK_SHARE:
+        return (
+            f"dark background: {np.mean(brightest < settings.dark_background):.0%} of the slide is below grey level "
+            f"{settings.dark_background:g} and next to nothing is white, as in fluorescence"
+        )
+    return None
+
+
+def white_reference(rgb: NDArray[np.uint8], white_min: float = 200.0) -> Floats:
+    """RGB of the empty glass, float32 (3,).
+
+    The most frequent value of each channel among pixels that are bright (``white_min`` or more) and nearly grey; pure
+    white counts only where there is no other glass, since scanners fill with it what they did not scan. Where less
+    than 0.5 % of the slide qualifies, there is no glass in view and the reference is what scanners calibrate to.
+    """
+    pixels = rgb.reshape(-1, 3)
+    log = np.log10((pixels.astype(np.float32) + 1.0) / 256.0)
+    glass = (pixels.min(axis=1) >= white_min) & (log.max(axis=1) - log.min(axis=1) <= _MAX_WHITE_CHROMA)
+    scanned = glass & (pixels.min(axis=1) < 254)
+    enough = _NEAR_WHITE_SHARE * len(pixels)
+    chosen = scanned if scanned.sum() >= enough else glass
+    if chosen.sum() < enough:
+        return np.full(3, DEFAULT_WHITE, np.float32)
+    # A mode and not a mean: the pale parts of tissue and uneven light are among these pixels.
+    return np.array([_mode(pixels[chosen, channel]) for channel in range(3)], np.float32)
+
+
+def _mode(values: NDArray[np.uint8]) -> float:
+    counts = np.bincount(values, minlength=256).astype(np.float64)
+    return float(np.argmax(np.convolve(counts, np.ones(5), mode="same")))
+
+
+def optical_density(rgb: NDArray[np.uint8], white: Floats) -> Floats:
+    """``log10((white + 1) / (value + 1))`` by channel, float32 (H, W, 3), not below zero; white: float32 (3,)."""
+    levels = np.arange(256, dtype=np.float64)[:, None]
+    table = np.maximum(np.log10((white[None].astype(np.float64) + 1) / (levels + 1)), 0).astype(np.float32)
+    return np.stack([table[rgb[..., channel], channel] for channel in range(3)], axis=-1)
+
+
+def _candidates(
+    rgb: NDArray[np.uint8], od: Floats, marked: Bools, um_per_px: FloatPair, settings: SegmentSettings
+) -> _Candidates:
+    if settings.method == "otsu-saturation":
+        import cv2
+
+        saturation = cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV)[..., 1].astype(np.float32)
+        smooth = _smooth(saturation, um_per_px, settings.smooth_um)
+        return _above(smooth, _otsu(smooth[~marked], 256.0))
+    is_grey = float(np.mean(np.ptp(rgb, axis=2) <= _GREY_SPREAD)) > 0.999
+    if settings.method == "od" or is_grey:
+        density = _smooth(od.mean(axis=2), um_per_px, settings.smooth_um)
+        # Otsu splits any histogram: the limits keep it from splitting glass from glass or tissue from tissue.
+        return _above(density, min(max(_otsu(density[~marked], 2.0), 0.05), 0.20))
+    stain = _smooth(od[..., 1] - np.minimum(od[..., 0], od[..., 2]), um_per_px, settings.smooth_um)
+    glass = (od.max(axis=2) < 0.05) & ~marked
+    noise = float(1.4826 * np.median(np.abs(stain[glass] - np.median(stain[glass])))) if glass.any() else 0.0
+    # Half of the seed's density is the most that noise can ask for: beyond it the slide is all pale tissue.
+    low = max(settings.stain_min, min(settings.noise_factor * noise, (settings.stain_min + settings.stain_seed) / 2))
+    return _Candidates(stain > low, stain > max(settings.stain_seed, low))
+
+
+def _above(values: Floats, threshold: float) -> _Candidates:
+    above = values > threshold
+    return _Candidates(above, above)
+
+
+def _otsu(values: Floats, top: float) -> float:
+    """Otsu's threshold (1979) over 256 bins from 0 to ``top``."""
+    counts = np.histogram(values, bins=256, range=(0.0, top))[0].astype(np.float64)
+    centres = (np.arange(256) + 0.5) * top / 256
+    below = np.cumsum(counts)
+    above = counts.sum() - below
+    sums = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+    return float(centres[int(np.argmax(np.nan_to_num(between)))])
+
+
+def _smooth(values: Floats, um_per_px: FloatPair, sigma_um: float) -> Floats:
+    import cv2
+
+    sx, sy = sigma_um / um_per_px[0], sigma_um / um_per_px[1]
+    if max(sx, sy) < 0.3:  # a Gaussian that narrow changes nothing
+        return values
+    return np.asarray(cv2.GaussianBlur(values, (0, 0), sigmaX=max(sx, 0.01), sigmaY=max(sy, 0.01)), np.float32)
+
+
+def _cleaned(
+    candidates: _Candidates, core: Bools, halo: Bools, um_per_px: FloatPair, settings: SegmentSettings
+) -> Bools:
+    """Gaps closed, holes filled, specks, edges of glass and unsure pieces dropped, marks cut out."""
+    import cv2
+
+    from wsi_pipe.tissue.shapes import close_gaps, components, drop_lines
+
+    pixel_um2 = um_per_px[0] * um_per_px[1]
+    pale = close_gaps(candidates.pale & ~core & ~halo, um_per_px, settings.close_um) & ~core
+    labels, stats = components(pale)
+    keep = stats[:, cv2.CC_STAT_AREA] * pixel_um2 >= settings.min_area_um2
+    has_seed = np.zeros(len(stats), bool)
+    has_seed[np.unique(labels[candidates.sure & ~core & ~halo])] = True
+    keep &= has_seed
+    keep[0] = False
+    keep = drop_lines(labels, stats, keep, um_per_px, settings.edge_width_um)
+    mask: Bools = keep[labels]
+    # Small holes are filled, but not where pen or debris lies.
+    holes, hole_stats = components(~mask)
+    small = hole_stats[:, cv2.CC_STAT_AREA] * pixel_um2 < settings.max_hole_um2
+    small[0] = False
+    return mask | (small[holes] & ~core)

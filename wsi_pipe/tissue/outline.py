@@ -1,0 +1,188 @@
+"""Outlines of a mask along its pixel edges, and masks from outlines: exact inverses of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_pipe.geometry import IntPair
+
+__all__ = ["fill_polygons", "trace_mask"]
+
+Ring = NDArray[np.float64]
+"""Vertices (x, y) of a closed ring, float64 (N, 2), the first one not repeated at the end."""
+
+Polygon = Sequence[Ring]
+"""An outer ring, then its holes."""
+
+_BAND_PIXELS = 1 << 24
+"""Pixels that are filled at a time: bounds the memory of the counters to 32 MiB."""
+
+# A grid point sees four pixels: bits 1, 2, 4, 8 are those above left, above right, below left, below right.
+_CORNER = np.array([bin(code).count("1") in (1, 3) for code in range(16)])
+_ABOVE_LEFT, _ABOVE_RIGHT, _BELOW_LEFT, _BELOW_RIGHT = 1, 2, 4, 8
+_SADDLE_DOWN, _SADDLE_UP = _ABOVE_LEFT | _BELOW_RIGHT, _ABOVE_RIGHT | _BELOW_LEFT
+
+
+def trace_mask(mask: NDArray[np.bool_]) -> list[list[NDArray[np.int64]]]:
+    """Polygons of a mask's 4-connected pieces, each an outer ring and then its holes, in reading order.
+
+    mask: bool (H, W). Rings are int64 (N, 2) grid points (x, y), 0 to W and 0 to H, at turns only; outer rings run
+    clockwise on the screen, holes counter-clockwise. No ring touches itself, so each polygon is valid to GEOS and JTS.
+    """
+    import cv2
+
+    if not mask.any():
+        return []
+    height, width = mask.shape
+    padded = np.zeros((height + 2, width + 2), np.uint8)
+    padded[1:-1, 1:-1] = mask
+    code = padded[:-1, :-1] | padded[:-1, 1:] << 1 | padded[1:, :-1] << 2 | padded[1:, 1:] << 3
+    saddle = (code == _SADDLE_DOWN) | (code == _SADDLE_UP)
+    ys, xs = np.nonzero(_CORNER[code] | saddle)
+    codes = code[ys, xs]
+    del code
+    # Where two pixels meet at a point only, the point is a turn of both: it is listed twice.
+    repeat = np.where((codes == _SADDLE_DOWN) | (codes == _SADDLE_UP), 2, 1)
+    xs, ys, codes = np.repeat(xs, repeat), np.repeat(ys, repeat), np.repeat(codes, repeat)
+    n = len(xs)
+    second = np.zeros(n, bool)
+    second[1:] = (xs[1:] == xs[:-1]) & (ys[1:] == ys[:-1])
+
+    # Along a row of the grid, turns pair off: the first with the second, the third with the fourth. So they do along
+    # a column. Of a point listed twice, the first ends the edge from the left, and the second begins that to the right.
+    by_row = np.arange(n)
+    horizontal = by_row ^ 1
+    # The two pixels stay apart: where they are above left and below right, the edge from the left meets the one from
+    # above; where they are above right and below left, it meets the one to below.
+    below = second ^ (codes == _SADDLE_UP)
+    by_column = np.lexsort((below, ys, xs))
+    vertical = np.empty(n, np.int64)
+    vertical[by_column[0::2]] = by_column[1::2]
+    vertical[by_column[1::2]] = by_column[0::2]
+
+    labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[1]
+    rings = _walk(horizontal.tolist(), vertical.tolist(), xs, ys)
+    return _group(rings, labels)
+
+
+def _walk(
+    horizontal: list[int], vertical: list[int], xs: NDArray[np.int64], ys: NDArray[np.int64]
+) -> list[NDArray[np.int64]]:
+    """Closed walks that alternate between horizontal and vertical edges, cut where they touch themselves."""
+    points = np.stack([xs, ys], axis=1).astype(np.int64)
+    width = int(xs.max()) + 1
+    key = ys * width + xs
+    seen = bytearray(len(horizontal))
+    rings = []
+    for start in range(len(horizontal)):
+        if seen[start]:
+            continue
+        walk = []
+        here = start
+        while not seen[here]:
+            there = horizontal[here]
+            seen[here] = seen[there] = 1
+            walk += [here, there]
+            here = vertical[there]
+        loop = np.array(walk)
+        keys = key[loop]
+        if len(np.unique(keys)) == len(keys):
+            rings.append(points[loop])
+        else:
+            rings += [points[loop[part]] for part in _simple_parts(keys.tolist())]
+    return rings
+
+
+def _simple_parts(keys: list[int]) -> list[list[int]]:
+    """Positions of a walk, cut into walks that visit no point twice."""
+    parts, stack, place = [], [], dict[int, int]()
+    for position, k in enumerate(keys):
+        if k in place:
+            first = place[k]
+            part = stack[first:]
+            for p in part[1:]:
+                del place[keys[p]]
+            del stack[first + 1 :]
+            parts.append(part)
+            stack[first] = position
+        else:
+            place[k] = len(stack)
+            stack.append(position)
+    parts.append(stack)
+    return parts
+
+
+def _group(rings: list[NDArray[np.int64]], labels: NDArray[np.int32]) -> list[list[NDArray[np.int64]]]:
+    """Rings as polygons: outer ring first, turned clockwise on the screen; holes the other way."""
+    height, width = labels.shape
+    outer: dict[int, NDArray[np.int64]] = {}
+    holes: dict[int, list[NDArray[np.int64]]] = {}
+    for ring in rings:
+        # The topmost, then leftmost, vertex: the pixel to its lower right is inside the ring; that is tissue for an
+        # outer ring, and for a hole it is not, but the pixel above is.
+        x, y = ring[np.lexsort((ring[:, 0], ring[:, 1]))[0]]
+        label = int(labels[y, x]) if y < height and x < width else 0
+        is_outer = label != 0
+        if (_doubled_area(ring) > 0) != is_outer:
+            ring = ring[::-1]
+        if is_outer:
+            outer[label] = ring
+        else:
+            holes.setdefault(int(labels[y - 1, x]), []).append(ring)
+    return [[ring, *holes.get(label, [])] for label, ring in sorted(outer.items())]
+
+
+def _doubled_area(ring: NDArray[np.generic]) -> float:
+    """Twice the signed area; positive for clockwise on the screen (y down)."""
+    x, y = ring[:, 0].astype(np.float64), ring[:, 1].astype(np.float64)
+    return float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))
+
+
+def fill_polygons(polygons: Iterable[Polygon], size_px: IntPair) -> NDArray[np.bool_]:
+    """The mask, bool (H, W), of the pixels whose centre lies in any of the polygons.
+
+    Rings in pixels, pixel (c, r) covering [c, c + 1) x [r, r + 1); polygons are valid (simple rings, holes inside) but
+    may overlap each other and reach beyond the mask. A centre exactly on an edge counts on the left and top sides.
+    """
+    width, height = size_px
+    mask = np.zeros((height, width), bool)
+    starts, ends = [], []
+    for rings in polygons:
+        for index, ring in enumerate(rings):
+            # One direction for all outer rings and the other for all holes: then the winding number of a point is the
+            # number of polygons that cover it.
+            clockwise = _doubled_area(ring) > 0
+            ring = ring if clockwise == (index == 0) else ring[::-1]
+            starts.append(ring)
+            ends.append(np.roll(ring, -1, axis=0))
+    if not starts:
+        return mask
+    a, b = np.concatenate(starts).astype(np.float64), np.concatenate(ends).astype(np.float64)
+    rising = b[:, 1] < a[:, 1]
+    top, bottom = np.where(rising[:, None], b, a), np.where(rising[:, None], a, b)
+    # Rows whose centre r + 0.5 lies in [top, bottom).
+    first = np.clip(np.ceil(top[:, 1] - 0.5), 0, height).astype(np.int64)
+    last = np.clip(np.ceil(bottom[:, 1] - 0.5), 0, height).astype(np.int64)
+    count = last - first
+    edge = np.repeat(np.arange(len(a)), count)
+    row = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count) + first[edge]
+    slope = (bottom[:, 0] - top[:, 0]) / np.where(count > 0, bottom[:, 1] - top[:, 1], 1.0)
+    x = top[edge, 0] + slope[edge] * (row + 0.5 - top[edge, 1])
+    column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
+    step = np.where(rising[edge], 1, -1).astype(np.int16)
+    order = np.argsort(row, kind="stable")
+    row, column, step = row[order], column[order], step[order]
+    band = max(1, _BAND_PIXELS // (width + 1))
+    for r0 in range(0, height, band):
+        r1 = min(r0 + band, height)
+        i, j = np.searchsorted(row, (r0, r1))
+        if i == j:
+            continue
+        winding = np.zeros((r1 - r0, width + 1), np.int16)
+        np.add.at(winding, (row[i:j] - r0, column[i:j]), step[i:j])
+        np.cumsum(winding, axis=1, out=winding)
+        mask[r0:r1] = winding[:, :-1] > 0
+    return mask
