@@ -114,8 +114,8 @@ def mask_from_geojson(data: object, size_l0: IntPair, scale_l0: FloatPair | None
     data: parsed JSON: a FeatureCollection, a list of Features, a Feature, or a geometry. Areas (Polygon, MultiPolygon,
     also in a GeometryCollection) count whatever their class, except that those of a class named "Ignore" or "Ignore*"
     are cut out of the others; points and lines do not count (``geojson_notices`` says so). size_l0: (width, height)
-    of the slide. scale_l0: level-0 pixels per mask pixel; None for that stored in the file. The mask's size is the stored
-    one where the scale is the stored one, else what covers the slide.
+    of the slide. scale_l0: level-0 pixels per mask pixel; None for that stored in the file. The mask's size is the
+    stored one where the scale is the stored one, else what covers the slide.
 
     Raises MaskError when the data is not GeoJSON, a coordinate is not a finite number or lies outside the slide, or
     no scale is given and none stored.
@@ -154,9 +154,7 @@ def geojson_notices(data: object) -> list[str]:
         for kind in _leaves(geometry):
             if kind not in _AREAS:
                 counts[kind] = counts.get(kind, 0) + 1
-    return [
-        f"{n} {kind} object{'s' if n > 1 else ''} of the mask ignored: only areas count" for kind, n in counts.items()
-    ]
+    return [f"{n} {kind} of the mask ignored: only areas count" for kind, n in counts.items()]
 
 
 def _leaves(geometry: Mapping[str, Any]) -> Iterator[str]:
@@ -249,7 +247,7 @@ def _check_inside(rings: Sequence[NDArray[np.float64]], size_l0: IntPair, scale_
 
 
 def _valid(rings: Rings) -> list[Rings]:
-    """The polygon itself, or, where its rings cross themselves or each other, valid polygons of the same even-odd area."""
+    """The polygon itself, or, where its rings cross themselves or each other, valid ones of the same even-odd area."""
     import shapely
 
     polygon = shapely.Polygon(rings[0], rings[1:])

@@ -63,7 +63,7 @@ def trace_mask(mask: NDArray[np.bool_]) -> list[list[NDArray[np.int64]]]:
     vertical[by_column[0::2]] = by_column[1::2]
     vertical[by_column[1::2]] = by_column[0::2]
 
-    labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[1]
+    labels = np.asarray(cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[1], np.int32)
     rings = _walk(horizontal.tolist(), vertical.tolist(), xs, ys)
     return _group(rings, labels)
 
@@ -98,7 +98,9 @@ def _walk(
 
 def _simple_parts(keys: list[int]) -> list[list[int]]:
     """Positions of a walk, cut into walks that visit no point twice."""
-    parts, stack, place = [], [], dict[int, int]()
+    parts: list[list[int]] = []
+    stack: list[int] = []
+    place: dict[int, int] = {}
     for position, k in enumerate(keys):
         if k in place:
             first = place[k]

@@ -44,11 +44,11 @@ def close_gaps(mask: Bools, um_per_px: FloatPair, radius_um: float) -> Bools:
 
 
 def components(mask: Bools) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """(labels int32 (H, W), cv2's statistics int32 (n, 5)) of 4-connected pieces; label 0 is what is not in the mask."""
+    """4-connected pieces: labels int32 (H, W), 0 off the mask, and cv2's statistics int32 (n, 5)."""
     import cv2
 
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
-    return labels, stats
+    return np.asarray(labels, np.int32), np.asarray(stats, np.int32)
 
 
 def drop_lines(
