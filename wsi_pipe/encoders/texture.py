@@ -109,6 +109,8 @@ class TextureEncoder:
     """
 
     feature_names: tuple[str, ...] = FEATURE_NAMES
+    shares_batches = True
+    in_flight = 2
 
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads if threads is not None else len(os.sched_getaffinity(0))

@@ -150,9 +150,8 @@ def stain_planes(rgb: UInt8) -> UInt8:
     Optical density is -log10((I + 1) / 256); no stain is OD_ZERO, and the planes are clipped at 0 and 255.
     """
     density = cv2.LUT(rgb, _OPTICAL_DENSITY)
-    planes = cv2.transform(density, _TO_GREY)
-    # cv2 rounds and saturates in one pass; NumPy would need three.
-    return np.asarray(cv2.multiply(planes, (1.0, 1.0, 1.0, 1.0), dtype=cv2.CV_8U), np.uint8)
+    planes = np.asarray(cv2.transform(density, _TO_GREY), np.float32)
+    return np.clip(np.rint(planes, out=planes), 0, 255, out=planes).astype(np.uint8)
 
 
 def histogram(grey: UInt8) -> Counts:
