@@ -28,8 +28,9 @@ BagFormat = Literal["wsi-pipe", "trident", "clam", "stamp", "memory"]
 class BagInfo:
     """Facts about the features of one bag at one level.
 
-    rows, dim: shape of the features. slug: the encoder's name in the file's paths. case_id: None where the file states none. encoder, weights_sha256, level, mpp
-    (um/px), tile_px: empty or None where neither file nor user states them. tile_size_l0: (x, y) in level-0 px.
+    rows, dim: shape of the features. slug: the features' name in the file. case_id: None where the file states none.
+    encoder, weights_sha256, level, mpp (um/px), tile_px: empty or None where neither file nor user states them.
+    tile_size_l0: (x, y) in level-0 px.
     coords_unit: frame of the coordinates. fingerprint: changes whenever the features do.
     """
 
