@@ -1,0 +1,153 @@
+"""A slide made of images in native tiles: the planes they give, clipping, white borders, and errors with a place.
+
+TIFF, NDPI and DICOM differ in where a tile lies and how it decodes; all else is here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_pipe.errors import SlideReadError, UnsupportedSlideError
+from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
+from wsi_pipe.slides.base import WHITE, BaseSlide, Plane, ReadStats, RGBArray, SlideInfo
+from wsi_pipe.slides.codecs import CodecError, reduce_by_mean
+
+__all__ = ["NativeImage", "NativeSlide", "build_pyramid", "user_mpp"]
+
+MAX_SIDE_PX = 1 << 24
+MAX_BLOCK_BYTES = 1 << 28
+"""What one decoded block may take: an NDPI row of blocks on a wide slide is the largest seen, below 100 MiB."""
+
+MAX_ANISOTROPY = 0.02
+"""Relative difference of a level's downsamples in x and y beyond which it is taken for another picture."""
+
+
+class NativeImage(Protocol):
+    """One image of a file, in blocks.
+
+    size_px: (width, height). block_px: (width, height) of a block. reduces: the codec's reductions, 1 first.
+    """
+
+    size_px: IntPair
+    block_px: IntPair
+    reduces: tuple[int, ...]
+
+    def fetch(self, cells: Sequence[IntPair]) -> list[Any]:
+        """Raw data of blocks (column, row); None for a missing one. Raises SlideReadError."""
+
+    def decode(self, cell: IntPair, data: Any, reduce: int) -> RGBArray:
+        """Pixels of a block, uint8 (h, w, 3): the whole block, or at least what lies in the image. Raises CodecError.
+
+        Each side is the block's over ``reduce``, rounded up.
+        """
+
+
+class NativeSlide(BaseSlide):
+    """A slide over native images, one a level, finest first."""
+
+    def __init__(
+        self, info: SlideInfo, pyramid: Pyramid, images: Sequence[NativeImage], stats: ReadStats | None = None
+    ) -> None:
+        super().__init__()
+        self.info = info
+        self.pyramid = pyramid
+        self.images = tuple(images)
+        if stats is not None:
+            self.stats = stats
+        planes = [
+            _plane(level, image, reduce, self.pyramid.levels[level].downsample)
+            for level, image in enumerate(self.images)
+            for reduce in image.reduces
+            if reduce == 1 or (image.block_px[0] % reduce == 0 and image.block_px[1] % reduce == 0)
+        ]
+        self.planes = tuple(sorted(planes, key=lambda p: (p.downsample[0] * p.downsample[1], p.reduce)))
+
+    def fetch(self, plane: Plane, cells: Sequence[IntPair]) -> list[Any]:
+        """See Slide.fetch."""
+        return self.images[plane.level].fetch(cells)
+
+    def decode(self, plane: Plane, cell: IntPair, data: Any) -> RGBArray:
+        """See Slide.decode."""
+        image, reduce = self.images[plane.level], plane.reduce
+        block_w, block_h = image.block_px
+        width = min(block_w, image.size_px[0] - cell[0] * block_w)
+        height = min(block_h, image.size_px[1] - cell[1] * block_h)
+        try:
+            if reduce == 1 or (width == block_w and height == block_h):
+                pixels = image.decode(cell, data, reduce)
+                out_w, out_h = -(-width // reduce), -(-height // reduce)
+                if pixels.shape[0] < out_h or pixels.shape[1] < out_w:
+                    raise CodecError(f"{pixels.shape[1]} x {pixels.shape[0]} px were stored, {out_w} x {out_h} needed")
+                pixels = pixels[:out_h, :out_w]
+            else:
+                # The encoder filled the rest of an edge tile with anything; a codec's reduction would mix that in.
+                pixels = reduce_by_mean(image.decode(cell, data, 1)[:height, :width], reduce, WHITE)
+        except CodecError as error:
+            raise SlideReadError(
+                f"{self.info.path}: level {plane.level}, tile column {cell[0]}, row {cell[1]}: {error}",
+                remedy="the file is damaged: copy it again, or leave the slide out",
+            ) from error
+        except MemoryError as error:
+            raise SlideReadError(
+                f"{self.info.path}: level {plane.level}, tile column {cell[0]}, row {cell[1]}: out of memory"
+            ) from error
+        self.stats.add(decoded=1)
+        return pixels
+
+
+def _plane(level: int, image: NativeImage, reduce: int, downsample: FloatPair) -> Plane:
+    width, height = image.size_px
+    return Plane(
+        level=level,
+        reduce=reduce,
+        downsample=(downsample[0] * reduce, downsample[1] * reduce),
+        size_px=(-(-width // reduce), -(-height // reduce)),
+        block_px=(image.block_px[0] // reduce, image.block_px[1] // reduce),
+    )
+
+
+def build_pyramid(name: str, images: Sequence[NativeImage], mpp: FloatPair | None) -> Pyramid:
+    """The pyramid of images, finest first.
+
+    Raises UnsupportedSlideError when a size is out of bounds, or the images are not one picture at falling sizes.
+    """
+    for image in images:
+        (width, height), (block_w, block_h) = image.size_px, image.block_px
+        if not (0 < width <= MAX_SIDE_PX and 0 < height <= MAX_SIDE_PX):
+            raise UnsupportedSlideError(f"{name}: an image of {width} x {height} px is out of bounds")
+        if block_w < 1 or block_h < 1 or block_w * block_h * 3 > MAX_BLOCK_BYTES:
+            raise UnsupportedSlideError(f"{name}: tiles of {block_w} x {block_h} px are out of bounds")
+    sizes = [image.size_px for image in images]
+    for finer, coarser in itertools.pairwise(sizes):
+        if coarser[0] >= finer[0] or coarser[1] > finer[1]:
+            raise UnsupportedSlideError(f"{name}: levels of {finer} and {coarser} px do not form a pyramid")
+    for width, height in sizes[1:]:
+        x, y = sizes[0][0] / width, sizes[0][1] / height
+        # A small level is rounded to whole pixels, by up to one each way.
+        slack = MAX_ANISOTROPY + 1 / width + 1 / height
+        if abs(x - y) > slack * max(x, y):
+            raise UnsupportedSlideError(
+                f"{name}: a level of {width} x {height} px has another shape than level 0 of "
+                f"{sizes[0][0]} x {sizes[0][1]} px"
+            )
+    return Pyramid.from_sizes(sizes, mpp)
+
+
+def user_mpp(mpp: float | FloatPair | None) -> FloatPair | None:
+    """A resolution given by the user as (x, y). Raises ValueError where it is not above zero."""
+    if mpp is None:
+        return None
+    pair = (float(mpp[0]), float(mpp[1])) if isinstance(mpp, tuple) else (float(mpp), float(mpp))
+    if not all(np.isfinite(value) and value > 0 for value in pair):
+        raise ValueError(f"mpp {mpp} must be above zero")
+    return pair
+
+
+def to_rgb(pixels: NDArray[np.uint8]) -> RGBArray:
+    """Grey (h, w, 1) as RGB; RGB as it is."""
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels

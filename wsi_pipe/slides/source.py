@@ -1,0 +1,138 @@
+"""Byte ranges of a local file or a URL, counted, checked against the size, and the same for every caller."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from wsi_pipe.errors import SlideOpenError, SlideReadError
+from wsi_pipe.geometry import IntPair
+from wsi_pipe.slides.base import ReadStats
+
+__all__ = ["FileSource", "Source", "is_url", "open_source", "slide_fingerprint"]
+
+Range = tuple[int, int]
+"""(offset, length) in bytes."""
+
+FINGERPRINT_BYTES = 1 << 20
+
+
+class Source(Protocol):
+    """Random access to the bytes of one file, from any number of threads."""
+
+    name: str
+    size: int
+    stats: ReadStats
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes from ``offset``. Raises SlideReadError when they cannot be had."""
+
+    def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
+        """The bytes of each range, in order. Raises SlideReadError when one cannot be had."""
+
+    def close(self) -> None:
+        """Release the file; closing twice is fine."""
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether ``path`` names something that fsspec opens rather than a local file."""
+    return isinstance(path, str) and "://" in path
+
+
+def open_source(path: str | Path, stats: ReadStats | None = None) -> Source:
+    """The bytes behind a local path or an fsspec URL.
+
+    Raises SlideOpenError when it is not there, not readable or empty, UnsupportedSlideError when the server of a URL
+    cannot give byte ranges.
+    """
+    counts = ReadStats() if stats is None else stats
+    if is_url(path):
+        from wsi_pipe.slides.remote import RemoteSource
+
+        return RemoteSource(str(path), counts)
+    return FileSource(path, counts)
+
+
+class FileSource:
+    """A local file, read with positioned reads, so that threads share one descriptor without a lock."""
+
+    def __init__(self, path: str | Path, stats: ReadStats) -> None:
+        self.name = str(path)
+        self.stats = stats
+        self._descriptor = -1
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+            status = os.fstat(self._descriptor)
+        except OSError as error:
+            self.close()
+            raise SlideOpenError(
+                f"{self.name}: {error.strerror or error}", remedy="check the path and its permissions"
+            ) from error
+        self.size = status.st_size
+        if self.size == 0 or not os.path.isfile(path):
+            self.close()
+            cause = "is empty" if os.path.isfile(path) else "is not a file"
+            raise SlideOpenError(f"{self.name} {cause}", remedy="give the path of a whole-slide image")
+
+    def read(self, offset: int, length: int) -> bytes:
+        """See Source.read."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise outside(self, offset, length)
+        if self._descriptor < 0:
+            raise SlideReadError(f"{self.name}: the slide is closed")
+        try:
+            data = os.pread(self._descriptor, length, offset)
+            while len(data) < length:
+                # A single read stops at 2 GiB, and may stop early on a network file system.
+                more = os.pread(self._descriptor, length - len(data), offset + len(data))
+                if not more:
+                    raise SlideReadError(
+                        f"{self.name}: the file ends at byte {offset + len(data)}, {self.size} were there when it was "
+                        "opened",
+                        remedy="something is changing the file: copy it again",
+                    )
+                data += more
+        except OSError as error:
+            if isinstance(error, SlideReadError):
+                raise
+            raise SlideReadError(
+                f"{self.name}: cannot read {length} bytes at {offset}: {error.strerror or error}"
+            ) from error
+        self.stats.add(bytes_fetched=length, requests=1)
+        return data
+
+    def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
+        """See Source.read_many."""
+        return [self.read(offset, length) for offset, length in ranges]
+
+    def close(self) -> None:
+        """See Source.close."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def outside(source: Source, offset: int, length: int) -> SlideReadError:
+    """The error for a range that the file does not have."""
+    return SlideReadError(
+        f"{source.name}: {length} bytes at {offset} lie outside the file of {source.size} bytes",
+        remedy="the file is truncated or damaged: copy it again",
+    )
+
+
+def slide_fingerprint(sources: Sequence[Source], sizes_px: Sequence[IntPair]) -> str:
+    """SHA-256, in hex, over each file's size, first and last MiB, and the level table (width, height).
+
+    It tells slides apart whatever their path and time, at the price of reading 2 MiB of each file.
+    """
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(f"{source.size};".encode())
+        digest.update(source.read(0, min(FINGERPRINT_BYTES, source.size)))
+        tail = max(source.size - FINGERPRINT_BYTES, 0)
+        digest.update(source.read(tail, source.size - tail))
+    digest.update(";".join(f"{width}x{height}" for width, height in sizes_px).encode())
+    return digest.hexdigest()

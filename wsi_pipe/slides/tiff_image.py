@@ -1,0 +1,165 @@
+"""One image of a TIFF file: where its tiles or strips lie, and how they decode."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_pipe.errors import SlideReadError, UnsupportedSlideError
+from wsi_pipe.geometry import IntPair
+from wsi_pipe.slides.base import RGBArray
+from wsi_pipe.slides.codecs import JPEG_REDUCES, CodecError, JpegDecoder
+from wsi_pipe.slides.native import MAX_BLOCK_BYTES, to_rgb
+from wsi_pipe.slides.source import Source
+from wsi_pipe.slides.tiff_ifd import Directory
+
+__all__ = ["TiffImage"]
+
+WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
+STRIP_OFFSETS, SAMPLES, ROWS_PER_STRIP, STRIP_COUNTS, PLANAR = 273, 277, 278, 279, 284
+PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_COUNTS = 317, 322, 323, 324, 325
+FILL_ORDER, SAMPLE_FORMAT, JPEG_TABLES, DEPTH = 266, 339, 347, 32997
+
+NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE = 1, 5, 7, 8, 32946
+APERIO_YCBCR, APERIO_RGB, JPEG2000 = 33003, 33005, 34712
+PHOTOMETRIC_GREY, PHOTOMETRIC_RGB, PHOTOMETRIC_YCBCR = 1, 2, 6
+
+_NAMES = {
+    NONE: "none", LZW: "LZW", JPEG: "JPEG", DEFLATE: "deflate", OLD_DEFLATE: "deflate", APERIO_YCBCR: "JPEG 2000",
+    APERIO_RGB: "JPEG 2000", JPEG2000: "JPEG 2000",
+}  # fmt: skip
+
+
+class TiffImage:
+    """An image of a TIFF file, in tiles or strips.
+
+    Raises UnsupportedSlideError when anything about it is not understood.
+    """
+
+    def __init__(self, source: Source, directory: Directory, *, size_px: IntPair | None = None) -> None:
+        self._source = source
+        self.directory = directory
+        self._lock = threading.Lock()
+        self._table: tuple[NDArray[np.uint64], NDArray[np.uint64]] | None = None
+        self._name = f"{source.name}: image {directory.index}"
+        stored = (directory.number(WIDTH), directory.number(HEIGHT))
+        self.size_px = stored if size_px is None else size_px
+        self.is_tiled = TILE_WIDTH in directory
+        if self.is_tiled:
+            self.block_px = (directory.number(TILE_WIDTH), directory.number(TILE_HEIGHT))
+        else:
+            self.block_px = (stored[0], min(directory.number(ROWS_PER_STRIP, stored[1]), stored[1]))
+        if min(*stored, *self.block_px) < 1 or self.block_px[0] * self.block_px[1] * 3 > MAX_BLOCK_BYTES:
+            raise UnsupportedSlideError(
+                f"{self._name}: {stored[0]} x {stored[1]} px in tiles of {self.block_px[0]} x {self.block_px[1]} px "
+                "is out of bounds"
+            )
+        self._stored_px = stored
+        self._grid = (-(-stored[0] // self.block_px[0]), -(-stored[1] // self.block_px[1]))
+        self._check_pixels()
+        self._check_table()
+        self._set_codec()
+
+    def _check_pixels(self) -> None:
+        d = self.directory
+        self.samples = d.number(SAMPLES, 1)
+        self.planar = d.number(PLANAR, 1) == 2 and self.samples > 1
+        self.compression = d.number(COMPRESSION, 1)
+        self.photometric = d.number(PHOTOMETRIC, PHOTOMETRIC_GREY)
+        bits, formats = d.numbers(BITS) or (1,), d.numbers(SAMPLE_FORMAT)
+        if any(b != 8 for b in bits) or any(f != 1 for f in formats) or d.number(DEPTH, 1) != 1:
+            raise UnsupportedSlideError(f"{self._name}: only 8-bit unsigned samples are read, not {bits} bits")
+        colours = {1: (PHOTOMETRIC_GREY,), 3: (PHOTOMETRIC_RGB, PHOTOMETRIC_YCBCR)}.get(self.samples, ())
+        if self.photometric not in colours:
+            raise UnsupportedSlideError(
+                f"{self._name}: {self.samples} samples a pixel under photometric {self.photometric} are not RGB"
+            )
+        if d.number(FILL_ORDER, 1) != 1:
+            raise UnsupportedSlideError(f"{self._name}: reversed bits in bytes are not read")
+        if self.compression not in _NAMES:
+            raise UnsupportedSlideError(f"{self._name}: TIFF compression {self.compression} is not read")
+
+    def _check_table(self) -> None:
+        d = self.directory
+        self._offsets_tag, self._counts_tag = (
+            (TILE_OFFSETS, TILE_COUNTS) if self.is_tiled else (STRIP_OFFSETS, STRIP_COUNTS)
+        )
+        expected = self._grid[0] * self._grid[1] * (self.samples if self.planar else 1)
+        counts = d.count(self._offsets_tag), d.count(self._counts_tag)
+        if counts != (expected, expected):
+            raise UnsupportedSlideError(
+                f"{self._name}: {self._stored_px[0]} x {self._stored_px[1]} px in tiles of {self.block_px[0]} x "
+                f"{self.block_px[1]} px need {expected} tiles, the file lists {counts[0]} offsets and {counts[1]} sizes"
+            )
+
+    def _set_codec(self) -> None:
+        channels = 1 if self.planar else self.samples
+        self._raw_bytes = self.block_px[0] * self.block_px[1] * channels
+        self.reduces: tuple[int, ...] = (1,)
+        if self.compression == JPEG:
+            ycbcr = self.photometric == PHOTOMETRIC_YCBCR
+            if self.planar and ycbcr:
+                raise UnsupportedSlideError(f"{self._name}: YCbCr in separate planes is not read")
+            try:
+                tables = self.directory.raw(JPEG_TABLES)
+                self._jpeg = JpegDecoder(self.block_px, channels, ycbcr=ycbcr, tables=tables)
+            except CodecError as error:
+                raise UnsupportedSlideError(f"{self._name}: the JPEG tables are not understood: {error}") from error
+            self.reduces = JPEG_REDUCES
+        else:
+            raise UnsupportedSlideError(f"{self._name}: TIFF compression {self.compression} is not read")
+
+    @property
+    def codec(self) -> str:
+        """The name of the compression."""
+        return _NAMES[self.compression]
+
+    def table(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Offsets and byte counts of all tiles, row by row (plane by plane where planar); read once, when needed."""
+        table = self._table
+        if table is None:
+            with self._lock:
+                table = self._table
+                if table is None:
+                    offsets = self.directory.array(self._offsets_tag).astype(np.uint64)
+                    counts = self.directory.array(self._counts_tag).astype(np.uint64)
+                    table = self._table = (offsets, counts)
+        return table
+
+    def fetch(self, cells: Sequence[IntPair]) -> list[Any]:
+        """Raw bytes of blocks, a tuple of one item a plane; None for a missing block. Raises SlideReadError."""
+        offsets, counts = self.table()
+        columns, rows = self._grid
+        stride = columns * rows
+        planes = self.samples if self.planar else 1
+        limit = 2 * self._raw_bytes + (1 << 16)
+        ranges: list[tuple[int, int]] = []
+        present: list[bool] = []
+        for column, row in cells:
+            at = row * columns + column
+            spans = [(int(offsets[i]), int(counts[i])) for i in range(at, at + stride * planes, stride)]
+            # Writers leave background out with a byte count or an offset of 0.
+            found = all(offset and count for offset, count in spans)
+            present.append(found)
+            if not found:
+                continue
+            if any(count > limit for _, count in spans):
+                raise SlideReadError(
+                    f"{self._name}: tile column {column}, row {row} declares {max(c for _, c in spans)} bytes, a tile "
+                    f"of {self.block_px[0]} x {self.block_px[1]} px cannot take that many",
+                    remedy="the file is damaged: copy it again",
+                )
+            ranges += spans
+        data = iter(self._source.read_many(ranges))
+        return [tuple(next(data) for _ in range(planes)) if found else None for found in present]
+
+    def decode(self, cell: IntPair, data: Any, reduce: int) -> RGBArray:
+        """See NativeImage.decode."""
+        if self.planar:
+            planes = [self._jpeg.decode(part, reduce)[:, :, 0] for part in data]
+            return np.stack(planes, axis=2)
+        return to_rgb(self._jpeg.decode(data[0], reduce))
