@@ -13,7 +13,6 @@ from wsi_pipe.errors import ConfigError
 
 __all__ = [
     "ATTENTION_MODELS",
-    "LOWER_IS_BETTER",
     "MODELS",
     "MONITORS",
     "LossSettings",
@@ -36,7 +35,6 @@ MONITORS = (
     "brier",
     "ece",
 )
-LOWER_IS_BETTER = frozenset({"loss", "brier", "ece"})
 
 
 @dataclass(frozen=True)

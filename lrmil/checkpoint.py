@@ -1,0 +1,191 @@
+"""Models and training states as one ``.safetensors`` file with JSON metadata; nothing is ever pickled."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lrmil.config import ModelSettings
+from lrmil.errors import ModelFileError
+from lrmil.model import MILModel, build_model
+from wsi_pipe.config import from_mapping, to_mapping
+from wsi_pipe.errors import ConfigError
+from wsi_pipe.files import atomic_path
+
+__all__ = ["MODEL_KIND", "ModelCard", "load_model", "read_card", "read_tensors", "save_model", "write_tensors"]
+
+MODEL_KIND = "lrmil.model"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model file says beside its weights.
+
+    model: the architecture. classes: names in the order of the logits. encoder, weights_sha256: of the features that it
+    was trained on. level, mpp, tile_px: of their tiles; empty or None where the bags stated nothing. temperature: that
+    logits are divided by before the softmax. training: the settings; metrics: figures, NaN allowed; fold: which one.
+    features_sha256: content hash of the training store. teacher: name and hash of a student's teacher, for the record
+    only, since predicting needs no teacher.
+    """
+
+    model: ModelSettings
+    classes: tuple[str, ...]
+    encoder: str = ""
+    weights_sha256: str = ""
+    level: str = ""
+    mpp: float | None = None
+    tile_px: int | None = None
+    temperature: float = 1.0
+    training: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    fold: str | None = None
+    features_sha256: str = ""
+    teacher: Mapping[str, str] = field(default_factory=dict)
+    lrmil_version: str = ""
+    created_utc: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.classes) != self.model.classes:
+            raise ConfigError(f"{len(self.classes)} class names for a model of {self.model.classes} classes")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ConfigError(f"temperature {self.temperature} must be above 0 and finite")
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able values; NaN and infinite metrics become null."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values["model"] = to_mapping(self.model)
+        values["classes"] = list(self.classes)
+        return cast(dict[str, Any], _without_nan(values))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ModelCard:
+        """The inverse of ``to_json``; null metrics come back as NaN, unknown keys of later versions are ignored.
+
+        Raises ConfigError for a missing key or a value that does not fit.
+        """
+        known = {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
+        for name in ("model", "classes"):
+            if name not in known:
+                raise ConfigError(f"the card lacks {name!r}")
+        known["model"] = from_mapping(ModelSettings, known["model"], "model")
+        known["classes"] = tuple(map(str, known["classes"]))
+        metrics = known.get("metrics") or {}
+        known["metrics"] = {str(name): math.nan if v is None else float(v) for name, v in metrics.items()}
+        return cls(**known)
+
+
+def save_model(path: Path, module: MILModel, card: ModelCard) -> None:
+    """Write a model's weights and card so that ``path`` holds all of it or what it held before.
+
+    The file is read back before it takes its place. Raises OutputError when it cannot be written.
+    """
+    write_tensors(path, module.state_dict(), MODEL_KIND, card.to_json(), check=load_model)
+
+
+def load_model(path: Path) -> tuple[MILModel, ModelCard]:
+    """A model in evaluation mode on the CPU, and its card. The global random state is not touched.
+
+    Raises ModelFileError when the file is missing, truncated, of another kind or version, or when its weights do not
+    fit its architecture or are not finite.
+    """
+    tensors, values = read_tensors(path, MODEL_KIND)
+    card = _card(path, values)
+    # On the meta device nothing is allocated and no random number drawn, however large the header claims to be.
+    with torch.device("meta"):
+        module = build_model(card.model)
+    wanted = module.state_dict()
+    missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has an unknown {unknown[0]}"
+        raise ModelFileError(f"{path}: {what}, so it is no {card.model.name} model", remedy=_REMEDY)
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            shapes = f"{tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}"
+            raise ModelFileError(f"{path}: {name} has the shape {shapes}", remedy=_REMEDY)
+        if not tensor.isfinite().all():
+            raise ModelFileError(f"{path}: {name} is not finite", remedy="train the model again")
+    module.load_state_dict(tensors, assign=True)
+    return module.eval(), card
+
+
+def read_card(path: Path) -> ModelCard:
+    """The card alone, without the weights. Raises ModelFileError as ``load_model`` does."""
+    return _card(path, _open(path, MODEL_KIND, with_tensors=False)[1])
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], kind: str, header: Mapping[str, Any], *, check: Any = None
+) -> None:
+    """Write tensors with a JSON header to a safetensors file, atomically. ``kind`` tells readers what the file is."""
+    from safetensors.torch import save_file
+
+    metadata = {
+        "format": kind,
+        "format_version": str(FORMAT_VERSION),
+        "header": json.dumps(header, allow_nan=False, sort_keys=True),
+    }
+    # Clones: safetensors refuses tensors that share memory.
+    values = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path, check) as temporary:
+        save_file(values, temporary, metadata=metadata)
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file of that kind. Raises ModelFileError when it is missing, broken or another kind."""
+    return _open(path, kind, with_tensors=True)
+
+
+_REMEDY = "give a model file that lrmil train has written, or copy it again"
+
+
+def _open(path: Path, kind: str, *, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != kind:
+                what = metadata.get("format") or "a safetensors file of another program"
+                raise ModelFileError(f"{path} is no {kind} file but {what}", remedy=_REMEDY)
+            version = metadata.get("format_version")
+            if version != str(FORMAT_VERSION):
+                raise ModelFileError(
+                    f"{path} has the format version {version}, this lrmil reads {FORMAT_VERSION}", remedy="update lrmil"
+                )
+            header = json.loads(metadata["header"])
+            names = file.keys() if with_tensors else ()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError as error:
+        raise ModelFileError(f"{path} does not exist", remedy="check the path") from error
+    except OSError as error:
+        raise ModelFileError(f"{path}: {error.strerror or error}", remedy="check the path and its rights") from error
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ModelFileError(f"{path} is no readable safetensors file: {error}", remedy=_REMEDY) from error
+    if not isinstance(header, dict):
+        raise ModelFileError(f"{path}: its header is no JSON object", remedy=_REMEDY)
+    return tensors, header
+
+
+def _card(path: Path, values: Mapping[str, Any]) -> ModelCard:
+    try:
+        return ModelCard.from_json(values)
+    except (ConfigError, TypeError, ValueError, AttributeError) as error:
+        message = error.message if isinstance(error, ConfigError) else str(error)
+        raise ModelFileError(f"{path}: its card is wrong: {message}", remedy=_REMEDY) from error
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,174 @@
+"""The one training loop; what a step is, is given to it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lrmil.config import TrainSettings
+from lrmil.data import batches, plan_batches
+from lrmil.errors import DivergedError, SettingsError
+from lrmil.metrics import LOWER_IS_BETTER, figures, softmax
+from lrmil.model import MILModel
+from lrmil.splits import FoldIndices
+from lrmil.store import ResidentStore
+from lrmil.trainer.compute import bag_logits, rounding
+from lrmil.trainer.optimise import learning_rate, make_optimizer, set_learning_rate
+from lrmil.trainer.state import Progress, load_state, save_state
+from lrmil.trainer.steps import Step
+from wsi_pipe.errors import ConfigError
+from wsi_pipe.files import write_text_atomically
+
+__all__ = ["STATE_NAME", "Run", "fit"]
+
+STATE_NAME = "state.safetensors"
+EpochFigures = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works on. out_dir: None keeps everything in memory. fingerprint: of all that decides its numbers."""
+
+    store: ResidentStore
+    labels: NDArray[np.int64]
+    split: FoldIndices
+    settings: TrainSettings
+    precision: torch.dtype
+    out_dir: Path | None = None
+    fingerprint: str = ""
+    progress: Callable[[EpochFigures], object] | None = None
+
+
+def fit(model: MILModel, step: Step, run: Run) -> Progress:
+    """Train until the last epoch or early stopping, and leave the best weights in ``model``.
+
+    The best epoch is the one with the best monitored figure of the validation bags; without validation bags it is the
+    last. A state found in ``run.out_dir`` is continued.
+
+    Raises DivergedError when the loss is not finite; SettingsError when the monitored figure is undefined on the
+    validation bags; ResumeError when the folder holds the state of another run.
+    """
+    settings, device = run.settings, run.store.device
+    optimizer = make_optimizer(model, settings)
+    state = None if run.out_dir is None else run.out_dir / STATE_NAME
+    progress = Progress()
+    if state is not None and state.exists():
+        progress = load_state(state, model, optimizer, run.fingerprint, device)
+    with _writer(run, progress.epoch) as writer:
+        while not progress.finished:
+            epoch = progress.epoch + 1
+            row: dict[str, float | None] = {"epoch": epoch, **_train_epoch(model, step, optimizer, run, epoch)}
+            row |= _validate(model, run)
+            progress.history.append(row)
+            progress.epoch = epoch
+            _keep_best(model, progress, row, run)
+            progress.finished = epoch >= settings.epochs or _is_stale(progress, settings)
+            if run.out_dir is not None:
+                _write_history(run.out_dir / "metrics.csv", progress.history)
+                if settings.save_every and (epoch % settings.save_every == 0 or progress.finished):
+                    assert state is not None
+                    save_state(state, model, optimizer, progress, run.fingerprint, device)
+            if writer is not None:
+                for name, value in row.items():
+                    if name != "epoch" and value is not None:
+                        writer.add_scalar(name.replace("_", "/", 1), value, epoch)
+            if run.progress is not None:
+                run.progress(row)
+    if progress.best_weights:
+        model.load_state_dict(progress.best_weights)
+    return progress
+
+
+def _train_epoch(
+    model: MILModel, step: Step, optimizer: torch.optim.Optimizer, run: Run, epoch: int
+) -> dict[str, float | None]:
+    settings, store, train = run.settings, run.store, run.split.train
+    model.train()
+    # The order is a function of seed and epoch alone, so resuming needs no state of a shuffler.
+    order_seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
+    size: dict[str, Any] = {"token_budget": settings.token_budget, "max_bags": settings.max_bags}
+    steps = len(plan_batches(store.lengths, train, shuffle_seed=order_seed, **size))
+    sums: dict[str, Tensor] = {}
+    for i, batch in enumerate(batches(store, run.labels, train, shuffle_seed=order_seed, **size)):
+        set_learning_rate(optimizer, learning_rate(settings, epoch - 1 + (i + 0.5) / steps))
+        optimizer.zero_grad(set_to_none=True)
+        with rounding(store.device, run.precision):
+            loss = step(model, batch)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        if settings.clip_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+        # Summed on the device: reading a value at every step would make a GPU wait.
+        bags = len(batch.labels)
+        for name, value in {"loss": loss.total.detach(), **loss.terms}.items():
+            sums[name] = sums.get(name, 0.0) + value * bags
+    means = {f"train_{name}": float(value) / len(train) for name, value in sums.items()}
+    if not math.isfinite(means["train_loss"]):
+        raise DivergedError(
+            f"the training loss of epoch {epoch} is {means['train_loss']}",
+            remedy="lower the learning rate, or look for NaN in the features with lrmil pack",
+        )
+    return {"learning_rate": learning_rate(settings, epoch), **means}
+
+
+def _validate(model: MILModel, run: Run) -> dict[str, float | None]:
+    val = run.split.val
+    if not len(val):
+        return {}
+    logits = bag_logits(model, run.store, val, token_budget=run.settings.token_budget, precision=run.precision)
+    found = figures(run.labels[val], softmax(logits.numpy()))
+    return {f"val_{name}": value if math.isfinite(value) else None for name, value in found.items()}
+
+
+def _keep_best(model: MILModel, progress: Progress, row: EpochFigures, run: Run) -> None:
+    if not len(run.split.val):
+        progress.best_epoch = progress.epoch
+        return
+    monitor = run.settings.monitor
+    value = row[f"val_{monitor}"]
+    if value is None:
+        raise SettingsError(
+            f"{monitor} is undefined on the validation bags, so it cannot be monitored",
+            remedy="monitor the loss, or make splits with every class among the validation cases",
+        )
+    sign = 1.0 if monitor in LOWER_IS_BETTER else -1.0
+    if progress.best_value is None or sign * value < sign * progress.best_value:
+        progress.best_value, progress.best_epoch = value, progress.epoch
+        progress.best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _is_stale(progress: Progress, settings: TrainSettings) -> bool:
+    waited = progress.epoch - progress.best_epoch
+    return bool(settings.patience) and waited >= settings.patience and progress.epoch >= settings.min_epochs
+
+
+def _write_history(path: Path, history: list[dict[str, float | None]]) -> None:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in history)
+    write_text_atomically(path, out.getvalue())
+
+
+def _writer(run: Run, epoch: int) -> AbstractContextManager[Any]:
+    if not run.settings.tensorboard or run.out_dir is None:
+        return nullcontext()
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("tensorboard is not installed", remedy="pip install 'wsi-pipe[tensorboard]'") from error
+    # What an interrupted run wrote after its last saved state is taken back.
+    writer: AbstractContextManager[Any] = SummaryWriter(os.fspath(run.out_dir / "tensorboard"), purge_step=epoch + 1)
+    return writer

@@ -1,0 +1,273 @@
+"""``train``: a fold from features to a model file and predictions."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+import lrmil
+from lrmil.checkpoint import ModelCard, save_model
+from lrmil.config import ATTENTION_MODELS, TrainSettings
+from lrmil.data import LabelTable
+from lrmil.errors import SettingsError, SplitError, TrainingError
+from lrmil.metrics import figures, fit_temperature, softmax
+from lrmil.model import MILModel, build_model
+from lrmil.splits import FoldIndices
+from lrmil.store import FeatureStore, ResidentStore
+from lrmil.trainer.compute import bag_logits, choose_device, choose_precision, deterministic, place
+from lrmil.trainer.loop import EpochFigures, Run, fit
+from lrmil.trainer.optimise import class_weights
+from lrmil.trainer.state import run_fingerprint
+from lrmil.trainer.steps import Step, plain_step, student_step
+from lrmil.trainer.targets import TeacherTargets, teacher_targets
+from wsi_pipe.config import dump_toml, to_mapping
+from wsi_pipe.files import write_text_atomically
+
+__all__ = ["MODEL_NAME", "PREDICTIONS_NAME", "Prediction", "TrainResult", "train"]
+
+MODEL_NAME = "model.safetensors"
+PREDICTIONS_NAME = "predictions.csv"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Logits of one bag. part: "val" or "test". logits: (C,) before the temperature."""
+
+    slide_id: str
+    case_id: str
+    part: str
+    label: int
+    logits: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training gives.
+
+    model: with the weights of the best epoch, in evaluation mode. card: what its file says. history: figures of every
+    epoch. best_epoch: from 1. predictions: of validation and test bags. model_path: None without an output folder.
+    """
+
+    model: MILModel
+    card: ModelCard
+    history: tuple[EpochFigures, ...]
+    best_epoch: int
+    predictions: tuple[Prediction, ...]
+    model_path: Path | None = None
+
+
+def train(
+    store: FeatureStore | ResidentStore,
+    labels: LabelTable | ArrayLike,
+    split: FoldIndices,
+    settings: TrainSettings,
+    out_dir: str | os.PathLike[str] | None = None,
+    *,
+    teacher: MILModel | None = None,
+    hr_store: FeatureStore | ResidentStore | None = None,
+    classes: Sequence[str] | None = None,
+    fold: str | None = None,
+    progress: Callable[[EpochFigures], object] | None = None,
+) -> TrainResult:
+    """Train a model on one fold, calibrate it on the validation bags, and then look at the test bags once.
+
+    store: the features; give the same resident store to all folds and seeds. labels: of every bag of the store, int64
+    (bags,) or a LabelTable. ``settings.model.in_dim`` and ``classes`` are taken from features and labels. out_dir:
+    where ``config.toml``, ``metrics.csv``, ``state.safetensors``, ``model.safetensors`` and ``predictions.csv`` go; a
+    run that was interrupted there goes on; None keeps all in memory. teacher, hr_store: for a student, whose terms
+    ``settings.loss`` weighs; the teacher is frozen. classes: names, by default those of the LabelTable. fold: for the
+    record. progress: called with the figures of each epoch.
+
+    Without validation bags the last epoch is kept and the temperature is 1. The caller's random state and the models
+    given are left as they are, apart from moving the teacher to the device.
+
+    Raises SplitError when a class has no training bag or a bag of the split no rows or label; SettingsError,
+    DivergedError, ResumeError, BagMismatchError as documented at ``fit`` and ``teacher_targets``; OutputError when a
+    file cannot be written.
+    """
+    table, cases, names = _labels(store, labels, classes)
+    _check_split(store, table, split)
+    model_settings = replace(settings.model, in_dim=store.dim, classes=len(names))
+    settings = replace(settings, model=model_settings)
+    _check_teacher(settings, teacher, hr_store)
+    device = choose_device(settings.device)
+    precision = choose_precision(settings.precision, device)
+    resident = place(store, device, precision)
+    out = None if out_dir is None else Path(out_dir)
+    fingerprint = ""
+    hashes: dict[str, str] = {}
+    if out is not None:
+        hashes = {"features": resident.store.content_hash}
+        if teacher is not None and hr_store is not None:
+            hr = hr_store.store if isinstance(hr_store, ResidentStore) else hr_store
+            hashes |= {"teacher": _weights_hash(teacher), "hr_features": hr.content_hash}
+        fingerprint = run_fingerprint(settings, split, torch.from_numpy(table), names, hashes)
+        write_text_atomically(out / "config.toml", dump_toml(settings))
+    devices = [device] if device.type == "cuda" else []
+    with deterministic(settings.deterministic), torch.random.fork_rng(devices):
+        torch.manual_seed(settings.seed)
+        model = build_model(model_settings).to(device)
+        step = _step(settings, split, table, names, resident, teacher, hr_store)
+        run = Run(resident, table, split, settings, precision, out, fingerprint, progress)
+        state = fit(model, step, run)
+        model.eval()
+        predictions = _predict(model, run, cases)
+    card = _card(settings, names, resident.store, predictions, fold, hashes, teacher)
+    result = TrainResult(model, card, tuple(state.history), state.best_epoch, predictions)
+    if out is None:
+        return result
+    write_text_atomically(out / PREDICTIONS_NAME, predictions_csv(predictions, card))
+    save_model(out / MODEL_NAME, model, card)
+    return replace(result, model_path=out / MODEL_NAME)
+
+
+def predictions_csv(predictions: Sequence[Prediction], card: ModelCard) -> str:
+    """The table of predictions: ids, part, label, logits, and probabilities after the temperature."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    logit_names = [f"logit_{name}" for name in card.classes]
+    probability_names = [f"probability_{name}" for name in card.classes]
+    writer.writerow(["slide_id", "case_id", "part", "label", *logit_names, *probability_names])
+    for p in predictions:
+        probabilities = softmax([p.logits], card.temperature)[0].tolist()
+        writer.writerow([p.slide_id, p.case_id, p.part, card.classes[p.label], *p.logits, *probabilities])
+    return out.getvalue()
+
+
+def _labels(
+    store: FeatureStore | ResidentStore, labels: LabelTable | ArrayLike, classes: Sequence[str] | None
+) -> tuple[NDArray[np.int64], tuple[str, ...], tuple[str, ...]]:
+    """Labels int64 (bags,), case ids and class names."""
+    plain = store.store if isinstance(store, ResidentStore) else store
+    if isinstance(labels, LabelTable):
+        return labels.labels, labels.case_ids, tuple(classes or labels.classes)
+    table = np.asarray(labels, np.int64)
+    if table.shape != (len(store),):
+        raise SettingsError(f"labels of the shape {table.shape} do not fit {len(store)} bags")
+    names = tuple(classes) if classes is not None else tuple(str(c) for c in range(max(2, int(table.max()) + 1)))
+    return table, plain.case_ids, names
+
+
+def _check_split(store: FeatureStore | ResidentStore, labels: NDArray[np.int64], split: FoldIndices) -> None:
+    plain = store.store if isinstance(store, ResidentStore) else store
+    if not len(split.train):
+        raise SplitError("there is no training bag", remedy="check that the ids of splits and bags agree")
+    chosen = np.concatenate([split.train, split.val, split.test]).astype(np.int64)
+    if len(np.unique(chosen)) < len(chosen):
+        raise SplitError("a bag stands in two parts of the split", remedy="give each bag one part")
+    for bad, what in ((plain.lengths[chosen] < 1, "has no tiles"), (labels[chosen] < 0, "has no label")):
+        if bad.any():
+            slide = plain.slide_ids[int(chosen[bad.argmax()])]
+            raise SplitError(f"{slide} is in the split but {what}", remedy="leave it out of the split")
+
+
+def _check_teacher(settings: TrainSettings, teacher: MILModel | None, hr_store: object | None) -> None:
+    if (teacher is None) != (hr_store is None):
+        raise SettingsError("a student needs both a teacher and HR features", remedy="give both, or neither")
+    if teacher is None or not settings.loss.needs_teacher:
+        return
+    if teacher.settings.classes != settings.model.classes:
+        raise SettingsError(
+            f"the teacher has {teacher.settings.classes} classes, the labels {settings.model.classes}",
+            remedy="train the teacher on the same labels",
+        )
+    if settings.loss.soft > 0 and settings.model.name not in ATTENTION_MODELS:
+        raise SettingsError(
+            f"a {settings.model.name} model has no attention to distil into",
+            remedy=f"choose one of {', '.join(ATTENTION_MODELS)}, or set the soft weight to 0",
+        )
+
+
+def _step(
+    settings: TrainSettings,
+    split: FoldIndices,
+    labels: NDArray[np.int64],
+    names: tuple[str, ...],
+    store: ResidentStore,
+    teacher: MILModel | None,
+    hr_store: FeatureStore | ResidentStore | None,
+) -> Step:
+    weights = class_weights(labels, split.train, names, balanced=settings.class_weights == "balanced").to(store.device)
+    if teacher is None or hr_store is None:
+        return plain_step(weights)
+    targets: TeacherTargets | None = None
+    if settings.loss.needs_teacher:
+        attention = settings.loss.soft > 0 or settings.loss.hard > 0
+        # Each HR tile is read once, so it stays in its stored type and place unless it fits on the device.
+        hr_resident = hr_store if isinstance(hr_store, ResidentStore) else hr_store.to_device(store.device)
+        targets = teacher_targets(
+            teacher, hr_resident, store, split.train, attention=attention, token_budget=settings.token_budget
+        )
+    return student_step(weights, settings.loss, targets)
+
+
+def _predict(model: MILModel, run: Run, cases: Sequence[str]) -> tuple[Prediction, ...]:
+    # From the features as stored, and in float32, whatever the training computed in: these logits are what figures and
+    # calibration are made of, and what predicting from the bags gives again.
+    exact = run.store.store.to_device(run.store.device, place="mapped")
+    found = []
+    for part, indices in (("val", run.split.val), ("test", run.split.test)):
+        logits = bag_logits(model, exact, indices, token_budget=run.settings.token_budget)
+        for i, row in zip(indices.tolist(), logits.tolist(), strict=True):
+            slide = run.store.store.slide_ids[i]
+            found.append(Prediction(slide, cases[i], part, int(run.labels[i]), tuple(row)))
+    bad = [p.slide_id for p in found if not np.isfinite(p.logits).all()]
+    if bad:
+        raise TrainingError(f"the logits of {bad[0]} are not finite", remedy="look for NaN in its features")
+    return tuple(found)
+
+
+def _card(
+    settings: TrainSettings,
+    names: tuple[str, ...],
+    store: FeatureStore,
+    predictions: Sequence[Prediction],
+    fold: str | None,
+    hashes: Mapping[str, str],
+    teacher: MILModel | None,
+) -> ModelCard:
+    by_part = {part: [p for p in predictions if p.part == part] for part in ("val", "test")}
+    val = by_part["val"]
+    temperature = fit_temperature([p.logits for p in val], [p.label for p in val]) if val else 1.0
+    metrics: dict[str, float] = {}
+    for part, rows in by_part.items():
+        if rows:
+            probabilities = softmax([p.logits for p in rows], temperature)
+            found = figures([p.label for p in rows], probabilities)
+            metrics |= {f"{part}_{name}": value for name, value in found.items()}
+    meta = store.meta
+    return ModelCard(
+        settings.model,
+        names,
+        encoder=meta.encoder,
+        weights_sha256=meta.weights_sha256,
+        level=meta.level,
+        mpp=meta.mpp,
+        tile_px=meta.tile_px,
+        temperature=temperature,
+        training=to_mapping(settings),
+        metrics=metrics,
+        fold=fold,
+        features_sha256=hashes.get("features", ""),
+        teacher={} if teacher is None else {"model": teacher.settings.name, "sha256": hashes.get("teacher", "")},
+        lrmil_version=lrmil.__version__,
+        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _weights_hash(model: MILModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
