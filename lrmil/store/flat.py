@@ -39,6 +39,8 @@ __all__ = ["STORE_DTYPES", "BagRecord", "FeatureStore", "StoreDtype", "StoreMeta
 StoreDtype = Literal["float16", "bfloat16", "float32"]
 STORE_DTYPES: tuple[StoreDtype, ...] = ("float16", "bfloat16", "float32")
 STORE_VERSION = 1
+FLOAT16_OVERFLOW = 65520.0
+"""From here on rounding to float16 gives infinity: its greatest value is 65504, the next would be 65536."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ def encode(values: NDArray[Any], dtype: StoreDtype, name: str = "features") -> N
         return encode_bfloat16(values, name)
     if dtype == "float16" and values.dtype != np.float16 and values.size:
         peak = max(float(values.max()), -float(values.min()))
-        if peak > np.finfo(np.float16).max:
+        if peak >= FLOAT16_OVERFLOW:
             raise StoreError(f"{name}: a feature of {peak:g} is beyond float16", remedy="use --dtype bfloat16")
     return values.astype(storage_dtype(dtype), copy=False)
 

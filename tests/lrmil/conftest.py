@@ -1,0 +1,79 @@
+"""Bags with known features for the tests of lrmil."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from wsi_pipe.bag import Bag, BagAttrs, BagLevel, Features, write_bag
+from wsi_pipe.geometry import TileGrid, TileSpec
+
+MPP_L0 = 0.25
+
+MakeBag = Callable[..., Path]
+
+
+def _grid(mpp: float, cells: NDArray[np.int32], parent: NDArray[np.int32] | None) -> TileGrid:
+    side = 256 * mpp / MPP_L0
+    return TileGrid(
+        TileSpec(mpp),
+        (mpp, mpp),
+        (0.0, 0.0),
+        (side, side),
+        (side, side),
+        cells,
+        np.ones(len(cells), np.float32),
+        parent,
+    )
+
+
+@pytest.fixture
+def make_bag(tmp_path: Path) -> MakeBag:
+    """Write a bag of this project's schema: LR tiles at 2 um/px with the given features and, on request, two levels
+    below, each tile with its four children at 1 um/px and their first child at 0.5."""
+
+    def make(
+        slide_id: str,
+        features: NDArray[np.floating],
+        *,
+        case_id: str = "",
+        encoder: str = "timm:some/net",
+        weights: str = "ab" * 32,
+        fingerprint: str = "",
+        deep: bool = False,
+        folder: str = "bags",
+    ) -> Path:
+        n = len(features)
+        cells = np.stack([np.arange(n) % 5, np.arange(n) // 5], axis=1).astype(np.int32)
+
+        def values(rows: NDArray[np.floating]) -> dict[str, Features]:
+            mark = fingerprint or f"fp-{slide_id}"
+            return {"net": Features(encoder, rows, weights, "MIT", "float32", "{}", mark)}
+
+        levels = [BagLevel(_grid(2.0, cells, None), values(features))]
+        if deep:
+            # Children in an order of their own, so that a parent index that is merely counted would be wrong.
+            order = np.random.default_rng(n).permutation(4 * n)
+            above = np.repeat(np.arange(n, dtype=np.int32), 4)[order]
+            quarter = np.tile(np.arange(4), n)[order]
+            middle = np.stack([2 * cells[above, 0] + quarter % 2, 2 * cells[above, 1] + quarter // 2], axis=1)
+            middle = middle.astype(np.int32)
+            levels.append(BagLevel(_grid(1.0, middle, above), values(features[above] + 100)))
+            fine = (2 * middle).astype(np.int32)
+            direct = np.arange(4 * n, dtype=np.int32)
+            levels.append(BagLevel(_grid(0.5, fine, direct), values(features[above] + 200)))
+        attrs = BagAttrs(
+            slide_id, case_id, f"/slides/{slide_id}.svs", "f" * 64, 100_000, 80_000, (MPP_L0, MPP_L0), "file", "aperio",
+            "tiff", "", "0.1.0", "2026-01-01T00:00:00Z", "done" if n else "empty", "" if n else "no tissue found",
+            "seg", "tile", "5x", "net",
+        )  # fmt: skip
+        path = tmp_path / folder / f"{slide_id}.h5"
+        path.parent.mkdir(exist_ok=True)
+        write_bag(path, Bag(attrs, tuple(levels)))
+        return path
+
+    return make
