@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_batches_hold_each_bag_once_within_the_budget(
     for batch in plan:
         assert len(batch) == 1 or lengths[batch].sum() <= budget
         assert most is None or len(batch) <= most
-    for one, following in zip(plan, plan[1:], strict=False):  # no batch is ended before it must be
+    for one, following in itertools.pairwise(plan):  # no batch is ended before it must be
         full = most is not None and len(one) == most
         assert full or lengths[one].sum() + lengths[following[0]] > budget
     again = plan_batches(lengths, indices, **arguments)  # type: ignore[arg-type]

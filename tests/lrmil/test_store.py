@@ -250,7 +250,7 @@ def test_resident_rows_equal_the_bags(dtype: str, place: str) -> None:
     store = FeatureStore.from_arrays(
         arrays,
         dtype=dtype,  # type: ignore[arg-type]
-        parents=[np.arange(len(a)) for a in arrays],  # type: ignore[arg-type]
+        parents=[np.arange(len(a)) for a in arrays],
     )
     resident = store.to_device("cpu", place=place)
     assert resident.placement == place
