@@ -227,7 +227,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return {str(k): _typed(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, str) and where.rpartition(".")[2].startswith("resolutions"):
-        return parse_resolution(value)
+        try:
+            return parse_resolution(value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error.message}", remedy=error.remedy) from error
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if (

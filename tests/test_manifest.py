@@ -1,0 +1,157 @@
+"""Slide lists: what is found, how slides are named, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from wsi_pipe.config import SegmentSettings, TileSettings
+from wsi_pipe.errors import ManifestError
+from wsi_pipe.manifest import SlideEntry, collect_slides, read_manifest, settings_of, write_manifest
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+def ids(entries: list[SlideEntry]) -> list[str]:
+    return [entry.slide_id for entry in entries]
+
+
+def test_folders_are_searched_for_slides_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("b/two.svs", "a one.ndpi", "b/c/🔬.tiff", "label.png", "notes.txt", ".hidden.svs", "b/Slidedat.ini"):
+        touch(tmp_path / name)
+    assert ids(collect_slides([str(tmp_path)])) == ["a one", "two", "🔬"]
+
+
+def test_a_named_file_is_taken_whatever_its_extension(tmp_path: Path) -> None:
+    assert ids(collect_slides([str(touch(tmp_path / "x.png")), "http://127.0.0.1:1/y.svs"])) == ["x", "y"]
+
+
+def test_one_file_given_twice_is_one_slide(tmp_path: Path) -> None:
+    path = str(touch(tmp_path / "a.svs"))
+    assert ids(collect_slides([path, path, str(tmp_path)])) == ["a"]
+
+
+def test_slides_of_one_name_get_different_ids(tmp_path: Path) -> None:
+    for name in ("p/1/s.svs", "p/2/s.svs", "q/2/s.svs", "q/t.svs"):
+        touch(tmp_path / name)
+    assert sorted(ids(collect_slides([str(tmp_path)]))) == ["1--s", "p--2--s", "q--2--s", "t"]
+
+
+def test_slides_that_differ_in_extension_alone_keep_it(tmp_path: Path) -> None:
+    for name in ("q/t.svs", "q/t.ndpi", "q/u.svs"):
+        touch(tmp_path / name)
+    assert ids(collect_slides([str(tmp_path)])) == ["t.ndpi", "t.svs", "u"]
+
+
+def test_ome_and_dicom_names(tmp_path: Path) -> None:
+    touch(tmp_path / "x.ome.tif")
+    touch(tmp_path / "case 7" / "level-0.dcm")
+    assert ids(collect_slides([str(tmp_path)])) == ["x", "case 7"]
+
+
+def test_links_that_lead_back_do_not_hang(tmp_path: Path) -> None:
+    touch(tmp_path / "a" / "x.svs")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    assert ids(collect_slides([str(tmp_path)])) == ["x"]
+
+
+def test_a_folder_named_like_a_slide_is_a_slide_that_will_fail(tmp_path: Path) -> None:
+    (tmp_path / "x.svs").mkdir()
+    assert ids(collect_slides([str(tmp_path / "x.svs")])) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (["nowhere"], "nowhere: no such file or folder"),
+        (["empty"], "no slides in this folder"),
+        ([], "no slides are given"),
+    ],
+)
+def test_nothing_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: list[str], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ManifestError, match=message):
+        collect_slides(sources)
+
+
+def write_csv(folder: Path, text: str) -> Path:
+    path = folder / "slides.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_csv(tmp_path: Path) -> None:
+    path = write_csv(
+        tmp_path,
+        "\ufeffslide, slide_id, case_id, mpp, mask, min_tissue, mask_mpp, allow_upsampling\n"
+        "in/a.svs,A,case-1,0.25,m.geojson,0.5,,yes\n"
+        '"/abs/b c.svs",,case-1,0.25x0.26,,,16,\n'
+        "s3://bucket/c.svs,,,,,,,\n",
+    )
+    first, second, third = read_manifest(path)
+    assert first == SlideEntry(
+        "A", str(tmp_path / "in/a.svs"), "case-1", (0.25, 0.25), str(tmp_path / "m.geojson"),
+        {"min_tissue": 0.5, "allow_upsampling": True},
+    )  # fmt: skip
+    assert (second.slide_id, second.case_id, second.mpp, second.path) == ("b c", "case-1", (0.25, 0.26), "/abs/b c.svs")
+    assert (third.slide_id, third.case_id, third.path) == ("c", "c", "s3://bucket/c.svs")
+    segment, tile = settings_of(second, SegmentSettings(), TileSettings())
+    assert (segment.mpp, tile) == (16.0, TileSettings())
+    assert settings_of(first, SegmentSettings(), TileSettings())[1].min_tissue == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path\na.svs\n", "has no column 'slide'"),
+        ("slide,colour\na.svs,red\n", "unknown column 'colour'; known columns are slide, slide_id, case_id, mpp, mask"),
+        ("slide,mpp,mpp\na.svs,1,1\n", "column 'mpp' stands twice"),
+        ("slide,mpp\na.svs,0.25\nb.svs,20x\n", "row 3: mpp '20x' is not a resolution; write um/px"),
+        ("slide,mpp\na.svs,-1\n", "row 2: mpp '-1'"),
+        ("slide,mpp\na.svs\n", "row 2: has fewer cells"),
+        ("slide\na.svs,b\n", "row 2: has more cells"),
+        ("slide\n,\n", "row 2"),
+        ("slide,slide_id\na.svs,\n,x\n", "row 3: the cell 'slide' is empty"),
+        ("slide,slide_id\na.svs,x/y\n", "row 2: the id 'x/y' cannot be a file name; use for example 'x_y'"),
+        ("slide,slide_id\na.svs,x\nb.svs,X\n", "two slides have the id 'X': .*a.svs and .*b.svs; give each its own id"),
+        ("slide,min_tissue\na.svs,lots\n", r"row 2: 'lots' is not a float \(column 'min_tissue'\)"),
+        ("slide,min_tissue\na.svs,7\n", r"row 2.*min_tissue 7.0 must lie between 0 and 1"),
+        ("slide,allow_upsampling\na.svs,perhaps\n", "row 2: 'perhaps' is not a bool"),
+        ("slide\n", "lists no slides"),
+    ],
+)
+def test_bad_csv_names_row_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ManifestError, match=message) as caught:
+        read_manifest(write_csv(tmp_path, text))
+    assert "slides.csv" in str(caught.value)
+
+
+def test_binary_is_no_csv(tmp_path: Path) -> None:
+    (tmp_path / "slides.csv").write_bytes(b"\xff\xfe\x00slide")
+    with pytest.raises(ManifestError, match="give a CSV in UTF-8"):
+        read_manifest(tmp_path / "slides.csv")
+
+
+NAMES = st.text(st.characters(categories=("L", "N", "So"), include_characters=" ,-_'"), min_size=1, max_size=12)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    names=st.lists(NAMES.map(str.strip).filter(bool), unique_by=str.casefold, min_size=1, max_size=5),
+    mpp=st.one_of(st.none(), st.tuples(st.floats(0.01, 50), st.floats(0.01, 50))),
+    tissue=st.one_of(st.none(), st.floats(0, 1)),
+)
+def test_round_trip(tmp_path: Path, names: list[str], mpp: tuple[float, float] | None, tissue: float | None) -> None:
+    overrides = {} if tissue is None else {"min_tissue": tissue}
+    entries = [SlideEntry(name, f"/slides/{name}.svs", f"case {name}", mpp, None, overrides) for name in names]
+    path = tmp_path / "written.csv"
+    write_manifest(path, entries)
+    assert read_manifest(path) == entries

@@ -1,0 +1,127 @@
+"""Checking what a job holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from wsi_pipe.bag import Bag, check_bag, read_attrs, read_bag
+from wsi_pipe.config import ExtractSettings, JobSettings
+from wsi_pipe.errors import BagError, ManifestError, WsiPipeError
+from wsi_pipe.job import JobPaths, load_settings, load_slides, read_outcomes
+from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
+from wsi_pipe.outcome import SlideOutcome
+
+__all__ = ["Finding", "verify_bags", "verify_job"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check says of one bag; no problems where it is right."""
+
+    slide_id: str
+    path: str
+    status: str
+    problems: tuple[str, ...] = ()
+
+
+def verify_bags(bags: Sequence[Path]) -> Iterator[Finding]:
+    """Check single bags: schema, shapes, finite features, parents, links."""
+    for path in bags:
+        problems = check_bag(path)
+        try:
+            attrs = read_attrs(path)
+            yield Finding(attrs.slide_id, str(path), attrs.status, tuple(problems))
+        except BagError:
+            yield Finding(path.stem, str(path), "unreadable", tuple(problems))
+
+
+def verify_job(root: Path) -> Iterator[Finding]:
+    """Check every slide of a job: its bag as ``verify_bags`` does, and that mask, grids and features belong together.
+
+    Slides that failed or are waiting are findings without problems of their own. Raises ManifestError when ``root``
+    is not a job.
+    """
+    paths = JobPaths(root)
+    entries, settings = load_slides(root), load_settings(root)
+    if not entries or settings is None:
+        raise ManifestError(f"{root}: is not a job directory", remedy="give the folder of wsi-pipe run, or bags")
+    outcomes = read_outcomes(root)
+    known = {entry.slide_id for entry in entries}
+    for slide_id in sorted(known):
+        yield _verify_slide(slide_id, paths, settings, outcomes.get(slide_id))
+    for path in sorted(paths.bags.glob("*.h5")) if paths.bags.is_dir() else []:
+        if path.stem not in known:
+            yield Finding(path.stem, str(path), "orphan", ("belongs to no slide of this job",))
+
+
+def _verify_slide(slide_id: str, paths: JobPaths, settings: JobSettings, outcome: SlideOutcome | None) -> Finding:
+    path = paths.bag(slide_id)
+    if not path.is_file():
+        if outcome is None:
+            return Finding(slide_id, str(path), "waiting")
+        if outcome.status == "failed":
+            return Finding(slide_id, str(path), "failed")
+        problems = ("has no bag though it was finished",) if "assemble" in outcome.seconds else ()
+        return Finding(slide_id, str(path), "missing" if problems else "waiting", problems)
+    problems_found = check_bag(path)
+    if problems_found:
+        return Finding(slide_id, str(path), "broken", tuple(problems_found))
+    bag = read_bag(path)
+    return Finding(slide_id, str(path), bag.attrs.status, tuple(_mismatches(bag, slide_id, paths, settings)))
+
+
+def _mismatches(bag: Bag, slide_id: str, paths: JobPaths, settings: JobSettings) -> Iterator[str]:
+    if bag.attrs.slide_id != slide_id:
+        yield f"is the bag of another slide, {bag.attrs.slide_id!r}"
+    stored = _stored_fingerprint(paths.tissue(slide_id))
+    if stored is not None and stored != bag.attrs.fingerprint_segment:
+        yield "was made from another tissue mask: run again"
+    try:
+        tiles = read_attrs(paths.tiles(slide_id)).fingerprint_tile
+        if tiles != bag.attrs.fingerprint_tile:
+            yield "was made from other grids: run again"
+    except BagError:
+        # Grids may be deleted once the bag holds them.
+        pass
+    yield from _foreign_features(bag, settings.extract, settings.reader)
+
+
+def _foreign_features(bag: Bag, extract: ExtractSettings, reader: str) -> Iterator[str]:
+    for level in bag.levels:
+        source = grid_fingerprint(bag.attrs.slide_fingerprint, level.grid)
+        have = {features.encoder for features in level.features.values()}
+        lacking = [name for name in extract.encoders_of(level.grid.label) if name not in have]
+        if lacking:
+            yield f"{level.grid.label}: lacks the features of {', '.join(lacking)}: run again"
+        for slug, features in level.features.items():
+            expected = features_fingerprint(
+                source,
+                reader,
+                encoder=features.encoder,
+                weights_sha256=features.weights_sha256,
+                precision=features.precision,
+                transform=json.loads(features.transform),
+                dim=features.values.shape[1],
+                layers=extract.layers,
+                dtype=extract.dtype,
+            )
+            if expected != features.fingerprint:
+                yield f"{level.grid.label}: features of {slug} belong to another slide, grid or setting: run again"
+
+
+def _stored_fingerprint(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_bytes())["wsi_pipe"]["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_job(path: Path) -> bool:
+    """Whether a folder is a job directory."""
+    try:
+        return load_settings(path) is not None
+    except WsiPipeError:
+        return True

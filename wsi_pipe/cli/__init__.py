@@ -1,0 +1,106 @@
+"""The command line: each command parses, calls one library function, and prints.
+
+Commands load when they are called, so that ``wsi-pipe --help`` starts at once. Exit codes: 0 all done, 1 some slides
+failed or a check found something, 2 bad usage or nothing could be done, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from wsi_pipe import __version__
+from wsi_pipe.errors import WsiPipeError
+
+__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_USAGE", "LazyGroup", "main", "run_group"]
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "info": ("wsi_pipe.cli.info:info", "Show what slides are: size, levels, resolution, tiles."),
+    "plan": ("wsi_pipe.cli.plan:plan", "Say what a run would take, and what would fail, before it starts."),
+    "segment": ("wsi_pipe.cli.stages:segment", "Find tissue; write GeoJSON masks and pictures."),
+    "tile": ("wsi_pipe.cli.stages:tile", "Lay aligned tile grids at one or more resolutions."),
+    "extract": ("wsi_pipe.cli.stages:extract", "Compute the features of all tiles."),
+    "assemble": ("wsi_pipe.cli.stages:assemble", "Put grids and features together in one bag a slide."),
+    "run": ("wsi_pipe.cli.stages:run", "All four stages in one go; run again, it does what is missing."),
+    "status": ("wsi_pipe.cli.care:status", "Show how far a job is."),
+    "verify": ("wsi_pipe.cli.care:verify", "Check every bag of a job, or single bags."),
+    "benchmark": ("wsi_pipe.cli.benchmark:benchmark", "Measure what low resolution saves, stage by stage."),
+    "encoders": ("wsi_pipe.cli.encoders:encoders", "List encoders, and which can load now."),
+    "demo": ("wsi_pipe.cli.demo:demo", "Make a small labelled cohort and run everything on it."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called; ``table``: name -> ("module:attribute", short help)."""
+
+    def __init__(self, *args: Any, table: dict[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.table = table
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table, which is the order of work."""
+        return list(self.table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name not in self.table:
+            return None
+        module, attribute = self.table[cmd_name][0].split(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, from the table alone."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in self.table.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    table=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Start with: wsi-pipe demo. Exit codes: 0 all done, 1 some failed, 2 bad usage, 130 interrupted.",
+)
+@click.version_option(__version__, prog_name="wsi-pipe")
+def group() -> None:
+    """Whole-slide images to verified multi-resolution feature bags.
+
+    SLIDES on any command are files, folders (searched through), URLs, or a CSV with a column 'slide'.
+    """
+
+
+def run_group(command: click.Group, name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a group and turn what it raises into one line on standard error and an exit code."""
+    try:
+        result = command.main(args=arguments, prog_name=name, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(f"{name}: interrupted; run the same command again to go on", err=True)
+        return EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return EXIT_USAGE
+    except WsiPipeError as error:
+        click.echo(f"{name}: error: {error}", err=True)
+        return EXIT_USAGE
+    except BrokenPipeError:
+        # The reader of our output (head, less) is gone; Python's own flush at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run_group(group, "wsi-pipe"))

@@ -1,0 +1,62 @@
+"""``wsi-pipe info``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from wsi_pipe.cli import EXIT_FAILED
+from wsi_pipe.cli.display import print_json, print_table
+from wsi_pipe.cli.options import RESOLUTION, collect_entries, slide_options
+from wsi_pipe.config import TileSettings
+from wsi_pipe.geometry import level_label
+
+__all__ = ["info"]
+
+
+@click.command()
+@slide_options
+@click.option(
+    "-r",
+    "--resolution",
+    "resolutions",
+    type=RESOLUTION,
+    multiple=True,
+    metavar="RES",
+    help="Count tiles here.  [20x, 5x]",
+)
+@click.option("--tile-px", type=click.IntRange(8), default=256, show_default=True, help="Side of a tile in pixels.")
+@click.option("--properties", is_flag=True, help="With --json: all metadata of the files.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(resolutions: tuple[float, ...], tile_px: int, properties: bool, as_json: bool, **values: Any) -> int:
+    """Show what SLIDES are: vendor, reader and why, size, levels, mpp and its source, tiles that cover the slide."""
+    from wsi_pipe.job.describe import describe_slide
+
+    settings = TileSettings(resolutions=resolutions or TileSettings().resolutions, tile_px=tile_px)
+    found = [
+        describe_slide(entry, settings, values["reader"] or "auto", properties=properties)
+        for entry in collect_entries(values)
+    ]
+    if as_json:
+        print_json(found)
+    else:
+        labels = [level_label(mpp) for mpp in sorted(settings.resolutions)]
+        columns = {"slide": "left", "vendor": "left", "reader": "left", "size": "right", "levels": "left"}
+        columns |= {"mpp": "left", "from": "left"} | {f"tiles {label}": "right" for label in labels}
+        print_table(columns, (_row(item, labels) for item in found if "error" not in item))
+        for item in found:
+            if "error" in item:
+                click.echo(f"{item['slide_id']}: {item['error']}", err=True)
+            else:
+                click.echo(f"{item['slide_id']}: read by {item['reader']}: {item['reader_reason']}")
+    return EXIT_FAILED if any("error" in item for item in found) else 0
+
+
+def _row(item: dict[str, Any], labels: list[str]) -> list[str]:
+    mpp = item["mpp"]
+    shown = "unknown" if mpp is None else f"{mpp[0]:.4g}" if mpp[0] == mpp[1] else f"{mpp[0]:.4g} x {mpp[1]:.4g}"
+    levels = ", ".join(f"{level['downsample'][0]:g}" for level in item["levels"])
+    row = [item["slide_id"], item["vendor"], item["reader"], f"{item['width']:,} x {item['height']:,}", levels]
+    tiles = (item["tiles"].get(label) for label in labels)
+    return [*row, shown, item["mpp_source"], *("-" if n is None else f"{n:,}" for n in tiles)]

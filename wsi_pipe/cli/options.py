@@ -1,0 +1,340 @@
+"""Options that several commands share, and the settings made of them.
+
+An option that is not given is None: then the settings file, the job's own settings or the default decide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from wsi_pipe.config import ExtractSettings, JobSettings, SegmentSettings, TileSettings, load_toml
+from wsi_pipe.errors import ConfigError, ManifestError
+from wsi_pipe.geometry import level_label, parse_resolution
+from wsi_pipe.job.record import load_settings, load_slides
+from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, collect_slides
+
+__all__ = [
+    "collect_entries",
+    "extract_options",
+    "job_option",
+    "parse_mpp",
+    "segment_options",
+    "settings_from",
+    "slide_options",
+    "tile_options",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Resolution(click.ParamType[float]):
+    """A resolution such as 20x or 0.5um, as um/px."""
+
+    name = "RES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse, or fail with the remedy."""
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_resolution(str(value))
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+RESOLUTION = Resolution()
+
+
+def _stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+def slide_options(function: F) -> F:
+    """SLIDES and what is known of them."""
+    return _stack(
+        click.argument("sources", metavar="[SLIDES]...", nargs=-1),
+        click.option(
+            "--slides",
+            "manifest",
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            metavar="CSV",
+            help="Slide list with the columns slide, slide_id, case_id, mpp, mask and per-slide settings.",
+        ),
+        click.option(
+            "--slide-mpp",
+            metavar="UM",
+            help="Resolution of level 0 in um/px where a slide does not state it: X or XxY.",
+        ),
+        click.option(
+            "--reader",
+            type=click.Choice(["auto", "tiff", "openslide", "image"]),
+            help="Which reader opens slides.  [auto]",
+        ),
+    )(function)
+
+
+def job_option(function: F) -> F:
+    """The job directory and the settings file."""
+    return _stack(
+        click.option(
+            "-o",
+            "--out",
+            "job",
+            type=click.Path(path_type=Path, file_okay=False),
+            required=True,
+            metavar="JOB",
+            help="Job directory; made if it is not there. Settings not given here are those it was made with.",
+        ),
+        click.option(
+            "--config",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="TOML",
+            help="Settings file, as config.toml of a job.",
+        ),
+        click.option("--only", multiple=True, metavar="ID", help="Just this slide; repeatable."),
+        click.option("--limit", type=click.IntRange(1), metavar="N", help="Just the first N slides."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    )(function)
+
+
+def segment_options(function: F) -> F:
+    """One option for every segment setting, and --mask."""
+    hints = typing.get_type_hints(SegmentSettings)
+    options = [
+        click.option(
+            "--mask",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="GEOJSON",
+            help="Use this mask (level-0 pixels, as QuPath exports it) in place of finding tissue; for one slide.",
+        )
+    ]
+    for column, (stage, name) in SETTING_COLUMNS.items():
+        if stage != "segment":
+            continue
+        item = next(f for f in dataclasses.fields(SegmentSettings) if f.name == name)
+        text = str(item.metadata.get("help", "")) or name.replace("_", " ")
+        flag = "--" + column.replace("_", "-")
+        shown = f"{text}  [{_shown(item.default)}]"
+        if hints[name] is bool:
+            options.append(click.option(f"{flag}/--no-{flag[2:]}", f"segment_{name}", default=None, help=shown))
+        else:
+            choices = item.metadata.get("choices")
+            kind: Any = click.Choice(list(choices)) if choices else hints[name]
+            options.append(click.option(flag, f"segment_{name}", type=kind, help=shown))
+    return _stack(*options)(function)
+
+
+def _shown(default: object) -> str:
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def tile_options(function: F) -> F:
+    """What grids are laid."""
+    return _stack(
+        click.option(
+            "-r",
+            "--resolution",
+            "resolutions",
+            type=RESOLUTION,
+            multiple=True,
+            metavar="RES",
+            help="Resolution of a grid, such as 20x or 0.5um; repeatable.  [20x, 5x]",
+        ),
+        click.option("--tile-px", "tile_tile_px", type=click.IntRange(8), help="Side of a tile in pixels.  [256]"),
+        click.option("--overlap", "tile_overlap_px", type=click.IntRange(0), help="Pixels that neighbours share.  [0]"),
+        click.option(
+            "--min-tissue",
+            "tile_min_tissue",
+            type=click.FloatRange(0, 1),
+            help="Tissue fraction from which a judging cell counts.  [0.25]",
+        ),
+        click.option("--judge-um", "tile_judge_um", type=float, help="Side of a judging cell in um.  [128]"),
+        click.option(
+            "--mpp-tolerance",
+            "tile_mpp_tolerance",
+            type=click.FloatRange(0, 0.25, max_open=True),
+            help="Cut at the slide's own scale when it is this near (relative) to what is asked for.  [0.025]",
+        ),
+        click.option(
+            "--allow-upsampling/--no-allow-upsampling",
+            "tile_allow_upsampling",
+            default=None,
+            help="Serve resolutions that the slide does not have.  [off: more than 10 % finer is an error]",
+        ),
+    )(function)
+
+
+def extract_options(function: F) -> F:
+    """Which features, and on what."""
+    return _stack(
+        click.option(
+            "-e",
+            "--encoder",
+            "encoders",
+            multiple=True,
+            metavar="[RES=]NAME",
+            help="Encoder for all resolutions, or for one (5x=NAME); repeatable. See wsi-pipe encoders.  [texture]",
+        ),
+        click.option("--layers", metavar="N,N", help="Store the CLS of these ViT blocks too."),
+        click.option(
+            "--dtype", "extract_dtype", type=click.Choice(["float16", "float32"]), help="Of stored features.  [float16]"
+        ),
+        click.option(
+            "--precision",
+            "extract_precision",
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            help="Of the encoder's arithmetic.  [auto: half where the hardware has it]",
+        ),
+        click.option("--devices", metavar="DEV,DEV", help="cpu, cuda:0, several with commas, or auto.  [auto]"),
+        click.option(
+            "--batch-size", "extract_batch_size", type=click.IntRange(1), help="Tiles a batch.  [found by trial]"
+        ),
+        click.option("--compile/--no-compile", "extract_compile", default=None, help="Use torch.compile.  [off]"),
+        click.option(
+            "--read-threads", "extract_read_threads", type=click.IntRange(1), help="Reading threads.  [cores]"
+        ),
+        click.option(
+            "--memory", "extract_memory_mib", type=click.IntRange(64), metavar="MIB", help="Budget for tiles.  [2048]"
+        ),
+        click.option(
+            "--random-weights/--no-random-weights",
+            "extract_random_weights",
+            default=None,
+            help="Do not load weights: for timing and tests.  [off]",
+        ),
+    )(function)
+
+
+def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | None) -> JobSettings:
+    """Settings from options, over the settings file, over the job's own, over the defaults.
+
+    Raises ConfigError when one is refused.
+    """
+    base = load_toml(JobSettings, config) if config else (job and load_settings(job)) or JobSettings()
+    parts: dict[str, dict[str, Any]] = {"segment": {}, "tile": {}, "extract": {}}
+    for name, value in values.items():
+        stage, _, item = name.partition("_")
+        if stage in parts and item and value is not None:
+            parts[stage][item] = value
+    if values.get("resolutions"):
+        parts["tile"]["resolutions"] = tuple(values["resolutions"])
+    if values.get("encoders"):
+        parts["extract"]["encoders"] = parse_encoders(values["encoders"])
+    if values.get("devices"):
+        parts["extract"]["devices"] = tuple(part.strip() for part in values["devices"].split(","))
+    if values.get("layers"):
+        parts["extract"]["layers"] = _layers(values["layers"])
+    try:
+        settings = dataclasses.replace(
+            base,
+            segment=_replaced(base.segment, parts["segment"]),
+            tile=_replaced(base.tile, parts["tile"]),
+            extract=_replaced(base.extract, parts["extract"]),
+            reader=values.get("reader") or base.reader,
+        )
+    except TypeError as error:
+        raise ConfigError(f"options: {error}") from error
+    _check_encoder_levels(settings)
+    return settings
+
+
+T = TypeVar("T", SegmentSettings, TileSettings, ExtractSettings)
+
+
+def _replaced(base: T, changes: Mapping[str, Any]) -> T:
+    return dataclasses.replace(base, **changes) if changes else base
+
+
+def parse_encoders(given: tuple[str, ...] | list[str]) -> dict[str, tuple[str, ...]]:
+    """``("a", "5x=b")`` as ``{"*": ("a",), "5x": ("b",)}``; a resolution may be written 20x or 0.5um."""
+    found: dict[str, list[str]] = {}
+    for text in given:
+        head, sign, name = text.partition("=")
+        label = "*"
+        if sign:
+            try:
+                label = level_label(parse_resolution(head))
+            except ConfigError:
+                # A model's own name or path may hold an equals sign.
+                name = text
+        else:
+            name = text
+        if not name.strip():
+            raise ConfigError(f"--encoder {text!r} names no encoder", remedy="write NAME or 5x=NAME")
+        found.setdefault(label, []).append(name.strip())
+    return {label: tuple(dict.fromkeys(names)) for label, names in found.items()}
+
+
+def _check_encoder_levels(settings: JobSettings) -> None:
+    labels = [spec.label for spec in settings.tile.specs]
+    for label in settings.extract.encoders:
+        if label != "*" and label not in labels:
+            raise ConfigError(
+                f"an encoder is given for {label}, but the grids are {', '.join(labels)}",
+                remedy=f"add -r {label}, or name one of the grids",
+            )
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"--layers {text!r} is not a list of numbers", remedy="write for example --layers 0,1,10"
+        ) from error
+
+
+def parse_mpp(text: str | None) -> tuple[float, float] | None:
+    """``--slide-mpp`` as (x, y) um/px. Raises ConfigError when it is not one or two numbers above zero."""
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.lower().split("x")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 2) or not all(0 < v < 1000 for v in values):
+        raise ConfigError(
+            f"--slide-mpp {text!r} is not a resolution", remedy="write um/px such as 0.2527, or 0.25x0.26"
+        )
+    return (values[0], values[-1])
+
+
+def collect_entries(values: Mapping[str, Any], job: Path | None = None) -> list[SlideEntry]:
+    """The slides that a command is to work on: those named, or those that the job holds already.
+
+    Raises ManifestError or ConfigError.
+    """
+    sources, manifest = values["sources"], values["manifest"]
+    if sources or manifest:
+        entries = collect_slides(sources, manifest)
+    else:
+        entries = load_slides(job) if job else []
+        if not entries:
+            raise ManifestError("no slides are given", remedy="name slide files, folders, URLs or a CSV")
+    mpp = parse_mpp(values.get("slide_mpp"))
+    if mpp:
+        entries = [dataclasses.replace(entry, mpp=entry.mpp or mpp) for entry in entries]
+    if values.get("mask"):
+        if len(entries) != 1:
+            raise ConfigError(
+                f"--mask is for one slide, {len(entries)} are given", remedy="use the column mask of a CSV (--slides)"
+            )
+        entries = [dataclasses.replace(entries[0], mask=str(values["mask"]))]
+    if values.get("only"):
+        wanted = set(values["only"])
+        unknown = wanted - {entry.slide_id for entry in entries}
+        if unknown:
+            raise ManifestError(f"no slide has the id {', '.join(sorted(unknown))}", remedy="see wsi-pipe info for ids")
+        entries = [entry for entry in entries if entry.slide_id in wanted]
+    return entries[: values["limit"]] if values.get("limit") else entries

@@ -1,0 +1,181 @@
+"""``wsi-pipe segment``, ``tile``, ``extract``, ``assemble`` and ``run``: each takes slides up to its stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wsi_pipe.cli import EXIT_FAILED
+from wsi_pipe.cli.display import RunDisplay, print_json, print_outcomes
+from wsi_pipe.cli.options import (
+    collect_entries,
+    extract_options,
+    job_option,
+    segment_options,
+    settings_from,
+    slide_options,
+    tile_options,
+)
+from wsi_pipe.config import JobSettings, to_mapping
+from wsi_pipe.errors import JobError
+from wsi_pipe.job import JobPaths, open_job, read_outcomes
+from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.outcome import SlideOutcome, Stage
+
+__all__ = ["assemble", "extract", "run", "segment", "tile"]
+
+
+def _run_until(
+    until: Stage, values: dict[str, Any], after: Callable[[JobPaths, JobSettings], None] | None = None
+) -> int:
+    """Parse, process, print; the exit code."""
+    from wsi_pipe.job.run import process
+
+    job: Path = values["job"]
+    settings = settings_from(values, job, values["config"])
+    entries = collect_entries(values, job)
+    encoders = None
+    if until in ("extract", "assemble"):
+        from wsi_pipe.job.run import load_encoders
+
+        encoders = load_encoders(settings)
+    paths = open_job(job, settings, entries)
+    outcomes: list[SlideOutcome] = []
+    start = time.perf_counter()
+    stopped: JobError | None = None
+    with RunDisplay(len(entries), quiet=values["as_json"]) as display:
+        results = process(
+            entries,
+            settings,
+            paths,
+            until=until,
+            encoders=encoders,
+            keep_features=values.get("keep_features", True),
+            progress=display.progress,
+        )
+        try:
+            for outcome in results:
+                outcomes.append(outcome)
+                display.finished(outcome)
+        except JobError as error:
+            stopped = error
+    if after and not stopped:
+        after(paths, settings)
+    _print(values["as_json"], settings, entries, outcomes, time.perf_counter() - start)
+    if stopped:
+        click.echo(f"wsi-pipe: error: {stopped}", err=True)
+    return EXIT_FAILED if stopped or any(outcome.status == "failed" for outcome in outcomes) else 0
+
+
+def _print(
+    as_json: bool, settings: JobSettings, entries: list[SlideEntry], outcomes: list[SlideOutcome], seconds: float
+) -> None:
+    if as_json:
+        print_json(
+            {
+                "settings": to_mapping(settings),
+                "slides": len(entries),
+                "seconds": seconds,
+                "outcomes": [outcome.to_json() for outcome in outcomes],
+            }
+        )
+    else:
+        print_outcomes(outcomes, seconds)
+
+
+@click.command()
+@slide_options
+@job_option
+@segment_options
+def segment(**values: Any) -> int:
+    """Find tissue on SLIDES; write a GeoJSON mask and a picture of each into JOB.
+
+    Masks lie in JOB/tissue, in level-0 pixels, as QuPath opens them. Give an edited one back with --mask, or in the
+    column mask of a CSV.
+    """
+    return _run_until("segment", values)
+
+
+@click.command()
+@slide_options
+@job_option
+@segment_options
+@tile_options
+@click.option("--save-tiles", type=click.Choice(["png", "jpg"]), help="Write tiles as images too, to look at.")
+@click.option("--save-most", type=click.IntRange(1), default=200, show_default=True, help="At most so many a grid.")
+def tile(save_tiles: str | None, save_most: int, **values: Any) -> int:
+    """Lay aligned tile grids on SLIDES at every resolution asked for; write them and a picture into JOB.
+
+    Slides that have no mask yet are segmented first.
+    """
+    if not save_tiles:
+        return _run_until("tile", values)
+
+    def save(paths: JobPaths, settings: JobSettings) -> None:
+        from wsi_pipe.job.images import save_tile_images
+
+        for entry in collect_entries(values, paths.root):
+            if paths.tiles(entry.slide_id).is_file():
+                save_tile_images(entry, settings, paths, save_tiles, save_most)
+
+    return _run_until("tile", values, save)
+
+
+@click.command()
+@slide_options
+@job_option
+@segment_options
+@tile_options
+@extract_options
+def extract(**values: Any) -> int:
+    """Compute the features of all tiles of SLIDES into JOB/features.
+
+    Slides without mask or grids get them first; features that JOB has already are not computed again.
+    """
+    return _run_until("extract", values)
+
+
+@click.command()
+@slide_options
+@job_option
+@segment_options
+@tile_options
+@extract_options
+@click.option("--keep-features", is_flag=True, help="Keep JOB/features once the bags hold them.")
+def assemble(**values: Any) -> int:
+    """Put grids and features together: one verified HDF5 bag a slide in JOB/bags.
+
+    Whatever is missing of the earlier stages is done first.
+    """
+    return _run_until("assemble", values)
+
+
+@click.command()
+@slide_options
+@job_option
+@segment_options
+@tile_options
+@extract_options
+@click.option("--keep-features", is_flag=True, help="Keep JOB/features once the bags hold them.")
+@click.option("--report/--no-report", default=True, show_default=True, help="Write JOB/report.html.")
+def run(report: bool, **values: Any) -> int:
+    """Segment, tile, extract and assemble SLIDES into JOB.
+
+    Run again, it does only what is missing or stale: a bag counts as done when it is valid and was made from the same
+    slide with the same settings and weights.
+
+    \b
+    wsi-pipe run archive/ -o job
+    wsi-pipe run archive/ -o job -r 20x -r 5x -e 20x=uni -e 5x=lr.safetensors
+    """
+
+    def write(paths: JobPaths, settings: JobSettings) -> None:
+        from wsi_pipe.report import write_report
+
+        write_report(paths.root, list(read_outcomes(paths.root).values()), settings)
+
+    return _run_until("assemble", values, write if report else None)

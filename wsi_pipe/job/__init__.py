@@ -1,0 +1,8 @@
+"""The four stages as tasks, composed into a run."""
+
+from __future__ import annotations
+
+from wsi_pipe.job.paths import JobPaths
+from wsi_pipe.job.record import append_outcome, load_settings, load_slides, open_job, read_outcomes
+
+__all__ = ["JobPaths", "append_outcome", "load_settings", "load_slides", "open_job", "read_outcomes"]

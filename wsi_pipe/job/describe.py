@@ -1,0 +1,71 @@
+"""What a slide is, as JSON-able values."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from wsi_pipe.config import TileSettings
+from wsi_pipe.errors import ResolutionError, WsiPipeError
+from wsi_pipe.geometry import Pyramid, TissueMask
+from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.tiling import plan_grids
+
+__all__ = ["describe_slide", "tiles_over_all"]
+
+
+def describe_slide(
+    entry: SlideEntry, settings: TileSettings, reader: str, *, properties: bool = False
+) -> dict[str, Any]:
+    """Facts about one slide; a slide that cannot be opened gives ``error`` and ``remedy`` in place of them.
+
+    tiles: by level label, how many tiles cover the whole slide, tissue or not; None where the slide is too coarse.
+    """
+    base: dict[str, Any] = {"slide_id": entry.slide_id, "path": entry.path}
+    try:
+        slide = open_entry(entry, reader)
+    except WsiPipeError as error:
+        return base | {"error": str(error), "remedy": error.remedy}
+    try:
+        facts, pyramid = slide.info, slide.pyramid
+        base |= {
+            "vendor": facts.vendor,
+            "reader": facts.reader,
+            "reader_reason": facts.reader_reason,
+            "width": pyramid.size_l0[0],
+            "height": pyramid.size_l0[1],
+            "levels": [
+                {"width": level.size_px[0], "height": level.size_px[1], "downsample": list(level.downsample)}
+                for level in pyramid.levels
+            ],
+            "mpp": list(pyramid.mpp) if pyramid.mpp else None,
+            "mpp_source": facts.mpp_source,
+            "objective_power": facts.objective_power,
+            "icc_bytes": len(facts.icc) if facts.icc else 0,
+            "bounds": list(facts.bounds_l0) if facts.bounds_l0 else None,
+            "fingerprint": facts.fingerprint,
+            "tiles": tiles_over_all(pyramid, settings),
+        }
+        return base | ({"properties": dict(facts.properties)} if properties else {})
+    finally:
+        slide.close()
+
+
+def tiles_over_all(pyramid: Pyramid, settings: TileSettings) -> dict[str, int | None]:
+    """Tiles that cover the whole slide at each resolution by itself, by label; None where the slide is too coarse or
+    states no resolution."""
+    everything = TissueMask(np.ones((1, 1), bool), (float(pyramid.size_l0[0]), float(pyramid.size_l0[1])))
+    counts: dict[str, int | None] = {}
+    for spec in settings.specs:
+        if pyramid.mpp is None:
+            counts[spec.label] = None
+            continue
+        alone = dataclasses.replace(settings, resolutions=(spec.mpp,), min_tissue=0.0)
+        try:
+            counts[spec.label] = len(plan_grids(pyramid, everything, alone)[0])
+        except ResolutionError:
+            counts[spec.label] = None
+    return counts

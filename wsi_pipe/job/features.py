@@ -1,0 +1,189 @@
+"""The last two stages of one slide: which features are missing, and the bag made of those that are there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from wsi_pipe.bag import (
+    Bag,
+    BagAttrs,
+    BagLevel,
+    Features,
+    read_attrs,
+    read_bag,
+    read_feature_file,
+    read_feature_header,
+    write_bag,
+    write_feature_file,
+)
+from wsi_pipe.bag.read import open_bag
+from wsi_pipe.config import ExtractSettings
+from wsi_pipe.encoders.base import EncoderInfo
+from wsi_pipe.errors import BagError
+from wsi_pipe.extract import SlideFeatures
+from wsi_pipe.geometry import TileGrid
+from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
+from wsi_pipe.job.paths import JobPaths
+from wsi_pipe.job.prepare import Prepared, utc_now
+
+__all__ = ["Wanted", "assemble", "missing_features", "store_features", "wanted_features"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """One encoder's features of one grid, as the settings want them; fingerprint tells them from any other."""
+
+    label: str
+    info: EncoderInfo
+    fingerprint: str
+
+
+def wanted_features(
+    prepared: Prepared, settings: ExtractSettings, encoders: Mapping[str, EncoderInfo], reader: str
+) -> list[Wanted]:
+    """What the settings want of a slide, coarsest grid first, encoders in the order given."""
+    wanted = []
+    for grid in prepared.grids:
+        source = grid_fingerprint(prepared.attrs.slide_fingerprint, grid)
+        for name in settings.encoders_of(grid.label):
+            info = encoders[name]
+            own = features_fingerprint(
+                source,
+                reader,
+                encoder=info.name,
+                weights_sha256=info.weights_sha256,
+                precision=info.precision,
+                transform=info.transform,
+                dim=info.dim,
+                layers=settings.layers,
+                dtype=settings.dtype,
+            )
+            wanted.append(Wanted(grid.label, info, own))
+    return wanted
+
+
+def missing_features(prepared: Prepared, wanted: Iterable[Wanted], paths: JobPaths) -> list[Wanted]:
+    """Those of ``wanted`` that are neither in the slide's bag nor in a feature file of their own."""
+    wanted = list(wanted)
+    held = _bag_fingerprints(prepared, paths)
+    return [item for item in wanted if item.fingerprint not in held and not _file_holds(prepared, item, paths)]
+
+
+def _bag_fingerprints(prepared: Prepared, paths: JobPaths) -> set[str]:
+    """Fingerprints of the features in the slide's bag."""
+    try:
+        with open_bag(paths.bag(prepared.entry.slide_id)) as file:
+            groups = [group["features"] for group in file["levels"].values() if "features" in group]
+            return {str(data.attrs["fingerprint"]) for group in groups for data in group.values()}
+    except BagError:
+        return set()
+
+
+def _file_holds(prepared: Prepared, item: Wanted, paths: JobPaths) -> bool:
+    try:
+        header = read_feature_header(paths.features(prepared.entry.slide_id, item.label, item.info.slug))
+        return header.fingerprint == item.fingerprint
+    except BagError:
+        return False
+
+
+def store_features(prepared: Prepared, computed: SlideFeatures, wanted: Iterable[Wanted], paths: JobPaths) -> None:
+    """Write what the engine computed, one file an encoder and grid. Raises OutputError when it cannot be written."""
+    for item in wanted:
+        values = computed.features.get(item.label, {}).get(item.info.slug)
+        if values is None:
+            continue
+        layers = computed.layers.get(item.label, {}).get(item.info.slug, {})
+        features = Features(
+            encoder=item.info.name,
+            values=values,
+            weights_sha256=item.info.weights_sha256,
+            licence=item.info.licence,
+            precision=item.info.precision,
+            transform=json.dumps(item.info.transform, sort_keys=True),
+            fingerprint=item.fingerprint,
+            layers={str(block): data for block, data in layers.items()},
+        )
+        path = paths.features(prepared.entry.slide_id, item.label, item.info.slug)
+        write_feature_file(path, prepared.entry.slide_id, item.label, item.info.slug, features)
+
+
+def assemble(
+    prepared: Prepared, wanted: Iterable[Wanted], settings: ExtractSettings, paths: JobPaths, *, keep_features: bool
+) -> bool:
+    """Put grids and features together in the slide's bag; False where the bag was already right.
+
+    Features that the settings do not want any more leave the bag; attention stays where its grid is unchanged. The
+    feature files are removed once the bag holds them, unless ``keep_features``. Raises BagError when features are
+    missing, OutputError when the bag cannot be written.
+    """
+    wanted, slide_id = list(wanted), prepared.entry.slide_id
+    path = paths.bag(slide_id)
+    primary = next((item for item in wanted if item.label == prepared.attrs.primary_level), None)
+    attrs = dataclasses.replace(prepared.attrs, primary_encoder=primary.info.slug if primary else "")
+    if _is_right(attrs, {item.fingerprint for item in wanted}, prepared, paths):
+        _clean(slide_id, paths, keep_features)
+        return False
+    try:
+        old = read_bag(path)
+    except BagError:
+        old = None
+    old_features = {f.fingerprint: f for level in (old.levels if old else ()) for f in level.features.values()}
+    levels = []
+    for grid in prepared.grids:
+        own = {
+            item.info.slug: old_features.get(item.fingerprint) or _stored(prepared, item, grid, paths)
+            for item in wanted
+            if item.label == grid.label
+        }
+        levels.append(BagLevel(grid, own, _kept_attention(old, grid)))
+    write_bag(path, Bag(dataclasses.replace(attrs, created_utc=utc_now()), tuple(levels)))
+    _clean(slide_id, paths, keep_features)
+    return True
+
+
+def _is_right(attrs: BagAttrs, fingerprints: set[str], prepared: Prepared, paths: JobPaths) -> bool:
+    """Whether the slide's bag has these attributes, whenever it was made, and just these features."""
+    try:
+        stored = read_attrs(paths.bag(prepared.entry.slide_id))
+    except BagError:
+        return False
+    same = dataclasses.replace(stored, created_utc=attrs.created_utc) == attrs
+    return same and _bag_fingerprints(prepared, paths) == fingerprints
+
+
+def _stored(prepared: Prepared, item: Wanted, grid: TileGrid, paths: JobPaths) -> Features:
+    """Features from their file; (0, D) for a grid without tiles."""
+    if not len(grid):
+        info = item.info
+        return Features(
+            encoder=info.name,
+            values=np.zeros((0, info.dim), np.float16),
+            weights_sha256=info.weights_sha256,
+            licence=info.licence,
+            precision=info.precision,
+            transform=json.dumps(info.transform, sort_keys=True),
+            fingerprint=item.fingerprint,
+        )
+    path = paths.features(prepared.entry.slide_id, item.label, item.info.slug)
+    features = read_feature_file(path)
+    if features.fingerprint != item.fingerprint:
+        raise BagError(f"{path}: belongs to other settings", remedy="run wsi-pipe extract with the settings of now")
+    return features
+
+
+def _kept_attention(old: Bag | None, grid: TileGrid) -> Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+    for level in old.levels if old else ():
+        if level.grid.label == grid.label and np.array_equal(level.grid.cells, grid.cells):
+            return level.attention
+    return {}
+
+
+def _clean(slide_id: str, paths: JobPaths, keep_features: bool) -> None:
+    if not keep_features:
+        shutil.rmtree(paths.root / "features" / slide_id, ignore_errors=True)

@@ -1,0 +1,40 @@
+"""What makes features stale: fingerprints over the pixels that a grid cuts and over how they are encoded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from wsi_pipe.config import fingerprint
+from wsi_pipe.geometry import TileGrid
+
+__all__ = ["features_fingerprint", "grid_fingerprint"]
+
+EXTRACT_VERSION = 1
+"""Raised when a change to extraction changes its results."""
+
+
+def grid_fingerprint(slide_fingerprint: str, grid: TileGrid) -> str:
+    """SHA-256 over which pixels a grid's tiles hold: features of an unchanged grid stay valid when others change."""
+    content = hashlib.sha256(np.ascontiguousarray(grid.cells).tobytes()).hexdigest()
+    return fingerprint(slide_fingerprint, content, grid.spec.size_px, grid.origin_l0, grid.stride_l0, grid.tile_size_l0)
+
+
+def features_fingerprint(
+    source: str,
+    reader: str,
+    *,
+    encoder: str,
+    weights_sha256: str,
+    precision: str,
+    transform: Mapping[str, Any],
+    dim: int,
+    layers: Sequence[int],
+    dtype: str,
+) -> str:
+    """SHA-256 over a grid (``source``, see ``grid_fingerprint``) and everything that its features depend on."""
+    how = (encoder, weights_sha256, precision, transform, dim)
+    return fingerprint("extract", EXTRACT_VERSION, source, reader, how, tuple(layers), dtype)

@@ -1,0 +1,78 @@
+"""Where a job keeps its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["JobPaths"]
+
+
+@dataclass(frozen=True)
+class JobPaths:
+    """The files of a job directory, by slide id."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """Settings of the job, TOML."""
+        return self.root / "config.toml"
+
+    @property
+    def slides(self) -> Path:
+        """The slides of the job, CSV."""
+        return self.root / "slides.csv"
+
+    @property
+    def outcomes(self) -> Path:
+        """One JSON line for each slide finished, in the order of finishing; a later line of a slide replaces its
+        earlier one."""
+        return self.root / "outcomes.jsonl"
+
+    @property
+    def failures(self) -> Path:
+        """The slides that failed, CSV."""
+        return self.root / "failures.csv"
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return self.root / "report.html"
+
+    @property
+    def bags(self) -> Path:
+        """The folder of bags."""
+        return self.root / "bags"
+
+    def tissue(self, slide_id: str) -> Path:
+        """Tissue mask as GeoJSON."""
+        return self.root / "tissue" / f"{slide_id}.geojson"
+
+    def overview_picture(self, slide_id: str) -> Path:
+        """The bare overview, from which the other pictures are drawn."""
+        return self.root / "thumbnails" / f"{slide_id}.raw.jpg"
+
+    def tissue_picture(self, slide_id: str) -> Path:
+        """Overview with tissue contours."""
+        return self.root / "thumbnails" / f"{slide_id}.jpg"
+
+    def grid_picture(self, slide_id: str) -> Path:
+        """Overview with the grids."""
+        return self.root / "thumbnails" / f"{slide_id}.grid.jpg"
+
+    def tiles(self, slide_id: str) -> Path:
+        """Grids, in the schema of a bag without features."""
+        return self.root / "tiles" / f"{slide_id}.h5"
+
+    def tile_images(self, slide_id: str, label: str) -> Path:
+        """Folder of tiles written as images."""
+        return self.root / "tiles" / slide_id / label
+
+    def features(self, slide_id: str, label: str, slug: str) -> Path:
+        """One encoder's features of one grid, until the bag holds them."""
+        return self.root / "features" / slide_id / f"{label}.{slug}.h5"
+
+    def bag(self, slide_id: str) -> Path:
+        """The slide's bag."""
+        return self.bags / f"{slide_id}.h5"

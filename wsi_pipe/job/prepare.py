@@ -1,0 +1,265 @@
+"""The first two stages of one slide: tissue mask and grids, each done only when what is there does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsi_pipe import __version__
+from wsi_pipe.bag import Bag, BagAttrs, BagLevel, read_attrs, read_grids, write_bag
+from wsi_pipe.config import JobSettings, SegmentSettings, TileSettings, fingerprint
+from wsi_pipe.errors import BagError, MaskError, MissingMppError
+from wsi_pipe.files import write_text_atomically
+from wsi_pipe.geometry import FloatPair, TileGrid, TissueMask
+from wsi_pipe.job.paths import JobPaths
+from wsi_pipe.manifest import SlideEntry, settings_of
+from wsi_pipe.outcome import Stage
+from wsi_pipe.overview import Overview, read_overview
+from wsi_pipe.pictures import thumbnail_with_contours, thumbnail_with_grids, write_image
+from wsi_pipe.slides import open_slide
+from wsi_pipe.slides.base import Slide
+from wsi_pipe.tiling import plan_grids
+from wsi_pipe.tissue import find_tissue, mask_from_geojson, mask_to_geojson
+
+__all__ = ["Prepared", "StageClock", "open_entry", "prepare", "utc_now"]
+
+SEGMENT_VERSION = 1
+TILE_VERSION = 1
+"""Raised when a change to a stage changes its results, so that what older versions made counts as stale."""
+
+PICTURE_PX = 1024
+"""Longest side of the pictures in ``thumbnails/``."""
+
+GEOJSON_KEY = "wsi_pipe"
+"""Where a GeoJSON holds what belongs to the job: programs that edit it drop the key, which shows that it is theirs."""
+
+
+def utc_now() -> str:
+    """The time now, ISO 8601 in UTC to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class StageClock:
+    """Wall seconds by stage of one slide, and the stage it is in."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.stage: Stage = "open"
+
+    @contextmanager
+    def __call__(self, stage: Stage) -> Iterator[None]:
+        self.stage, start = stage, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A slide whose grids are known.
+
+    attrs: the root attributes of its bag to be. grids: coarsest first. cached: stages that were valid already.
+    counts: tissue area in mm2 and so on, for the outcome.
+    """
+
+    entry: SlideEntry
+    attrs: BagAttrs
+    grids: tuple[TileGrid, ...]
+    cached: tuple[str, ...] = ()
+    counts: dict[str, float] = field(default_factory=dict)
+
+
+def open_entry(entry: SlideEntry, reader: str, cache_dir: Path | None = None) -> Slide:
+    """The entry's slide, with the entry's mpp where it gives one."""
+    return open_slide(entry.path, reader=reader, mpp=entry.mpp, cache_dir=cache_dir)
+
+
+def prepare(
+    entry: SlideEntry, settings: JobSettings, paths: JobPaths, clock: StageClock, *, tile: bool = True
+) -> Prepared | None:
+    """Segment and tile one slide, as far as that is not done yet; None when only the mask was asked for.
+
+    Raises any SlideError, MaskError or OutputError of the two stages; ``clock.stage`` tells where.
+    """
+    segment_settings, tile_settings = settings_of(entry, settings.segment, settings.tile)
+    with clock("open"):
+        slide = open_entry(entry, settings.reader)
+    try:
+        with clock("segment"):
+            mask, segment_fingerprint, segment_cached = _segment(entry, slide, segment_settings, settings, paths)
+        if not tile:
+            return None
+        with clock("tile"):
+            prepared = _tile(entry, slide, mask, segment_fingerprint, tile_settings, paths)
+    finally:
+        slide.close()
+    if segment_cached:
+        prepared = dataclasses.replace(prepared, cached=("segment", *prepared.cached))
+    return prepared
+
+
+def _segment(
+    entry: SlideEntry, slide: Slide, settings: SegmentSettings, job: JobSettings, paths: JobPaths
+) -> tuple[TissueMask, str, bool]:
+    """The slide's mask, the stage's fingerprint, and whether it was there already."""
+    mpp = slide.pyramid.isotropic_mpp
+    if mpp is None:
+        raise MissingMppError(
+            f"{entry.path}: states no resolution",
+            remedy="give it with --slide-mpp X (um per level-0 pixel) or in the column mpp of a CSV",
+        )
+    given = _read_mask(Path(entry.mask)) if entry.mask else None
+    how = {"mask": given[1]} if given else {"settings": _plain_settings(settings)}
+    stage = fingerprint("segment", SEGMENT_VERSION, slide.info.fingerprint, mpp, job.reader, how)
+    path = paths.tissue(entry.slide_id)
+    scale_l0 = (settings.mpp / mpp[0], settings.mpp / mpp[1])
+    stored = _stored_mask(path, slide, stage)
+    if stored is not None:
+        return stored, stage, True
+    overview = read_overview(slide, settings.mpp)
+    if given:
+        mask = mask_from_geojson(given[0], slide.pyramid.size_l0, scale_l0)
+        if mask.is_empty and not mask.empty_reason:
+            mask = dataclasses.replace(mask, empty_reason=f"the mask {entry.mask} holds no area")
+    else:
+        mask = find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, settings)
+    data = dict(mask_to_geojson(mask))
+    data[GEOJSON_KEY] = {
+        **data.get(GEOJSON_KEY, {}),
+        "fingerprint": stage,
+        "slide_id": entry.slide_id,
+        "settings": how,
+        "tissue_um2": mask.area_um2(mpp),
+    }
+    _draw_tissue(entry, slide, overview, mask, paths)
+    write_text_atomically(path, json.dumps(data))
+    return mask, stage, False
+
+
+def _plain_settings(settings: SegmentSettings) -> dict[str, Any]:
+    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+
+
+def _read_mask(path: Path) -> tuple[dict[str, Any], str]:
+    """A GeoJSON and the SHA-256 of its bytes. Raises MaskError when it is not there or not JSON."""
+    try:
+        raw = path.read_bytes()
+        return json.loads(raw), hashlib.sha256(raw).hexdigest()
+    except OSError as error:
+        raise MaskError(f"{path}: {error.strerror or error}", remedy="give a GeoJSON file that can be read") from error
+    except ValueError as error:
+        raise MaskError(
+            f"{path}: is not JSON ({error})", remedy="export the annotations from QuPath as GeoJSON"
+        ) from error
+
+
+def _stored_mask(path: Path, slide: Slide, stage: str) -> TissueMask | None:
+    """The mask of an earlier run where its fingerprint fits.
+
+    Raises MaskError when another program changed the file: edits are the user's work and are not written over.
+    """
+    if not path.is_file():
+        return None
+    try:
+        data, _ = _read_mask(path)
+    except MaskError:
+        return None
+    own = data.get(GEOJSON_KEY) if isinstance(data, dict) else None
+    if not isinstance(own, dict):
+        raise MaskError(
+            f"{path}: was changed by another program",
+            remedy="move it elsewhere and give it with --mask or in the column mask of a CSV, or delete it",
+        )
+    if own.get("fingerprint") != stage:
+        return None
+    try:
+        scale = own["scale_l0"]
+        return mask_from_geojson(data, slide.pyramid.size_l0, (float(scale[0]), float(scale[1])))
+    except (MaskError, KeyError, TypeError, ValueError, IndexError):
+        return None
+
+
+def _draw_tissue(entry: SlideEntry, slide: Slide, overview: Overview, mask: TissueMask, paths: JobPaths) -> None:
+    write_image(paths.overview_picture(entry.slide_id), _shrunk(overview.rgb))
+    write_image(paths.tissue_picture(entry.slide_id), thumbnail_with_contours(overview.rgb, mask, overview.scale_l0))
+
+
+def _shrunk(rgb: Any) -> Any:
+    import cv2
+
+    longest = max(rgb.shape[:2])
+    if longest <= PICTURE_PX:
+        return rgb
+    factor = PICTURE_PX / longest
+    size = (max(round(rgb.shape[1] * factor), 1), max(round(rgb.shape[0] * factor), 1))
+    return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+
+
+def _tile(
+    entry: SlideEntry, slide: Slide, mask: TissueMask, segment: str, settings: TileSettings, paths: JobPaths
+) -> Prepared:
+    content = hashlib.sha256(np.packbits(mask.mask).tobytes() + repr((mask.mask.shape, mask.scale_l0)).encode())
+    stage = fingerprint("tile", TILE_VERSION, segment, content.hexdigest(), settings)
+    path = paths.tiles(entry.slide_id)
+    counts = {"tissue_mm2": mask.area_um2(_mpp(slide)) / 1e6}
+    try:
+        attrs = read_attrs(path)
+        if attrs.fingerprint_tile == stage and attrs.case_id == entry.case_id and attrs.slide_path == entry.path:
+            return Prepared(entry, attrs, read_grids(path), ("tile",), counts)
+    except BagError:
+        pass
+    grids = plan_grids(slide.pyramid, mask, settings)
+    tiles = sum(len(grid) for grid in grids)
+    reason = "" if tiles else mask.empty_reason or f"no tile has a tissue fraction of {settings.min_tissue:g} or more"
+    info = slide.info
+    attrs = BagAttrs(
+        slide_id=entry.slide_id,
+        case_id=entry.case_id,
+        slide_path=entry.path,
+        slide_fingerprint=info.fingerprint,
+        width_l0=slide.pyramid.size_l0[0],
+        height_l0=slide.pyramid.size_l0[1],
+        mpp_l0=slide.pyramid.mpp or _mpp(slide),
+        mpp_source=info.mpp_source,
+        vendor=info.vendor,
+        reader=info.reader,
+        icc=hashlib.sha256(info.icc).hexdigest() if info.icc else "",
+        wsi_pipe_version=__version__,
+        created_utc=utc_now(),
+        status="done" if tiles else "empty",
+        empty_reason=reason,
+        fingerprint_segment=segment,
+        fingerprint_tile=stage,
+        primary_level=grids[0].label,
+    )
+    write_bag(path, Bag(attrs, tuple(BagLevel(grid) for grid in grids)))
+    _draw_grids(entry, slide, grids, mask, paths)
+    return Prepared(entry, attrs, grids, (), counts)
+
+
+def _mpp(slide: Slide) -> FloatPair:
+    mpp = slide.pyramid.isotropic_mpp
+    assert mpp is not None, "the segment stage refuses slides without a resolution"
+    return mpp
+
+
+def _draw_grids(
+    entry: SlideEntry, slide: Slide, grids: tuple[TileGrid, ...], mask: TissueMask, paths: JobPaths
+) -> None:
+    import cv2
+
+    picture = cv2.imread(str(paths.overview_picture(entry.slide_id)), cv2.IMREAD_COLOR)
+    rgb = read_overview(slide).rgb if picture is None else cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+    scale_l0 = (slide.pyramid.size_l0[0] / rgb.shape[1], slide.pyramid.size_l0[1] / rgb.shape[0])
+    write_image(paths.grid_picture(entry.slide_id), thumbnail_with_grids(rgb, scale_l0, grids))

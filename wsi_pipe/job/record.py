@@ -1,0 +1,75 @@
+"""What a job remembers: its settings, its slides, and the outcome of each slide."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from wsi_pipe.config import JobSettings, dump_toml, load_toml
+from wsi_pipe.files import output_error, write_text_atomically
+from wsi_pipe.job.paths import JobPaths
+from wsi_pipe.manifest import SlideEntry, read_manifest, write_manifest
+from wsi_pipe.outcome import SlideOutcome
+
+__all__ = ["append_outcome", "load_settings", "load_slides", "open_job", "read_outcomes"]
+
+
+def open_job(root: Path, settings: JobSettings, entries: list[SlideEntry]) -> JobPaths:
+    """Make the job directory and note settings and slides in it; slides of earlier runs stay listed.
+
+    Raises OutputError when the folder cannot be made or written.
+    """
+    paths = JobPaths(root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(root, error) from error
+    write_text_atomically(paths.config, dump_toml(settings))
+    listed = {entry.slide_id: entry for entry in load_slides(root)}
+    listed.update({entry.slide_id: entry for entry in entries})
+    write_manifest(paths.slides, listed.values())
+    return paths
+
+
+def load_settings(root: Path) -> JobSettings | None:
+    """The settings of a job, or None where there is no job yet. Raises ConfigError when they cannot be understood."""
+    path = JobPaths(root).config
+    return load_toml(JobSettings, path) if path.is_file() else None
+
+
+def load_slides(root: Path) -> list[SlideEntry]:
+    """The slides of a job, or none where there is no job yet. Raises ManifestError when they cannot be understood."""
+    path = JobPaths(root).slides
+    return read_manifest(path) if path.is_file() else []
+
+
+def append_outcome(paths: JobPaths, outcome: SlideOutcome) -> None:
+    """Add one line to the outcomes. Raises OutputError when it cannot be written."""
+    line = json.dumps(outcome.to_json(), ensure_ascii=False) + "\n"
+    try:
+        # One write in append mode: lines of several processes do not mix.
+        handle = os.open(paths.outcomes, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise output_error(paths.outcomes, error) from error
+
+
+def read_outcomes(root: Path) -> dict[str, SlideOutcome]:
+    """The last outcome of each slide, by slide id. A line cut short by a crash is passed over."""
+    return {outcome.slide_id: outcome for outcome in _lines(JobPaths(root).outcomes)}
+
+
+def _lines(path: Path) -> Iterator[SlideOutcome]:
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as handle:
+        for line in handle:
+            try:
+                yield SlideOutcome.from_json(json.loads(line))
+            except (json.JSONDecodeError, TypeError):
+                continue

@@ -1,0 +1,255 @@
+"""The stages composed: many slides in, one outcome each; the one place that catches a slide's errors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from wsi_pipe.config import JobSettings
+from wsi_pipe.encoders import load_encoder
+from wsi_pipe.encoders.base import Encoder
+from wsi_pipe.errors import OutputError, WsiPipeError
+from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_features
+from wsi_pipe.geometry import TileGrid
+from wsi_pipe.job.features import Wanted, assemble, missing_features, store_features, wanted_features
+from wsi_pipe.job.paths import JobPaths
+from wsi_pipe.job.prepare import Prepared, StageClock, open_entry, prepare, utc_now
+from wsi_pipe.job.record import append_outcome
+from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
+
+__all__ = ["Progress", "load_encoders", "process"]
+
+Progress = Callable[[str, str, int], None]
+"""Called with a slide's id, what is going on (a stage, or "tiles"), and by how much it advanced."""
+
+
+def load_encoders(settings: JobSettings) -> dict[str, Encoder]:
+    """Every encoder that the settings name, loaded once. Raises EncoderError when one cannot be had."""
+    extract = settings.extract
+    labels = [spec.label for spec in settings.tile.specs]
+    names = dict.fromkeys(name for label in labels for name in extract.encoders_of(label))
+    return {
+        name: load_encoder(
+            name,
+            device=",".join(extract.devices),
+            precision=extract.precision,
+            random_weights=extract.random_weights,
+            compile=extract.compile,
+        )
+        for name in names
+    }
+
+
+@dataclass
+class _Work:
+    """One slide on its way."""
+
+    entry: SlideEntry
+    clock: StageClock = field(default_factory=StageClock)
+    prepared: Prepared | None = None
+    wanted: list[Wanted] = field(default_factory=list)
+    missing: list[Wanted] = field(default_factory=list)
+
+
+def process(
+    entries: Iterable[SlideEntry],
+    settings: JobSettings,
+    paths: JobPaths,
+    *,
+    until: Stage = "assemble",
+    encoders: Mapping[str, Encoder] | None = None,
+    keep_features: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[SlideOutcome]:
+    """Take slides through the stages up to ``until``, doing just what is missing or stale; one outcome each.
+
+    Outcomes come, and are noted in the job, as slides finish. A slide's error ends that slide alone. ``entries`` is
+    consumed lazily; while one slide's tiles are encoded the next one is segmented. Raises OutputError when the job's
+    folder cannot be written any more and DeviceError when the device fails, both after what was done is on disk.
+    """
+    run = _Run(settings, paths, until, encoders, keep_features, progress)
+    if STAGES.index(until) < STAGES.index("extract"):
+        yield from run.without_features(entries)
+    else:
+        yield from run.with_features(entries)
+
+
+class _Run:
+    """One call of ``process``: what all its slides share."""
+
+    def __init__(
+        self,
+        settings: JobSettings,
+        paths: JobPaths,
+        until: Stage,
+        encoders: Mapping[str, Encoder] | None,
+        keep_features: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.settings, self.paths, self.until = settings, paths, until
+        self.encoders = encoders
+        self.keep_features = keep_features
+        self.progress = progress or (lambda slide_id, what, amount: None)
+        self.finished: deque[SlideOutcome] = deque()
+        self.under_way: dict[str, _Work] = {}
+
+    def without_features(self, entries: Iterable[SlideEntry]) -> Iterator[SlideOutcome]:
+        for entry in entries:
+            work = _Work(entry)
+            if self._prepare(work, tile=self.until == "tile"):
+                self._finish(work)
+            yield from self._drain()
+
+    def with_features(self, entries: Iterable[SlideEntry]) -> Iterator[SlideOutcome]:
+        encoders = self.encoders if self.encoders is not None else load_encoders(self.settings)
+        extract = self.settings.extract
+        results = extract_features(
+            self._items(entries, encoders),
+            encoders,
+            batch_size=extract.batch_size,
+            read_threads=extract.read_threads,
+            memory_bytes=extract.memory_mib << 20,
+            dtype=extract.dtype,
+            layers=extract.layers,
+            progress=self.progress,
+        )
+        for result in results:
+            self._after_extract(self.under_way.pop(result.slide_id), result)
+            yield from self._drain()
+        yield from self._drain()
+
+    def _prepare(self, work: _Work, *, tile: bool) -> bool:
+        """Segment and tile; False where the slide failed."""
+        self.progress(work.entry.slide_id, "segment", 1)
+        try:
+            work.prepared = prepare(work.entry, self.settings, self.paths, work.clock, tile=tile)
+        except OutputError:
+            raise
+        except Exception as error:
+            self._fail(work, error)
+            return False
+        return True
+
+    def _items(self, entries: Iterable[SlideEntry], encoders: Mapping[str, Encoder]) -> Iterator[ExtractItem]:
+        """Slides that lack features; those that lack none are finished on the way."""
+        infos = {name: encoder.info for name, encoder in encoders.items()}
+        for entry in entries:
+            work = _Work(entry)
+            if not self._prepare(work, tile=True) or work.prepared is None:
+                continue
+            settings = self.settings
+            work.wanted = wanted_features(work.prepared, settings.extract, infos, settings.reader)
+            work.missing = missing_features(work.prepared, work.wanted, self.paths)
+            grids = [grid for grid in work.prepared.grids if self._names(work, grid)]
+            if not grids:
+                self._assemble(work)
+                continue
+            self.under_way[entry.slide_id] = work
+            yield ExtractItem(
+                slide_id=entry.slide_id,
+                open=partial(open_entry, entry, settings.reader),
+                grids=grids,
+                encoders={grid.label: self._names(work, grid) for grid in grids},
+            )
+
+    @staticmethod
+    def _names(work: _Work, grid: TileGrid) -> list[str]:
+        """Encoders whose features of a grid are missing."""
+        return [item.info.name for item in work.missing if item.label == grid.label] if len(grid) else []
+
+    def _after_extract(self, work: _Work, result: SlideFeatures | SlideFailure) -> None:
+        assert work.prepared is not None
+        work.clock.stage = "extract"
+        if isinstance(result, SlideFailure):
+            self._fail(work, result.error)
+            return
+        work.clock.seconds.update(result.seconds)
+        work.prepared.counts.update(result.counts)
+        try:
+            with work.clock("extract"):
+                store_features(work.prepared, result, work.missing, self.paths)
+        except OutputError:
+            raise
+        except WsiPipeError as error:
+            self._fail(work, error)
+            return
+        self._assemble(work)
+
+    def _assemble(self, work: _Work) -> None:
+        assert work.prepared is not None
+        cached = work.prepared.cached if work.missing else (*work.prepared.cached, "extract")
+        if self.until == "assemble":
+            try:
+                with work.clock("assemble"):
+                    made = assemble(
+                        work.prepared,
+                        work.wanted,
+                        self.settings.extract,
+                        self.paths,
+                        keep_features=self.keep_features,
+                    )
+            except OutputError:
+                raise
+            except WsiPipeError as error:
+                self._fail(work, error)
+                return
+            cached = cached if made else (*cached, "assemble")
+        self._finish(work, cached)
+
+    def _finish(self, work: _Work, cached: tuple[str, ...] | None = None) -> None:
+        prepared = work.prepared
+        empty = prepared is not None and prepared.attrs.status == "empty"
+        self._note(
+            SlideOutcome(
+                slide_id=work.entry.slide_id,
+                status="empty" if empty else "done",
+                path=work.entry.path,
+                reason=prepared.attrs.empty_reason if prepared and empty else None,
+                seconds=work.clock.seconds,
+                tiles={grid.label: len(grid) for grid in prepared.grids} if prepared else {},
+                counts=prepared.counts if prepared else {},
+                cached=cached if cached is not None else prepared.cached if prepared else (),
+                finished_utc=utc_now(),
+            )
+        )
+
+    def _fail(self, work: _Work, error: BaseException) -> None:
+        """Note a failure. An error that nobody foresaw fails its slide too, with its type in the reason."""
+        if isinstance(error, WsiPipeError):
+            reason, remedy, kind = error.message, error.remedy, type(error).__name__
+        else:
+            reason, remedy = f"{type(error).__name__}: {error}", "please report this, with the slide if you can"
+            kind = _trace(error)
+        self._note(
+            SlideOutcome(
+                slide_id=work.entry.slide_id,
+                status="failed",
+                path=work.entry.path,
+                stage=work.clock.stage,
+                reason=reason,
+                remedy=remedy,
+                error=kind,
+                seconds=work.clock.seconds,
+                finished_utc=utc_now(),
+            )
+        )
+
+    def _note(self, outcome: SlideOutcome) -> None:
+        append_outcome(self.paths, outcome)
+        self.finished.append(outcome)
+
+    def _drain(self) -> Iterator[SlideOutcome]:
+        while self.finished:
+            yield self.finished.popleft()
+
+
+def _trace(error: BaseException) -> str:
+    """The last frames of an unforeseen error, for a report."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return f"{type(error).__name__} at " + " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))

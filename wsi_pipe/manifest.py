@@ -1,0 +1,286 @@
+"""Which slides a job holds: files, folders, URLs or a CSV, each with an id of its own and its own settings."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import re
+import typing
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from wsi_pipe.config import SegmentSettings, TileSettings, from_mapping
+from wsi_pipe.errors import ConfigError, ManifestError
+from wsi_pipe.files import write_text_atomically
+
+__all__ = [
+    "SETTING_COLUMNS",
+    "SlideEntry",
+    "collect_slides",
+    "read_manifest",
+    "settings_of",
+    "write_manifest",
+]
+
+BASE_COLUMNS = ("slide", "slide_id", "case_id", "mpp", "mask")
+TILE_COLUMNS = ("min_tissue", "judge_um", "mpp_tolerance", "allow_upsampling")
+"""Tile settings that may differ between slides; resolutions and tile size are the job's, so that bags compare."""
+
+
+def _setting_columns() -> dict[str, tuple[str, str]]:
+    columns = {}
+    for item in dataclasses.fields(SegmentSettings):
+        # "mpp" is the slide's own resolution in a slide list, so the mask's goes by another name.
+        columns["mask_mpp" if item.name == "mpp" else item.name] = ("segment", item.name)
+    for name in TILE_COLUMNS:
+        columns[name] = ("tile", name)
+    return columns
+
+
+SETTING_COLUMNS: Mapping[str, tuple[str, str]] = _setting_columns()
+"""Column of a slide list -> (stage, setting) that it overrides for one slide."""
+
+
+@dataclass(frozen=True)
+class SlideEntry:
+    """One slide of a job.
+
+    slide_id: unique in the job, names its files. path: file or URL. case_id: the patient. mpp: (x, y) um/px given by
+    the user, or None. mask: GeoJSON that replaces the tissue mask, or None. overrides: column -> value, for settings
+    of this slide alone.
+    """
+
+    slide_id: str
+    path: str
+    case_id: str
+    mpp: tuple[float, float] | None = None
+    mask: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_url(path: str) -> bool:
+    """Whether ``path`` is a URL of a file system other than the local one."""
+    return re.match(r"^[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
+
+
+def settings_of(
+    entry: SlideEntry, segment: SegmentSettings, tile: TileSettings
+) -> tuple[SegmentSettings, TileSettings]:
+    """A job's settings with one slide's overrides. Raises ConfigError when a value is refused."""
+    changes: dict[str, dict[str, Any]] = {"segment": {}, "tile": {}}
+    for column, value in entry.overrides.items():
+        stage, name = SETTING_COLUMNS[column]
+        changes[stage][name] = value
+    return (
+        dataclasses.replace(segment, **changes["segment"]) if changes["segment"] else segment,
+        dataclasses.replace(tile, **changes["tile"]) if changes["tile"] else tile,
+    )
+
+
+def collect_slides(sources: Sequence[str], manifest: Path | None = None) -> list[SlideEntry]:
+    """The slides of a command line: files, folders (searched through), URLs and CSV files, and a ``--slides`` CSV.
+
+    Ids come from file names; two slides of one name get their folders' names in front. Raises ManifestError when
+    nothing is found, a source does not exist, or ids in a CSV repeat.
+    """
+    from wsi_pipe.slides.discover import find_slide_files
+
+    listed: list[SlideEntry] = read_manifest(manifest) if manifest else []
+    found: list[str] = []
+    for source in sources:
+        if is_url(source):
+            found.append(source)
+            continue
+        path = Path(source)
+        if path.suffix.lower() == ".csv" and path.is_file():
+            listed += read_manifest(path)
+        elif path.is_dir() and path.suffix.lower() not in (".svs", ".ndpi", ".mrxs", ".scn"):
+            inside = [str(p) for p in find_slide_files(path)]
+            if not inside:
+                raise ManifestError(f"{path}: no slides in this folder", remedy="give slide files, or another folder")
+            found += inside
+        elif path.exists() or path.is_symlink():
+            found.append(source)
+        else:
+            raise ManifestError(f"{source}: no such file or folder", remedy="check the path")
+    unique = list(dict.fromkeys(found))
+    entries = listed + [
+        SlideEntry(slide_id=name, path=path, case_id=name)
+        for path, name in zip(unique, _unique_names(unique, {e.slide_id for e in listed}), strict=True)
+    ]
+    if not entries:
+        raise ManifestError("no slides are given", remedy="name slide files, folders or a CSV")
+    _refuse_repeats(entries, "the slides given")
+    return entries
+
+
+def _name_parts(path: str) -> list[str]:
+    """Folder names and the file's stem, outermost first. A DICOM file goes by the name of its folder."""
+    pure = PurePosixPath(path.split("://", 1)[-1]) if is_url(path) else PurePosixPath(Path(path).absolute().as_posix())
+    folders = [part for part in pure.parts[:-1] if part != "/"]
+    name = pure.name
+    if pure.suffix.lower() == ".dcm" and folders:
+        return folders
+    for suffix in (".ome.tif", ".ome.tiff", ".ome.btf"):
+        if name.lower().endswith(suffix):
+            return [*folders, name[: -len(suffix)]]
+    return [*folders, pure.stem or name]
+
+
+def _unique_names(paths: Sequence[str], taken: set[str]) -> list[str]:
+    """One id a path: the stem, with the extension where a folder holds two of one stem; where names repeat still, as
+    many folder names in front as it takes."""
+    parts = [_name_parts(path) for path in paths]
+    places = Counter(tuple(part) for part in parts)
+    for part, path in zip(parts, paths, strict=True):
+        if places[tuple(part)] > 1:
+            part[-1] = PurePosixPath(path).name
+    names = [_clean(part[-1]) for part in parts]
+    for depth in range(2, 2 + max((len(part) for part in parts), default=0)):
+        counts = Counter(names)
+        clashing = [i for i, name in enumerate(names) if counts[name] > 1 or name in taken]
+        if not clashing:
+            break
+        for i in clashing:
+            names[i] = _clean("--".join(parts[i][-depth:]))
+    return names
+
+
+def _clean(name: str) -> str:
+    """``name`` as a file name: no slash, no control character, no leading dot."""
+    cleaned = re.sub(r"[/\\\x00-\x1f:*?\"<>|]", "_", name).strip()
+    return ("_" + cleaned[1:] if cleaned.startswith(".") else cleaned) or "slide"
+
+
+def _refuse_repeats(entries: Iterable[SlideEntry], where: str) -> None:
+    seen: dict[str, str] = {}
+    for entry in entries:
+        # Some file systems do not tell case apart.
+        key = entry.slide_id.casefold()
+        if key in seen:
+            raise ManifestError(
+                f"{where}: two slides have the id {entry.slide_id!r}: {seen[key]} and {entry.path}",
+                remedy="give each its own id in a column slide_id of a CSV (--slides)",
+            )
+        seen[key] = entry.path
+
+
+def read_manifest(path: Path) -> list[SlideEntry]:
+    """Slides from a CSV with the columns ``slide, slide_id, case_id, mpp, mask`` (all but the first optional) and one
+    column for each setting that differs between slides (``SETTING_COLUMNS``).
+
+    Paths are taken from the CSV's own folder. An ``mpp`` cell is one number, or two as ``0.25x0.26``. Raises
+    ManifestError naming column or row and the remedy.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path}: cannot be read ({error})", remedy="give a CSV in UTF-8") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    columns = [name.strip() for name in reader.fieldnames or []]
+    reader.fieldnames = columns
+    known = (*BASE_COLUMNS, *SETTING_COLUMNS)
+    if "slide" not in columns:
+        raise ManifestError(
+            f"{path}: has no column 'slide'", remedy=f"its first row must name columns among {', '.join(known)}"
+        )
+    for name in columns:
+        if name not in known:
+            raise ManifestError(f"{path}: unknown column {name!r}", remedy=f"known columns are {', '.join(known)}")
+        if columns.count(name) > 1:
+            raise ManifestError(f"{path}: column {name!r} stands twice")
+    entries = [_entry(path, line, row) for line, row in enumerate(reader, start=2)]
+    if not entries:
+        raise ManifestError(f"{path}: lists no slides")
+    unnamed = [i for i, entry in enumerate(entries) if not entry.slide_id]
+    named = {entry.slide_id for entry in entries if entry.slide_id}
+    for i, name in zip(unnamed, _unique_names([entries[i].path for i in unnamed], named), strict=True):
+        entries[i] = dataclasses.replace(entries[i], slide_id=name, case_id=entries[i].case_id or name)
+    _refuse_repeats(entries, str(path))
+    return entries
+
+
+def _entry(manifest: Path, line: int, row: Mapping[str | None, Any]) -> SlideEntry:
+    where = f"{manifest}, row {line}"
+    if None in row or any(value is None for value in row.values()):
+        raise ManifestError(f"{where}: has {'more' if None in row else 'fewer'} cells than there are columns")
+    cells = {str(name): value.strip() for name, value in row.items()}
+    if not cells["slide"]:
+        raise ManifestError(f"{where}: the cell 'slide' is empty", remedy="write the slide's path or URL")
+    slide_id = cells.get("slide_id", "")
+    if slide_id and slide_id != _clean(slide_id):
+        raise ManifestError(
+            f"{where}: the id {slide_id!r} cannot be a file name", remedy=f"use for example {_clean(slide_id)!r}"
+        )
+    overrides = {
+        column: _setting(where, column, cells[column]) for column in SETTING_COLUMNS if cells.get(column, "") != ""
+    }
+    mask = cells.get("mask") or None
+    return SlideEntry(
+        slide_id=slide_id,
+        path=_beside(manifest, cells["slide"]),
+        case_id=cells.get("case_id", "") or slide_id,
+        mpp=_mpp(where, cells.get("mpp", "")),
+        mask=_beside(manifest, mask) if mask else None,
+        overrides=overrides,
+    )
+
+
+def _beside(manifest: Path, cell: str) -> str:
+    return cell if is_url(cell) or Path(cell).is_absolute() else str(manifest.parent / cell)
+
+
+def _mpp(where: str, cell: str) -> tuple[float, float] | None:
+    if not cell:
+        return None
+    try:
+        values = [float(part) for part in cell.lower().split("x")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 2) or not all(0 < v < 1000 for v in values):
+        raise ManifestError(
+            f"{where}: mpp {cell!r} is not a resolution",
+            remedy="write um/px as one number such as 0.2527, or 0.25x0.26",
+        )
+    return (values[0], values[-1])
+
+
+def _setting(where: str, column: str, cell: str) -> Any:
+    """A cell as a value of its setting's type, checked by the settings class itself."""
+    stage, name = SETTING_COLUMNS[column]
+    cls: type[Any] = SegmentSettings if stage == "segment" else TileSettings
+    hint = typing.get_type_hints(cls)[name]
+    value: Any = cell
+    try:
+        if hint is bool:
+            value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[cell.lower()]
+        elif hint is int:
+            value = int(cell)
+        elif hint is not str:
+            value = float(cell)
+        return getattr(from_mapping(cls, {name: value}, where), name)
+    except (KeyError, ValueError) as error:
+        reason = error.message if isinstance(error, ConfigError) else f"{where}: {cell!r} is not a {hint.__name__}"
+        raise ManifestError(f"{reason} (column {column!r})") from error
+
+
+def write_manifest(path: Path, entries: Iterable[SlideEntry]) -> None:
+    """Write a CSV that ``read_manifest`` reads back to equal entries; local paths become absolute."""
+    entries = list(entries)
+    used = [column for column in SETTING_COLUMNS if any(column in entry.overrides for entry in entries)]
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*BASE_COLUMNS, *used])
+    for entry in entries:
+        mpp = "" if entry.mpp is None else f"{entry.mpp[0]!r}x{entry.mpp[1]!r}"
+        row = [_absolute(entry.path), entry.slide_id, entry.case_id, mpp, _absolute(entry.mask) if entry.mask else ""]
+        writer.writerow(row + [str(entry.overrides.get(column, "")) for column in used])
+    write_text_atomically(path, buffer.getvalue())
+
+
+def _absolute(path: str) -> str:
+    return path if is_url(path) else str(Path(path).absolute())
