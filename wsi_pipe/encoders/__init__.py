@@ -1,1 +1,61 @@
-"""Encoders: uint8 tiles in, features out."""
+"""Encoders: uint8 tiles in, features out.
+
+Importing this package costs nothing: torch and timm are imported when an encoder that needs them is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wsi_pipe.encoders.base import Encoder
+    from wsi_pipe.encoders.listing import EncoderListing
+
+__all__ = ["list_encoders", "load_encoder"]
+
+
+def load_encoder(
+    name: str,
+    *,
+    device: str | Sequence[str] = "auto",
+    precision: str = "auto",
+    random_weights: bool = False,
+    compile: bool = False,
+    input_px: int | None = None,
+) -> Encoder:
+    """The encoder called ``name``, ready to encode.
+
+    name: "texture", a name of the registry, either of them followed by ``@FILE`` for weights of one's own,
+    ``timm:MODEL`` or ``timm:MODEL@FILE``, or the path of an LR encoder (``.safetensors``). device: a device, several
+    separated by commas (a replica on each), or "auto" (every GPU, else the CPU). precision: "auto" (half where the
+    device has hardware for it), "float32", "bfloat16" or "float16". random_weights: weights drawn anew, the same for
+    one name in every process; for trying things out without a download. compile: through torch.compile. input_px:
+    another input side than the network's own; a ViT's position embeddings are interpolated to it.
+
+    Raises UnknownEncoderError, WeightsError (not there, gated, keys missing), DeviceError or ConfigError.
+    """
+    if name == "texture":
+        from wsi_pipe.encoders.texture import TextureEncoder
+
+        return TextureEncoder()
+    from wsi_pipe.encoders.loading import load_torch_encoder
+
+    return load_torch_encoder(
+        name,
+        device=device,
+        precision=precision,
+        random_weights=random_weights,
+        compile=compile,
+        input_px=input_px,
+    )
+
+
+def list_encoders() -> list[EncoderListing]:
+    """Every encoder of the registry with what it is, whether it can be loaded now, and what it lacks otherwise.
+
+    Looks at this machine only (caches, folders, a stored login), never at the network.
+    """
+    from wsi_pipe.encoders.listing import list_encoders
+
+    return list_encoders()

@@ -1,0 +1,112 @@
+"""Where weights lie: a local folder, the Hugging Face cache, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from wsi_pipe.encoders.base import encoder_slug
+from wsi_pipe.errors import WeightsError
+
+__all__ = ["WEIGHTS_FOLDER_VARIABLE", "download", "find_local", "has_token"]
+
+WEIGHTS_FOLDER_VARIABLE = "WSI_PIPE_WEIGHTS"
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def find_local(name: str, repo_id: str, filenames: Sequence[str], *, repo_type: str = "model") -> Path | None:
+    """The weights' file if it lies on this machine, without any network.
+
+    Looked for in this order: ``$WSI_PIPE_WEIGHTS/<slug>.safetensors`` (or .pt, .pth, .bin), ``$WSI_PIPE_WEIGHTS/<slug>/
+    <file name on the hub>``, then the Hugging Face cache.
+    """
+    folder = os.environ.get(WEIGHTS_FOLDER_VARIABLE)
+    if folder:
+        slug = encoder_slug(name)
+        candidates = [Path(folder) / f"{slug}{suffix}" for suffix in SUFFIXES]
+        candidates += [Path(folder) / slug / Path(filename).name for filename in filenames]
+        for path in candidates:
+            if path.is_file():
+                return path
+    if repo_id:
+        from huggingface_hub import try_to_load_from_cache
+
+        for filename in filenames:
+            found = try_to_load_from_cache(repo_id, filename, repo_type=repo_type)
+            if isinstance(found, str):
+                return Path(found)
+    return None
+
+
+def has_token() -> bool:
+    """True where a Hugging Face login is stored or in the environment."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def download(
+    name: str, repo_id: str, filenames: Sequence[str], *, gated: bool = False, repo_type: str = "model"
+) -> Path:
+    """The weights' file from this machine or, where it is not there yet, from the hub.
+
+    filenames: in order of preference; the first that the hub has is taken. Raises WeightsError that says what is in
+    the way: no network, no login, a licence not yet accepted, a file or repository that does not exist.
+    """
+    found = find_local(name, repo_id, filenames, repo_type=repo_type)
+    if found is not None:
+        return found
+    if not repo_id:
+        raise WeightsError(f"encoder {name} has no weights to download", remedy=_by_hand(name, ""))
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+    for filename in filenames:
+        try:
+            return Path(hub.hf_hub_download(repo_id, filename, repo_type=repo_type))
+        except errors.GatedRepoError as error:
+            raise _gated(name, page) from error
+        except errors.RepositoryNotFoundError as error:
+            # The hub answers so for private and for some gated repositories when nobody is logged in.
+            if gated or not has_token():
+                raise _gated(name, page) from error
+            raise WeightsError(f"encoder {name}: {page} does not exist", remedy=_by_hand(name, page)) from error
+        except errors.LocalEntryNotFoundError as error:
+            raise WeightsError(
+                f"weights of encoder {name} are not on this machine, and {page} cannot be reached",
+                remedy=f"connect to the network (and unset HF_HUB_OFFLINE), or {_by_hand(name, page)}",
+            ) from error
+        except errors.EntryNotFoundError:
+            continue
+        except (errors.HfHubHTTPError, OSError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in (401, 403):
+                raise _gated(name, page) from error
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise WeightsError(
+                f"weights of encoder {name} cannot be downloaded from {page}: {first}",
+                remedy=f"try again later, or {_by_hand(name, page)}",
+            ) from error
+    raise WeightsError(f"encoder {name}: {page} has no file {' or '.join(filenames)}", remedy=_by_hand(name, page))
+
+
+def _gated(name: str, page: str) -> WeightsError:
+    if has_token():
+        return WeightsError(
+            f"weights of encoder {name} are gated and this login has no access",
+            remedy=f"accept the licence at {page} with the account of your token, then run again",
+        )
+    return WeightsError(
+        f"weights of encoder {name} are gated and nobody is logged in",
+        remedy=f"accept the licence at {page}, then run 'hf auth login' (or set HF_TOKEN)",
+    )
+
+
+def _by_hand(name: str, page: str) -> str:
+    source = f"download the file from {page} elsewhere and " if page else ""
+    return (
+        f"{source}put it into the folder that {WEIGHTS_FOLDER_VARIABLE} names as {encoder_slug(name)}.safetensors "
+        f"(or .pt, .pth, .bin), or give it as {name}@FILE"
+    )

@@ -1,0 +1,193 @@
+"""From an encoder's name to an encoder on a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wsi_pipe.encoders import hub
+from wsi_pipe.encoders.architectures import PooledNetwork, build, timm_recipe
+from wsi_pipe.encoders.base import EncoderInfo, encoder_slug
+from wsi_pipe.encoders.devices import resolve_devices
+from wsi_pipe.encoders.recipe import Recipe
+from wsi_pipe.encoders.registry import RegistryEntry, find_entry
+from wsi_pipe.encoders.torch_encoder import ReplicatedEncoder, TorchEncoder
+from wsi_pipe.encoders.weights import KEY_MAPS, file_sha256, load_into, random_weights_id, read_state, without_prefix
+from wsi_pipe.errors import ConfigError, WeightsError
+
+__all__ = ["build_random", "load_torch_encoder"]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where an encoder's weights come from and how they are read.
+
+    path: an own checkpoint. The rest as in RegistryEntry.
+    """
+
+    path: Path | None = None
+    hub_id: str = ""
+    hub_type: str = "model"
+    files: tuple[str, ...] = ()
+    gated: bool = False
+    nested: str | None = None
+    prefix: str = ""
+    keys: str = "timm"
+    ignore: tuple[str, ...] = ()
+
+
+def load_torch_encoder(
+    name: str,
+    *,
+    device: str | Sequence[str] = "auto",
+    precision: str = "auto",
+    random_weights: bool = False,
+    compile: bool = False,
+    input_px: int | None = None,
+) -> TorchEncoder | ReplicatedEncoder:
+    """See ``wsi_pipe.encoders.load_encoder``; everything but "texture"."""
+    devices = resolve_devices(device)
+    base, at, checkpoint = name.partition("@")
+    if at and not checkpoint:
+        raise ConfigError(f"encoder {name!r} names no file after '@'", remedy=f"write {base}@FILE")
+    preferred = "auto"
+    if base.endswith(".safetensors") and not base.startswith("timm:"):
+        from wsi_pipe.encoders.lr_file import load_lr_network
+
+        if input_px is not None:
+            raise ConfigError(f"encoder {name} states its own input side", remedy="leave out input_px")
+        network, recipe, info = load_lr_network(Path(name), name, random_weights=random_weights)
+    else:
+        if base.startswith("timm:"):
+            recipe, info, source = _from_timm(base.removeprefix("timm:"), name)
+        else:
+            entry = find_entry(base)
+            recipe, info, source = _from_registry(entry, name)
+            preferred = entry.precision
+        if checkpoint:
+            if random_weights:
+                raise ConfigError(
+                    f"encoder {name} names weights, and random weights are asked for", remedy="choose one"
+                )
+            source = dataclasses.replace(source, path=Path(checkpoint))
+        if input_px is not None:
+            recipe = _resized(recipe, input_px)
+        network, weights = _network(recipe, info, source, random_weights=random_weights, input_px=input_px)
+        info = dataclasses.replace(info, weights_sha256=weights, input_px=recipe.preprocessing.input_px)
+    precision = preferred if precision == "auto" and devices[0].type == "cuda" else precision
+    replicas = []
+    for place in devices:
+        # Each replica needs weights of its own; the last may have the network itself.
+        copy = network if place is devices[-1] else _copy(network)
+        replicas.append(TorchEncoder(copy, recipe, info, device=place, precision=precision, compile=compile))
+    return replicas[0] if len(replicas) == 1 else ReplicatedEncoder(replicas)
+
+
+def _copy(network: PooledNetwork) -> PooledNetwork:
+    import copy
+
+    return copy.deepcopy(network)
+
+
+def _resized(recipe: Recipe, input_px: int) -> Recipe:
+    pre = dataclasses.replace(recipe.preprocessing, input_px=input_px, resize_px=None)
+    return dataclasses.replace(recipe, preprocessing=pre)
+
+
+def _from_timm(model: str, name: str) -> tuple[Recipe, EncoderInfo, _Source]:
+    recipe, facts = timm_recipe(model)
+    info = EncoderInfo(
+        name, _slug(f"timm:{model}", name), recipe.dim, "", facts["licence"], input_px=recipe.preprocessing.input_px
+    )
+    classifier = facts["classifier"]
+    heads = [classifier] if isinstance(classifier, str) else list(classifier or ())
+    return recipe, info, _Source(
+        hub_id=facts["hub_id"],
+        files=("model.safetensors", "pytorch_model.bin"),
+        ignore=tuple(rf"{head.replace('.', chr(92) + '.')}\..*" for head in heads),
+    )  # fmt: skip
+
+
+def _slug(base: str, name: str) -> str:
+    """The name in paths: of own weights their file's name alone, so that moving the file changes nothing."""
+    checkpoint = name.partition("@")[2]
+    return encoder_slug(f"{base}@{Path(checkpoint).stem}" if checkpoint else base)
+
+
+def _from_registry(entry: RegistryEntry, name: str) -> tuple[Recipe, EncoderInfo, _Source]:
+    # An alias gives the same slug as the name, so that one encoder has one place in a bag.
+    slug = _slug(entry.name, name)
+    info = EncoderInfo(name, slug, entry.dim, "", entry.licence, input_px=entry.input_px, mpp=entry.mpp)
+    return entry.recipe, info, _Source(
+        path=entry.local_file,
+        hub_id=entry.hub_id,
+        hub_type=entry.hub_type,
+        files=entry.files,
+        gated=entry.gated,
+        nested=entry.nested,
+        prefix=entry.prefix,
+        keys=entry.keys,
+        ignore=entry.ignore,
+    )  # fmt: skip
+
+
+def _network(
+    recipe: Recipe, info: EncoderInfo, source: _Source, *, random_weights: bool, input_px: int | None
+) -> tuple[PooledNetwork, str]:
+    """The network with its weights, and what identifies them."""
+    name = info.name
+    if random_weights:
+        return build_random(recipe, info.slug, input_px=input_px), random_weights_id(info.slug)
+    path = source.path or hub.download(name, source.hub_id, source.files, gated=source.gated, repo_type=source.hub_type)
+    network = build(recipe, name=name, input_px=input_px)
+    load_checkpoint(network, path, name, source.nested, source.prefix, source.keys, source.ignore)
+    check_dimension(network, recipe, name, str(path))
+    return network, file_sha256(path)
+
+
+def load_checkpoint(
+    network: PooledNetwork,
+    path: Path,
+    name: str,
+    nested: str | None = None,
+    prefix: str = "",
+    keys: str = "timm",
+    ignore: Sequence[str] = (),
+) -> None:
+    """Load a checkpoint's file into a network, strictly; for the arguments see RegistryEntry. Raises WeightsError."""
+    state = read_state(path, nested)
+    if prefix and any(key.startswith(prefix) for key in state):
+        state = without_prefix(state, prefix)
+    if keys in KEY_MAPS and state.keys() != network.trunk.state_dict().keys():
+        try:
+            state = KEY_MAPS[keys](state, network.trunk)
+        except (KeyError, RuntimeError, AttributeError, ValueError) as error:
+            raise WeightsError(f"{path} does not fit encoder {name}: {error}") from error
+    load_into(network.trunk, state, name, str(path), ignore=ignore)
+
+
+def check_dimension(network: PooledNetwork, recipe: Recipe, name: str, source: str) -> None:
+    """Raise WeightsError when the network gives features of another dimension than its recipe says."""
+    side = recipe.preprocessing.input_px or 224
+    with torch.inference_mode():
+        dim = network(torch.zeros(1, 3, side, side)).shape[-1]
+    if dim != recipe.dim:
+        raise WeightsError(
+            f"encoder {name} with {source} gives {dim} features, not the {recipe.dim} that are stated",
+            remedy="correct dim, pooling or args in the encoder's table, or give the right file",
+        )
+
+
+def build_random(recipe: Recipe, name: str, *, input_px: int | None = None) -> PooledNetwork:
+    """The network with weights drawn from a seed that is made of the name: the same in every process."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build(recipe, name=name, input_px=input_px)
+    check_dimension(network, recipe, name, "random weights")
+    return network

@@ -1,0 +1,413 @@
+"""A network on a device: uint8 tiles cross to it, all else happens there, results come back when they are ready."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsi_pipe.encoders.architectures import PooledNetwork
+from wsi_pipe.encoders.base import EncoderInfo, FeatureArray, LayerFeatures, TileArray, block_indices, check_finite
+from wsi_pipe.encoders.devices import PRECISIONS, is_out_of_memory, resolve_precision
+from wsi_pipe.encoders.recipe import Preprocessing, Recipe
+from wsi_pipe.errors import ConfigError, DeviceError
+
+__all__ = ["ReplicatedEncoder", "TorchEncoder", "normalise", "to_mixed_precision"]
+
+CPU_BATCH = 16
+"""Tiles of a batch on a CPU. Fixed, not found by trial, so that two runs give the same bytes."""
+
+TRIAL_BATCHES = (16, 32, 64, 128, 256, 512)
+TRIAL_GAIN = 0.97
+"""The smallest batch that gives this part of the best throughput is taken: larger ones only cost memory."""
+
+
+def normalise(tiles: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Network inputs float32 (B, 3, S, S), in channels-last order, of uint8 tiles (B, H, W, 3) on the same device.
+
+    Resizing is antialiased and rounded to whole grey values, as PIL's is, so that features agree with those of
+    pipelines that resize images before they normalise them.
+    """
+    # (B, H, W, 3) seen as (B, 3, H, W) is channels-last already: nothing is moved.
+    images = tiles.permute(0, 3, 1, 2)
+    side = preprocessing.scaled_px
+    if side is not None and images.shape[-2:] != (side, side):
+        # torch resizes uint8 with SIMD on the CPU only.
+        on_cpu = images.device.type == "cpu"
+        source = images if on_cpu else images.float()
+        images = F.interpolate(source, (side, side), mode=preprocessing.interpolation, antialias=True)
+        if not on_cpu:
+            images = images.round_().clamp_(0, 255)
+    crop = preprocessing.input_px
+    if crop is not None and images.shape[-1] != crop:
+        start = round((images.shape[-1] - crop) / 2)
+        images = images[:, :, start : start + crop, start : start + crop]
+    device = images.device
+    mean = torch.tensor(preprocessing.mean, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+    std = torch.tensor(preprocessing.std, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+    out: Tensor = images.to(torch.float32, memory_format=torch.channels_last)
+    return out.mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def to_mixed_precision(network: nn.Module, dtype: torch.dtype) -> None:
+    """Turn the weights of matrix products and convolutions to ``dtype`` in place; the rest stays float32.
+
+    Under autocast this computes what autocast on float32 weights does (norms, softmax and the residual stream in
+    float32) without turning every weight anew for every batch.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+
+
+class _Pending:
+    """Results on their way from the device: the buffers they arrive in and the event that says they have."""
+
+    def __init__(
+        self, name: str, features: Tensor, layers: list[tuple[int, Tensor, Tensor]], rows: int, event: Any
+    ) -> None:
+        self._name = name
+        self._features = features
+        self._layers = layers
+        self._rows = rows
+        self._event = event
+
+    def wait(self) -> LayerFeatures:
+        if self._event is not None:
+            self._event.synchronize()
+        rows = self._rows
+        return LayerFeatures(
+            self._features[:rows].numpy(),
+            {block: cls[:rows].numpy() for block, cls, _ in self._layers},
+            {block: patches[:rows].numpy() for block, _, patches in self._layers},
+        )
+
+
+class _Result:
+    """What submit gives: the parts of one batch, which may have been cut to fit the device."""
+
+    def __init__(self, name: str, parts: list[_Pending]) -> None:
+        self._name = name
+        self._parts = parts
+
+    def _whole(self) -> LayerFeatures:
+        parts = [part.wait() for part in self._parts]
+        if len(parts) == 1:
+            return parts[0]
+        return LayerFeatures(
+            np.concatenate([part.features for part in parts]),
+            {block: np.concatenate([part.cls[block] for part in parts]) for block in parts[0].cls},
+            {block: np.concatenate([part.patches[block] for part in parts]) for block in parts[0].patches},
+        )
+
+
+class _PendingFeatures(_Result):
+    def result(self) -> FeatureArray:
+        """See PendingFeatures.result."""
+        return check_finite(self._whole().features, self._name)
+
+
+class _PendingLayers(_Result):
+    def result(self) -> LayerFeatures:
+        """See PendingLayers.result."""
+        whole = self._whole()
+        check_finite(whole.features, self._name, whole)
+        return whole
+
+
+class TorchEncoder:
+    """An encoder that runs a network on one device.
+
+    network: see ``architectures.PooledNetwork``; it is moved to the device and changed in place. info: its
+    ``precision`` and ``transform`` are set here. precision: "auto", "float32", "bfloat16" or "float16"; half
+    precisions run the matrix products in it and keep norms and the residual stream in float32. compile: run the
+    network through torch.compile; batches are then filled up to one size, since each new size compiles anew.
+
+    Raises ConfigError for a precision that the device has not, DeviceError when the weights do not fit on it.
+    """
+
+    def __init__(
+        self,
+        network: PooledNetwork,
+        recipe: Recipe,
+        info: EncoderInfo,
+        *,
+        device: torch.device,
+        precision: str = "auto",
+        compile: bool = False,
+    ) -> None:
+        self.device = device
+        self.recipe = recipe
+        self.precision = resolve_precision(precision, device)
+        self.info = dataclasses.replace(info, precision=self.precision, transform=recipe.transform())
+        self._dtype = PRECISIONS[self.precision]
+        network.eval().requires_grad_(False)
+        if self._dtype != torch.float32:
+            to_mixed_precision(network, self._dtype)
+        try:
+            self.network: PooledNetwork = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceError(
+                f"encoder {info.name} does not fit into the memory of {device}", remedy="use a smaller encoder or cpu"
+            ) from error
+        self._compile = compile
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(self.network) if compile else self.network
+        self._limit: int | None = None
+        self._suggested: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._cuda = _CudaLane(device) if device.type == "cuda" else None
+
+    @property
+    def depth(self) -> int:
+        """See LayeredEncoder.depth."""
+        return self.network.depth
+
+    @property
+    def shares_batches(self) -> bool:
+        """True on a GPU, where tiles of several small slides fill it.
+
+        On a CPU it wins nothing, and a batch that depends on the slide alone gives the same bytes in every run.
+        """
+        return self._cuda is not None
+
+    @property
+    def in_flight(self) -> int:
+        """Batches worth submitting before waiting for the first: one is computed while the next is copied."""
+        return 3 if self._cuda is not None else 1
+
+    @property
+    def batch_limit(self) -> int | None:
+        """The largest batch after running out of memory, None while that has not happened."""
+        return self._limit
+
+    def encode(self, tiles: TileArray) -> FeatureArray:
+        """See Encoder.encode."""
+        return self.submit(tiles).result()
+
+    def submit(self, tiles: TileArray) -> _PendingFeatures:
+        """See Encoder.submit."""
+        return _PendingFeatures(self.info.name, self._launch(tiles, ()))
+
+    def encode_layers(self, tiles: TileArray, layers: Sequence[int]) -> LayerFeatures:
+        """See LayeredEncoder.encode_layers."""
+        return self.submit_layers(tiles, layers).result()
+
+    def submit_layers(self, tiles: TileArray, layers: Sequence[int]) -> _PendingLayers:
+        """See LayeredEncoder.submit_layers."""
+        block_indices(layers, self.depth, self.info.name)
+        return _PendingLayers(self.info.name, self._launch(tiles, tuple(layers)))
+
+    def suggest_batch(self, tile_px: int) -> int:
+        """The batch size for tiles of ``tile_px``: a constant on a CPU, found by trial on a GPU, once per tile size."""
+        if self._cuda is None:
+            return CPU_BATCH
+        if tile_px not in self._suggested:
+            self._suggested[tile_px] = self._trial(tile_px)
+        return self._suggested[tile_px]
+
+    def _trial(self, tile_px: int) -> int:
+        """The smallest of TRIAL_BATCHES whose throughput is within TRIAL_GAIN of the best that fits."""
+        speeds: dict[int, float] = {}
+        for batch in TRIAL_BATCHES:
+            tiles = np.zeros((batch, tile_px, tile_px, 3), np.uint8)
+            try:
+                for repeat in range(3):
+                    if repeat == 1:  # the first run pays for kernels and memory
+                        started = time.perf_counter()
+                    self._launch_one(tiles, ())[0].wait()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._free()
+                break
+            speeds[batch] = 2 * batch / (time.perf_counter() - started)
+            if speeds[batch] < 0.9 * max(speeds.values()):
+                break
+        if not speeds:
+            return 1
+        best = max(speeds.values())
+        return next(batch for batch, speed in speeds.items() if speed >= TRIAL_GAIN * best)
+
+    def _launch(self, tiles: TileArray, layers: tuple[int, ...]) -> list[_Pending]:
+        """Start a batch, in halves (and their halves) where it does not fit; no tile is lost."""
+        if tiles.ndim != 4 or tiles.shape[-1] != 3 or tiles.dtype != np.uint8:
+            raise ConfigError(f"tiles must be uint8 (B, H, W, 3), not {tiles.dtype} {tiles.shape}")
+        if len(tiles) == 0:
+            return [self._empty(layers)]
+        with self._lock:
+            parts: list[_Pending] = []
+            start = 0
+            while start < len(tiles):
+                size = min(len(tiles) - start, self._limit or len(tiles))
+                try:
+                    parts += self._launch_one(tiles[start : start + size], layers)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if size == 1:
+                        raise DeviceError(
+                            f"{self.device} is out of memory with encoder {self.info.name} on a single tile",
+                            remedy="free the device of other programs, use a smaller encoder, or --devices cpu",
+                        ) from error
+                    self._limit = size // 2
+                    self._free()
+                    continue
+                start += size
+            return parts
+
+    def _free(self) -> None:
+        if self._cuda is not None:
+            torch.cuda.empty_cache()
+
+    def _empty(self, layers: tuple[int, ...]) -> _Pending:
+        none = torch.empty((0, self.info.dim))
+        return _Pending(self.info.name, none, [(block, none, none[:, None, None]) for block in layers], 0, None)
+
+    def _launch_one(self, tiles: TileArray, layers: tuple[int, ...]) -> list[_Pending]:
+        rows = len(tiles)
+        if self._compile:
+            tiles = self._filled(tiles)
+        if self._cuda is not None:
+            with torch.inference_mode():
+                return [self._cuda.run(tiles, rows, lambda batch: self._compute(batch, layers), self.info.name)]
+        # from_numpy warns about arrays that cannot be written to; nothing is written.
+        source = tiles if tiles.flags.writeable else tiles.copy()
+        with torch.inference_mode():
+            features, found = self._compute(torch.from_numpy(source).to(self.device), layers)
+            return [_Pending(self.info.name, features.cpu(), [(k, c.cpu(), p.cpu()) for k, c, p in found], rows, None)]
+
+    def _filled(self, tiles: TileArray) -> TileArray:
+        """The batch filled up with copies of its last tile to the size that the compiled network knows."""
+        full = min(self._limit or len(tiles), self._suggested.get(tiles.shape[1], CPU_BATCH))
+        if len(tiles) >= full:
+            return tiles
+        return np.concatenate([tiles, np.repeat(tiles[-1:], full - len(tiles), axis=0)])
+
+    def _compute(self, tiles: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
+        """Features float32 (B, D), and CLS and patch tokens of ``layers``, of uint8 tiles on the device."""
+        images = normalise(tiles, self.recipe.preprocessing)
+        half = self._dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self._dtype if half else None, enabled=half):
+            if not layers:
+                return self._forward(images).float(), []
+            blocks = block_indices(layers, self.depth, self.info.name)
+            features, tokens = self.network.forward_layers(images, blocks)
+        return features.float(), [
+            (asked, cls.float(), patches.float()) for asked, (cls, patches) in zip(layers, tokens, strict=True)
+        ]
+
+
+class _CudaLane:
+    """One CUDA device's side stream, pinned buffers, and the order of copying and computing between them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def run(
+        self,
+        tiles: TileArray,
+        rows: int,
+        compute: Callable[[Tensor], tuple[Tensor, list[tuple[int, Tensor, Tensor]]]],
+        name: str,
+    ) -> _Pending:
+        """Copy tiles to the device on the side stream, compute on the current one, start the way back."""
+        with torch.cuda.device(self.device):
+            main = torch.cuda.current_stream(self.device)
+            buffer, copied = self._buffer(tiles.size)
+            pinned = buffer[: tiles.size].view(tiles.shape)
+            np.copyto(pinned.numpy(), tiles)
+            with torch.cuda.stream(self._copies):
+                on_device = pinned.to(self.device, non_blocking=True)
+                copied.record(self._copies)
+            main.wait_event(copied)
+            # Without this the allocator could hand the memory to the next copy while the network still reads it.
+            on_device.record_stream(main)
+            features, layers = compute(on_device)
+            back = self._back(features)
+            layers_back = [(block, self._back(cls), self._back(patches)) for block, cls, patches in layers]
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(main)
+        return _Pending(name, back, layers_back, rows, done)
+
+    def _buffer(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
+        """A pinned buffer of at least ``size`` bytes whose last copy has ended, and the event of its next one."""
+        for place, (buffer, copied) in enumerate(self._staging):
+            if copied.query():  # type: ignore[no-untyped-call]
+                if buffer.numel() >= size:
+                    return self._staging[place]
+                del self._staging[place]
+                break
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._staging.append((torch.empty(size, dtype=torch.uint8, pin_memory=True), event))
+        return self._staging[-1]
+
+    @staticmethod
+    def _back(values: Tensor) -> Tensor:
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        return host.copy_(values, non_blocking=True)
+
+
+class ReplicatedEncoder:
+    """One encoder on several devices, a replica each; batches go round."""
+
+    def __init__(self, replicas: Sequence[TorchEncoder]) -> None:
+        self.replicas = tuple(replicas)
+        self._turn = 0
+        self._lock = threading.Lock()
+
+    @property
+    def info(self) -> EncoderInfo:
+        """See Encoder.info."""
+        return self.replicas[0].info
+
+    @property
+    def depth(self) -> int:
+        """See LayeredEncoder.depth."""
+        return self.replicas[0].depth
+
+    @property
+    def shares_batches(self) -> bool:
+        """See TorchEncoder.shares_batches."""
+        return all(replica.shares_batches for replica in self.replicas)
+
+    @property
+    def in_flight(self) -> int:
+        """See TorchEncoder.in_flight."""
+        return sum(replica.in_flight for replica in self.replicas)
+
+    def suggest_batch(self, tile_px: int) -> int:
+        """The smallest of the replicas' batch sizes, so that it fits them all."""
+        return min(replica.suggest_batch(tile_px) for replica in self.replicas)
+
+    def _next(self) -> TorchEncoder:
+        with self._lock:
+            replica = self.replicas[self._turn % len(self.replicas)]
+            self._turn += 1
+            return replica
+
+    def encode(self, tiles: TileArray) -> FeatureArray:
+        """See Encoder.encode."""
+        return self.submit(tiles).result()
+
+    def submit(self, tiles: TileArray) -> _PendingFeatures:
+        """See Encoder.submit."""
+        return self._next().submit(tiles)
+
+    def encode_layers(self, tiles: TileArray, layers: Sequence[int]) -> LayerFeatures:
+        """See LayeredEncoder.encode_layers."""
+        return self.submit_layers(tiles, layers).result()
+
+    def submit_layers(self, tiles: TileArray, layers: Sequence[int]) -> _PendingLayers:
+        """See LayeredEncoder.submit_layers."""
+        return self._next().submit_layers(tiles, layers)

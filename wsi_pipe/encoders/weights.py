@@ -1,0 +1,188 @@
+"""Checkpoints: read without ever unpickling, brought to a network's own key names, loaded strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wsi_pipe.errors import WeightsError
+
+__all__ = ["KEY_MAPS", "file_sha256", "load_into", "random_weights_id", "read_state"]
+
+State = dict[str, Tensor]
+
+NESTED = ("state_dict", "model", "teacher", "module")
+"""Keys under which training programs put the weights, tried in turn."""
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def random_weights_id(name: str) -> str:
+    """What stands for the weights' hash when they are random: the name, and the versions that draw them."""
+    import timm
+
+    text = f"random weights 1: {name}, torch {torch.__version__}, timm {timm.__version__}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_state(path: Path, nested: str | None = None) -> State:
+    """The tensors of a ``.safetensors`` file or of a ``.pt``, ``.pth`` or ``.bin`` file, by key.
+
+    nested: the key under which a pickled file holds them; by default the usual ones are tried. Pickled files are
+    read with ``weights_only``, which builds nothing but tensors and plain containers. Raises WeightsError when the
+    file is missing, damaged, or holds anything else.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such file", remedy="give the path of a checkpoint")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightsError(
+                f"{path} is not a valid safetensors file: {error}", remedy="download it again"
+            ) from error
+    try:
+        raw: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # unpickling raises what it likes
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WeightsError(
+            f"{path} cannot be read safely: {first}",
+            remedy="it is damaged or holds code; save its state dict alone, best as safetensors",
+        ) from error
+    for key in [nested] if nested else NESTED:
+        if isinstance(raw, Mapping) and isinstance(raw.get(key), Mapping):
+            raw = raw[key]
+    if not isinstance(raw, Mapping) or not raw or not all(isinstance(value, Tensor) for value in raw.values()):
+        raise WeightsError(f"{path} holds no weights by name", remedy="save the network's state dict")
+    return {str(key): value for key, value in raw.items()}
+
+
+def without_prefix(state: State, prefix: str) -> State:
+    """The entries whose keys begin with ``prefix``, without it."""
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def load_into(network: nn.Module, state: State, name: str, source: str, *, ignore: Iterable[str] = ()) -> None:
+    """Load ``state`` into ``network``, every key and shape of both matched.
+
+    ignore: patterns (whole keys) of surplus entries that are known to be of no use, such as a classifier's head.
+    Raises WeightsError that names the first missing, surplus and misshapen keys.
+    """
+    own = network.state_dict()
+    dropped = [re.compile(pattern) for pattern in ignore]
+    surplus = [key for key in state if key not in own and not any(p.fullmatch(key) for p in dropped)]
+    missing = [key for key in own if key not in state]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} keys are missing: {_few(missing)}")
+    if surplus:
+        problems.append(f"{len(surplus)} keys belong to nothing: {_few(surplus)}")
+    if shapes:
+        problems.append(f"{len(shapes)} shapes differ: {_few(shapes)}")
+    if problems:
+        raise WeightsError(
+            f"{source} does not fit encoder {name}: {'; '.join(problems)}",
+            remedy="check that the file belongs to this encoder and is complete",
+        )
+    network.load_state_dict({key: state[key] for key in own}, strict=True)
+
+
+def _few(items: list[str], limit: int = 8) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def timm_keys(state: State, trunk: nn.Module) -> State:
+    """Keys as timm's own conversion for the trunk's kind of network makes them (old names, other grids, heads)."""
+    convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    converted: State = dict(convert(dict(state), trunk))
+    return converted
+
+
+def _hf_vit_keys(state: State, trunk: nn.Module) -> State:
+    """timm's key names for weights saved by transformers' ViTModel, Dinov2Model and Dinov2WithRegistersModel.
+
+    Query, key and value become one matrix. Where the trunk's position embedding leaves out the CLS token (timm's
+    networks with registers), the CLS position is added to the CLS token instead, which computes the same.
+    """
+    out: State = {}
+    qkv: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        key = re.sub(r"^(vit|dinov2|dinov2_with_registers|model)\.", "", key)
+        match = re.fullmatch(r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)", key)
+        if match:
+            block, part, kind = match.groups()
+            qkv.setdefault(f"blocks.{block}.attn.qkv.{kind}", {})[part] = value
+            continue
+        for pattern, replacement in _HF_VIT:
+            renamed, count = re.subn(pattern, replacement, key)
+            if count:
+                out[renamed] = value
+                break
+        else:
+            out[key] = value
+    for key, parts in qkv.items():
+        if len(parts) == 3:  # an incomplete triple stays out, so that loading names it
+            out[key] = torch.cat([parts["query"], parts["key"], parts["value"]])
+    for key in ("mask_token", "pooler.dense.weight", "pooler.dense.bias"):
+        out.pop(key, None)
+    return _split_cls_position(out, trunk)
+
+
+_HF_VIT = [
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.mask_token$", "mask_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+    (r"^encoder\.layer\.(\d+)\.(?:norm1|layernorm_before)\.", r"blocks.\1.norm1."),
+    (r"^encoder\.layer\.(\d+)\.(?:norm2|layernorm_after)\.", r"blocks.\1.norm2."),
+    (r"^encoder\.layer\.(\d+)\.layer_scale1\.lambda1$", r"blocks.\1.ls1.gamma"),
+    (r"^encoder\.layer\.(\d+)\.layer_scale2\.lambda1$", r"blocks.\1.ls2.gamma"),
+    (r"^encoder\.layer\.(\d+)\.(?:mlp\.fc1|mlp\.weights_in|intermediate\.dense)\.", r"blocks.\1.mlp.fc1."),
+    (r"^encoder\.layer\.(\d+)\.(?:mlp\.fc2|mlp\.weights_out|output\.dense)\.", r"blocks.\1.mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+]
+
+
+def _split_cls_position(state: State, trunk: nn.Module) -> State:
+    own = getattr(trunk, "pos_embed", None)
+    given = state.get("pos_embed")
+    if (
+        isinstance(own, Tensor)
+        and given is not None
+        and getattr(trunk, "no_embed_class", False)
+        and given.shape[1] == own.shape[1] + 1
+        and "cls_token" in state
+    ):
+        state["cls_token"] = state["cls_token"] + given[:, :1]
+        state["pos_embed"] = given[:, 1:]
+    return state
+
+
+KEY_MAPS: Mapping[str, Callable[[State, nn.Module], State]] = {"timm": timm_keys, "hf-vit": _hf_vit_keys}
+"""How a checkpoint's key names become the network's, by the name that the registry's table uses."""
