@@ -1,0 +1,158 @@
+"""The whole slide in one small picture, streamed block by block in bounded memory."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_pipe.errors import MissingMppError
+from wsi_pipe.geometry import FloatPair, IntPair
+from wsi_pipe.slides.base import WHITE, Plane, RGBArray, Slide
+
+__all__ = ["Overview", "overview_scale", "read_overview"]
+
+BLOCKS_PER_JOB = 16
+"""Blocks that are fetched at once and decoded by one thread."""
+
+PIXELS_PER_JOB = 1 << 24
+"""Upper limit to the pixels of a job, for files with large blocks: 48 MiB decoded."""
+
+REDUCED_COST = {1: 1.0, 2: 0.5, 4: 0.35, 8: 0.3}
+"""Cost of decoding a stored pixel at 1/1, 1/2, 1/4 and 1/8: most of it is entropy decoding, which reduction keeps."""
+
+SCALE_EPSILON = 1e-9
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A picture of the whole slide.
+
+    rgb: uint8 (H, W, 3); pixel (column c, row r) is the mean of level-0 x in [c, c + 1) * scale_l0[0], likewise y;
+    beyond the slide's edge it is white. scale_l0: level-0 pixels per picture pixel, (x, y). um_per_px: (x, y).
+    """
+
+    rgb: RGBArray
+    scale_l0: FloatPair
+    um_per_px: FloatPair
+
+
+def read_overview(slide: Slide, mpp: float = 8.0, *, threads: int | None = None) -> Overview:
+    """The whole slide at about ``mpp`` um/px, each pixel the mean over its area.
+
+    The plane that costs least among those at least as fine is read once, block by block; memory is the picture (as
+    float32) and a few blocks. The result does not depend on ``threads`` (default: the cores this process may use).
+
+    Raises MissingMppError when the slide states no resolution, SlideReadError when it cannot be read.
+    """
+    slide_mpp = slide.pyramid.isotropic_mpp
+    if slide_mpp is None:
+        raise MissingMppError(
+            f"{slide.info.path} states no resolution, so a picture at {mpp:g} um/px cannot be made",
+            remedy="give it in micrometres per level-0 pixel: --slide-mpp X, or the column mpp of the slides CSV",
+        )
+    scale = (float(overview_scale(mpp / slide_mpp[0])), float(overview_scale(mpp / slide_mpp[1])))
+    rgb = _average(slide, scale, threads or len(os.sched_getaffinity(0)))
+    return Overview(rgb, scale, (scale[0] * slide_mpp[0], scale[1] * slide_mpp[1]))
+
+
+def overview_scale(wanted: float) -> int:
+    """The whole number of level-0 pixels to a picture pixel, within 1/8 of ``wanted`` where that is above 4.
+
+    It is a small multiple of a power of two, so that levels and codec-reduced planes come to whole boxes, and does
+    not depend on which planes a reader has.
+    """
+    if wanted <= 1:
+        return 1
+    step: int = 1 << max(math.floor(math.log2(wanted)) - 2, 0)
+    return step * round(wanted / step)
+
+
+def cheapest_plane(slide: Slide, scale: FloatPair) -> Plane:
+    """The plane that costs least to decode among those at least as fine as ``scale``; the finest if none is."""
+    fine = [
+        p for p in slide.planes if all(d <= s * (1 + SCALE_EPSILON) for d, s in zip(p.downsample, scale, strict=True))
+    ]
+
+    def cost(plane: Plane) -> float:
+        size = slide.pyramid.levels[plane.level].size_px
+        return size[0] * size[1] * REDUCED_COST.get(plane.reduce, 1.0)
+
+    # min() keeps the first of equals, and planes of one scale stand cheapest first.
+    return min(fine, key=cost) if fine else slide.planes[0]
+
+
+def _average(slide: Slide, scale: FloatPair, threads: int) -> RGBArray:
+    plane = cheapest_plane(slide, scale)
+    width, height = (math.ceil(size / s - SCALE_EPSILON) for size, s in zip(slide.pyramid.size_l0, scale, strict=True))
+    factor = (scale[0] / plane.downsample[0], scale[1] / plane.downsample[1])
+    # Sums of what is darker than white: what no block covers stays white.
+    darker = np.zeros((height, width, 3), np.float32)
+    columns = [_axis_weights(plane.block_px[0], c, plane.size_px[0], factor[0], width) for c in range(plane.blocks[0])]
+    rows = [_axis_weights(plane.block_px[1], r, plane.size_px[1], factor[1], height) for r in range(plane.blocks[1])]
+
+    def reduce(cell: IntPair, block: RGBArray) -> NDArray[np.float32]:
+        across, down = columns[cell[0]][1], rows[cell[1]][1]
+        h, w = block.shape[:2]
+        ink = (WHITE - block).astype(np.float32).reshape(h, w * 3)
+        part: NDArray[np.float32] = np.tensordot((down[:, :h] @ ink).reshape(-1, w, 3), across[:, :w], axes=(1, 1))
+        return part.transpose(0, 2, 1)
+
+    for cell, part in _mapped_blocks(slide, plane, reduce, threads):
+        # Blocks are added in file order by this one thread, so rounding is the same on any number of threads.
+        x, y = columns[cell[0]][0], rows[cell[1]][0]
+        darker[y : y + part.shape[0], x : x + part.shape[1]] += part
+    np.subtract(WHITE + 0.5, darker, out=darker)
+    return np.clip(darker, 0, WHITE, out=darker).astype(np.uint8)
+
+
+def _axis_weights(block: int, index: int, plane_px: int, factor: float, out_px: int) -> tuple[int, NDArray[np.float32]]:
+    """First picture pixel that a block touches along one axis, and float32 (picture pixels, block pixels) shares.
+
+    Each share is the part of the picture pixel that the block's pixel covers, so a picture pixel's shares sum to 1
+    over all blocks that lie wholly on the slide.
+    """
+    start, stop = index * block, min((index + 1) * block, plane_px)
+    first = min(math.floor(start / factor + SCALE_EPSILON), out_px - 1)
+    last = min(max(math.ceil(stop / factor - SCALE_EPSILON), first + 1), out_px)
+    lower = np.maximum(np.arange(first, last)[:, None] * factor, np.arange(start, stop)[None, :])
+    upper = np.minimum(np.arange(first + 1, last + 1)[:, None] * factor, np.arange(start + 1, stop + 1)[None, :])
+    return first, (np.maximum(upper - lower, 0.0) / factor).astype(np.float32)
+
+
+def _mapped_blocks(
+    slide: Slide, plane: Plane, work: Callable[[IntPair, RGBArray], NDArray[np.float32]], threads: int
+) -> Iterator[tuple[IntPair, NDArray[np.float32]]]:
+    """``work`` on each block of a plane, row by row, in threads, a few jobs ahead; missing blocks are left out."""
+    per_job = max(min(BLOCKS_PER_JOB, PIXELS_PER_JOB // (plane.block_px[0] * plane.block_px[1])), 1)
+    cells = ((c, r) for r in range(plane.blocks[1]) for c in range(plane.blocks[0]))
+
+    def job(chunk: list[IntPair]) -> list[tuple[IntPair, NDArray[np.float32]]]:
+        done = []
+        for cell, data in zip(chunk, slide.fetch(plane, chunk), strict=True):
+            if data is None:
+                slide.stats.add(missing=1)
+            else:
+                done.append((cell, work(cell, slide.decode(plane, cell, data))))
+        return done
+
+    pending: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="overview") as pool:
+        try:
+            while True:
+                while len(pending) < 2 * threads and (chunk := list(islice(cells, per_job))):
+                    pending.append(pool.submit(job, chunk))
+                if not pending:
+                    return
+                yield from pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

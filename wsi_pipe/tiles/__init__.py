@@ -1,0 +1,7 @@
+"""Tiles of a slide as a stream of batches: planned by native block, each fetched and decoded once, on any threads."""
+
+from __future__ import annotations
+
+from wsi_pipe.tiles.stream import DEFAULT_MEMORY_BYTES, StreamStats, TileBatch, read_tiles, stream_tiles
+
+__all__ = ["DEFAULT_MEMORY_BYTES", "StreamStats", "TileBatch", "read_tiles", "stream_tiles"]

@@ -1,0 +1,150 @@
+"""From which plane tiles are cut and how, and which native blocks which tiles need, in which order."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_pipe.geometry import FloatPair, IntPair
+from wsi_pipe.slides.base import Plane
+
+__all__ = ["BlockPlan", "Cut", "choose_cut", "plan_blocks"]
+
+SCALE_TOLERANCE = 1e-9
+"""Relative distance within which two scales are one."""
+
+CORNER_TOLERANCE = 1e-6
+"""Distance in plane pixels within which a corner lies on a pixel's edge."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How tiles come out of a plane.
+
+    shrink: side of the boxes (a power of two) whose means take the place of plane pixels, 1 for none; the pixels that
+    result are *sample pixels*. by_block: blocks are shrunk as soon as they are decoded; otherwise a tile's patch is,
+    once complete. ratio: sample pixels per tile pixel, (x, y): exactly 1 where tiles are cut pixel for pixel.
+    """
+
+    plane: Plane
+    shrink: int
+    by_block: bool
+    ratio: FloatPair
+
+    @property
+    def pixel_for_pixel(self) -> bool:
+        """Tile pixels are sample pixels: nothing is interpolated."""
+        return self.ratio == (1.0, 1.0)
+
+    @property
+    def sample_l0(self) -> FloatPair:
+        """Level-0 pixels per sample pixel, (x, y)."""
+        return (self.plane.downsample[0] * self.shrink, self.plane.downsample[1] * self.shrink)
+
+
+def choose_cut(planes: tuple[Plane, ...], scale_l0: FloatPair, corners_l0: NDArray[np.float64]) -> Cut:
+    """The plane and the way for tiles of ``scale_l0`` (level-0 pixels per tile pixel) at ``corners_l0``.
+
+    1. Pixel for pixel from a plane of that very scale whose pixels the corners meet.
+    2. At a dyadic scale (level 0 times a power of two): means of 2 x 2, 4 x 4, ... boxes of the coarsest finer dyadic
+       plane whose pixels the corners meet.
+    3. Else resampled from the coarsest plane at least as fine; from the finest where none is.
+    """
+    for plane in planes:
+        same = all(abs(s / d - 1) <= SCALE_TOLERANCE for s, d in zip(scale_l0, plane.downsample, strict=True))
+        if same and _aligned(corners_l0, plane):
+            return Cut(plane, 1, True, (1.0, 1.0))
+    if (power := _power_of_two(scale_l0)) is not None:
+        for plane in sorted(planes, key=lambda p: -p.downsample[0]):
+            own = _power_of_two(plane.downsample)
+            if own is not None and own < power and _aligned(corners_l0, plane):
+                shrink = 2 ** (power - own)
+                by_block = all(b % shrink == 0 for b in plane.block_px) and _aligned(corners_l0, plane, shrink)
+                return Cut(plane, shrink, by_block, (1.0, 1.0))
+    plane = _coarsest_fine_enough(planes, scale_l0)
+    ratio = (scale_l0[0] / plane.downsample[0], scale_l0[1] / plane.downsample[1])
+    # Far from the request, box means go first: they cost little, and what is left (2 to 4 sample pixels to a tile
+    # pixel) still leaves the filter its shape.
+    shrink = 2 ** max(math.floor(math.log2(min(ratio))) - 1, 0)
+    while shrink > 1 and any(b % shrink for b in plane.block_px):
+        shrink //= 2
+    return Cut(plane, shrink, True, (ratio[0] / shrink, ratio[1] / shrink))
+
+
+def _aligned(corners_l0: NDArray[np.float64], plane: Plane, shrink: int = 1) -> bool:
+    corners = corners_l0 / (np.asarray(plane.downsample) * shrink)
+    return bool(np.all(np.abs(corners - np.rint(corners)) <= CORNER_TOLERANCE))
+
+
+def _power_of_two(scale: FloatPair) -> int | None:
+    """k where both axes are 2**k, k at least 0."""
+    power = round(math.log2(scale[0]))
+    if power < 0 or any(abs(s / 2.0**power - 1) > SCALE_TOLERANCE for s in scale):
+        return None
+    return power
+
+
+def _coarsest_fine_enough(planes: tuple[Plane, ...], scale_l0: FloatPair) -> Plane:
+    fine = [
+        p for p in planes if all(d <= s * (1 + SCALE_TOLERANCE) for d, s in zip(p.downsample, scale_l0, strict=True))
+    ]
+    # max() keeps the first of equals, and planes of one scale stand cheapest first.
+    return max(fine, key=lambda p: p.downsample[0] * p.downsample[1]) if fine else planes[0]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Which blocks each job decodes, and which parts of them go into which tiles.
+
+    A job belongs to a group of neighbouring tiles and decodes the blocks that no earlier group needed. cells: (column,
+    row) int64 (blocks, 2) ordered by job, then in file order. job_start: (jobs + 1,) into cells. part_start: (blocks +
+    1,) into part_tile, which names the tiles that a block reaches into. groups: for each job, the groups that
+    it writes to, its own among them.
+    """
+
+    cells: NDArray[np.int64]
+    job_start: NDArray[np.int64]
+    part_start: NDArray[np.int64]
+    part_tile: NDArray[np.int64]
+    groups: tuple[tuple[int, ...], ...]
+
+
+def plan_blocks(
+    corners: NDArray[np.int64], patch_px: IntPair, block_px: IntPair, blocks: IntPair, group_of_tile: NDArray[np.int64]
+) -> BlockPlan:
+    """Plan the blocks for patches at ``corners``, all in sample pixels; ``blocks``: (columns, rows) of the plane.
+
+    group_of_tile: int64 (tiles,), non-decreasing from 0 without gaps.
+    """
+    first, last = corners // block_px, (corners + np.asarray(patch_px) - 1) // block_px
+    first, last = np.maximum(first, 0), np.minimum(last, np.asarray(blocks) - 1)
+    across, down = np.maximum(last - first + 1, 0).T
+    count = across * down
+    tile = np.repeat(np.arange(len(corners)), count)
+    nth = np.arange(len(tile)) - np.repeat(np.cumsum(count) - count, count)
+    column = first[tile, 0] + nth % np.maximum(across, 1)[tile]
+    row = first[tile, 1] + nth // np.maximum(across, 1)[tile]
+    block_ids, first_part, block_of_part = np.unique(row * blocks[0] + column, return_index=True, return_inverse=True)
+    # Parts stand in the order of tiles, so a block's first part is that of the first tile that needs it.
+    job_of_block = group_of_tile[tile[first_part]]
+    by_job = np.argsort(job_of_block, kind="stable")
+    rank = np.empty_like(by_job)
+    rank[by_job] = np.arange(len(by_job))
+    rank_of_part = rank[block_of_part]
+    by_rank = np.argsort(rank_of_part, kind="stable")
+
+    groups = int(group_of_tile[-1]) + 1 if len(group_of_tile) else 0
+    jobs = np.concatenate([np.arange(groups), job_of_block[block_of_part]])
+    written = np.unique(jobs * groups + np.concatenate([np.arange(groups), group_of_tile[tile]]))
+    bounds = np.searchsorted(written, np.arange(groups + 1) * groups)
+    return BlockPlan(
+        cells=np.stack([block_ids % blocks[0], block_ids // blocks[0]], axis=1)[by_job],
+        job_start=np.searchsorted(job_of_block[by_job], np.arange(groups + 1)),
+        part_start=np.searchsorted(rank_of_part[by_rank], np.arange(len(block_ids) + 1)),
+        part_tile=tile[by_rank],
+        groups=tuple(tuple((written[a:b] % groups).tolist()) for a, b in pairwise(bounds.tolist())),
+    )
