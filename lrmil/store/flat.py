@@ -349,9 +349,12 @@ def _common(infos: Sequence[BagInfo], parent_level: str | None) -> tuple[StoreMe
     """What all bags share; the dimension is that of the bags with rows. Raises BagMismatchError where they differ."""
     first = next((info for info in infos if info.rows), infos[0])
     for info in infos:
+        # One set of weights may go by several names, such as paths on two machines.
+        by_weights = info.weights_sha256 and first.weights_sha256
         facts = [
-            ("encoder", info.encoder, first.encoder),
-            ("weights", info.weights_sha256[:12], first.weights_sha256[:12]),
+            ("weights", info.weights_sha256[:12], first.weights_sha256[:12])
+            if by_weights
+            else ("encoder", info.encoder, first.encoder),
             ("level", info.level, first.level),
             ("resolution in um/px", info.mpp, first.mpp),
             ("tile size in px", info.tile_px, first.tile_px),

@@ -93,17 +93,21 @@ def _file_fingerprint(path: Path, key: str) -> str:
     return f"{key}:{status.st_size}:{status.st_mtime_ns}"
 
 
-def inspect_bag(path: str | Path, level: str | None = None, encoder: str | None = None) -> BagInfo:
+def inspect_bag(
+    path: str | Path, level: str | None = None, encoder: str | None = None, *, weights_sha256: str = ""
+) -> BagInfo:
     """Facts about the features of ``level`` and ``encoder`` in a bag, without reading the features.
 
     level: a label such as "5x"; None takes the only or primary one. encoder: its name; None takes the only or primary
-    one. Raises StoreError when the file is no bag or lacks them, BagMismatchError when a foreign bag states another
+    one. weights_sha256: features with these weights are taken, whatever their name, where the bag has them.
+
+    Raises StoreError when the file is no bag or lacks them, BagMismatchError when a foreign bag states another
     resolution or encoder than asked for.
     """
     path = Path(path)
     with _open(path) as file:
         if "levels" in file:
-            return _inspect_own(path, file, level, encoder)
+            return _inspect_own(path, file, level, encoder, weights_sha256)
         if "feats" in file:
             return _inspect_stamp(path, file, level, encoder)
         if "features" in file:
@@ -128,18 +132,22 @@ def _choose(path: Path, kind: str, wanted: str | None, names: list[str], primary
     raise StoreError(f"{path} has {len(names)} {kind}s", remedy=f"choose one of {', '.join(sorted(names))}")
 
 
-def _own_paths(path: Path, file: h5py.File, level: str | None, encoder: str | None) -> tuple[str, str]:
+def _own_paths(path: Path, file: h5py.File, level: str | None, encoder: str | None, weights: str) -> tuple[str, str]:
     label = _choose(path, "level", level, list(file["levels"]), _text(file.attrs.get("primary_level", "")))
     group = file["levels"][label]
-    names = {slug: _text(data.attrs.get("encoder", slug)) for slug, data in group.get("features", {}).items()}
+    features = group.get("features", {})
+    same = [slug for slug, data in features.items() if weights and _text(data.attrs["weights_sha256"]) == weights]
+    if same:
+        return label, same[0]
+    names = {slug: _text(data.attrs.get("encoder", slug)) for slug, data in features.items()}
     # A name on the command line may be the encoder's own or the one in paths.
-    wanted = next((slug for slug, name in names.items() if encoder in (slug, name)), encoder)
+    wanted = next((slug for slug, name in names.items() if encoder in (slug, name)), encoder and encoder_slug(encoder))
     primary = _text(file.attrs.get("primary_encoder", ""))
     return label, _choose(path, f"encoder at {label}", wanted, list(names), primary)
 
 
-def _inspect_own(path: Path, file: h5py.File, level: str | None, encoder: str | None) -> BagInfo:
-    label, slug = _own_paths(path, file, level, encoder)
+def _inspect_own(path: Path, file: h5py.File, level: str | None, encoder: str | None, weights: str) -> BagInfo:
+    label, slug = _own_paths(path, file, level, encoder, weights)
     group = file["levels"][label]
     features, cells = group["features"][slug], group["cells"].attrs
     rows, dim = _shape(path, features)

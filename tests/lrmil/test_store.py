@@ -135,7 +135,7 @@ def test_stamp_bags(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "what"),
-    [({"weights": "cd" * 32}, "weights cdcd"), ({"encoder": "other"}, "encoder other")],
+    [({"weights": "cd" * 32}, "weights cdcd"), ({"encoder": "other", "weights": ""}, "encoder other")],
 )
 def test_bags_of_other_encoders_or_weights_are_refused_by_name(
     make_bag: MakeBag, tmp_path: Path, change: dict[str, str], what: str
@@ -144,6 +144,17 @@ def test_bags_of_other_encoders_or_weights_are_refused_by_name(
     paths = [make_bag("a", first), make_bag("b", second, **change)]
     with pytest.raises(BagMismatchError, match=f"b.h5: {what}"):
         FeatureStore.pack(paths, "5x", "net", tmp_path / "store")
+
+
+def test_one_set_of_weights_may_go_by_two_names(make_bag: MakeBag, tmp_path: Path) -> None:
+    first, second = random_bags([3, 3])
+    paths = [
+        make_bag("a", first, encoder="/here/lr.safetensors"),
+        make_bag("b", second, encoder="/there/lr.safetensors"),
+    ]
+    assert len(FeatureStore.pack(paths, "5x", "net", tmp_path / "store")) == 2
+    info = inspect_bag(paths[0], "5x", "/elsewhere/lr.safetensors", weights_sha256="ab" * 32)
+    assert info.encoder == "/here/lr.safetensors"
 
 
 def test_missing_level_or_encoder_lists_what_there_is(make_bag: MakeBag) -> None:
