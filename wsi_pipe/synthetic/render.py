@@ -1,0 +1,396 @@
+"""Pixels of a synthetic slide, block by block.
+
+A picture is made of the amounts of haematoxylin and eosin at each pixel (uint8, 255 for 2 units of density), turned
+to colour by Beer-Lambert's law, then lit, marked and given a sensor's noise. Everything is placed by coordinates of
+the whole slide, so a pixel is the same whichever block or tile it is asked for in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_pipe.synthetic.chance import uniform
+from wsi_pipe.synthetic.nuclei import sprites, stamp
+from wsi_pipe.synthetic.plan import MAP_UM, SlidePlan, draw_marks, sample_map
+from wsi_pipe.synthetic.textures import Textures, textures, window
+
+__all__ = ["BLOCK_PX", "block_size_px", "render_block"]
+
+BLOCK_PX = 1024
+_COARSE_UM = 2.0
+_FIELD_OF_VIEW_UM = 620.0
+_LARGEST_NUCLEUS_UM = 12.0
+_FINE_UM = 2.0
+_FINE_GREY = 26
+
+# cv2 states no pixel type of what it returns; within this module the names say it.
+Bytes = NDArray[Any]
+Floats = NDArray[Any]
+
+
+def _step_px(mpp: float) -> int:
+    """Pixels to a step of the architecture's grid of about 2 um."""
+    return max(1, round(_COARSE_UM / mpp))
+
+
+def block_size_px(mpp: float) -> int:
+    """Side of a block: about BLOCK_PX, a whole number of steps of both grids that pixels hang on."""
+    unit = _step_px(mpp)
+    return unit * max(1, round(BLOCK_PX / unit))
+
+
+def render_block(plan: SlidePlan, column: int, row: int) -> Bytes:
+    """Level-0 pixels of a block, uint8 (side, side, 3); the last ones reach over the slide's border."""
+    return _Block(plan, column, row).render()
+
+
+class _Block:
+    def __init__(self, plan: SlidePlan, column: int, row: int) -> None:
+        self.plan, self.spec = plan, plan.spec
+        self.mpp = plan.spec.mpp
+        self.side = block_size_px(self.mpp)
+        self.x, self.y = column * self.side, row * self.side
+        self.step = _step_px(self.mpp)
+        self.textures: Textures = textures(self.mpp)
+
+    # -- grids ------------------------------------------------------------------------------------------------------
+
+    def coarse(self, values: Floats, *, cubic: bool = False) -> Floats:
+        """A map of the slide on the block's architecture grid, with a margin of 2 steps on all sides."""
+        import cv2
+
+        pitch = self.step * self.mpp / MAP_UM
+        n = self.side // self.step + 4
+        # cv2 counts from pixel centres: coarse pixel i is centred at (i - 2 + 0.5) steps from the block's corner.
+        x0 = (self.x * self.mpp / MAP_UM) - 1.5 * pitch - 0.5
+        y0 = (self.y * self.mpp / MAP_UM) - 1.5 * pitch - 0.5
+        way = (cv2.INTER_CUBIC if cubic else cv2.INTER_LINEAR) | cv2.WARP_INVERSE_MAP
+        matrix = np.array([[pitch, 0, x0], [0, pitch, y0]], np.float64)
+        return np.asarray(cv2.warpAffine(values, matrix, (n, n), flags=way, borderMode=cv2.BORDER_REPLICATE))
+
+    def pixels(self, coarse: Bytes) -> Bytes:
+        """Values of the architecture grid, uint8, at the block's pixels."""
+        import cv2
+
+        if self.step == 1:
+            return np.ascontiguousarray(coarse[2:-2, 2:-2])
+        n = coarse.shape[0] * self.step
+        large = cv2.resize(coarse, (n, n), interpolation=cv2.INTER_LINEAR)
+        m = 2 * self.step
+        return np.ascontiguousarray(large[m:-m, m:-m])
+
+    def texture(self, values: NDArray[Any], key: int) -> Bytes:
+        """A window of a seamless texture, shifted as this slide has it."""
+        shift = (uniform(self.spec.seed, 301, key, np.arange(2)) * values.shape[0]).astype(int)
+        return np.ascontiguousarray(
+            window(values, self.x + int(shift[0]), self.y + int(shift[1]), self.side, self.side)
+        )
+
+    # -- layers -----------------------------------------------------------------------------------------------------
+
+    def render(self) -> Bytes:
+        import cv2
+
+        edge = self.coarse(self.plan.edge_um, cubic=True)
+        if edge.max() > -12:
+            rgb = self._tissue(edge)
+        else:
+            glass = np.clip(np.rint(self.plan.stain.glass), 0, 255).astype(np.uint8)
+            rgb = np.empty((self.side, self.side, 3), np.uint8)
+            rgb[:] = glass
+        rgb = self._lit(rgb)
+        marks = (*self.plan.debris, *self.plan.pen)
+        if marks:
+            od = draw_marks(marks, self.x * self.mpp, self.y * self.mpp, (self.mpp, self.mpp), (self.side, self.side))
+            if od.any():
+                streaks = 0.85 + 0.15 * self.texture(self.textures.grain, 9).astype(np.float32)[..., None] / 128
+                rgb = np.rint(rgb * np.power(10.0, -od * streaks)).astype(np.uint8)
+        noise = self.texture(self.textures.noise, 8)
+        noisy = cv2.add(rgb, cv2.merge([noise, noise, noise]), dtype=cv2.CV_8U)
+        if self.spec.stitching:
+            self._unscanned(noisy)
+        if self._has_fine:
+            self._add_fine(noisy)
+        return np.asarray(noisy, np.uint8)
+
+    def _tissue(self, edge: Floats) -> Bytes:
+        import cv2
+
+        plan, t = self.plan, self.textures
+        lesion = np.clip(self.coarse(plan.lesion_um) / 12 + 0.5, 0, 1)
+        tumour = lesion * self.spec.strength if self.spec.signal == "coarse" else np.zeros_like(lesion)
+        fat = self.coarse(plan.fat)
+        mix = self.pixels(_bytes(self.coarse(plan.mix) * 255))
+        rho = self._gland_radius(tumour, fat)
+
+        # Stroma: two directions of fibres, one fading into the other.
+        fibres = _blend(self.texture(t.fibres[0], 1), self.texture(t.fibres[1], 2), mix)
+        grain = self.texture(t.grain, 3)
+        eosin = cv2.LUT(fibres, _FIBRE_EOSIN)
+        haema = cv2.LUT(fibres, _FIBRE_HAEMA)
+        # Epithelium around lumens.
+        radius = self.pixels(rho)
+        weight = cv2.LUT(radius, _EPITHELIUM)
+        eosin = _blend(cv2.multiply(cv2.LUT(radius, _GLAND_EOSIN), grain, scale=1 / 128), eosin, weight)
+        haema = _blend(cv2.multiply(cv2.LUT(radius, _GLAND_HAEMA), grain, scale=1 / 128), haema, weight)
+        lumen = cv2.LUT(radius, _LUMEN)
+        if tumour.any():
+            much = self.pixels(_bytes(tumour * 255))
+            eosin = _blend(cv2.multiply(np.full_like(eosin, 40), grain, scale=1 / 128), eosin, much)
+            haema = _blend(cv2.multiply(np.full_like(haema, 34), grain, scale=1 / 128), haema, much)
+        nuclei = self._nuclei(edge, lesion, tumour, fat, rho)
+        haema = np.maximum(haema, nuclei)
+        if fat.max() > 0.02:
+            cells = self.texture(t.fat, 5)
+            much = self.pixels(_bytes(fat * 255))
+            eosin = _blend(cv2.LUT(cells, _FAT_EOSIN), eosin, much)
+            haema = _blend(np.maximum(cv2.LUT(cells, _FAT_HAEMA), nuclei), haema, much)
+        # The section: its thickness, lumens, and an edge that frays along the fibres.
+        edge8 = self.pixels(_bytes(edge * 4 + 128))
+        frayed = cv2.addWeighted(edge8, 1.0, fibres, 0.07, -0.07 * 128)
+        cover = cv2.multiply(cv2.LUT(frayed, _EDGE), lumen, scale=1 / 255)
+        thick = self.pixels(_bytes(self.coarse(plan.thick) * 128))
+        cover = cv2.multiply(cover, thick, scale=1 / 128)
+        eosin = cv2.multiply(eosin, cover, scale=1 / 255)
+        haema = cv2.multiply(haema, cover, scale=1 / 255)
+        if self.mpp < 0.8:
+            # The optics: nothing is sharper than 0.35 um.
+            eosin, haema = (cv2.GaussianBlur(a, (0, 0), 0.28 / self.mpp) for a in (eosin, haema))
+        self.haema = haema
+        levels = np.arange(256)[:, None] / 255 * 2.0
+        glass = self.plan.stain.glass
+        by_haema = np.power(10.0, -levels * plan.stain.haematoxylin) * 255
+        by_eosin = np.power(10.0, -levels * plan.stain.eosin) * glass
+        first = cv2.LUT(cv2.merge([haema, haema, haema]), _bytes(by_haema)[None])
+        second = cv2.LUT(cv2.merge([eosin, eosin, eosin]), _bytes(by_eosin)[None])
+        return np.asarray(cv2.multiply(first, second, scale=1 / 255))
+
+    def _gland_radius(self, tumour: Floats, fat: Floats) -> Bytes:
+        """Position in the nearest gland on the architecture grid: 0 its centre, 128 its border, 255 outside."""
+        g = self.plan.glands
+        pitch = self.step * self.mpp
+        n = tumour.shape[0]
+        out = np.full((n, n), 255, np.uint8)
+        x0, y0 = (self.x - 2 * self.step) * self.mpp, (self.y - 2 * self.step) * self.mpp
+        reach = g.radius * 1.6
+        extent = n * pitch
+        near = (g.x + reach > x0) & (g.y + reach > y0) & (g.x - reach < x0 + extent) & (g.y - reach < y0 + extent)
+        for i in np.flatnonzero(near):
+            c0, r0 = (max(0, int((p - reach[i] - o) / pitch)) for p, o in ((g.x[i], x0), (g.y[i], y0)))
+            c1, r1 = (min(n, int((p + reach[i] - o) / pitch) + 2) for p, o in ((g.x[i], x0), (g.y[i], y0)))
+            dx = x0 + (np.arange(c0, c1, dtype=np.float32)[None] + 0.5) * pitch - np.float32(g.x[i])
+            dy = y0 + (np.arange(r0, r1, dtype=np.float32)[:, None] + 0.5) * pitch - np.float32(g.y[i])
+            rho = np.hypot(dx, dy) / _outline(np.arctan2(dy, dx), g.radius[i], g.sizes[i], g.phases[i])
+            # Each gland has its own lumen: stretch so that the lumen's border is at 64 and the outer one at 128.
+            low = g.lumen[i]
+            level = np.where(rho < low, rho / low * 64, 64 + (rho - low) / (1 - low) * 64)
+            part = out[r0:r1, c0:c1]
+            np.minimum(part, np.clip(level, 0, 255).astype(np.uint8), out=part)
+        out[(tumour > 0.5) | (fat > 0.6)] = 255
+        return out
+
+    # -- nuclei -----------------------------------------------------------------------------------------------------
+
+    def _nuclei(self, edge: Floats, lesion: Floats, tumour: Floats, fat: Floats, rho: Bytes) -> Bytes:
+        canvas = np.zeros((self.side, self.side), np.uint8)
+
+        def at(values: NDArray[Any], x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[Any]:
+            rows = np.clip((y - self.y) / self.step + 2, 0, values.shape[0] - 1).astype(np.int64)
+            columns = np.clip((x - self.x) / self.step + 2, 0, values.shape[1] - 1).astype(np.int64)
+            return values[rows, columns]
+
+        # Fibroblasts, along the fibres.
+        x, y, u = self._lattice(19.0, 401)
+        depth = at(edge, x, y)
+        keep = (depth > 3) & (at(rho, x, y) > 136) & (at(tumour, x, y) < 0.5) & (u[2] < 0.62 - 0.5 * at(fat, x, y))
+        x, y, u = x[keep], y[keep], u[:, keep]
+        angle = self._fibre_angle(x, y) + 0.5 * (u[3] - 0.5)
+        self._stamp(canvas, "fibroblast", x, y, angle, u[4])
+        # Lymphocytes, scattered and in crowds.
+        x, y, u = self._lattice(8.5, 402)
+        crowd = sample_map(self.plan.crowd, x * self.mpp, y * self.mpp)
+        keep = (at(edge, x, y) > 3) & (u[2] < 0.015 + 0.8 * crowd) & (at(rho, x, y) > 132) & (at(fat, x, y) < 0.4)
+        self._stamp(canvas, "lymphocyte", x[keep], y[keep], np.pi * u[3, keep], u[4, keep])
+        # Sheets of tumour.
+        if tumour.any():
+            x, y, u = self._lattice(9.6, 403)
+            keep = (at(edge, x, y) > 3) & (u[2] < 0.93 * at(tumour, x, y))
+            self._stamp(canvas, "tumour", x[keep], y[keep], np.pi * u[3, keep], u[4, keep])
+        # Epithelium, in one or two rows at the base of each gland.
+        x, y, angle, u = self._gland_nuclei()
+        keep = (at(edge, x, y) > 2) & (at(tumour, x, y) < 0.5) & (at(fat, x, y) < 0.6)
+        if self.spec.signal == "middle" and self.spec.label:
+            changed = keep & (u[0] < at(lesion, x, y) * self.spec.strength)
+            self._stamp(canvas, "vesicular", x[changed], y[changed], angle[changed], u[1, changed])
+            keep &= ~changed
+        self._stamp(canvas, "epithelial", x[keep], y[keep], angle[keep], u[1, keep])
+        return canvas
+
+    def _stamp(
+        self,
+        canvas: Bytes,
+        kind: str,
+        x: NDArray[np.float64],
+        y: NDArray[np.float64],
+        angle: NDArray[np.float64],
+        variant: NDArray[np.float64],
+    ) -> None:
+        stamp(canvas, sprites(kind, self.mpp), x - self.x, y - self.y, angle, variant)
+
+    def _lattice(
+        self, pitch_um: float, key: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Jittered points of the slide near the block: x, y in level-0 pixels, and five numbers in [0, 1) each."""
+        pitch = pitch_um / self.mpp
+        margin = _LARGEST_NUCLEUS_UM / self.mpp
+        first = [int(np.floor((o - margin) / pitch)) for o in (self.x, self.y)]
+        last = [int(np.ceil((o + self.side + margin) / pitch)) for o in (self.x, self.y)]
+        c, r = (a.ravel() for a in np.meshgrid(np.arange(first[0], last[0]), np.arange(first[1], last[1])))
+        u = np.stack([uniform(self.spec.seed, key, k, c, r) for k in range(5)])
+        return (c + 0.15 + 0.7 * u[0] + 0.5 * (r % 2)) * pitch, (r + 0.15 + 0.7 * u[1]) * pitch, u
+
+    def _fibre_angle(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Direction of the fibres of whichever texture is the stronger at the points."""
+        size = self.textures.fibres[0].shape[0]
+        first_wins = sample_map(self.plan.mix, x * self.mpp, y * self.mpp) > 0.5
+        both = []
+        for key, angles in zip((1, 2), self.textures.angles, strict=True):
+            shift = (uniform(self.spec.seed, 301, key, np.arange(2)) * size).astype(int)
+            n = angles.shape[0]
+            columns = ((x + shift[0]) % size / size * n).astype(np.int64) % n
+            rows = ((y + shift[1]) % size / size * n).astype(np.int64) % n
+            both.append(angles[rows, columns])
+        return np.asarray(np.where(first_wins, both[0], both[1]) % np.pi, np.float64)
+
+    def _gland_nuclei(
+        self,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Centres in level-0 pixels, directions and two numbers in [0, 1) each, for the glands near the block."""
+        g = self.plan.glands
+        reach = g.radius * 1.6
+        x0, y0, extent = self.x * self.mpp, self.y * self.mpp, self.side * self.mpp
+        near = (g.x + reach > x0) & (g.y + reach > y0) & (g.x - reach < x0 + extent) & (g.y - reach < y0 + extent)
+        chosen = np.flatnonzero(near)
+        parts = []
+        for layer, (depth, spacing) in enumerate(((0.80, 6.6), (0.52, 9.5))):
+            count = np.maximum(6, (2 * np.pi * g.radius[chosen] * depth / spacing).astype(np.int64))
+            gland = np.repeat(chosen, count)
+            index = np.arange(len(gland)) - np.repeat(np.cumsum(count) - count, count)
+            u = np.stack([uniform(self.spec.seed, 500 + 10 * layer + k, g.key[gland], index) for k in range(6)])
+            theta = 2 * np.pi * (index + 0.7 * u[2]) / np.repeat(count, count)
+            # Depth is the share of the way from the lumen's border to the gland's.
+            low = g.lumen[gland]
+            rho = low + (1 - low) * (depth + 0.14 * (u[3] - 0.5))
+            radius = rho * _outline(theta, g.radius[gland], g.sizes[gland], g.phases[gland])
+            keep = u[4] < (1.0, 0.55)[layer]
+            x = (g.x[gland] + radius * np.cos(theta)) / self.mpp
+            y = (g.y[gland] + radius * np.sin(theta)) / self.mpp
+            angle = theta + 0.5 * (u[5] - 0.5)
+            parts.append((x[keep], y[keep], angle[keep] % np.pi, u[:2, keep]))
+        x, y, angle = (np.concatenate([p[i] for p in parts]) for i in range(3))
+        return x, y, angle, np.concatenate([p[3] for p in parts], axis=1)
+
+    # -- light and signal -------------------------------------------------------------------------------------------
+
+    def _lit(self, rgb: Bytes) -> Bytes:
+        """Vignette within each field of view, and steps of brightness between them."""
+        import cv2
+
+        if not self.spec.stitching:
+            return rgb
+        gains, steps = [], []
+        for start in (self.x, self.y):
+            position = (start + np.arange(self.side) + 0.5) * self.mpp / _FIELD_OF_VIEW_UM
+            gains.append(1 - 0.012 * (2 * (position % 1) - 1) ** 2)
+            steps.append(np.floor(position).astype(np.int64))
+        step = 1 - 0.022 * uniform(self.spec.seed, 601, steps[0][None], steps[1][:, None])
+        gain = (255 * gains[1][:, None] * gains[0][None] * step).astype(np.uint8)
+        return np.asarray(cv2.multiply(rgb, cv2.merge([gain, gain, gain]), scale=1 / 255))
+
+    def _unscanned(self, rgb: Bytes) -> None:
+        """Pure white where whole fields of view hold no tissue and were not scanned, as some scanners do."""
+        size = _FIELD_OF_VIEW_UM
+        first = [int(o * self.mpp // size) for o in (self.x, self.y)]
+        last = [int((o + self.side) * self.mpp // size) for o in (self.x, self.y)]
+        for r in range(first[1], last[1] + 1):
+            for c in range(first[0], last[0] + 1):
+                c0, r0 = int(c * size / MAP_UM), int(r * size / MAP_UM)
+                k = int(np.ceil(size / MAP_UM))
+                view = self.plan.edge_um[r0 : r0 + k, c0 : c0 + k]
+                if uniform(self.spec.seed, 602, c, r) < 0.5 and (view.size == 0 or view.max() < -40):
+                    x, y = ((n * size / self.mpp) - o for n, o in ((c, self.x), (r, self.y)))
+                    width = size / self.mpp
+                    rgb[max(0, round(y)) : max(0, round(y + width)), max(0, round(x)) : max(0, round(x + width))] = 255
+
+    @property
+    def _has_fine(self) -> bool:
+        return bool(
+            self.spec.signal == "fine" and self.spec.label and self.spec.strength > 0 and hasattr(self, "haema")
+        )
+
+    def _add_fine(self, rgb: Bytes) -> None:
+        """Grains of chromatin in the nuclei of lesions that sum to exactly nothing over cells of about 2 um."""
+        cell = self.step
+        grain = max(1, round(0.5 / self.mpp))
+        if cell < 2 * grain:
+            return
+        inside = self.pixels(_bytes(np.clip(self.coarse(self.plan.lesion_um) / 4 + 0.5, 0, 1) * 255)) > 127
+        n = self.side // cell
+        amount = round(_FINE_GREY * self.spec.strength)
+        # Only cells that are nucleus throughout, and have room for the change on both sides.
+        nucleus = (self.haema > 62) & inside
+        room = (rgb.min(axis=2) >= amount) & (rgb.max(axis=2) <= 255 - amount)
+        whole = (nucleus & room).reshape(n, cell, n, cell).all(axis=(1, 3))
+        columns, rows = np.arange(n) + self.x // cell, np.arange(n) + self.y // cell
+        turn = (uniform(self.spec.seed, 701, columns[None], rows[:, None]) < 0.5) * 2 - 1
+        k = np.arange(cell) // grain % 2 * 2 - 1
+        pattern = np.outer(k, k)
+        change = (whole * turn)[:, None, :, None] * pattern[None, :, None, :] * amount
+        rgb[:] = (rgb.astype(np.int16) + change.reshape(self.side, self.side, 1)).astype(np.uint8)
+
+
+def _outline(
+    theta: NDArray[Any],
+    radius: NDArray[Any] | float,
+    sizes: NDArray[Any],
+    phases: NDArray[Any],
+) -> NDArray[Any]:
+    """Radius of a gland in a direction: a circle with three harmonics."""
+    waves: NDArray[Any] = np.zeros_like(theta)
+    for k in range(3):
+        waves = waves + sizes[..., k] * np.cos((k + 2) * theta + phases[..., k])
+    return radius * (1 + waves)
+
+
+def _bytes(values: NDArray[Any]) -> Bytes:
+    return np.asarray(np.clip(np.rint(values), 0, 255), np.uint8)
+
+
+def _blend(first: Bytes, second: Bytes, weight: Bytes) -> Bytes:
+    """``first`` where the weight is 255, ``second`` where it is 0."""
+    import cv2
+
+    a = cv2.multiply(first, weight, scale=1 / 255)
+    b = cv2.multiply(second, cv2.bitwise_not(weight), scale=1 / 255)
+    return np.asarray(cv2.add(a, b))
+
+
+def _table(points: list[tuple[float, float]]) -> Bytes:
+    """A lookup table through (level, value) points."""
+    x, y = zip(*points, strict=True)
+    return _bytes(np.interp(np.arange(256), x, y))
+
+
+_FIBRE_EOSIN = _table([(0, 0), (62, 6), (95, 34), (150, 62), (255, 84)])
+_FIBRE_HAEMA = _table([(0, 0), (90, 3), (255, 9)])
+# Levels of a gland: 64 is the lumen's border, 128 the outer one; a cleft parts it from the stroma.
+_EPITHELIUM = _table([(0, 255), (128, 255), (133, 0), (255, 0)])
+_GLAND_EOSIN = _table([(0, 0), (62, 0), (66, 62), (80, 46), (128, 40), (255, 40)])
+_GLAND_HAEMA = _table([(0, 0), (62, 0), (66, 16), (100, 20), (128, 26), (255, 26)])
+_LUMEN = _table([(0, 6), (58, 14), (66, 255), (126, 255), (131, 190), (137, 255), (255, 255)])
+_EDGE = _table([(0, 0), (122, 0), (134, 255), (255, 255)])
+_FAT_EOSIN = _table([(0, 70), (4, 66), (9, 6), (14, 0), (255, 0)])
+_FAT_HAEMA = _table([(0, 10), (4, 8), (9, 0), (255, 0)])

@@ -1,0 +1,63 @@
+"""What a synthetic slide is made from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from wsi_pipe.errors import ConfigError
+from wsi_pipe.geometry import IntPair
+
+__all__ = ["SIGNALS", "Signal", "SlideSpec"]
+
+Signal = Literal["coarse", "middle", "fine"]
+SIGNALS: tuple[Signal, ...] = get_args(Signal)
+
+
+@dataclass(frozen=True)
+class SlideSpec:
+    """A synthetic slide, wholly determined by these values.
+
+    size_px: (width, height) of level 0. mpp: micrometres per level-0 pixel. label: 1 has lesions, 0 has none; all else
+    is the same. signal: what tells a lesion: "coarse" is sheets of crowded, dark, large nuclei, seen at 5x; "middle"
+    is larger, paler nuclei with a rim and a nucleolus at the same amount of stain, of which 5x keeps a weak trace;
+    "fine" is grains of chromatin that average to exactly nothing over 2 um (if that is a whole number of pixels), so
+    that 20x shows them and 5x cannot. strength: of the signal, 0 to 1. lesion_fraction: of the tissue.
+    tissue_fraction: of the slide. stain_variation: 0 for one stain on all slides, 1 for what laboratories differ by.
+    pen, debris, pale, holes, fat, stitching: what else is on the slide.
+    """
+
+    seed: int
+    size_px: IntPair = (2048, 2048)
+    mpp: float = 0.5
+    label: int = 0
+    signal: Signal = "coarse"
+    strength: float = 1.0
+    lesion_fraction: float = 0.3
+    tissue_fraction: float = 0.55
+    stain_variation: float = 1.0
+    pen: bool = False
+    debris: bool = False
+    pale: bool = False
+    holes: bool = True
+    fat: bool = True
+    stitching: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.size_px) < 1:
+            raise ConfigError(f"a synthetic slide of {self.size_px[0]} x {self.size_px[1]} px is empty")
+        if not (math.isfinite(self.mpp) and self.mpp > 0):
+            raise ConfigError(f"mpp {self.mpp} um/px must be above zero")
+        if self.signal not in SIGNALS:
+            raise ConfigError(f"lesion signal {self.signal!r} must be one of {', '.join(SIGNALS)}")
+        if self.label not in (0, 1):
+            raise ConfigError(f"label {self.label!r} must be 0 or 1")
+        for name in ("strength", "lesion_fraction", "tissue_fraction", "stain_variation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} {getattr(self, name)} must lie between 0 and 1")
+
+    @property
+    def size_um(self) -> tuple[float, float]:
+        """(width, height) in micrometres."""
+        return (self.size_px[0] * self.mpp, self.size_px[1] * self.mpp)
