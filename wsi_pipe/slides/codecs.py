@@ -6,15 +6,16 @@ the container states, before a decoder allocates anything by it.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.geometry import IntPair
 
-__all__ = ["CodecError", "JpegDecoder", "JpegHead", "read_jpeg_head", "reduce_by_mean"]
+__all__ = ["CodecError", "Decoder", "JpegDecoder", "JpegHead", "PlainDecoder", "read_jpeg_head", "reduce_by_mean"]
 
 RGBArray = NDArray[np.uint8]
 Buffer: TypeAlias = bytes | memoryview
@@ -30,6 +31,13 @@ _OTHER_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 
 class CodecError(ValueError):
     """A tile's data cannot be decoded, or is not what the container says; the reader adds file and place."""
+
+
+class Decoder(Protocol):
+    """Decodes the tiles of one image."""
+
+    def decode(self, data: Buffer, reduce: int = 1) -> NDArray[np.uint8]:
+        """Pixels, uint8 (ceil(h / reduce), ceil(w / reduce), components). Raises CodecError on bad data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +202,46 @@ def decode_jpeg_stream(stream: bytes, size_px: IntPair, components: int, reduce:
     if pixels.shape != (height, width, components):
         raise CodecError(f"the JPEG decoder gave {pixels.shape[1]} x {pixels.shape[0]} px for {width} x {height}")
     return pixels
+
+
+class PlainDecoder:
+    """Decodes the tiles of one image that are stored plainly, or compressed without loss by LZW or deflate.
+
+    compression: "none", "LZW" or "deflate". difference: whether each sample is stored as its difference from the one to
+    its left (TIFF's predictor 2).
+    """
+
+    def __init__(self, size_px: IntPair, components: int, compression: str, *, difference: bool) -> None:
+        self.shape = (size_px[1], size_px[0], components)
+        self.compression = compression
+        self.difference = difference
+
+    def decode(self, data: Buffer, reduce: int = 1) -> NDArray[np.uint8]:
+        """See Decoder.decode."""
+        wanted = self.shape[0] * self.shape[1] * self.shape[2]
+        plain = self._unpacked(data, wanted)
+        if len(plain) < wanted:
+            raise CodecError(f"the tile holds {len(plain)} bytes of {wanted}")
+        pixels: NDArray[np.uint8] = np.frombuffer(plain, np.uint8, wanted).reshape(self.shape)
+        if self.difference:
+            pixels = np.add.accumulate(pixels, axis=1, dtype=np.uint8)
+        return pixels if reduce == 1 else reduce_by_mean(pixels, reduce)
+
+    def _unpacked(self, data: Buffer, wanted: int) -> Buffer:
+        if self.compression == "none":
+            return data
+        if self.compression == "deflate":
+            try:
+                # The bound keeps a small tile from unpacking into gigabytes.
+                return zlib.decompressobj().decompress(data, wanted)
+            except zlib.error as error:
+                raise CodecError(f"the deflate stream is damaged: {error}") from error
+        import imagecodecs
+
+        try:
+            return bytes(imagecodecs.lzw_decode(bytes(data), out=wanted))
+        except (imagecodecs.ImcdError, ValueError, RuntimeError) as error:
+            raise CodecError(f"the LZW stream is damaged: {error}") from error
 
 
 def reduce_by_mean(pixels: RGBArray, reduce: int, fill: int = 255) -> RGBArray:

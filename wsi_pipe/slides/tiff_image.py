@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from wsi_pipe.errors import SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import IntPair
 from wsi_pipe.slides.base import RGBArray
-from wsi_pipe.slides.codecs import JPEG_REDUCES, CodecError, JpegDecoder
+from wsi_pipe.slides.codecs import JPEG_REDUCES, CodecError, Decoder, JpegDecoder, PlainDecoder
+from wsi_pipe.slides.jpeg2000 import Jpeg2000Decoder
 from wsi_pipe.slides.native import MAX_BLOCK_BYTES, to_rgb
 from wsi_pipe.slides.source import Source
 from wsi_pipe.slides.tiff_ifd import Directory
@@ -26,6 +27,7 @@ FILL_ORDER, SAMPLE_FORMAT, JPEG_TABLES, DEPTH = 266, 339, 347, 32997
 
 NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE = 1, 5, 7, 8, 32946
 APERIO_YCBCR, APERIO_RGB, JPEG2000 = 33003, 33005, 34712
+JPEG2000_KINDS = (APERIO_YCBCR, APERIO_RGB, JPEG2000)
 PHOTOMETRIC_GREY, PHOTOMETRIC_RGB, PHOTOMETRIC_YCBCR = 1, 2, 6
 
 _NAMES = {
@@ -97,21 +99,28 @@ class TiffImage:
             )
 
     def _set_codec(self) -> None:
+        self.reduces: tuple[int, ...] = JPEG_REDUCES if self.compression in (JPEG, *JPEG2000_KINDS) else (1,)
+        if self.photometric == PHOTOMETRIC_YCBCR and (self.planar or self.compression not in (JPEG, APERIO_YCBCR)):
+            raise UnsupportedSlideError(f"{self._name}: YCbCr under {self.codec} compression is not read")
+        self._decoder = self._decoder_of(self.block_px)
+        last_rows = self._stored_px[1] - (self._grid[1] - 1) * self.block_px[1]
+        # Tiles are always whole; the last strip ends with the image.
+        self._last = self._decoder_of((self.block_px[0], last_rows)) if not self.is_tiled else self._decoder
+
+    def _decoder_of(self, size_px: IntPair) -> Decoder:
         channels = 1 if self.planar else self.samples
-        self._raw_bytes = self.block_px[0] * self.block_px[1] * channels
-        self.reduces: tuple[int, ...] = (1,)
         if self.compression == JPEG:
-            ycbcr = self.photometric == PHOTOMETRIC_YCBCR
-            if self.planar and ycbcr:
-                raise UnsupportedSlideError(f"{self._name}: YCbCr in separate planes is not read")
             try:
                 tables = self.directory.raw(JPEG_TABLES)
-                self._jpeg = JpegDecoder(self.block_px, channels, ycbcr=ycbcr, tables=tables)
+                return JpegDecoder(size_px, channels, ycbcr=self.photometric == PHOTOMETRIC_YCBCR, tables=tables)
             except CodecError as error:
                 raise UnsupportedSlideError(f"{self._name}: the JPEG tables are not understood: {error}") from error
-            self.reduces = JPEG_REDUCES
-        else:
-            raise UnsupportedSlideError(f"{self._name}: TIFF compression {self.compression} is not read")
+        if self.compression in JPEG2000_KINDS:
+            return Jpeg2000Decoder(size_px, channels, ycbcr=self.compression == APERIO_YCBCR)
+        predictor = self.directory.number(PREDICTOR, 1)
+        if predictor not in (1, 2) or (predictor == 2 and self.compression == NONE):
+            raise UnsupportedSlideError(f"{self._name}: TIFF predictor {predictor} is not read")
+        return PlainDecoder(size_px, channels, self.codec, difference=predictor == 2)
 
     @property
     def codec(self) -> str:
@@ -136,7 +145,7 @@ class TiffImage:
         columns, rows = self._grid
         stride = columns * rows
         planes = self.samples if self.planar else 1
-        limit = 2 * self._raw_bytes + (1 << 16)
+        limit = 2 * self.block_px[0] * self.block_px[1] * (1 if self.planar else self.samples) + (1 << 16)
         ranges: list[tuple[int, int]] = []
         present: list[bool] = []
         for column, row in cells:
@@ -159,7 +168,7 @@ class TiffImage:
 
     def decode(self, cell: IntPair, data: Any, reduce: int) -> RGBArray:
         """See NativeImage.decode."""
+        decoder = self._last if cell[1] == self._grid[1] - 1 else self._decoder
         if self.planar:
-            planes = [self._jpeg.decode(part, reduce)[:, :, 0] for part in data]
-            return np.stack(planes, axis=2)
-        return to_rgb(self._jpeg.decode(data[0], reduce))
+            return np.concatenate([decoder.decode(part, reduce) for part in data], axis=2)
+        return to_rgb(decoder.decode(data[0], reduce))
