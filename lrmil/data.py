@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lrmil.store import FeatureStore, ResidentStore
 
-__all__ = ["BagBatch", "LabelTable", "batches", "load_labels", "plan_batches"]
+__all__ = ["BagBatch", "LabelTable", "batches", "load_labels", "plan_batches", "read_case_labels"]
 
 LABEL_COLUMNS = ("label", "class", "target")
 UNLABELLED = -1
@@ -164,6 +164,17 @@ def _collect(
         if case_name is not None and row[case_name] and cases.setdefault(key, row[case_name]) != row[case_name]:
             raise LabelError(f"{path}, line {line}: {key} is of case {cases[key]!r} and {row[case_name]!r}")
     return labels, cases
+
+
+def read_case_labels(path: str | Path, *, label_column: str | None = None) -> dict[str, str]:
+    """Class of each case in a label CSV, whether or not there are bags; see ``load_labels`` for its columns.
+
+    A slide without a case is its own case. Raises LabelError as ``load_labels`` does.
+    """
+    header, rows = read_table(path, "label table", LabelError)
+    key = find_column(header, SLIDE_COLUMNS) or find_column(header, CASE_COLUMNS)
+    ids = list(dict.fromkeys(row[key] for _, row in rows)) if key else []
+    return load_labels(path, ids, label_column=label_column).case_labels()
 
 
 def plan_batches(

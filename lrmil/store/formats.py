@@ -101,8 +101,8 @@ def inspect_bag(
     level: a label such as "5x"; None takes the only or primary one. encoder: its name; None takes the only or primary
     one. weights_sha256: features with these weights are taken, whatever their name, where the bag has them.
 
-    Raises StoreError when the file is no bag or lacks them, BagMismatchError when a foreign bag states another
-    resolution or encoder than asked for.
+    Raises StoreError when the file is no bag; BagMismatchError when it lacks them, or states another resolution or
+    encoder than asked for.
     """
     path = Path(path)
     with _open(path) as file:
@@ -122,14 +122,14 @@ def _choose(path: Path, kind: str, wanted: str | None, names: list[str], primary
     if wanted is not None:
         if wanted in names:
             return wanted
-        raise StoreError(
+        raise BagMismatchError(
             f"{path} has no {kind} {wanted!r}", remedy=f"it has {', '.join(sorted(names)) or 'none at all'}"
         )
     if len(names) == 1:
         return names[0]
     if primary in names:
         return primary
-    raise StoreError(f"{path} has {len(names)} {kind}s", remedy=f"choose one of {', '.join(sorted(names))}")
+    raise BagMismatchError(f"{path} has {len(names)} {kind}s", remedy=f"choose one of {', '.join(sorted(names))}")
 
 
 def _own_paths(path: Path, file: h5py.File, level: str | None, encoder: str | None, weights: str) -> tuple[str, str]:

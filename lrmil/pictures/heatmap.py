@@ -1,0 +1,84 @@
+"""A slide's attention over its thumbnail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_pipe.files import atomic_path
+
+__all__ = ["attention_layer", "draw_attention"]
+
+LONGEST_PX = 1600
+OPACITY = 0.55
+
+
+def attention_layer(
+    coords: NDArray[np.float64],
+    tile_size: tuple[float, float],
+    attention: NDArray[np.float32],
+    size_px: tuple[int, int],
+    scale: tuple[float, float],
+) -> NDArray[np.float32]:
+    """Percentile of attention, float32 (H, W) in [0, 1], NaN where there is no tile.
+
+    coords: float64 (N, 2) top-left corners; tile_size: (x, y) in the same unit. size_px: (width, height) of the layer.
+    scale: units per pixel, (x, y). Percentiles, since attention itself falls over orders of magnitude; equal attention
+    has an equal percentile.
+    """
+    from scipy.stats import rankdata
+
+    ranks = rankdata(attention, method="average") / len(attention)
+    width, height = size_px
+    layer = np.full((height, width), np.nan, np.float32)
+    low = np.rint(coords / scale).astype(int)
+    high = np.maximum(np.rint((coords + tile_size) / scale).astype(int), low + 1)
+    # Highest last, so that where tiles overlap the higher attention is seen.
+    for i in np.argsort(ranks, kind="stable").tolist():
+        (x0, y0), (x1, y1) = low[i], high[i]
+        layer[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = ranks[i]
+    return layer
+
+
+def draw_attention(
+    path: Path,
+    coords: NDArray[np.float64],
+    tile_size: tuple[float, float],
+    attention: NDArray[np.float32],
+    *,
+    overview: NDArray[np.uint8] | None = None,
+    extent: tuple[float, float] | None = None,
+) -> None:
+    """Write a heatmap of a slide: its overview in grey where there is one, attention percentiles in colour over it.
+
+    coords, tile_size, attention: as for ``attention_layer``. overview: uint8 (H, W, 3) of the whole slide, which is
+    ``extent`` (width, height) in the unit of the coordinates. Without an overview the tiles' own bounding box is shown.
+    Raises OutputError when it cannot be written.
+    """
+    from matplotlib import colormaps
+    from matplotlib.image import imsave
+
+    size = np.asarray(tile_size, np.float64)
+    if overview is None or extent is None:
+        corner = coords.min(axis=0)
+        coords = coords - corner
+        span = coords.max(axis=0) + size
+        # At least a pixel a tile, at most the usual size.
+        scale = max(span.max() / LONGEST_PX, 1e-9)
+        width, height = np.maximum(np.rint(span / scale).astype(int), 1).tolist()
+        base = np.full((height, width, 3), 255.0)
+        scales = (scale, scale)
+    else:
+        height, width = overview.shape[:2]
+        scales = (extent[0] / width, extent[1] / height)
+        # Grey, so that no colour of the stain is taken for attention.
+        luma = overview.astype(np.float64) @ (0.299, 0.587, 0.114)
+        base = np.repeat(luma[..., None], 3, axis=2)
+    layer = attention_layer(coords, (float(size[0]), float(size[1])), attention, (width, height), scales)
+    there = np.isfinite(layer)
+    colours = colormaps["viridis"](np.where(there, layer, 0.0))[..., :3] * 255
+    base[there] = (1 - OPACITY) * base[there] + OPACITY * colours[there]
+    with atomic_path(path) as temporary:
+        imsave(temporary, np.clip(np.rint(base), 0, 255).astype(np.uint8), format="png")

@@ -1,0 +1,19 @@
+"""A trained model on bags or slides: calibrated probabilities, attention, and files that other programs open."""
+
+from __future__ import annotations
+
+from lrmil.predictor.outputs import attention_geojson, predictions_table, write_attention, write_predictions
+from lrmil.predictor.predict import Predictor, SlidePrediction, TopTile
+from lrmil.predictor.slides import find_encoder, predict_slides
+
+__all__ = [
+    "Predictor",
+    "SlidePrediction",
+    "TopTile",
+    "attention_geojson",
+    "find_encoder",
+    "predict_slides",
+    "predictions_table",
+    "write_attention",
+    "write_predictions",
+]

@@ -1,0 +1,128 @@
+"""Predictions as CSV, JSON, GeoJSON for QuPath, and attention in the bag."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrmil.errors import StoreError
+from lrmil.predictor.predict import Predictor, SlidePrediction
+from wsi_pipe.files import write_text_atomically
+
+__all__ = ["attention_geojson", "predictions_table", "write_attention", "write_predictions"]
+
+
+def predictions_table(predictions: Sequence[SlidePrediction], classes: Sequence[str]) -> str:
+    """The predictions as CSV text, one row a slide; failed and empty slides have their reason and no numbers."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    columns = [f"probability_{name}" for name in classes]
+    last = ["entropy_nats", "tiles", "top_tile_x", "top_tile_y", "reason"]
+    writer.writerow(["slide_id", "case_id", "status", "predicted", *columns, *last])
+    for p in predictions:
+        numbers: list[object] = [f"{p.probabilities[name]:.6g}" if p.probabilities else "" for name in classes]
+        entropy = "" if math.isnan(p.entropy_nats) else f"{p.entropy_nats:.6g}"
+        place = [f"{p.top_tiles[0].x:.10g}", f"{p.top_tiles[0].y:.10g}"] if p.top_tiles else ["", ""]
+        row = [p.slide_id, p.case_id or "", p.status, p.predicted or "", *numbers, entropy, p.tiles, *place]
+        writer.writerow([*row, p.reason or ""])
+    return out.getvalue()
+
+
+def write_predictions(out: Path, predictions: Sequence[SlidePrediction], predictor: Predictor) -> None:
+    """Write ``predictions.csv`` and ``predictions.json`` into ``out``. Raises OutputError when it cannot."""
+    write_text_atomically(out / "predictions.csv", predictions_table(predictions, predictor.card.classes))
+    card = predictor.card
+    head = {
+        "name": predictor.name,
+        "sha256": predictor.sha256,
+        "architecture": card.model.name,
+        "classes": list(card.classes),
+        "encoder": card.encoder,
+        "weights_sha256": card.weights_sha256,
+        "level": card.level,
+        "temperature": card.temperature,
+    }
+    body = {"model": head, "slides": [_plain(p) for p in predictions]}
+    write_text_atomically(out / "predictions.json", json.dumps(body, indent=1, allow_nan=False) + "\n")
+
+
+def _plain(p: SlidePrediction) -> dict[str, Any]:
+    values: dict[str, Any] = {"slide_id": p.slide_id, "case_id": p.case_id, "status": p.status, "tiles": p.tiles}
+    if p.status == "done":
+        values |= {
+            "predicted": p.predicted,
+            "probabilities": dict(p.probabilities),
+            "entropy_nats": p.entropy_nats,
+            "logits": list(p.logits),
+            "top_tiles": [
+                {"row": t.row, "x": _number(t.x), "y": _number(t.y), "attention": t.attention} for t in p.top_tiles
+            ],
+        }
+    if p.bag is not None:
+        values |= {"bag": p.bag.path, "coords_unit": p.bag.coords_unit}
+    if p.reason:
+        values |= {"reason": p.reason, "remedy": p.remedy}
+    return values
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def write_attention(prediction: SlidePrediction, model: str) -> bool:
+    """Put a slide's attention into its bag as ``/levels/<level>/attention/<model>``; False where there is none to put.
+
+    Raises StoreError for a bag of another tool, BagError or OutputError when it cannot be written.
+    """
+    from wsi_pipe.bag import write_attention as write_into_bag
+
+    info = prediction.bag
+    if prediction.attention is None or info is None:
+        return False
+    if info.format != "wsi-pipe":
+        raise StoreError(
+            f"{info.path} is a bag of {info.format}, which has no place for attention",
+            remedy="write GeoJSON instead: --geojson",
+        )
+    write_into_bag(Path(info.path), info.level, model, prediction.attention)
+    return True
+
+
+def attention_geojson(prediction: SlidePrediction, model: str) -> dict[str, Any]:
+    """Tiles as a GeoJSON that QuPath opens: one tile object each, with attention and its percentile as measurements.
+
+    Coordinates are level-0 pixels. Raises StoreError when the bag's coordinates are not, or the tile size is unknown.
+    """
+    info = prediction.bag
+    assert info is not None
+    if prediction.attention is None or prediction.coords is None:
+        raise StoreError(f"{info.path}: the model has no attention per tile", remedy="choose an attention model")
+    if info.coords_unit != "px_l0" or info.tile_size_l0 is None or not np.isfinite(prediction.coords).all():
+        raise StoreError(
+            f"{info.path} does not say where its tiles lie in level-0 pixels",
+            remedy="leave out --geojson, or make the bag with wsi-pipe",
+        )
+    width, height = info.tile_size_l0
+    attention = prediction.attention
+    # Attention is spread over thousands of tiles: the percentile is what a colour scale can show.
+    order = np.argsort(np.argsort(attention, kind="stable"), kind="stable")
+    percentile = 100.0 * (order + 1) / len(attention)
+    features = []
+    for (x, y), value, rank in zip(prediction.coords.tolist(), attention.tolist(), percentile.tolist(), strict=True):
+        ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
+        measurements = {f"{model} attention": value, f"{model} attention percentile": rank}
+        features.append(
+            {
+                "type": "Feature",
+                "geometry": {"type": "Polygon", "coordinates": [ring]},
+                "properties": {"objectType": "tile", "measurements": measurements},
+            }
+        )
+    return {"type": "FeatureCollection", "features": features}

@@ -1,0 +1,119 @@
+"""Slides to predictions in one go: the pipeline at the model's own resolution with the model's own encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lrmil.checkpoint import ModelCard
+from lrmil.errors import ModelMismatchError
+from lrmil.predictor.predict import TOP_TILES, Predictor, SlidePrediction, describe
+from wsi_pipe.config import JobSettings, TileSettings
+from wsi_pipe.errors import WsiPipeError
+
+if TYPE_CHECKING:
+    from wsi_pipe.encoders.base import Encoder
+    from wsi_pipe.manifest import SlideEntry
+
+__all__ = ["find_encoder", "predict_slides"]
+
+
+def find_encoder(card: ModelCard, model_path: Path, given: str | None = None) -> str:
+    """The name or file of the encoder that a model needs: the one given, else as the card has it.
+
+    An encoder file that is not where it was in training is looked for beside the model. Raises ModelMismatchError when
+    it is not there either, or the card names none.
+    """
+    name = given or card.encoder
+    if not name:
+        raise ModelMismatchError(
+            f"{model_path} does not name its encoder", remedy="give it: --encoder NAME, or predict from bags: --bags"
+        )
+    if given or not name.endswith(".safetensors") or name.startswith("timm:"):
+        return name
+    beside = model_path.parent / Path(name).name
+    found = next((path for path in (beside, Path(name)) if path.is_file()), None)
+    if found is None:
+        raise ModelMismatchError(
+            f"the encoder of {model_path}, {Path(name).name}, is not beside it",
+            remedy="put it there, or give it: --encoder FILE",
+        )
+    return str(found)
+
+
+def job_settings(card: ModelCard, encoder: str, base: JobSettings) -> JobSettings:
+    """``base`` at the model's one resolution, tile size and encoder.
+
+    Raises ModelMismatchError when the card does not state resolution and tile size.
+    """
+    if card.mpp is None or card.tile_px is None:
+        raise ModelMismatchError(
+            f"the model was trained on {describe(card)} without a stated um/px, so no tiles can be cut for it",
+            remedy="make bags with the tool it was trained with and give them: --bags",
+        )
+    tile = dataclasses.replace(base.tile, resolutions=(card.mpp,), tile_px=card.tile_px)
+    extract = dataclasses.replace(base.extract, encoders={"*": (encoder,)}, layers=())
+    return dataclasses.replace(base, tile=tile, extract=extract)
+
+
+def load_matching_encoder(predictor: Predictor, settings: JobSettings) -> dict[str, Encoder]:
+    """The encoder, checked against the model before any slide is read.
+
+    Raises ModelMismatchError when its weights or dimension are others than in training; EncoderError when it cannot be
+    had.
+    """
+    from wsi_pipe.job.run import load_encoders
+
+    encoders = load_encoders(settings)
+    card = predictor.card
+    for name, encoder in encoders.items():
+        info = encoder.info
+        if card.weights_sha256 and info.weights_sha256 != card.weights_sha256:
+            raise ModelMismatchError(
+                f"encoder {name} has weights {info.weights_sha256[:12]}, the model was trained on {describe(card)}",
+                remedy="give the encoder of training: --encoder NAME or FILE",
+            )
+        if info.dim != card.model.in_dim:
+            raise ModelMismatchError(
+                f"encoder {name} gives {info.dim} features, the model takes {card.model.in_dim}",
+                remedy="give the encoder of training: --encoder NAME or FILE",
+            )
+    return encoders
+
+
+def predict_slides(
+    predictor: Predictor,
+    entries: Sequence[SlideEntry],
+    job: Path,
+    *,
+    encoder: str,
+    base: JobSettings | None = None,
+    top_tiles: int = TOP_TILES,
+    progress: Callable[[str, str, int], None] | None = None,
+) -> Iterator[SlidePrediction]:
+    """Segment, tile and encode slides at the model's resolution into ``job``, and predict each as its bag is done.
+
+    Nothing is read or computed at any other resolution. What ``job`` holds already and fits is not done again.
+    encoder: from ``find_encoder``. base: settings of segmentation, tiling and hardware. A slide that fails gives a
+    prediction with status "failed". Raises ModelMismatchError before the first slide when the encoder is not the
+    model's; OutputError or DeviceError when the job cannot go on.
+    """
+    from wsi_pipe.job import open_job
+    from wsi_pipe.job.run import process
+
+    settings = job_settings(predictor.card, encoder, base or JobSettings(tile=TileSettings()))
+    encoders = load_matching_encoder(predictor, settings)
+    paths = open_job(job, settings, list(entries))
+    cases = {entry.slide_id: entry.case_id for entry in entries}
+    for outcome in process(entries, settings, paths, encoders=encoders, progress=progress):
+        if outcome.status == "failed":
+            yield SlidePrediction(
+                outcome.slide_id, "failed", cases[outcome.slide_id], reason=outcome.reason, remedy=outcome.remedy
+            )
+            continue
+        try:
+            yield predictor.predict_bag(paths.bag(outcome.slide_id), top_tiles=top_tiles)
+        except WsiPipeError as error:
+            yield SlidePrediction.failure(outcome.slide_id, error)
