@@ -105,8 +105,8 @@ def make_cohort(
 
     ``slides.csv`` (slide, slide_id, case_id) is what wsi-pipe reads, ``labels.csv`` (slide_id, case_id, label) what
     lrmil reads. downsamples: the levels, 1 first. quality: of the JPEG tiles. progress: called with (done, all) after
-    each slide. options: of ``plan_cohort`` and ``SlideSpec``. Raises ConfigError as ``plan_cohort`` does, OutputError when
-    the folder cannot be written.
+    each slide. options: of ``plan_cohort`` and ``SlideSpec``. Raises ConfigError as ``plan_cohort`` does, OutputError
+    when the folder cannot be written.
     """
     from wsi_pipe.slides.write import write_pyramid
 

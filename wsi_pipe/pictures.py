@@ -1,0 +1,324 @@
+"""Pictures to look at: thumbnails with tissue outlines, tile grids, or values of tiles as a heat map.
+
+Every picture is an RGB array, uint8 (H, W, 3), at most ``max_px`` wide and high without the panel below it, which
+holds the legend and a scale bar. Outlines have a white casing, so that they show on pink, purple and white alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from wsi_pipe.errors import OutputError
+from wsi_pipe.files import atomic_path
+from wsi_pipe.geometry import FloatPair, TileGrid, TissueMask
+from wsi_pipe.tissue import trace_mask
+
+__all__ = [
+    "GRID_COLOURS",
+    "TISSUE_COLOUR",
+    "thumbnail_with_contours",
+    "thumbnail_with_grids",
+    "thumbnail_with_heatmap",
+    "write_image",
+]
+
+RGB = tuple[int, int, int]
+Picture = NDArray[np.uint8]
+
+TISSUE_COLOUR: RGB = (0, 128, 64)
+GRID_COLOURS: tuple[RGB, ...] = ((16, 72, 200), (0, 140, 105), (196, 120, 0), (90, 90, 90))
+"""Of the grids, the coarsest first."""
+
+_MAX_PX = 1600
+_MIN_PX = 900
+_SHIFT = 4
+_INK = (40, 40, 40)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line of the legend."""
+
+    colour: RGB
+    text: str
+
+
+def thumbnail_with_contours(
+    rgb: Picture, mask: TissueMask, *, um_per_px: FloatPair | None = None, title: str = "", max_px: int = _MAX_PX
+) -> Picture:
+    """A thumbnail with the outlines of the tissue.
+
+    rgb: uint8 (H, W, 3), the whole slide. mask: of the whole slide, at any scale. um_per_px: of rgb, for scale bar and
+    area. An empty mask gives the thumbnail with the reason below it.
+    """
+    picture, zoom = _sized(rgb, max_px)
+    scale = (picture.shape[1] / mask.mask.shape[1], picture.shape[0] / mask.mask.shape[0])
+    rings = [ring * scale for rings in trace_mask(mask.mask) for ring in rings]
+    _draw_rings(picture, rings, TISSUE_COLOUR, 2.0)
+    if mask.is_empty:
+        entries = [_Entry((150, 150, 150), mask.empty_reason or "no tissue")]
+    else:
+        share = f"tissue, {mask.mask.mean():.0%} of the slide"
+        if um_per_px is not None:
+            area = rgb.shape[0] * rgb.shape[1] * um_per_px[0] * um_per_px[1] * float(mask.mask.mean()) / 1e6
+            share += f", {area:.3g} mm²"
+        entries = [_Entry(TISSUE_COLOUR, share)]
+    return _with_panel(picture, entries, _um(um_per_px, zoom), title)
+
+
+def thumbnail_with_grids(
+    rgb: Picture,
+    scale_l0: FloatPair,
+    grids: Sequence[TileGrid],
+    *,
+    mask: TissueMask | None = None,
+    um_per_px: FloatPair | None = None,
+    title: str = "",
+    max_px: int = _MAX_PX,
+) -> Picture:
+    """A thumbnail with the tiles of one or more grids.
+
+    rgb: uint8 (H, W, 3), the whole slide. scale_l0: level-0 pixels per pixel of rgb, (x, y). grids: any number,
+    coarsest first, each in its own colour; the coarser ones have the thicker lines. mask: drawn too, if given.
+    """
+    import cv2
+
+    picture, zoom = _sized(rgb, max_px)
+    per_l0 = (zoom[0] / scale_l0[0], zoom[1] / scale_l0[1])
+    order = sorted(range(len(grids)), key=lambda i: grids[i].tile_size_l0[0])
+    entries: list[_Entry] = []
+    for position, i in enumerate(order):
+        grid, colour = grids[i], GRID_COLOURS[i % len(GRID_COLOURS)]
+        entries.insert(0, _Entry(colour, _grid_text(grid)))
+        if len(grid) == 0:
+            continue
+        low = grid.corners_l0 * per_l0
+        high = low + np.asarray(grid.tile_size_l0) * per_l0
+        size_px = float((high - low)[0].min())
+        finest = position == 0 and len(grids) > 1
+        if size_px < 4:  # lines would run together: a tint says where tiles are
+            tint = picture.copy()
+            for (x0, y0), (x1, y1) in zip(np.rint(low).astype(int), np.rint(high).astype(int), strict=True):
+                cv2.rectangle(tint, (int(x0), int(y0)), (int(x1), int(y1)), colour, -1)
+            picture = np.asarray(cv2.addWeighted(picture, 0.65, tint, 0.35, 0), np.uint8)
+            continue
+        corners = np.stack([low, np.stack([high[:, 0], low[:, 1]], 1), high, np.stack([low[:, 0], high[:, 1]], 1)], 1)
+        if finest:
+            _draw_rings(picture, list(corners), colour, 1.0, casing=0.0)
+        else:
+            _draw_rings(picture, list(corners), colour, 2.0, casing=1.0)
+    if mask is not None:
+        scale = (picture.shape[1] / mask.mask.shape[1], picture.shape[0] / mask.mask.shape[0])
+        _draw_rings(picture, [r * scale for rings in trace_mask(mask.mask) for r in rings], (0, 0, 0), 1.0, casing=1.0)
+        entries.append(_Entry((0, 0, 0), "tissue"))
+    return _with_panel(picture, entries, _um(um_per_px, zoom), title)
+
+
+def _grid_text(grid: TileGrid) -> str:
+    mpp = grid.mpp_effective[0]
+    noun = "tile" if len(grid) == 1 else "tiles"
+    return f"{grid.label}: {len(grid):,} {noun} of {grid.spec.size_px} px, {mpp:.4g} µm/px"
+
+
+def thumbnail_with_heatmap(
+    rgb: Picture,
+    scale_l0: FloatPair,
+    grid: TileGrid,
+    values: ArrayLike,
+    *,
+    limits: tuple[float, float] | None = None,
+    label: str = "attention",
+    um_per_px: FloatPair | None = None,
+    title: str = "",
+    opacity: float = 0.6,
+    max_px: int = _MAX_PX,
+) -> Picture:
+    """A grey thumbnail with a value per tile in colour (viridis), and a colour bar.
+
+    values: (N,), one per tile of the grid; tiles without a finite value stay grey. limits: values at the ends of the
+    colour bar, by default the 1st and 99th percentile, so that one tile does not take all colours; what lies beyond
+    has the colour of the end. Where tiles overlap, their mean counts. Raises ValueError where values and grid differ in length.
+    """
+    import cv2
+
+    amounts = np.asarray(values, np.float64).reshape(-1)
+    if len(amounts) != len(grid):
+        raise ValueError(f"{len(amounts)} values do not belong to {len(grid)} tiles")
+    picture, zoom = _sized(rgb, max_px)
+    finite = np.isfinite(amounts)
+    if limits is None:
+        low, high = np.percentile(amounts[finite], (1, 99)) if finite.any() else (0.0, 1.0)
+        limits = (float(low), float(high))
+    span = max(limits[1] - limits[0], 1e-300)
+    height, width = picture.shape[:2]
+    total, count = np.zeros((height, width), np.float64), np.zeros((height, width), np.int32)
+    per_l0 = np.array([zoom[0] / scale_l0[0], zoom[1] / scale_l0[1]])
+    first = np.rint(grid.corners_l0 * per_l0).astype(int)
+    last = np.rint((grid.corners_l0 + np.asarray(grid.tile_size_l0)) * per_l0).astype(int)
+    last = np.maximum(last, first + 1)
+    first = np.maximum(first, 0)
+    for i in np.flatnonzero(finite):
+        box = np.s_[first[i, 1] : last[i, 1], first[i, 0] : last[i, 0]]
+        total[box] += np.clip((amounts[i] - limits[0]) / span, 0, 1)
+        count[box] += 1
+    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    level = np.rint(255 * total / np.maximum(count, 1)).astype(np.uint8)
+    tinted = cv2.addWeighted(grey, 1 - opacity, _coloured(level), opacity, 0)
+    picture = np.where((count > 0)[..., None], tinted, grey).astype(np.uint8)
+    return _with_panel(picture, [], _um(um_per_px, zoom), title, bar=(label, limits))
+
+
+def _coloured(level: NDArray[np.uint8]) -> Picture:
+    import cv2
+
+    return np.ascontiguousarray(cv2.applyColorMap(level, cv2.COLORMAP_VIRIDIS)[..., ::-1], np.uint8)
+
+
+def write_image(path: Path | str, rgb: Picture, *, quality: int = 90) -> None:
+    """Write a picture as PNG or JPEG, by the name's ending, whole or not at all.
+
+    Raises OutputError when the folder cannot be written or the ending is neither .png, .jpg nor .jpeg.
+    """
+    from PIL import Image
+
+    path = Path(path)
+    kinds: dict[str, dict[str, Any]] = {
+        ".png": {"format": "PNG"},
+        ".jpg": {"format": "JPEG", "quality": quality, "subsampling": 0},
+        ".jpeg": {"format": "JPEG", "quality": quality, "subsampling": 0},
+    }
+    options = kinds.get(path.suffix.lower())
+    if options is None:
+        raise OutputError(f"cannot write {path}: pictures are PNG or JPEG", remedy="end its name in .png or .jpg")
+    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+        Image.fromarray(np.ascontiguousarray(rgb)).save(handle, **options)
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def _sized(rgb: Picture, max_px: int) -> tuple[Picture, FloatPair]:
+    """A copy whose longer side is at most ``max_px`` and, where that is possible, at least 900; and the zoom."""
+    import cv2
+
+    height, width = rgb.shape[:2]
+    longest = max(height, width)
+    zoom = min(max_px, max(longest, min(_MIN_PX, max_px))) / longest
+    size = (max(1, round(width * zoom)), max(1, round(height * zoom)))
+    if zoom == 1:
+        return rgb.copy(), (1.0, 1.0)
+    way = cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC
+    picture = np.asarray(cv2.resize(rgb, size, interpolation=way), np.uint8)
+    return picture, (size[0] / width, size[1] / height)
+
+
+def _um(um_per_px: FloatPair | None, zoom: FloatPair) -> float | None:
+    return None if um_per_px is None else um_per_px[0] / zoom[0]
+
+
+def _draw_rings(
+    picture: Picture, rings: Sequence[NDArray[Any]], colour: RGB, width: float, *, casing: float = 1.5
+) -> None:
+    """Closed lines through points (x, y), pixel (c, r) covering [c, c + 1) x [r, r + 1), in place."""
+    import cv2
+
+    if not rings:
+        return
+    paths = [np.rint((ring - 0.5) * (1 << _SHIFT)).astype(np.int32).reshape(-1, 1, 2) for ring in rings]
+    if casing > 0:
+        thickness = max(1, round(width + 2 * casing))
+        cv2.polylines(picture, paths, True, (255, 255, 255), thickness, cv2.LINE_AA, _SHIFT)
+    cv2.polylines(picture, paths, True, colour, max(1, round(width)), cv2.LINE_AA, _SHIFT)
+
+
+def _with_panel(
+    picture: Picture,
+    entries: Sequence[_Entry],
+    um_per_px: float | None,
+    title: str,
+    bar: tuple[str, tuple[float, float]] | None = None,
+) -> Picture:
+    """The picture with a title, a legend, a colour bar and a scale bar on white below it."""
+    from PIL import Image, ImageDraw
+
+    height, width = picture.shape[:2]
+    size = int(np.clip(width / 55, 13, 22))
+    line = round(size * 1.6)
+    margin = size
+    font = _font(size)
+    right = _scale_bar(width, um_per_px)
+    room = width - 2 * margin - (right[0] + 2 * margin if right else 0)
+    rows = ([title] if title else []) + [e.text for e in entries]
+    panel_height = margin + line * max(len(rows) + (1 if bar else 0), 1) + margin // 2
+    image = Image.new("RGB", (width, height + panel_height), (255, 255, 255))
+    image.paste(Image.fromarray(picture), (0, 0))
+    draw = ImageDraw.Draw(image)
+    draw.line([(0, height), (width, height)], fill=(205, 205, 205))
+    y = height + margin
+    if title:
+        draw.text((margin, y + line // 2), _fitted(draw, title, font, room), fill=_INK, font=font, anchor="lm")
+        y += line
+    for entry in entries:
+        top = y + (line - size) // 2
+        draw.rectangle([margin, top, margin + size, top + size], outline=entry.colour, width=3)
+        text = _fitted(draw, entry.text, font, room - 2 * size)
+        draw.text((margin + 2 * size, y + line // 2), text, fill=_INK, font=font, anchor="lm")
+        y += line
+    if bar is not None:
+        _colour_bar(image, draw, font, (margin, y), max(room, 1), line, *bar)
+    if right is not None and um_per_px is not None:
+        length, text = right
+        x1, y1 = width - margin, height + margin + line
+        draw.rectangle([x1 - length, y1, x1, y1 + max(3, size // 4)], fill=_INK)
+        draw.text((x1 - length / 2, y1 - line // 2), text, fill=_INK, font=font, anchor="mm")
+    return np.asarray(image, np.uint8)
+
+
+def _font(size: int) -> Any:
+    """DejaVu Sans, which matplotlib brings along: PIL's own font has no µ and few accents."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def _colour_bar(
+    image: Any, draw: Any, font: Any, at: tuple[int, int], room: int, line: int, label: str, limits: tuple[float, float]
+) -> None:
+    from PIL import Image
+
+    x, y = at
+    texts = [f"{label}  {limits[0]:.3g}", f"{limits[1]:.3g}"]
+    widths = [round(draw.textlength(text, font=font)) for text in texts]
+    gap = line // 2
+    length = max(20, min(240, room - sum(widths) - 2 * gap))
+    draw.text((x, y + line // 2), texts[0], fill=_INK, font=font, anchor="lm")
+    ramp = _coloured(np.tile(np.linspace(0, 255, length).astype(np.uint8), (line * 2 // 3, 1)))
+    image.paste(Image.fromarray(ramp), (x + widths[0] + gap, y + line // 6))
+    draw.text((x + widths[0] + 2 * gap + length, y + line // 2), texts[1], fill=_INK, font=font, anchor="lm")
+
+
+def _fitted(draw: Any, text: str, font: Any, room: float) -> str:
+    """The text, cut where it does not fit."""
+    if draw.textlength(text, font=font) <= room:
+        return text
+    while text and draw.textlength(text + "…", font=font) > room:
+        text = text[:-1]
+    return text + "…"
+
+
+def _scale_bar(width_px: int, um_per_px: float | None) -> tuple[int, str] | None:
+    """Length in pixels and text of a bar of 1, 2 or 5 times a power of ten um, at most a fifth of the width."""
+    if um_per_px is None:
+        return None
+    longest = width_px * um_per_px / 5
+    power = 10.0 ** np.floor(np.log10(longest))
+    um = max(step * power for step in (1, 2, 5) if step * power <= longest)
+    text = f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} µm"
+    return max(1, round(um / um_per_px)), text
