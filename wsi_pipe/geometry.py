@@ -127,13 +127,13 @@ def _whole_downsample(full: IntPair, size: IntPair) -> int | None:
     up_low = max(-(-f // s) for f, s in zip(full, size, strict=True))
     up_high = min((math.ceil(f / (s - 1)) - 1) if s > 1 else down_high for f, s in zip(full, size, strict=True))
     ratio = math.sqrt(full[0] / size[0] * full[1] / size[1])
-    for low, high in ((down_low, down_high), (up_low, up_high)):
-        if low > high:
-            continue
-        # A tiny level fits many whole numbers: a power of two is what pyramid writers use.
+    ranges = [(low, high) for low, high in ((down_low, down_high), (up_low, up_high)) if low <= high]
+    # A tiny level fits many whole numbers: a power of two is what pyramid writers use, rounding either way.
+    for low, high in ranges:
         powers = [1 << k for k in range(low.bit_length() - 1, high.bit_length()) if low <= 1 << k <= high]
         if powers:
             return min(powers, key=lambda k: abs(math.log(k / ratio)))
+    for low, high in ranges:
         return min(max(round(ratio), low), high)
     return None
 

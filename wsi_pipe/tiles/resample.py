@@ -30,12 +30,17 @@ KEYS_A = -0.5
 PHASES = 256
 """Sub-pixel positions at which a filter is tabulated; between them it is linear."""
 
-HURST = 1.0
-"""Variogram of the pictures that filters are fitted to: |distance| ** HURST, a spectrum of 1 / f ** (1 + HURST)."""
+VARIOGRAM_POWER = 1.3
+"""Filters are fitted to pictures of variogram |distance| ** VARIOGRAM_POWER, a spectrum of 1 / f ** 2.3.
+
+Between 1 and 1.5 the detail on stained tissue, against Pillow's, changes from -2 % to +1 %, and PSNR not at all."""
 
 OUTPUTS_PER_PRODUCT = 16
 """Output pixels that one matrix product makes. The filters are banded: a product over a whole row would multiply zeros,
 and products this small stay in one thread of the linear algebra library, whose threads would fight with ours."""
+
+CACHE_BYTES = 16 * 1024 * 1024
+"""Filters of columns and rows that are kept."""
 
 MAX_PRODUCT = 200_000
 """Multiplications in one product, below the 262,144 from which OpenBLAS starts threads."""
@@ -69,10 +74,10 @@ def filter_table(ratio: float, downsample: float) -> NDArray[np.float64]:
     fine = min(max(round(downsample), 2), 8)
     samples = (np.arange(2 * half * fine) + 0.5) / fine - 0.5 - (half - 1.0)
     target = _keys((samples[None] - phases[:, None]) / stretch)
-    target = np.divide(target, target.sum(axis=1, keepdims=True))
+    np.divide(target, target.sum(axis=1, keepdims=True), out=target)
     # Minimise the expected squared difference; for weights that sum to the same, the negative variogram stands in for
     # the covariance, which need not exist.
-    covariance = -(np.abs(samples[:, None] - samples[None]) ** HURST)
+    covariance = -(np.abs(samples[:, None] - samples[None]) ** VARIOGRAM_POWER)
     boxes = np.kron(np.eye(2 * half), np.full((1, fine), 1 / fine))
     count = 2 * half
     system = np.ones((count + 1, count + 1))
@@ -80,8 +85,7 @@ def filter_table(ratio: float, downsample: float) -> NDArray[np.float64]:
     system[count, count] = 0
     wanted = np.ones((count + 1, PHASES + 1))
     wanted[:count] = boxes @ covariance @ target.T
-    fitted: NDArray[np.float64] = np.linalg.solve(system, wanted)[:count].T
-    return np.ascontiguousarray(fitted)
+    return np.ascontiguousarray(np.linalg.solve(system, wanted)[:count].T, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,16 @@ class AxisFilter:
     starts: tuple[int, ...]
     weights: NDArray[np.float32]
     on_slide: IntPair
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """Room for one tile: channels apart, as numbers, filtered across, filtered down."""
+
+    channels: list[RGBArray]
+    source: NDArray[np.float32]
+    middle: NDArray[np.float32]
+    result: NDArray[np.float32]
 
 
 class Resampler:
@@ -112,12 +126,20 @@ class Resampler:
         # Room for the taps on both sides, and for the fraction of a pixel by which a tile is off.
         self._margins = [t.shape[1] // 2 for t in self._tables]
         self.patch_px = (self._patch_px(0), self._patch_px(1))
-        self._axis = lru_cache(maxsize=1024)(self._make_axis)
-        self._scratch = threading.local()
+        # A row of tiles uses each column's filter once, so the cache holds a row of the widest slides.
+        widest = max(self._window(0), self._window(1))
+        self._axis = lru_cache(maxsize=max(CACHE_BYTES // (4 * widest * size_px), 64))(self._make_axis)
+        self._local = threading.local()
 
     def _patch_px(self, axis: int) -> int:
         filtered: int = math.ceil(self.size_px * self.ratio[axis]) + 2 * self._margins[axis] + 1
         return filtered
+
+    def _window(self, axis: int) -> int:
+        """Patch pixels that one product reads."""
+        taps = self._tables[axis].shape[1]
+        reach: int = math.ceil((OUTPUTS_PER_PRODUCT - 1) * self.ratio[axis]) + taps + 1
+        return min(reach, self._patch_px(axis))
 
     def patch_corner(self, corner: NDArray[np.float64], axis: int) -> NDArray[np.int64]:
         """Where patches begin, int64 plane pixels, for tiles at ``corner`` (plane pixels, fractional)."""
@@ -148,10 +170,9 @@ class Resampler:
         weights[~inside] = 0
         first = int(np.argmax(inside)) if inside.any() else 0
 
-        patch = self._patch_px(axis)
+        patch, wide = self._patch_px(axis), self._window(axis)
         step = OUTPUTS_PER_PRODUCT
         products = -(-size // step)
-        wide = min(math.ceil((step - 1) * ratio) + taps + 1, patch)
         dense = np.zeros((products, step, wide), np.float32)
         starts = []
         for b in range(products):
@@ -170,9 +191,11 @@ class Resampler:
         import cv2
 
         size, step = self.size_px, OUTPUTS_PER_PRODUCT
-        source, middle, result = self._buffers()
-        for channel, plane in enumerate(cv2.split(patch)):
-            source[channel] = plane
+        scratch = self._buffers()
+        channels, source, middle, result = scratch.channels, scratch.source, scratch.middle, scratch.result
+        cv2.split(patch, channels)
+        for into, channel in zip(source, channels, strict=True):
+            np.copyto(into, channel)
         wide = across.weights.shape[2]
         rows = max(MAX_PRODUCT // (wide * step), 1)
         for b, begin in enumerate(across.starts):
@@ -195,21 +218,24 @@ class Resampler:
                     middle[:, begin : begin + tall, left : left + columns],
                     out=result[:, b * step : end, left : left + columns],
                 )
-        np.maximum(result, 0, out=result)
+        for plane in result:
+            # convertScaleAbs rounds and limits to 255, but turns -3 into 3; the threshold stops what is below 0.
+            cv2.threshold(plane, 0, 0, cv2.THRESH_TOZERO, plane)
         cv2.merge([cv2.convertScaleAbs(plane) for plane in result], out)
         (x0, x1), (y0, y1) = across.on_slide, down.on_slide
         if (x0, x1, y0, y1) != (0, size, 0, size):
             out[:y0] = out[y1:] = WHITE
             out[:, :x0] = out[:, x1:] = WHITE
 
-    def _buffers(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-        """Scratch space of the calling thread."""
-        if not hasattr(self._scratch, "arrays"):
-            width, height = self.patch_px
-            self._scratch.arrays = (
+    def _buffers(self) -> _Scratch:
+        """Scratch space of the calling thread: fresh memory for each tile would cost more than the filters."""
+        scratch: _Scratch | None = getattr(self._local, "scratch", None)
+        if scratch is None:
+            (width, height), size = self.patch_px, self.size_px
+            scratch = self._local.scratch = _Scratch(
+                [np.empty((height, width), np.uint8) for _ in range(3)],
                 np.empty((3, height, width), np.float32),
-                np.empty((3, height, self.size_px), np.float32),
-                np.empty((3, self.size_px, self.size_px), np.float32),
+                np.empty((3, height, size), np.float32),
+                np.empty((3, size, size), np.float32),
             )
-        arrays: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]] = self._scratch.arrays
-        return arrays
+        return scratch

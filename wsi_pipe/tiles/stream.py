@@ -384,8 +384,8 @@ def shrink(block: RGBArray, factor: int) -> RGBArray:
 
     height, width = block.shape[:2]
     if height % factor or width % factor:
-        pad = ((0, -height % factor), (0, -width % factor), (0, 0))
-        block = np.pad(block, pad, constant_values=WHITE).astype(np.uint8, copy=False)
+        whole = np.full((height + -height % factor, width + -width % factor, 3), WHITE, np.uint8)
+        whole[:height, :width] = block
+        block = whole
     size = (block.shape[1] // factor, block.shape[0] // factor)
-    result: RGBArray = cv2.resize(block, size, interpolation=cv2.INTER_AREA)
-    return result
+    return np.asarray(cv2.resize(block, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
