@@ -6,7 +6,7 @@ import errno
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wsi_pipe.errors import OutputError
@@ -54,7 +54,9 @@ def atomic_path(path: Path, check: Callable[[Path], object] | None = None) -> It
             raise
         raise output_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where the folder is a file, or gone, removing fails too: the error that says so is already on its way.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -1,0 +1,243 @@
+"""Figures of a job from the outcomes of its slides: as JSON-able values, text and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from wsi_pipe.errors import ConfigError
+from wsi_pipe.geometry import parse_resolution
+from wsi_pipe.outcome import SlideOutcome
+
+__all__ = [
+    "OUTLIER_RULE",
+    "TIMED_STAGES",
+    "failures_csv",
+    "histogram_bars",
+    "labels_of",
+    "level_seconds",
+    "outlier_flags",
+    "slides_csv",
+    "stage_seconds",
+    "summarise",
+    "summary_table",
+]
+
+TIMED_STAGES = ("open", "segment", "tile", "read", "encode", "extract", "assemble")
+"""Stages in the order of work. ``read`` and ``encode`` go on at the same time; ``extract`` is what comes after them,
+storing the features."""
+
+OUTLIER_SCORE = 3.5
+OUTLIER_MIN_SLIDES = 8
+OUTLIER_RULE = (
+    f"A slide is an outlier where the logarithm of its figure lies more than {OUTLIER_SCORE} scaled median absolute "
+    f"deviations from the job's median (Iglewicz and Hoaglin 1993); jobs of fewer than {OUTLIER_MIN_SLIDES} slides "
+    "with tissue have none."
+)
+MAX_FAILURES_IN_TABLE = 20
+
+
+def labels_of(outcomes: Iterable[SlideOutcome]) -> list[str]:
+    """Labels of all levels that any slide has, coarsest first."""
+    found = {label for outcome in outcomes for label in outcome.tiles}
+    return sorted(found, key=_mpp_of, reverse=True)
+
+
+def _mpp_of(label: str) -> float:
+    try:
+        return parse_resolution(label)
+    except ConfigError:
+        return math.inf
+
+
+def stage_seconds(outcome: SlideOutcome) -> dict[str, float]:
+    """Wall seconds by stage, in the order of work; what is known of a stage by level (``read.20x``) is left out."""
+    named = {key: float(value) for key, value in outcome.seconds.items() if "." not in key}
+    order = [*TIMED_STAGES, *sorted(set(named) - set(TIMED_STAGES))]
+    return {stage: named[stage] for stage in order if stage in named}
+
+
+def level_seconds(outcome: SlideOutcome) -> dict[str, dict[str, float]]:
+    """Seconds by level and stage, {"20x": {"read": 1.2, "encode": 3.4}}, from keys such as ``read.20x``."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in outcome.seconds.items():
+        # A label may hold a point itself (2.5x), a stage does not.
+        stage, point, label = key.partition(".")
+        if point:
+            found.setdefault(label, {})[stage] = float(value)
+    return found
+
+
+def robust_scores(values: Sequence[float]) -> list[float]:
+    """Modified z-scores of the logarithms, 0.6745 (x - median) / MAD (Iglewicz and Hoaglin 1993).
+
+    0 for values that are not above zero, and for all where fewer than eight are. The MAD counts as at least 2 % so
+    that slides all but alike have no outliers.
+    """
+    logs = [math.log(v) for v in values if v > 0]
+    if len(logs) < OUTLIER_MIN_SLIDES:
+        return [0.0] * len(values)
+    middle = statistics.median(logs)
+    spread = max(statistics.median(abs(x - middle) for x in logs), 0.02)
+    return [0.6745 * (math.log(v) - middle) / spread if v > 0 else 0.0 for v in values]
+
+
+def outlier_flags(outcomes: Sequence[SlideOutcome], label: str | None) -> list[list[str]]:
+    """For each slide, in words, which of its figures is an outlier among those that are done.
+
+    label: the level whose tiles count.
+    """
+    flags: list[list[str]] = [[] for _ in outcomes]
+    done = [i for i, outcome in enumerate(outcomes) if outcome.status == "done"]
+    figures = {
+        ("few tiles", "many tiles"): [float(outcomes[i].tiles.get(label, 0)) if label else 0.0 for i in done],
+        ("little tissue", "much tissue"): [float(outcomes[i].counts.get("tissue_mm2", 0.0)) for i in done],
+        ("quick", "slow"): [sum(stage_seconds(outcomes[i]).values()) if not outcomes[i].cached else 0.0 for i in done],
+    }
+    for (low, high), values in figures.items():
+        for i, score in zip(done, robust_scores(values), strict=True):
+            if score < -OUTLIER_SCORE and low != "quick":
+                flags[i].append(low)
+            elif score > OUTLIER_SCORE:
+                flags[i].append(high)
+    return flags
+
+
+def histogram_bars(values: Sequence[float], marked: Sequence[bool]) -> dict[str, Any] | None:
+    """Bars of a histogram: {"log": bool, "bars": [{"from", "to", "count", "marked"}]}, None without values above 0.
+
+    The axis is logarithmic where the values span more than a factor of 20.
+    """
+    pairs = [(v, m) for v, m in zip(values, marked, strict=True) if v > 0]
+    if not pairs:
+        return None
+    low, high = min(v for v, _ in pairs), max(v for v, _ in pairs)
+    log = high > 20 * low
+    forward = math.log10 if log else float
+    a, b = forward(low), forward(high)
+    if a == b:
+        a, b = (a - 0.5, b + 0.5) if log else (a * 0.9, b * 1.1)
+    n = min(max(round(1.5 * math.sqrt(len(pairs))), 5), 40)
+    counts, marks = [0] * n, [0] * n
+    for v, m in pairs:
+        k = min(int((forward(v) - a) / (b - a) * n), n - 1)
+        counts[k] += 1
+        marks[k] += m
+    edges = [a + (b - a) * k / n for k in range(n + 1)]
+    ends = [10**e if log else e for e in edges]
+    bars = [{"from": ends[k], "to": ends[k + 1], "count": counts[k], "marked": marks[k]} for k in range(n)]
+    return {"log": log, "bars": bars}
+
+
+def summarise(outcomes: Sequence[SlideOutcome]) -> dict[str, Any]:
+    """The figures of a job, JSON-able.
+
+    Keys: ``slides`` (counts: total, done, empty, failed), ``tiles`` (by label, coarsest first), ``hr_per_lr`` (tiles
+    of the finest level to one of the coarsest, None with one level or no tiles), ``tissue_mm2``, ``seconds`` (by
+    stage, summed over slides), ``seconds_total``, ``seconds_by_level`` (label -> part -> seconds, as far as outcomes
+    have them), ``cached_slides``.
+    """
+    labels = labels_of(outcomes)
+    tiles = {label: sum(int(o.tiles.get(label, 0)) for o in outcomes) for label in labels}
+    by_stage = [stage_seconds(o) for o in outcomes]
+    stages = [*TIMED_STAGES, *sorted({stage for s in by_stage for stage in s} - set(TIMED_STAGES))]
+    seconds = {stage: math.fsum(s.get(stage, 0.0) for s in by_stage) for stage in stages}
+    by_level: dict[str, dict[str, float]] = {}
+    for outcome in outcomes:
+        for label, parts in level_seconds(outcome).items():
+            for part, value in parts.items():
+                own = by_level.setdefault(label, {})
+                own[part] = own.get(part, 0.0) + value
+    ratio = tiles[labels[-1]] / tiles[labels[0]] if len(labels) > 1 and tiles[labels[0]] else None
+    return {
+        "slides": {
+            "total": len(outcomes),
+            **{status: sum(o.status == status for o in outcomes) for status in ("done", "empty", "failed")},
+        },
+        "tiles": tiles,
+        "hr_per_lr": ratio,
+        "tissue_mm2": math.fsum(float(o.counts.get("tissue_mm2", 0.0)) for o in outcomes),
+        "seconds": {stage: value for stage, value in seconds.items() if any(stage in s for s in by_stage)},
+        "seconds_total": math.fsum(seconds.values()),
+        "seconds_by_level": by_level,
+        "cached_slides": sum(bool(o.cached) for o in outcomes),
+    }
+
+
+def summary_table(outcomes: Iterable[SlideOutcome]) -> str:
+    """A few lines of text for the end of a run: slides, tiles, tissue, seconds by stage, and failures with remedies."""
+    listed = list(outcomes)
+    figures = summarise(listed)
+    counts = figures["slides"]
+    lines = [f"slides   {counts['done']:,} done, {counts['empty']:,} empty, {counts['failed']:,} failed"]
+    if figures["tiles"]:
+        tiles = ", ".join(f"{n:,} at {label}" for label, n in figures["tiles"].items())
+        ratio = f" ({figures['hr_per_lr']:.1f} fine to one coarse)" if figures["hr_per_lr"] else ""
+        lines.append(f"tiles    {tiles}{ratio}")
+    if figures["tissue_mm2"]:
+        lines.append(f"tissue   {figures['tissue_mm2']:,.1f} mm2")
+    if figures["seconds"]:
+        stages = ", ".join(f"{stage} {value:,.1f}" for stage, value in figures["seconds"].items())
+        lines.append(f"seconds  {stages}; {figures['seconds_total']:,.1f} in all")
+    empty = [o for o in listed if o.status == "empty"]
+    lines += [f"empty    {o.slide_id}: {o.reason}" for o in empty[:MAX_FAILURES_IN_TABLE]]
+    if len(empty) > MAX_FAILURES_IN_TABLE:
+        lines.append(f"         and {len(empty) - MAX_FAILURES_IN_TABLE:,} more without tissue")
+    failed = [o for o in listed if o.status == "failed"]
+    for outcome in failed[:MAX_FAILURES_IN_TABLE]:
+        remedy = f"; {outcome.remedy}" if outcome.remedy else ""
+        lines.append(f"failed   {outcome.slide_id} ({outcome.stage}): {outcome.reason}{remedy}")
+    if len(failed) > MAX_FAILURES_IN_TABLE:
+        lines.append(f"         and {len(failed) - MAX_FAILURES_IN_TABLE:,} more: see failures.csv")
+    return "\n".join(lines)
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def failures_csv(outcomes: Iterable[SlideOutcome]) -> str:
+    """CSV of the slides that failed: slide_id, path, stage, error, reason, remedy."""
+    return _csv(
+        ("slide_id", "path", "stage", "error", "reason", "remedy"),
+        [
+            (o.slide_id, o.path, o.stage or "", o.error or "", o.reason or "", o.remedy or "")
+            for o in outcomes
+            if o.status == "failed"
+        ],
+    )
+
+
+def slides_csv(outcomes: Iterable[SlideOutcome]) -> str:
+    """CSV of all slides: slide_id, status, path, tissue_mm2, tiles_<label>, seconds_<stage>, outliers, reason."""
+    listed = list(outcomes)
+    labels = labels_of(listed)
+    flags = outlier_flags(listed, labels[-1] if labels else None)
+    header = ["slide_id", "status", "path", "tissue_mm2", *(f"tiles_{label}" for label in labels)]
+    header += [*(f"seconds_{stage}" for stage in TIMED_STAGES), "outliers", "reason"]
+    rows = [
+        [
+            o.slide_id,
+            o.status,
+            o.path,
+            _optional(o.counts, "tissue_mm2", 6),
+            *(o.tiles.get(label, "") for label in labels),
+            *(_optional(o.seconds, stage, 4) for stage in TIMED_STAGES),
+            "; ".join(flag),
+            o.reason or "",
+        ]
+        for o, flag in zip(listed, flags, strict=True)
+    ]
+    return _csv(header, rows)
+
+
+def _optional(values: Mapping[str, float], key: str, digits: int) -> object:
+    return round(float(values[key]), digits) if key in values else ""
