@@ -37,6 +37,7 @@ WSI_PIPE = [
     "execute",
     # composition
     "pictures",
+    "pages",
     "job",
     "plan",
     "care",
@@ -86,7 +87,7 @@ ONLY_IN = {
 # Reading, segmenting and tiling must start without torch.
 TORCH_FREE = {
     "errors", "geometry", "files", "config", "outcome", "slides", "synthetic", "tissue", "tiling", "overview", "tiles",
-    "bag", "manifest", "execute", "pictures", "plan", "care",
+    "bag", "manifest", "execute", "pictures", "pages", "plan", "care",
 }  # fmt: skip
 PURE = {"tissue", "tiling"}
 IMPURE_IMPORTS = {"pathlib", "os", "io", "subprocess", "wsi_pipe.slides", "wsi_pipe.files"}
