@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wsi_pipe.encoders.pathology import BUILDERS
 from wsi_pipe.encoders.recipe import INTERPOLATIONS, Preprocessing, Recipe
 from wsi_pipe.errors import ConfigError, UnknownEncoderError
 
@@ -82,7 +83,7 @@ def _timm_args(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     classes = _layer_classes()
     out: dict[str, Any] = {}
     for key, value in args.items():
-        if key.endswith("_layer"):
+        if key.endswith("_layer") and isinstance(value, str):
             if value not in classes:
                 raise ConfigError(f"{where}: {key} {value!r} is not known", remedy=f"use one of {', '.join(classes)}")
             value = classes[value]
@@ -102,7 +103,16 @@ def build(recipe: Recipe, *, name: str, input_px: int | None = None, **overrides
     args = {**recipe.args, **overrides}
     if input_px is not None:
         args["dynamic_img_size"] = True
-    network = PooledNetwork(_build_timm(recipe.architecture, args, name), recipe.pooling).eval()
+
+    def timm_model(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+        return _build_timm(architecture, arguments, name)
+
+    builder = BUILDERS.get(recipe.architecture)
+    try:
+        trunk = timm_model(recipe.architecture, args) if builder is None else builder(args, timm_model)
+    except KeyError as error:
+        raise ConfigError(f"encoder {name}: {recipe.architecture} needs the argument {error}") from error
+    network = PooledNetwork(trunk, recipe.pooling).eval()
     return network.requires_grad_(False)
 
 
@@ -116,10 +126,15 @@ def _build_timm(architecture: str, args: Mapping[str, Any], name: str) -> nn.Mod
             remedy=f"some that it has: {near}" if near else "timm.list_models() has the list",
         )
     arguments = _timm_args({"num_classes": 0, **args}, name)
+    norm_eps = arguments.pop("norm_eps", None)
     try:
         model: nn.Module = timm.create_model(architecture, pretrained=False, **arguments)
     except TypeError as error:
         raise ConfigError(f"encoder {name}: {architecture} does not take these arguments: {error}") from error
+    if norm_eps is not None:
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = float(norm_eps)
     return model
 
 

@@ -40,13 +40,10 @@ def resolve_devices(devices: str | Sequence[str]) -> list[torch.device]:
             device = torch.device(name)
         except RuntimeError as error:
             raise ConfigError(f"device {name!r} is not understood", remedy="write cpu, cuda, cuda:0 or auto") from error
-        if device.type == "cuda" and device.index is None:
+        if name == "cuda":
             device = torch.device("cuda", 0)
         if str(device) not in here:
-            why = ""
-            if device.type == "cuda" and not torch.backends.cuda.is_built():
-                why = " (this PyTorch is built without CUDA)"
-            raise DeviceError(f"device {name} is not there{why}", remedy=f"use one of: {', '.join(here)}, auto")
+            raise DeviceError(f"device {name} is not there", remedy=f"use one of: {', '.join(here)}, auto")
         found.append(device)
     if len(set(found)) < len(found):
         raise ConfigError(f"a device is given twice: {', '.join(map(str, found))}")

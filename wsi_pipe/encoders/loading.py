@@ -17,10 +17,18 @@ from wsi_pipe.encoders.devices import resolve_devices
 from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.encoders.registry import RegistryEntry, find_entry
 from wsi_pipe.encoders.torch_encoder import ReplicatedEncoder, TorchEncoder
-from wsi_pipe.encoders.weights import KEY_MAPS, file_sha256, load_into, random_weights_id, read_state, without_prefix
+from wsi_pipe.encoders.weights import (
+    KEY_MAPS,
+    State,
+    file_sha256,
+    load_into,
+    random_weights_id,
+    read_state,
+    without_prefix,
+)
 from wsi_pipe.errors import ConfigError, WeightsError
 
-__all__ = ["build_random", "load_torch_encoder"]
+__all__ = ["build_random", "check_dimension", "load_torch_encoder", "normalised_state"]
 
 
 @dataclass(frozen=True)
@@ -145,30 +153,30 @@ def _network(
         return build_random(recipe, info.slug, input_px=input_px), random_weights_id(info.slug)
     path = source.path or hub.download(name, source.hub_id, source.files, gated=source.gated, repo_type=source.hub_type)
     network = build(recipe, name=name, input_px=input_px)
-    load_checkpoint(network, path, name, source.nested, source.prefix, source.keys, source.ignore)
+    state = normalised_state(network, read_state(path, source.nested), name, str(path), source.prefix, source.keys)
+    load_into(network.trunk, state, name, str(path), ignore=source.ignore)
     check_dimension(network, recipe, name, str(path))
     return network, file_sha256(path)
 
 
-def load_checkpoint(
-    network: PooledNetwork,
-    path: Path,
-    name: str,
-    nested: str | None = None,
-    prefix: str = "",
-    keys: str = "timm",
-    ignore: Sequence[str] = (),
-) -> None:
-    """Load a checkpoint's file into a network, strictly; for the arguments see RegistryEntry. Raises WeightsError."""
-    state = read_state(path, nested)
+def normalised_state(
+    network: PooledNetwork, state: State, name: str, source: str, prefix: str = "", keys: str = "timm"
+) -> State:
+    """A checkpoint's tensors under the key names of the network's trunk; for the arguments see RegistryEntry.
+
+    Raises WeightsError when the names cannot be brought there.
+    """
     if prefix and any(key.startswith(prefix) for key in state):
         state = without_prefix(state, prefix)
     if keys in KEY_MAPS and state.keys() != network.trunk.state_dict().keys():
         try:
-            state = KEY_MAPS[keys](state, network.trunk)
+            return KEY_MAPS[keys](state, network.trunk)
         except (KeyError, RuntimeError, AttributeError, ValueError) as error:
-            raise WeightsError(f"{path} does not fit encoder {name}: {error}") from error
-    load_into(network.trunk, state, name, str(path), ignore=ignore)
+            raise WeightsError(
+                f"{source} does not fit encoder {name}: {type(error).__name__} {error}",
+                remedy="check that the file belongs to this encoder and is complete",
+            ) from error
+    return state
 
 
 def check_dimension(network: PooledNetwork, recipe: Recipe, name: str, source: str) -> None:

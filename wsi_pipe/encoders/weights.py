@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsi_pipe.errors import WeightsError
 
-__all__ = ["KEY_MAPS", "file_sha256", "load_into", "random_weights_id", "read_state"]
+__all__ = ["KEY_MAPS", "State", "file_sha256", "load_into", "random_weights_id", "read_state", "without_prefix"]
 
 State = dict[str, Tensor]
 
@@ -149,7 +151,7 @@ def _hf_vit_keys(state: State, trunk: nn.Module) -> State:
             out[key] = torch.cat([parts["query"], parts["key"], parts["value"]])
     for key in ("mask_token", "pooler.dense.weight", "pooler.dense.bias"):
         out.pop(key, None)
-    return _split_cls_position(out, trunk)
+    return _fit_position(out, trunk)
 
 
 _HF_VIT = [
@@ -169,18 +171,27 @@ _HF_VIT = [
 ]
 
 
-def _split_cls_position(state: State, trunk: nn.Module) -> State:
+def _fit_position(state: State, trunk: nn.Module) -> State:
+    """Bring a position embedding that begins with CLS to the trunk's form and grid.
+
+    Another grid is interpolated as transformers does it: bicubic, in float32, without antialiasing.
+    """
     own = getattr(trunk, "pos_embed", None)
     given = state.get("pos_embed")
-    if (
-        isinstance(own, Tensor)
-        and given is not None
-        and getattr(trunk, "no_embed_class", False)
-        and given.shape[1] == own.shape[1] + 1
-        and "cls_token" in state
-    ):
-        state["cls_token"] = state["cls_token"] + given[:, :1]
-        state["pos_embed"] = given[:, 1:]
+    if not isinstance(own, Tensor) or given is None or given.ndim != 3:
+        return state
+    cls, grid = given[:, :1], given[:, 1:]
+    bare = bool(getattr(trunk, "no_embed_class", False))
+    old, new = math.isqrt(grid.shape[1]), math.isqrt(own.shape[1] - (0 if bare else 1))
+    if old != new and old * old == grid.shape[1]:
+        square = grid.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+        square = F.interpolate(square, (new, new), mode="bicubic", align_corners=False)
+        grid = square.permute(0, 2, 3, 1).flatten(1, 2)
+    if not bare:
+        state["pos_embed"] = torch.cat([cls, grid], dim=1)
+    elif "cls_token" in state:
+        state["cls_token"] = state["cls_token"] + cls
+        state["pos_embed"] = grid
     return state
 
 
