@@ -15,7 +15,29 @@ from numpy.typing import NDArray
 
 from wsi_pipe.geometry import IntPair
 
-__all__ = ["CodecError", "Decoder", "JpegDecoder", "JpegHead", "PlainDecoder", "read_jpeg_head", "reduce_by_mean"]
+__all__ = [
+    "CodecError",
+    "Decoder",
+    "JpegDecoder",
+    "JpegHead",
+    "PlainDecoder",
+    "decode_jpeg_stream",
+    "jpeg_prefix",
+    "read_jpeg_head",
+    "reduce_by_mean",
+    "with_frame_size",
+]
+    "CodecError",
+    "Decoder",
+    "JpegDecoder",
+    "JpegHead",
+    "PlainDecoder",
+    "decode_jpeg_stream",
+    "jpeg_prefix",
+    "read_jpeg_head",
+    "reduce_by_mean",
+    "with_frame_size",
+]
 
 RGBArray = NDArray[np.uint8]
 Buffer: TypeAlias = bytes | memoryview
@@ -133,12 +155,30 @@ def _adobe_segment(ycbcr: bool) -> bytes:
     return _segment(0xEE, b"Adobe" + bytes((0, 100, 0, 0, 0, 0, 1 if ycbcr else 0)))
 
 
+def jpeg_prefix(components: int, *, ycbcr: bool) -> bytes:
+    """The start of a stream of three components stored as YCbCr or RGB, or of one of grey."""
+    return b"\xff\xd8" + (_adobe_segment(ycbcr) if components == 3 else b"")
+
+
+def with_frame_size(segments: bytes, size_px: IntPair) -> bytes:
+    """The header segments of a stream with another size (width, height) in the frame header."""
+    at = 0
+    while at + 9 <= len(segments):
+        if segments[at + 1] in _FRAMES:
+            size = size_px[1].to_bytes(2, "big") + size_px[0].to_bytes(2, "big")
+            return segments[: at + 5] + size + segments[at + 9 :]
+        at += 2 + int.from_bytes(segments[at + 2 : at + 4], "big")
+    raise CodecError("the JPEG stream has no frame header")
+
+
 class JpegDecoder:
     """Decodes the JPEG tiles of one image.
 
-    size_px: (width, height) that each tile must have. components: 1 or 3. ycbcr: whether three components are stored
-    as YCbCr (else as RGB), whatever the stream says or leaves out. tables: the abbreviated stream of quantisation and
-    Huffman tables that TIFF keeps in the JPEGTables tag. Raises CodecError when ``tables`` are damaged.
+    size_px: (width, height) that each tile must have. components: 1 or 3. ycbcr: whether the container says that three
+    components are stored as YCbCr, else as RGB; a stream that states YCbCr itself (JFIF, Adobe) is believed, since
+    Bio-Formats writes such under an RGB tag, but one that states nothing is not taken for YCbCr, as libjpeg would.
+    tables: the abbreviated stream of quantisation and Huffman tables that TIFF keeps in the JPEGTables tag. Raises
+    CodecError when ``tables`` are damaged.
     """
 
     def __init__(self, size_px: IntPair, components: int, *, ycbcr: bool, tables: bytes = b"") -> None:
@@ -148,8 +188,8 @@ class JpegDecoder:
         if tables:
             segments, _, _ = _segments(tables)
             shared = b"".join(_segment(m, b) for m, b in segments if m in (0xC4, 0xDB, _DRI))
-        colour = _adobe_segment(ycbcr) if components == 3 else b""
-        self._prefix = b"\xff\xd8" + colour + shared
+        self._ycbcr = ycbcr
+        self._tables = shared
         # Tiles of an image mostly begin with the same bytes: (as stored, as given to the decoder) of the last one.
         self._last: tuple[bytes, bytes] | None = None
 
@@ -164,11 +204,16 @@ class JpegDecoder:
                 f"the JPEG stream is {head.size_px[0]} x {head.size_px[1]} px with {head.components} components, "
                 f"{self.size_px[0]} x {self.size_px[1]} with {self.components} are expected"
             )
+        if head.progressive and bytes(data).count(b"\xff\xda") > MAX_JPEG_SCANS:
+            raise CodecError(f"the JPEG stream has more than {MAX_JPEG_SCANS} scans")
+        ycbcr = self._ycbcr or head.jfif or head.adobe_transform == 1
+        if not ycbcr and len(set(head.sampling)) > 1:
+            raise CodecError("the JPEG stream subsamples what the file calls RGB")
+        rewritten = jpeg_prefix(self.components, ycbcr=ycbcr) + self._tables + head.kept
         if head.progressive:
-            if bytes(data).count(b"\xff\xda") > MAX_JPEG_SCANS:
-                raise CodecError(f"the JPEG stream has more than {MAX_JPEG_SCANS} scans")
-            return b"".join((self._prefix, head.kept, memoryview(data)[head.scan_start :]))
-        start, rewritten = bytes(data[: head.scan_start]), self._prefix + head.kept
+            # Not kept as the usual start: the check above must see every stream.
+            return b"".join((rewritten, memoryview(data)[head.scan_start :]))
+        start = bytes(data[: head.scan_start])
         self._last = (start, rewritten)
         return b"".join((rewritten, memoryview(data)[head.scan_start :]))
 

@@ -151,7 +151,7 @@ def available() -> bool:
 
 
 def decode_components(codestream: bytes, discard_levels: int) -> list[NDArray[np.uint8]] | None:
-    """The components of an 8-bit JPEG 2000 codestream, uint8 (h, w) each, with ``discard_levels`` wavelet levels left out.
+    """The components of an 8-bit JPEG 2000 codestream, uint8 (h, w) each, without its finest wavelet levels.
 
     None where the library refuses the stream. Raises RuntimeError where no library is available. The caller has checked
     the stream's declared size.

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from wsi_pipe.errors import SlideError, SlideOpenError, SlideReadError
+from wsi_pipe.errors import SlideError, SlideOpenError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair
 from wsi_pipe.slides.base import ReadStats, RGBArray, SlideInfo
+from wsi_pipe.slides.codecs import CodecError
 from wsi_pipe.slides.native import NativeSlide, build_pyramid, user_mpp
 from wsi_pipe.slides.source import Source, open_source, slide_fingerprint
 from wsi_pipe.slides.tiff_ifd import read_directories
-from wsi_pipe.slides.tiff_layout import TiffLayout, read_layout
+from wsi_pipe.slides.tiff_image import TiffImage
+from wsi_pipe.slides.tiff_layout import TiffLayout
+from wsi_pipe.slides.tiff_vendors import read_layout
 
 __all__ = ["TiffSlide", "open_tiff"]
 
@@ -42,7 +45,16 @@ class TiffSlide(NativeSlide):
 
     def associated_images(self) -> Mapping[str, RGBArray]:
         """See Slide.associated_images."""
-        return {}
+        found: dict[str, RGBArray] = {}
+        for name, directory in self._layout.associated.items():
+            try:
+                found[name] = TiffImage(self._source, directory).read_whole()
+            except UnsupportedSlideError:
+                # "As far as the file has them": a label in an odd compression is no reason to fail.
+                continue
+            except CodecError as error:
+                raise SlideReadError(f"{self.info.path}: the {name} image cannot be decoded: {error}") from error
+        return found
 
     def close(self) -> None:
         """See Slide.close."""

@@ -89,6 +89,20 @@ class Directory:
         values = np.frombuffer(self.raw(tag), dtype)
         return values.astype(dtype.newbyteorder("="))
 
+    def item(self, tag: int, index: int) -> int:
+        """One value of a whole-number tag, without reading the others. Raises SlideOpenError outside the file."""
+        entry = self._entries[tag]
+        dtype = np.dtype(_TYPES[entry.kind]).newbyteorder(self._form.order)
+        if dtype.kind not in "ui" or entry.kind in _RATIONAL or not 0 <= index < entry.count:
+            raise SlideOpenError(f"{self._source.name}: TIFF tag {tag} of image {self.index} is damaged")
+        at = entry.offset + index * dtype.itemsize
+        if at + dtype.itemsize > self._source.size:
+            raise SlideOpenError(
+                f"{self._source.name}: TIFF tag {tag} of image {self.index} lies outside the file",
+                remedy="the file is truncated or damaged: copy it again",
+            )
+        return int(np.frombuffer(self._source.read(at, dtype.itemsize), dtype)[0])
+
     def number(self, tag: int, default: int | None = None) -> int:
         """The first value of a whole-number tag. Raises UnsupportedSlideError where it is absent without a default."""
         entry = self._entries.get(tag)

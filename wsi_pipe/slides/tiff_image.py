@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.errors import SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import IntPair
-from wsi_pipe.slides.base import RGBArray
+from wsi_pipe.slides.base import WHITE, RGBArray, paste
 from wsi_pipe.slides.codecs import JPEG_REDUCES, CodecError, Decoder, JpegDecoder, PlainDecoder
 from wsi_pipe.slides.jpeg2000 import Jpeg2000Decoder
 from wsi_pipe.slides.native import MAX_BLOCK_BYTES, to_rgb
@@ -34,6 +34,9 @@ _NAMES = {
     NONE: "none", LZW: "LZW", JPEG: "JPEG", DEFLATE: "deflate", OLD_DEFLATE: "deflate", APERIO_YCBCR: "JPEG 2000",
     APERIO_RGB: "JPEG 2000", JPEG2000: "JPEG 2000",
 }  # fmt: skip
+
+
+MAX_WHOLE_PX = 1 << 26
 
 
 class TiffImage:
@@ -145,7 +148,6 @@ class TiffImage:
         columns, rows = self._grid
         stride = columns * rows
         planes = self.samples if self.planar else 1
-        limit = 2 * self.block_px[0] * self.block_px[1] * (1 if self.planar else self.samples) + (1 << 16)
         ranges: list[tuple[int, int]] = []
         present: list[bool] = []
         for column, row in cells:
@@ -156,15 +158,52 @@ class TiffImage:
             present.append(found)
             if not found:
                 continue
-            if any(count > limit for _, count in spans):
-                raise SlideReadError(
-                    f"{self._name}: tile column {column}, row {row} declares {max(c for _, c in spans)} bytes, a tile "
-                    f"of {self.block_px[0]} x {self.block_px[1]} px cannot take that many",
-                    remedy="the file is damaged: copy it again",
-                )
-            ranges += spans
+            ranges += self._checked((column, row), spans)
         data = iter(self._source.read_many(ranges))
         return [tuple(next(data) for _ in range(planes)) if found else None for found in present]
+
+    def probe(self) -> None:
+        """Decode one tile, so that a misunderstanding shows on opening and not in the middle of a run.
+
+        Raises UnsupportedSlideError when it does not decode, SlideReadError when it lies outside the file.
+        """
+        total = self._grid[0] * self._grid[1]
+        for i in (total // 2, 0, total - 1, total // 4, 3 * total // 4):
+            spans = [
+                (self.directory.item(self._offsets_tag, at), self.directory.item(self._counts_tag, at))
+                for at in range(i, total * (self.samples if self.planar else 1), total)
+            ]
+            if not all(offset and count for offset, count in spans):
+                continue
+            cell = (i % self._grid[0], i // self._grid[0])
+            data = self._checked(cell, spans)
+            try:
+                self.decode(cell, self._source.read_many(data), 1)
+            except CodecError as error:
+                raise UnsupportedSlideError(f"{self._name}: tile column {cell[0]}, row {cell[1]}: {error}") from error
+            return
+
+    def _checked(self, cell: IntPair, spans: list[IntPair]) -> list[IntPair]:
+        limit = 2 * self.block_px[0] * self.block_px[1] * (1 if self.planar else self.samples) + (1 << 16)
+        if any(count > limit for _, count in spans):
+            raise SlideReadError(
+                f"{self._name}: tile column {cell[0]}, row {cell[1]} declares {max(c for _, c in spans)} bytes, a tile "
+                f"of {self.block_px[0]} x {self.block_px[1]} px cannot take that many",
+                remedy="the file is damaged: copy it again",
+            )
+        return spans
+
+    def read_whole(self) -> RGBArray:
+        """The whole image, uint8 (h, w, 3), for small ones. Raises CodecError, SlideReadError."""
+        width, height = self.size_px
+        if width * height > MAX_WHOLE_PX:
+            raise CodecError(f"{width} x {height} px are too many for an associated image")
+        out = np.full((height, width, 3), WHITE, np.uint8)
+        cells = [(c, r) for r in range(self._grid[1]) for c in range(self._grid[0])]
+        for cell, data in zip(cells, self.fetch(cells), strict=True):
+            if data is not None:
+                paste(out, self.decode(cell, data, 1), cell[0] * self.block_px[0], cell[1] * self.block_px[1])
+        return out
 
     def decode(self, cell: IntPair, data: Any, reduce: int) -> RGBArray:
         """See NativeImage.decode."""
