@@ -59,9 +59,10 @@ class SegmentSettings:
     )
     stain_min: float = _option(0.014, "stain density from which a pixel counts as pale tissue, OD")
     stain_seed: float = _option(0.032, "stain density that each piece of tissue must reach somewhere, OD")
+    edge_share: float = _option(0.3, "share of the stain density nearby from which a pixel at an edge counts, 0 to 1")
     noise_factor: float = _option(6.0, "pale tissue must also exceed this many standard deviations of the background")
     white_min: float = _option(200.0, "darkest grey level (0 to 255) that can be the slide's background")
-    smooth_um: float = _option(8.0, "standard deviation of the Gaussian that is applied before the thresholds, um")
+    smooth_um: float = _option(6.0, "standard deviation of the Gaussian that is applied before the thresholds, um")
     close_um: float = _option(24.0, "gaps up to twice this width are closed, so that fat holds together, um")
     min_area_um2: float = _option(10_000.0, "smaller pieces of tissue are dropped, um2")
     max_hole_um2: float = _option(20_000.0, "smaller holes are filled, um2")
@@ -83,6 +84,8 @@ class SegmentSettings:
                 raise ConfigError(f"{f.name} {value} must be a finite number, zero or above")
         if self.mpp <= 0:
             raise ConfigError(f"mpp {self.mpp} um/px must be above zero")
+        if self.edge_share > 1:
+            raise ConfigError(f"edge_share {self.edge_share} must lie between 0 and 1")
         if self.stain_seed < self.stain_min:
             raise ConfigError(f"stain_seed {self.stain_seed} must be at least stain_min {self.stain_min}")
         for name in ("white_min", "dark_background"):

@@ -143,7 +143,8 @@ def thumbnail_with_heatmap(
 
     values: (N,), one per tile of the grid; tiles without a finite value stay grey. limits: values at the ends of the
     colour bar, by default the 1st and 99th percentile, so that one tile does not take all colours; what lies beyond
-    has the colour of the end. Where tiles overlap, their mean counts. Raises ValueError where values and grid differ in length.
+    has the colour of the end. Where tiles overlap, their mean counts. Raises ValueError where values and grid differ
+    in length.
     """
     import cv2
 

@@ -90,7 +90,7 @@ def make_plan(spec: SlideSpec) -> SlidePlan:
     mix = _smoothstep(field(shape, 260 / MAP_UM, structure), 0.35)
     if spec.pale:
         pale = _share(field(shape, 900 / MAP_UM, generator(spec.seed, "pale")), inside, 0.22)
-        thick = thick * (1 - 0.80 * pale)
+        thick = thick * (1 - 0.80 * pale * (1 - 0.7 * fat))
     lesion_um = np.full(shape, -_CLIP_UM, np.float32)
     if spec.label == 1:
         lesion = _lesion(spec, edge, fat, shape)

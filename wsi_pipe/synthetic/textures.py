@@ -124,9 +124,8 @@ def _fat(rng: np.random.Generator) -> Bytes:
     grid[:, 0] += 0.5 * (np.arange(len(grid)) // count % 2)
     centres = ((grid + rng.uniform(-0.33, 0.33, grid.shape)) * pitch) % size
     ys, xs = np.mgrid[0:size, 0:size]
-    distances = cKDTree(centres, boxsize=np.full(2, float(size))).query(
-        np.stack([xs, ys], axis=-1).reshape(-1, 2) + 0.5, k=2
-    )[0]
+    points = np.stack([xs, ys], axis=-1).reshape(-1, 2) + 0.5
+    distances = np.asarray(cKDTree(centres, boxsize=np.full(2, float(size))).query(points, k=2)[0])
     border_um = (distances[:, 1] - distances[:, 0]).reshape(size, size) / 2 * (PERIOD_UM / size)
     steps = np.clip(border_um * 4, 0, 255).astype(np.float32)
     wrapped = np.pad(steps, 8, mode="wrap")

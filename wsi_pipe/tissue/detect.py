@@ -19,6 +19,7 @@ from wsi_pipe.config import SegmentSettings
 from wsi_pipe.errors import MaskError
 from wsi_pipe.geometry import FloatPair, TissueMask
 from wsi_pipe.tissue.marks import find_marks
+from wsi_pipe.tissue.shapes import close_gaps, components, disc, drop_lines
 
 __all__ = ["find_tissue", "optical_density", "white_reference"]
 
@@ -32,6 +33,7 @@ _NEAR_WHITE_SHARE = 0.005
 _DARK_SHARE = 0.25
 _GREY_SPREAD = 3
 _MAX_WHITE_CHROMA = 0.03
+_EDGE_REACH_UM = 20.0
 
 
 class _Candidates(NamedTuple):
@@ -131,6 +133,8 @@ def _candidates(
         saturation = cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV)[..., 1].astype(np.float32)
         smooth = _smooth(saturation, um_per_px, settings.smooth_um)
         return _above(smooth, _otsu(smooth[~marked], 256.0))
+    import cv2
+
     is_grey = float(np.mean(np.ptp(rgb, axis=2) <= _GREY_SPREAD)) > 0.999
     if settings.method == "od" or is_grey:
         density = _smooth(od.mean(axis=2), um_per_px, settings.smooth_um)
@@ -141,7 +145,14 @@ def _candidates(
     noise = float(1.4826 * np.median(np.abs(stain[glass] - np.median(stain[glass])))) if glass.any() else 0.0
     # Half of the seed's density is the most that noise can ask for: beyond it the slide is all pale tissue.
     low = max(settings.stain_min, min(settings.noise_factor * noise, (settings.stain_min + settings.stain_seed) / 2))
-    return _Candidates(stain > low, stain > max(settings.stain_seed, low))
+    if settings.edge_share > 0:
+        # At the edge of dark tissue the blur of optics and overview reaches outwards: the edge is where the density has
+        # a share of what it has a little further in.
+        near = cv2.dilate(stain, disc(_EDGE_REACH_UM, um_per_px))
+        low_map = np.maximum(low, settings.edge_share * near)
+    else:
+        low_map = np.full_like(stain, low)
+    return _Candidates(stain > low_map, stain > np.maximum(settings.stain_seed, low_map))
 
 
 def _above(values: Floats, threshold: float) -> _Candidates:
@@ -176,14 +187,13 @@ def _cleaned(
     """Gaps closed, holes filled, specks, edges of glass and unsure pieces dropped, marks cut out."""
     import cv2
 
-    from wsi_pipe.tissue.shapes import close_gaps, components, drop_lines
-
     pixel_um2 = um_per_px[0] * um_per_px[1]
-    pale = close_gaps(candidates.pale & ~core & ~halo, um_per_px, settings.close_um) & ~core
+    marked = core | halo
+    pale = close_gaps(candidates.pale & ~marked, um_per_px, settings.close_um) & ~marked
     labels, stats = components(pale)
     keep = stats[:, cv2.CC_STAT_AREA] * pixel_um2 >= settings.min_area_um2
     has_seed = np.zeros(len(stats), bool)
-    has_seed[np.unique(labels[candidates.sure & ~core & ~halo])] = True
+    has_seed[np.unique(labels[candidates.sure & ~marked])] = True
     keep &= has_seed
     keep[0] = False
     keep = drop_lines(labels, stats, keep, um_per_px, settings.edge_width_um)

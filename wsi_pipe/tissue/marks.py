@@ -43,11 +43,13 @@ def find_marks(od: Floats, um_per_px: FloatPair, settings: SegmentSettings) -> M
     densest, least = od.max(axis=2), od.min(axis=2)
     kinds: list[tuple[Bools, Bools]] = []
     if settings.drop_dark:
-        dark = (od.mean(axis=2) > settings.dark_od) & (least > 0.72 * densest)
-        kinds.append((dark, (least > 0.5 * densest) | (densest < 0.1)))
+        # Keratin and folds are as dense, but coloured; what lets no light through in any channel has no colour left.
+        dark = (least > settings.dark_od) & ((least > 0.68 * densest) | (least > 2 * settings.dark_od))
+        kinds.append((dark, least > 0.5 * densest))
     if settings.drop_pen:
         strong = densest > settings.pen_od
-        blue = strong & (r > 1.25 * g) & (r >= b)
+        # Over tissue the two add up: even then red is absorbed more than green, and a lot.
+        blue = (r > b) & ((strong & (r > 1.25 * g)) | ((r > 2 * settings.pen_od) & (r > 1.05 * g)))
         green = strong & (r > 1.35 * g) & (b > 1.05 * g)
         red = strong & (g > 2 * settings.pen_od) & (b > 0.72 * g) & (b < 1.3 * g) & (r < 0.10 * g)
         kinds.append((blue, (r > 1.05 * g)))
