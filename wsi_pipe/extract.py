@@ -64,7 +64,8 @@ class SlideFeatures:
 
     features: level label -> encoder's slug -> (N, D). layers: label -> slug -> block -> (N, C), the CLS token after
     that block. Both float16 or float32. seconds: "read", "encode" (its share, by tiles, of batches it shared).
-    counts: "tiles", and what the reader counted ("bytes_fetched", "requests", "blocks_decoded", "blocks_missing").
+    counts: "tiles", what the reader counted ("bytes_fetched", "requests", "blocks_decoded", "blocks_missing"), and the
+    seconds of each level: "read_s.20x", "encode_s.20x" and so on.
     """
 
     slide_id: str
@@ -128,6 +129,8 @@ class _Level:
     missing: dict[str, int]
     features: dict[str, StoredArray] = field(default_factory=dict)
     layers: dict[str, dict[int, StoredArray]] = field(default_factory=dict)
+    read_s: float = 0.0
+    encode_s: float = 0.0
 
 
 @dataclass
@@ -136,8 +139,7 @@ class _SlideState:
 
     item: ExtractItem
     levels: dict[str, _Level] = field(default_factory=dict)
-    read_s: float = 0.0
-    encode_s: float = 0.0
+    open_s: float = 0.0
     counts: dict[str, float] = field(default_factory=dict)
     read_to_end: bool = False
     settled: bool = False
@@ -296,7 +298,7 @@ class _Engine:
         started = time.perf_counter()
         slide = item.open()
         try:
-            state.read_s += time.perf_counter() - started
+            state.open_s += time.perf_counter() - started
             for level in state.levels.values():
                 if len(level.grid):
                     self._read_level(slide, level)
@@ -314,7 +316,7 @@ class _Engine:
         while True:
             started = time.perf_counter()
             tiles = next(stream, None)
-            level.slide.read_s += time.perf_counter() - started
+            level.read_s += time.perf_counter() - started
             if tiles is None:
                 break
             self.waiting.put((level, tiles), tiles.pixels.nbytes)
@@ -425,7 +427,7 @@ class _Engine:
         for part in flight.rows:
             stop = start + len(part.index)
             wrong = [row - start for row in range(start, stop) if row in bad]
-            part.level.slide.encode_s += elapsed * len(part.index) / total
+            part.level.encode_s += elapsed * len(part.index) / total
             if wrong:
                 assert problem is not None
                 self._fail(part.level.slide, _at_tiles(problem, part, wrong))
@@ -493,7 +495,13 @@ class _Engine:
                 if self.layers:
                     layers[label][info.slug] = level.layers.get(info.slug, dict.fromkeys(self.layers, empty))
         counts = {"tiles": float(sum(len(level.grid) for level in state.levels.values())), **state.counts}
-        seconds = {"read": state.read_s, "encode": state.encode_s}
+        for label, level in state.levels.items():
+            counts |= {f"read_s.{label}": level.read_s, f"encode_s.{label}": level.encode_s}
+        levels = state.levels.values()
+        seconds = {
+            "read": state.open_s + sum(level.read_s for level in levels),
+            "encode": sum(level.encode_s for level in levels),
+        }
         self._hand_out(SlideFeatures(state.item.slide_id, features, layers, seconds, counts))
 
 

@@ -30,11 +30,11 @@ def outcomes_of(n: int) -> list[SlideOutcome]:
         else:
             lr = int(np.exp(rng.normal(6, 0.4))) if i != 3 else 4
             seconds = {"open": 0.1, "segment": 0.8, "tile": 0.05, "read": lr / 60, "encode": lr / 20, "assemble": 0.1}
-            seconds |= {"read.5x": lr / 600, "read.20x": lr / 66}
+            counts = {"tissue_mm2": lr / 4, "read_s.5x": lr / 600, "read_s.20x": lr / 66}
             found.append(
                 SlideOutcome(
                     name, "done", f"/s/{name}.svs", tiles={"5x": lr, "20x": 15 * lr - i % 7},
-                    counts={"tissue_mm2": lr / 4}, seconds=seconds,
+                    counts=counts, seconds=seconds,
                 )
             )  # fmt: skip
     return found

@@ -55,19 +55,19 @@ def _mpp_of(label: str) -> float:
 
 
 def stage_seconds(outcome: SlideOutcome) -> dict[str, float]:
-    """Wall seconds by stage, in the order of work; what is known of a stage by level (``read.20x``) is left out."""
-    named = {key: float(value) for key, value in outcome.seconds.items() if "." not in key}
+    """Wall seconds by stage, in the order of work."""
+    named = {key: float(value) for key, value in outcome.seconds.items()}
     order = [*TIMED_STAGES, *sorted(set(named) - set(TIMED_STAGES))]
     return {stage: named[stage] for stage in order if stage in named}
 
 
 def level_seconds(outcome: SlideOutcome) -> dict[str, dict[str, float]]:
-    """Seconds by level and stage, {"20x": {"read": 1.2, "encode": 3.4}}, from keys such as ``read.20x``."""
+    """Seconds by level and stage, {"20x": {"read": 1.2, "encode": 3.4}}, from counts such as ``read_s.20x``."""
     found: dict[str, dict[str, float]] = {}
-    for key, value in outcome.seconds.items():
-        # A label may hold a point itself (2.5x), a stage does not.
-        stage, point, label = key.partition(".")
-        if point:
+    for key, value in outcome.counts.items():
+        # A label may hold a point itself (2.5x), what stands before the first does not.
+        stage, _, label = key.partition("_s.")
+        if label:
             found.setdefault(label, {})[stage] = float(value)
     return found
 
