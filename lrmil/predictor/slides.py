@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lrmil.checkpoint import ModelCard
 from lrmil.errors import ModelMismatchError
 from lrmil.predictor.predict import TOP_TILES, Predictor, SlidePrediction, describe
-from wsi_pipe.config import JobSettings, TileSettings
+from wsi_pipe.config import JobSettings
 from wsi_pipe.errors import WsiPipeError
 
 if TYPE_CHECKING:
@@ -90,20 +90,22 @@ def predict_slides(
     *,
     encoder: str,
     base: JobSettings | None = None,
+    reader: str | None = None,
     top_tiles: int = TOP_TILES,
     progress: Callable[[str, str, int], None] | None = None,
 ) -> Iterator[SlidePrediction]:
     """Segment, tile and encode slides at the model's resolution into ``job``, and predict each as its bag is done.
 
     Nothing is read or computed at any other resolution. What ``job`` holds already and fits is not done again.
-    encoder: from ``find_encoder``. base: settings of segmentation, tiling and hardware. A slide that fails gives a
-    prediction with status "failed". Raises ModelMismatchError before the first slide when the encoder is not the
-    model's; OutputError or DeviceError when the job cannot go on.
+    encoder: from ``find_encoder``. base: settings of segmentation, tiling and hardware. reader: of slides, before that
+    of ``base``. A slide that fails gives a prediction with status "failed". Raises ModelMismatchError before the first
+    slide when the encoder is not the model's; OutputError or DeviceError when the job cannot go on.
     """
     from wsi_pipe.job import open_job
     from wsi_pipe.job.run import process
 
-    settings = job_settings(predictor.card, encoder, base or JobSettings(tile=TileSettings()))
+    settings = job_settings(predictor.card, encoder, base or JobSettings())
+    settings = dataclasses.replace(settings, reader=reader or settings.reader)
     encoders = load_matching_encoder(predictor, settings)
     paths = open_job(job, settings, list(entries))
     cases = {entry.slide_id: entry.case_id for entry in entries}

@@ -208,12 +208,14 @@ class FeatureStore:
         dtype: StoreDtype = "float16",
         *,
         parent_level: str | None = None,
+        weights_sha256: str = "",
         reuse: bool = True,
         progress: Callable[[int, int], object] | None = None,
     ) -> FeatureStore:
         """Copy the features of ``level`` and ``encoder`` of many bags into one store in ``out_dir``, and open it.
 
-        dtype: how features are stored. parent_level: keep each row's parent at that coarser level too. reuse: return
+        weights_sha256: take features with these weights, whatever their name, where bags have them. dtype: how features
+        are stored. parent_level: keep each row's parent at that coarser level too. reuse: return
         the store that is there if it was made of the same bags in the same way. progress: called with (done, all).
 
         Raises StoreError for an unreadable bag, NaN, or a value that ``dtype`` cannot hold; BagMismatchError, naming
@@ -222,7 +224,7 @@ class FeatureStore:
         if dtype not in STORE_DTYPES:
             raise StoreError(f"dtype {dtype!r} is not known", remedy=f"use {', '.join(STORE_DTYPES)}")
         out = Path(out_dir)
-        infos = [inspect_bag(path, level, encoder) for path in find_bags(bag_paths)]
+        infos = [inspect_bag(path, level, encoder, weights_sha256=weights_sha256) for path in find_bags(bag_paths)]
         if not infos:
             raise StoreError("no bags are given", remedy="give bag files or the folder that holds them")
         meta, dim = _common(infos, parent_level)

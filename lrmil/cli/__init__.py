@@ -1,0 +1,41 @@
+"""The command line: each command parses, calls one library function, and prints.
+
+Commands load when they are called, so that ``lrmil --help`` starts without torch. Exit codes: 0 all done, 1 some slides
+failed, 2 bad usage or nothing could be done, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from lrmil import __version__
+from wsi_pipe.cli import LazyGroup, run_group
+
+__all__ = ["group", "main"]
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "split": ("lrmil.cli.prepare:split", "Divide cases into stratified folds; write them as CSV."),
+    "pack": ("lrmil.cli.prepare:pack", "Copy features of many bags into one store that trains fast."),
+    "train": ("lrmil.cli.train:train", "Train a MIL model, a teacher or a student, on one fold or all."),
+    "evaluate": ("lrmil.cli.evaluate:evaluate", "Figures with intervals, of a run or of a model on other bags."),
+    "compare": ("lrmil.cli.evaluate:compare", "Compare two runs on the same slides: bootstrap and DeLong."),
+    "predict": ("lrmil.cli.predict:predict", "Classify bags, or slides in one go, with a trained model."),
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    table=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Bags are made by wsi-pipe run. Exit codes: 0 all done, 1 some failed, 2 bad usage, 130 interrupted.",
+)
+@click.version_option(__version__, prog_name="lrmil")
+def group() -> None:
+    """Multiple instance learning that classifies slides from low-resolution tiles."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run_group(group, "lrmil"))

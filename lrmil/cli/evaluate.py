@@ -1,0 +1,124 @@
+"""``lrmil evaluate`` and ``lrmil compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lrmil.cli.options import EXISTING, PATH, SHOWN, level_of, number, pack_progress, print_figures, print_notes
+from wsi_pipe.cli.display import print_json, print_table
+from wsi_pipe.cli.options import RESOLUTION
+from wsi_pipe.errors import ConfigError
+
+__all__ = ["compare", "evaluate"]
+
+PART = click.Choice(["test", "val"])
+
+
+@click.command()
+@click.argument("run", required=False, type=EXISTING)
+@click.option("--part", type=PART, default="test", show_default=True, help="Of a run's predictions.")
+@click.option("--model", type=EXISTING, metavar="FILE", help="Instead of a run: this model on other bags.")
+@click.option("--bags", type=EXISTING, metavar="DIR", help="With --model: bags or a store.")
+@click.option("--labels", type=EXISTING, metavar="CSV", help="With --model: labels of the bags.")
+@click.option("--label-column", metavar="NAME", help="With --model.  [label]")
+@click.option("--splits", type=EXISTING, metavar="CSV", help="With --model: only the test part of --fold.")
+@click.option("--fold", metavar="K", help="With --splits.  [1]")
+@click.option("-r", "--resolution", type=RESOLUTION, metavar="RES", help="With --model: where bags do not state it.")
+@click.option("-e", "--encoder", metavar="NAME", help="With --model: where bags do not state it.")
+@click.option("-o", "--out", type=PATH, metavar="DIR", help="With --model: where predictions and figures go.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--replicates", type=click.IntRange(10), default=2000, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(run: Path | None, as_json: bool, **values: Any) -> int:
+    """Figures with 95 % intervals by case, and pictures: of RUN's predictions, or of a model on other labelled bags.
+
+    \b
+    lrmil evaluate run
+    lrmil evaluate --model run/fold_1/model.safetensors --bags other/bags --labels other.csv -o external
+    """
+    from lrmil.experiment import evaluate_run
+
+    if (run is None) == (values["model"] is None):
+        raise click.UsageError("give a RUN, or --model with --bags, --labels and --out")
+    if run is not None:
+        result = evaluate_run(run, part=values["part"], replicates=values["replicates"], seed=values["seed"])
+    else:
+        result = _evaluate_model(values)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print_figures(result)
+    return 0
+
+
+def _evaluate_model(values: dict[str, Any]) -> Any:
+    from lrmil.checkpoint import read_card
+    from lrmil.experiment import evaluate_model, load_cohort
+    from lrmil.experiment.cohort import open_features
+    from lrmil.splits import read_splits
+
+    lacking = [f"--{name}" for name in ("bags", "labels", "out") if not values[name]]
+    if lacking:
+        raise click.UsageError(f"--model needs {', '.join(lacking)} too")
+    if values["fold"] and not values["splits"]:
+        raise ConfigError("--fold needs --splits", remedy="add --splits CSV")
+    card = read_card(values["model"])
+    store = open_features(
+        values["bags"],
+        level=level_of(values["resolution"]) or card.level or None,
+        encoder=values["encoder"] or card.encoder or None,
+        store_dir=values["out"] / "store",
+        weights_sha256=card.weights_sha256,
+        progress=pack_progress(),
+    )
+    cohort = load_cohort(store, values["labels"], label_column=values["label_column"], classes=card.classes)
+    splits = read_splits(values["splits"]) if values["splits"] else None
+    print_notes(cohort.notes(splits))
+    indices = None if splits is None else cohort.fold(splits, splits.fold_name(values["fold"] or 1)).test
+    return evaluate_model(
+        values["model"],
+        cohort,
+        values["out"],
+        indices=indices,
+        device=values["device"],
+        replicates=values["replicates"],
+        seed=values["seed"],
+    )
+
+
+@click.command()
+@click.argument("run_a", type=EXISTING)
+@click.argument("run_b", type=EXISTING)
+@click.option("--part", type=PART, default="test", show_default=True)
+@click.option("--replicates", type=click.IntRange(10), default=2000, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(run_a: Path, run_b: Path, part: str, replicates: int, seed: int, as_json: bool) -> int:
+    """Compare RUN_A with RUN_B on the same slides: paired bootstrap by case, and DeLong's test of the AUCs."""
+    from lrmil.experiment import compare_runs
+
+    result = compare_runs(run_a, run_b, part=part, replicates=replicates, seed=seed)
+    if as_json:
+        print_json(result.to_json())
+        return 0
+    rows = []
+    for name in SHOWN:
+        d = result.differences[name]
+        interval = d.reason or f"{number(d.low)} to {number(d.high)}"
+        rows.append([name, number(d.a), number(d.b), number(d.value), interval, number(d.p, 4)])
+    columns = {"figure": "left", "A": "right", "B": "right", "A - B": "right", "95 % by case": "left", "p": "right"}
+    print_table(columns, rows)
+    tests = dict(result.delong) | ({"mean over folds": result.delong_mean} if result.delong_mean else {})
+    for name, test in tests.items():
+        if len(result.folds) == 1 and name == "mean over folds":
+            continue
+        text = test.reason or f"p {number(test.p, 4)}, 95 % {number(test.low)} to {number(test.high)}"
+        click.echo(
+            f"DeLong, {name}: AUC {number(test.auc[0])} - {number(test.auc[1])} = {number(test.difference)}, {text}"
+        )
+    click.echo(f"{result.slides} slides, {len(result.folds)} fold(s), part {part}; A {run_a}, B {run_b}")
+    return 0

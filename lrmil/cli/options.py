@@ -1,0 +1,136 @@
+"""Options that several commands share, and how results are shown."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from wsi_pipe.cli.display import print_table
+from wsi_pipe.cli.options import RESOLUTION
+from wsi_pipe.geometry import level_label
+
+if TYPE_CHECKING:
+    from lrmil.experiment import RunFigures
+    from lrmil.metrics import Estimate
+
+__all__ = ["PATH", "bag_options", "label_options", "level_of", "pack_progress", "print_figures", "print_notes"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+PATH: click.Path = click.Path(path_type=Path)
+EXISTING: click.Path = click.Path(path_type=Path, exists=True)
+SHOWN = ("auc", "average_precision", "balanced_accuracy", "f1_macro", "f1_weighted", "brier", "ece")
+
+
+def _stack(function: F, *decorators: Callable[[F], F]) -> F:
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def bag_options(function: F) -> F:
+    """Which features: --bags, -r and --encoder."""
+    return _stack(
+        function,
+        click.option(
+            "--bags",
+            required=True,
+            type=EXISTING,
+            metavar="DIR",
+            help="Folder of bags (wsi-pipe, TRIDENT, CLAM, STAMP), one bag, or a store of lrmil pack.",
+        ),
+        click.option(
+            "-r",
+            "--resolution",
+            type=RESOLUTION,
+            metavar="RES",
+            help="Level of the bags, such as 5x or 2um.  [the bags' primary one]",
+        ),
+        click.option("-e", "--encoder", metavar="NAME", help="Encoder of the features.  [the bags' primary one]"),
+    )
+
+
+def label_options(function: F) -> F:
+    """Which labels: --labels, --by and --label-column."""
+    return _stack(
+        function,
+        click.option(
+            "--labels",
+            required=True,
+            type=EXISTING,
+            metavar="CSV",
+            help="Columns slide_id, case_id or both, and label.",
+        ),
+        click.option(
+            "--by",
+            type=click.Choice(["auto", "slide", "case"]),
+            default="auto",
+            show_default=True,
+            help="What a row of the labels is about.",
+        ),
+        click.option("--label-column", metavar="NAME", help="Column that holds the label.  [label]"),
+    )
+
+
+def level_of(resolution: float | None) -> str | None:
+    """The label of a level in bags, from um/px."""
+    return None if resolution is None else level_label(resolution)
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """What is left out, on standard error."""
+    for note in notes:
+        click.echo(f"left out: {note}", err=True)
+
+
+def pack_progress() -> Callable[[int, int], None]:
+    """Counts packed bags on a terminal; silent elsewhere."""
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"\rpacking {done}/{total} bags", err=True, nl=done == total)
+
+    return show
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A figure for a table; a dash where it is undefined."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def estimate(e: Estimate) -> str:
+    """A figure with its interval."""
+    return number(e.value) if math.isnan(e.low) else f"{number(e.value)} ({number(e.low)} to {number(e.high)})"
+
+
+def print_figures(result: RunFigures) -> None:
+    """Figures with 95 % intervals by case, a column a fold and their mean and spread; undefined ones with reasons."""
+    several = len(result.folds) > 1
+    columns = {"figure": "left"} | {fold.name: "left" for fold in result.folds if not several}
+    if several:
+        columns |= {"mean over folds": "left", "SD": "right", "least": "right", "greatest": "right"}
+    rows = []
+    for name in SHOWN:
+        if several:
+            spread: Mapping[str, float] = result.spread[name]
+            ends = [number(spread[key]) for key in ("std", "min", "max")]
+            rows.append([name, estimate(result.mean[name]), *ends])
+        else:
+            rows.append([name, estimate(result.folds[0].estimates[name])])
+    print_table(columns, rows)
+    slides, cases = sum(f.slides for f in result.folds), sum(f.cases for f in result.folds)
+    click.echo(
+        f"{slides} slides, {cases} cases, {len(result.folds)} fold(s), part {result.part}; 95 % intervals by case"
+    )
+    for fold in result.folds:
+        reasons: dict[str, list[str]] = {}
+        for name in SHOWN:
+            reason = fold.estimates[name].reason
+            if reason:
+                reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            click.echo(f"{fold.name}: {', '.join(names)}: {reason}")

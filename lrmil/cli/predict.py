@@ -1,0 +1,106 @@
+"""``lrmil predict``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lrmil.cli.options import EXISTING, PATH, level_of, number
+from wsi_pipe.cli import EXIT_FAILED
+from wsi_pipe.cli.display import RunDisplay, print_table
+from wsi_pipe.cli.options import RESOLUTION, collect_entries, slide_options
+from wsi_pipe.config import JobSettings, load_toml
+
+__all__ = ["predict"]
+
+
+@click.command()
+@slide_options
+@click.option("--model", required=True, type=EXISTING, metavar="FILE", help="model.safetensors of lrmil train.")
+@click.option("--bags", multiple=True, type=EXISTING, metavar="DIR|BAG", help="Bags, instead of SLIDES; repeatable.")
+@click.option("-o", "--out", required=True, type=PATH, metavar="DIR", help="Where results go.")
+@click.option("-e", "--encoder", metavar="NAME|FILE", help="The model's encoder.  [as the model says, or beside it]")
+@click.option("-r", "--resolution", type=RESOLUTION, metavar="RES", help="With --bags that do not state it.")
+@click.option("--job", type=PATH, metavar="JOB", help="With SLIDES: where masks and bags go.  [DIR/job]")
+@click.option(
+    "--config", type=EXISTING, metavar="TOML", help="With SLIDES: settings of segmentation, as JOB/config.toml."
+)
+@click.option("--name", metavar="NAME", help="The model's name in bags and measurements.  [from the file]")
+@click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="Tiles listed a slide.")
+@click.option("--attention/--no-attention", default=False, show_default=True, help="Write attention into the bags.")
+@click.option("--geojson/--no-geojson", default=False, show_default=True, help="Write tiles for QuPath.")
+@click.option("--heatmaps/--no-heatmaps", default=True, show_default=True, help="Write a picture a slide.")
+@click.option("--device", default="auto", show_default=True)
+def predict(**values: Any) -> int:
+    """Classify SLIDES, or bags that exist, with a trained model.
+
+    SLIDES are read at the model's own resolution with the model's own encoder, and at no other. DIR gets
+    predictions.csv and predictions.json: calibrated probabilities, class, entropy and top tiles. A bag of another
+    encoder, resolution or weights is refused.
+
+    \b
+    lrmil predict --model model.safetensors archive/ -o out
+    lrmil predict --model model.safetensors --bags job/bags -o out --geojson
+    """
+    from lrmil.experiment import write_slide_files
+    from lrmil.predictor import Predictor, write_predictions
+
+    if bool(values["bags"]) == bool(values["sources"] or values["manifest"]):
+        raise click.UsageError("give SLIDES, or --bags, and not both")
+    predictor = Predictor.load(values["model"], device=values["device"], name=values["name"])
+    wanted = {name: values[name] for name in ("attention", "geojson", "heatmaps")}
+    found: list[Any] = []
+    try:
+        results = _from_bags(predictor, values) if values["bags"] else _from_slides(predictor, values)
+        found.extend(write_slide_files(result, predictor, values["out"], **wanted) for result in results)
+    finally:
+        # An interrupted run keeps what it has found out.
+        write_predictions(values["out"], found, predictor)
+    _print(found, predictor.card.classes, values["out"])
+    return EXIT_FAILED if any(p.status == "failed" for p in found) else 0
+
+
+def _from_bags(predictor: Any, values: dict[str, Any]) -> Iterator[Any]:
+    from lrmil.store import find_bags
+
+    level = level_of(values["resolution"])
+    paths = find_bags(list(values["bags"]))
+    yield from predictor.predict_bags(paths, level=level, encoder=values["encoder"], top_tiles=values["top"])
+
+
+def _from_slides(predictor: Any, values: dict[str, Any]) -> Iterator[Any]:
+    from lrmil.predictor import find_encoder, predict_slides
+
+    entries = collect_entries(values)
+    base = load_toml(JobSettings, values["config"]) if values["config"] else JobSettings()
+    encoder = find_encoder(predictor.card, values["model"], values["encoder"])
+    job = values["job"] or values["out"] / "job"
+    with RunDisplay(len(entries)) as display:
+        yield from predict_slides(
+            predictor,
+            entries,
+            job,
+            encoder=encoder,
+            base=base,
+            reader=values["reader"],
+            top_tiles=values["top"],
+            progress=display.progress,
+        )
+
+
+def _print(found: list[Any], classes: tuple[str, ...], out: Path) -> None:
+    rows = []
+    for p in found:
+        numbers = [number(p.probabilities[c]) if p.probabilities else "-" for c in classes]
+        rows.append([p.slide_id, p.predicted or p.status, *numbers, number(p.entropy_nats), f"{p.tiles:,}"])
+    columns = {"slide": "left", "class": "left"} | {f"p({c})": "right" for c in classes}
+    print_table(columns | {"entropy (nats)": "right", "tiles": "right"}, rows)
+    for p in found:
+        if p.reason:
+            click.echo(f"{p.slide_id}: {p.status}: {p.reason}" + (f"; {p.remedy}" if p.remedy else ""), err=True)
+    ends = Counter(p.status for p in found)
+    click.echo(f"{', '.join(f'{n} {status}' for status, n in ends.items()) or 'nothing'}: {out}")

@@ -1,0 +1,90 @@
+"""``lrmil split`` and ``lrmil pack``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from lrmil.cli.options import EXISTING, PATH, bag_options, level_of, pack_progress
+from wsi_pipe.cli.display import print_table
+
+__all__ = ["pack", "split"]
+
+
+@click.command()
+@click.option("--labels", required=True, type=EXISTING, metavar="CSV", help="Columns slide_id, case_id or both, label.")
+@click.option("--label-column", metavar="NAME", help="Column that holds the label.  [label]")
+@click.option("-o", "--out", required=True, type=PATH, metavar="CSV", help="Where the folds go.")
+@click.option("--folds", type=click.IntRange(1), default=5, show_default=True, help="1 is a single hold-out.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--val-fraction", type=float, default=0.2, show_default=True, help="Of a fold's cases that do not test.")
+@click.option("--test-fraction", type=float, help="With --folds 1 only.  [0.2]")
+def split(
+    labels: Path,
+    label_column: str | None,
+    out: Path,
+    folds: int,
+    seed: int,
+    val_fraction: float,
+    test_fraction: float | None,
+) -> None:
+    """Divide the cases of a label table into stratified folds; a case is never in two parts.
+
+    Each case tests in one fold. The CSV has a row a case and columns fold_1 to fold_k with train, val and test.
+    """
+    from lrmil.data import read_case_labels
+    from lrmil.splits import PARTS, make_splits
+
+    cases = read_case_labels(labels, label_column=label_column)
+    table = make_splits(cases, folds, seed, val_fraction, test_fraction)
+    table.write(out)
+    classes = sorted(set(cases.values()))
+    rows = []
+    for name, parts in table.folds.items():
+        for part in PARTS:
+            found = Counter(cases[case] for case, p in zip(table.ids, parts, strict=True) if p == part)
+            rows.append([name, part, *(str(found[c]) for c in classes)])
+    print_table({"fold": "left", "part": "left"} | dict.fromkeys(classes, "right"), rows)
+    click.echo(f"{len(table.ids)} cases in {folds} fold(s), seed {seed}: {out}")
+
+
+@click.command()
+@bag_options
+@click.option("-o", "--out", required=True, type=PATH, metavar="DIR", help="The store's folder.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="How features are stored.",
+)
+@click.option("--parents", metavar="RES", help="Keep each tile's parent at this coarser level, for distillation.")
+def pack(bags: Path, resolution: float | None, encoder: str | None, out: Path, dtype: str, parents: str | None) -> None:
+    """Copy the features of many bags into one memory-mapped store, and check them.
+
+    lrmil train does this by itself; a store of its own can be given to several runs.
+    """
+    from lrmil.store import FeatureStore
+    from wsi_pipe.geometry import parse_resolution
+
+    store = FeatureStore.pack(
+        bags,
+        level_of(resolution),
+        encoder,
+        out,
+        dtype,  # type: ignore[arg-type]
+        parent_level=None if parents is None else level_of(parse_resolution(parents)),
+        progress=pack_progress(),
+    )
+    for record, length in zip(store.records, store.lengths.tolist(), strict=True):
+        if not length:
+            click.echo(f"no tiles: {record.slide_id} ({record.empty_reason})", err=True)
+    gib = store.flat.nbytes / 2**30
+    meta = store.meta
+    click.echo(
+        f"{len(store)} bags, {len(store.flat):,} x {store.dim} {store.dtype} ({gib:.2f} GiB), "
+        f"{meta.encoder or 'unnamed encoder'} at {meta.level or 'unstated level'}: {out}"
+    )
+    click.echo(f"content hash {store.content_hash}")

@@ -1,0 +1,172 @@
+"""``lrmil train``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lrmil.cli.options import (
+    EXISTING,
+    PATH,
+    bag_options,
+    label_options,
+    level_of,
+    pack_progress,
+    print_figures,
+    print_notes,
+)
+from lrmil.config import MODELS, MONITORS, LossSettings, TrainSettings, load_settings
+from wsi_pipe.cli.options import RESOLUTION
+from wsi_pipe.errors import ConfigError
+
+__all__ = ["train"]
+
+
+@click.command()
+@bag_options
+@label_options
+@click.option("-o", "--out", required=True, type=PATH, metavar="RUN", help="Folder of the run; run again, it goes on.")
+@click.option("--splits", type=EXISTING, metavar="CSV", help="Folds: fold_1, ... with train, val, test.  [made anew]")
+@click.option("--fold", "folds", multiple=True, metavar="K", help="Train this fold only; repeatable.  [all]")
+@click.option("--folds", "count", type=click.IntRange(1), default=5, show_default=True, help="How many to make.")
+@click.option("--val-fraction", type=float, default=0.2, show_default=True, help="Of made folds.")
+@click.option("--split-seed", type=int, default=0, show_default=True, help="Of made folds.")
+@click.option("--config", type=EXISTING, metavar="TOML", help="Settings, such as RUN/fold_1/config.toml.")
+@click.option("--model", "model_name", type=click.Choice(MODELS), help="Architecture.  [gated-abmil]")
+@click.option("--hidden", "model_hidden", type=click.IntRange(1), help="Width of the projection.  [512]")
+@click.option("--dropout", "model_dropout", type=float, help="In the projection.  [0.25]")
+@click.option("--epochs", type=click.IntRange(1), help="At most.  [50]")
+@click.option("--learning-rate", type=float, help="AdamW's peak.  [2e-4]")
+@click.option("--weight-decay", type=float, help="[1e-4]")
+@click.option("--schedule", type=click.Choice(["cosine", "constant"]), help="[cosine]")
+@click.option("--clip-norm", type=float, help="Of the gradient, 0 for none.  [1]")
+@click.option("--class-weights", type=click.Choice(["balanced", "none"]), help="[balanced]")
+@click.option("--monitor", type=click.Choice(MONITORS), help="Validation figure that chooses the epoch.  [loss]")
+@click.option("--patience", type=click.IntRange(0), help="Epochs without improvement, 0 for no early end.  [10]")
+@click.option("--token-budget", type=click.IntRange(1), help="Tiles a step.  [16384]")
+@click.option("--max-bags", type=click.IntRange(1), help="Bags a step.  [8]")
+@click.option("--seed", type=click.IntRange(0), help="Of weights and order.  [0]")
+@click.option("--device", metavar="DEV", help="cpu, cuda:0 or auto.  [auto]")
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="[auto]")
+@click.option("--deterministic/--no-deterministic", default=None, help="Same numbers on every run of a GPU.  [off]")
+@click.option("--tensorboard/--no-tensorboard", default=None, help="Write event files too.  [off]")
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
+@click.option("--store", type=PATH, metavar="DIR", help="Where features are packed.  [RUN/store]")
+@click.option("--teacher", type=EXISTING, metavar="MODEL|RUN", help="Distil from this model, or from a run's folds.")
+@click.option("--teacher-bags", type=EXISTING, metavar="DIR", help="Bags with the teacher's level.  [--bags]")
+@click.option("--teacher-level", type=RESOLUTION, metavar="RES", help="Level of the teacher.  [as it says]")
+@click.option("--l-ce", "loss_ce", type=float, help="Weight of the labels.  [1]")
+@click.option("--l-bag", "loss_bag", type=float, help="Weight of the teacher's probabilities.  [1]")
+@click.option("--l-soft", "loss_soft", type=float, help="Weight of the teacher's attention.  [0.5]")
+@click.option("--l-hard", "loss_hard", type=float, help="Weight of its extreme tiles.  [0.1]")
+@click.option("--temperature", "loss_temperature", type=float, help="Of distilled probabilities.  [2]")
+@click.option("--instances", "loss_instances", type=click.IntRange(1), help="Extreme tiles on each side.  [8]")
+@click.option("--replicates", type=click.IntRange(10), default=2000, show_default=True, help="Of the bootstrap.")
+def train(**values: Any) -> int:
+    """Train a MIL model on labelled bags: every fold, or those named, over one resident store.
+
+    Each fold's folder in RUN gets model.safetensors, predictions.csv, metrics.csv, figures.json and pictures. Test
+    cases are looked at once, after training and calibration.
+
+    \b
+    lrmil train --bags job/bags --labels labels.csv -r 5x --encoder uni -o run
+    lrmil train --bags job/bags --labels labels.csv -r 20x -o teacher --splits splits.csv
+    lrmil train --bags job/bags --labels labels.csv -r 5x -o student --splits splits.csv --teacher teacher
+    """
+    from lrmil.experiment import evaluate_run, load_cohort, train_folds
+    from lrmil.experiment.cohort import open_features
+    from lrmil.experiment.folds import SPLITS_NAME
+    from lrmil.splits import make_splits, read_splits
+
+    out: Path = values["out"]
+    settings = settings_from(values)
+    store = open_features(
+        values["bags"],
+        level=level_of(values["resolution"]),
+        encoder=values["encoder"],
+        store_dir=values["store"] or out / "store",
+        dtype=values["dtype"],
+        progress=pack_progress(),
+    )
+    cohort = load_cohort(store, values["labels"], by=values["by"], label_column=values["label_column"])
+    if values["splits"]:
+        splits = read_splits(values["splits"])
+    else:
+        splits = make_splits(cohort.table.case_labels(), values["count"], values["split_seed"], values["val_fraction"])
+        there = out / SPLITS_NAME
+        if there.is_file() and read_splits(there) != splits:
+            raise ConfigError(f"{there} holds other folds", remedy=f"give --splits {there}, or another --out")
+    print_notes(cohort.notes(splits))
+    folds = [splits.fold_name(fold) for fold in values["folds"]] or list(splits.folds)
+    teacher, hr_store = _teacher(values, folds, out, store.meta.level)
+    results = train_folds(
+        cohort, splits, folds, settings, out, teacher=teacher, hr_store=hr_store, progress=_progress(settings)
+    )
+    parts = {p.part for result in results.values() for p in result.predictions}
+    for part in ("test", "val"):
+        if part in parts:
+            print_figures(evaluate_run(out, part=part, replicates=values["replicates"]))
+            break
+    click.echo(f"models, predictions and pictures: {out}")
+    return 0
+
+
+def settings_from(values: Mapping[str, Any]) -> TrainSettings:
+    """Settings from options over the settings file over the defaults. Raises ConfigError when one is refused."""
+    base = load_settings(values["config"]) if values["config"] else TrainSettings()
+    own = {f.name for f in dataclasses.fields(TrainSettings)} - {"model", "loss"}
+    changes: dict[str, Any] = {name: values[name] for name in own if values.get(name) is not None}
+    for part in ("model", "loss"):
+        inner = {
+            name.removeprefix(f"{part}_"): value
+            for name, value in values.items()
+            if name.startswith(f"{part}_") and value is not None
+        }
+        changes[part] = dataclasses.replace(getattr(base, part), **inner)
+    if not values["teacher"]:
+        if any(values[f"loss_{name}"] is not None for name in ("bag", "soft", "hard")):
+            raise ConfigError("weights of a teacher are given, but no teacher", remedy="add --teacher MODEL")
+        # Without a teacher its terms are nothing, whatever a settings file says.
+        changes["loss"] = LossSettings(ce=changes["loss"].ce, bag=0.0, soft=0.0, hard=0.0)
+    return dataclasses.replace(base, **changes)
+
+
+def _teacher(values: Mapping[str, Any], folds: list[str], out: Path, level: str) -> tuple[Any, Any]:
+    """The teacher's models and its HR features, packed with the rows of their LR tiles."""
+    from lrmil.experiment import TeacherSource
+    from lrmil.experiment.cohort import open_features
+
+    if not values["teacher"]:
+        return None, None
+    teacher = TeacherSource(values["teacher"])
+    card = teacher.any_card(folds)
+    asked = level_of(values["teacher_level"])
+    if asked and card.level and asked != card.level:
+        raise ConfigError(f"the teacher is of {card.level}, not {asked}", remedy="leave out --teacher-level")
+    bags = values["teacher_bags"] or values["bags"]
+    if (bags / "store.json").is_file() and not values["teacher_bags"]:
+        raise ConfigError("--bags is a store of one level", remedy="give bags with the teacher's level: --teacher-bags")
+    store = open_features(
+        bags,
+        level=card.level or asked,
+        encoder=card.encoder or None,
+        store_dir=out / "store-teacher",
+        dtype=values["dtype"],
+        parent_level=level,
+        weights_sha256=card.weights_sha256,
+        progress=pack_progress(),
+    )
+    return teacher, store
+
+
+def _progress(settings: TrainSettings) -> Any:
+    def show(fold: str, row: Mapping[str, float | None]) -> None:
+        shown = {"loss": row.get("train_loss"), "val loss": row.get("val_loss"), "val AUC": row.get("val_auc")}
+        text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if value is not None)
+        click.echo(f"{fold} epoch {int(row['epoch'] or 0)}/{settings.epochs}: {text}", err=True)
+
+    return show

@@ -1,0 +1,95 @@
+"""Bags and labels, joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lrmil.data import LabelTable, load_labels
+from lrmil.splits import FoldIndices, SplitTable
+from lrmil.store import FeatureStore
+from lrmil.store.flat import StoreDtype
+
+__all__ = ["Cohort", "load_cohort", "open_features"]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A store and the labels of its bags."""
+
+    store: FeatureStore
+    table: LabelTable
+
+    def fold(self, splits: SplitTable, name: str) -> FoldIndices:
+        """A fold's usable bags: labelled, and with tiles. Raises SplitError or LeakageError as SplitTable does."""
+        parts = splits.indices(name, self.store.slide_ids, self.table.case_ids)
+        usable = set(self.table.usable.tolist())
+        kept = (
+            np.array([i for i in part.tolist() if i in usable], np.int64)
+            for part in (parts.train, parts.val, parts.test)
+        )
+        return FoldIndices(*kept)
+
+    def notes(self, splits: SplitTable | None = None) -> list[str]:
+        """One line for each kind of slide that is left out, with all names."""
+        notes = self.table.notes()
+        if splits is not None:
+            usable = self.table.usable.tolist()
+            slides = [self.store.slide_ids[i] for i in usable]
+            stray = splits.unassigned(slides, [self.table.case_ids[i] for i in usable])
+            if stray:
+                notes.append(f"{len(stray)} not in the splits: {', '.join(stray)}")
+        return notes
+
+
+def open_features(
+    bags: Path | Sequence[Path],
+    *,
+    level: str | None,
+    encoder: str | None,
+    store_dir: Path,
+    dtype: StoreDtype = "float16",
+    parent_level: str | None = None,
+    weights_sha256: str = "",
+    progress: Callable[[int, int], object] | None = None,
+) -> FeatureStore:
+    """The store that ``bags`` is, or the one packed from the bags into ``store_dir`` (reused where it fits)."""
+    if isinstance(bags, Path) and (bags / "store.json").is_file():
+        return FeatureStore.open(bags)
+    return FeatureStore.pack(
+        bags,
+        level,
+        encoder,
+        store_dir,
+        dtype,
+        parent_level=parent_level,
+        weights_sha256=weights_sha256,
+        progress=progress,
+    )
+
+
+def load_cohort(
+    store: FeatureStore,
+    labels: Path,
+    *,
+    by: str = "auto",
+    label_column: str | None = None,
+    classes: Sequence[str] | None = None,
+) -> Cohort:
+    """Join a label CSV to a store. Raises LabelError as ``load_labels`` does."""
+    reasons = {record.slide_id: record.empty_reason or "no tiles" for record in store.records}
+    # Bags without a case of their own are given their slide's name by the store, so the table may override them.
+    table = load_labels(
+        labels,
+        store.slide_ids,
+        store.case_ids,
+        lengths=store.lengths,
+        by=by,
+        label_column=label_column,
+        classes=classes,
+        empty_reasons=reasons,
+    )
+    return Cohort(store, table)

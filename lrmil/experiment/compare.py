@@ -1,0 +1,116 @@
+"""Two runs on the same slides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrmil.errors import FiguresError
+from lrmil.experiment.figures import PREDICTIONS_NAME, FoldPredictions, fold_folders, no_nan, read_predictions
+from lrmil.metrics import DeLong, Difference, compare, delong
+
+__all__ = ["Comparison", "compare_runs"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Run A against run B.
+
+    differences: paired bootstrap by case of each figure's mean over folds. delong: by fold, for two classes only.
+    delong_mean: the mean of the folds' AUC differences with its test, None where folds share test cases or there are
+    more than two classes. slides: over all folds.
+    """
+
+    folds: tuple[str, ...]
+    slides: int
+    differences: Mapping[str, Difference]
+    delong: Mapping[str, DeLong]
+    delong_mean: DeLong | None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able values; NaN becomes null."""
+        plain: dict[str, Any] = no_nan(asdict(self))
+        return plain
+
+
+def compare_runs(a: Path, b: Path, *, part: str = "test", replicates: int = 2000, seed: int = 0) -> Comparison:
+    """Paired bootstrap by case, and DeLong's test, of two runs of ``lrmil train``.
+
+    Both must have predicted the same slides with the same labels in each fold. Raises FiguresError naming the slides
+    where they have not.
+    """
+    folders_a, folders_b = fold_folders(a), fold_folders(b)
+    names_a, names_b = [p.name for p in folders_a], [p.name for p in folders_b]
+    if len(names_a) == len(names_b) == 1:
+        names = [names_a[0]]
+    elif names_a == names_b:
+        names = names_a
+    else:
+        raise FiguresError(
+            f"{a} has {', '.join(names_a)}, {b} has {', '.join(names_b)}", remedy="compare runs with the same folds"
+        )
+    pairs = [
+        _paired(read_predictions(x / PREDICTIONS_NAME, part), read_predictions(y / PREDICTIONS_NAME, part), x, y)
+        for x, y in zip(folders_a, folders_b, strict=True)
+    ]
+    differences = compare(
+        [x.labels for x, _ in pairs],
+        [x.probabilities for x, _ in pairs],
+        [y.probabilities for _, y in pairs],
+        [x.case_ids for x, _ in pairs],
+        replicates=replicates,
+        seed=seed,
+    )
+    tests: dict[str, DeLong] = {}
+    if len(pairs[0][0].classes) == 2:
+        for name, (x, y) in zip(names, pairs, strict=True):
+            tests[name] = delong(x.labels, x.probabilities[:, 1], y.probabilities[:, 1], x.case_ids)
+    cases = [set(x.case_ids) for x, _ in pairs]
+    apart = sum(map(len, cases)) == len(set().union(*cases))
+    mean = _mean(list(tests.values())) if tests and apart else None
+    return Comparison(tuple(names), sum(len(x.labels) for x, _ in pairs), differences, tests, mean)
+
+
+def _paired(x: FoldPredictions, y: FoldPredictions, a: Path, b: Path) -> tuple[FoldPredictions, FoldPredictions]:
+    """Both in the order of the first."""
+    if x.classes != y.classes:
+        raise FiguresError(f"{a} has classes {', '.join(x.classes)}, {b} has {', '.join(y.classes)}")
+    odd = sorted(set(x.slide_ids) ^ set(y.slide_ids))
+    if odd:
+        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+        raise FiguresError(
+            f"{a} and {b} did not predict the same slides: {', '.join(odd[:5])}{more}",
+            remedy="train both on the same splits and bags",
+        )
+    place = {slide: i for i, slide in enumerate(y.slide_ids)}
+    order = [place[slide] for slide in x.slide_ids]
+    labels = y.labels[order]
+    if not np.array_equal(labels, x.labels):
+        slide = x.slide_ids[int((labels != x.labels).argmax())]
+        raise FiguresError(f"{slide} has another label in {a} than in {b}", remedy="train both on the same labels")
+    sorted_y = FoldPredictions(y.classes, x.slide_ids, x.case_ids, labels, y.logits[order], y.probabilities[order])
+    return x, sorted_y
+
+
+def _mean(folds: Sequence[DeLong]) -> DeLong | None:
+    """The mean difference over folds of different cases: variances add up. None where a fold has no variance."""
+    from scipy.stats import norm
+
+    if any(math.isnan(f.difference) or np.isnan(f.covariance).any() for f in folds):
+        return None
+    k = len(folds)
+    covariance = np.sum([f.covariance for f in folds], axis=0) / k**2
+    difference = float(np.mean([f.difference for f in folds]))
+    error = float(np.sqrt(max(sum(f.standard_error**2 for f in folds), 0.0))) / k
+    z = difference / error if error > 0 else math.nan
+    p = float(2 * norm.sf(abs(z))) if error > 0 else 1.0 if difference == 0 else math.nan
+    half = float(norm.isf(0.025)) * error
+    auc = (float(np.mean([f.auc[0] for f in folds])), float(np.mean([f.auc[1] for f in folds])))
+    rows = ((float(covariance[0, 0]), float(covariance[0, 1])), (float(covariance[1, 0]), float(covariance[1, 1])))
+    reason = None if error > 0 else "the difference does not vary between slides"
+    return DeLong(auc, rows, difference, error, difference - half, difference + half, z, p, reason)

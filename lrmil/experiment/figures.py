@@ -1,0 +1,252 @@
+"""Figures and pictures of runs, from their tables of predictions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrmil.errors import FiguresError
+from lrmil.experiment.cohort import Cohort
+from lrmil.metrics import LOWER_IS_BETTER, Estimate, evaluate, evaluate_folds, softmax, summarise_folds
+from wsi_pipe.files import write_text_atomically
+
+__all__ = [
+    "FoldFigures",
+    "FoldPredictions",
+    "RunFigures",
+    "evaluate_model",
+    "evaluate_run",
+    "fold_folders",
+    "read_predictions",
+    "write_json",
+]
+
+PREDICTIONS_NAME = "predictions.csv"
+FIGURES_NAME = "figures.json"
+
+
+@dataclass(frozen=True)
+class FoldPredictions:
+    """Predictions of one part of one fold.
+
+    labels: int64 (N,). logits, probabilities: float64 (N, C), probabilities after the temperature.
+    """
+
+    classes: tuple[str, ...]
+    slide_ids: tuple[str, ...]
+    case_ids: tuple[str, ...]
+    labels: NDArray[np.int64]
+    logits: NDArray[np.float64]
+    probabilities: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class FoldFigures:
+    """Figures of one fold with intervals by case. slides, cases: how many they rest on."""
+
+    name: str
+    slides: int
+    cases: int
+    estimates: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """Figures of a run: by fold, their mean with an interval by case, and their spread."""
+
+    part: str
+    folds: tuple[FoldFigures, ...]
+    mean: Mapping[str, Estimate]
+    spread: Mapping[str, Mapping[str, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able values; NaN becomes null."""
+        plain: dict[str, Any] = no_nan(asdict(self))
+        return plain
+
+
+def no_nan(value: Any) -> Any:
+    """``value`` with None for every float that is not finite, which JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {str(k): no_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [no_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with null for NaN. Raises OutputError when it cannot be written."""
+    write_text_atomically(path, json.dumps(no_nan(value), indent=1, allow_nan=False) + "\n")
+
+
+def fold_folders(run: Path) -> list[Path]:
+    """The folders of a run that hold predictions: its folds in their order, or the run itself.
+
+    Raises FiguresError when there are none.
+    """
+    inside = [p.parent for p in run.glob(f"*/{PREDICTIONS_NAME}")]
+    inside.sort(key=lambda p: (len(p.name), p.name))
+    found = inside or ([run] if (run / PREDICTIONS_NAME).is_file() else [])
+    if not found:
+        raise FiguresError(
+            f"{run} holds no {PREDICTIONS_NAME}, neither itself nor in folders of folds",
+            remedy="give the --out folder of lrmil train",
+        )
+    return found
+
+
+def read_predictions(path: Path, part: str = "test") -> FoldPredictions:
+    """The table that training writes, one part of it. Raises FiguresError when there is none."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            rows = [row for row in reader if row["part"] == part]
+        classes = tuple(name.removeprefix("logit_") for name in columns if name.startswith("logit_"))
+        if not rows:
+            raise FiguresError(f"{path} has no predictions of the part {part!r}", remedy="choose another: --part")
+        return FoldPredictions(
+            classes,
+            tuple(row["slide_id"] for row in rows),
+            tuple(row["case_id"] for row in rows),
+            np.array([classes.index(row["label"]) for row in rows], np.int64),
+            np.array([[float(row[f"logit_{name}"]) for name in classes] for row in rows]),
+            np.array([[float(row[f"probability_{name}"]) for name in classes] for row in rows]),
+        )
+    except (OSError, KeyError, ValueError, UnicodeDecodeError) as error:
+        if isinstance(error, FiguresError):
+            raise
+        raise FiguresError(
+            f"{path} is no table of predictions: {error}", remedy="give a folder of lrmil train"
+        ) from error
+
+
+def evaluate_run(
+    run: Path, *, part: str = "test", replicates: int = 2000, seed: int = 0, pictures: bool = True
+) -> RunFigures:
+    """Figures of every fold of a run from its predictions; writes ``figures.json`` and pictures beside them.
+
+    Writes ``summary.json`` and ``summary.csv`` into the run when it has several folds. Nothing is predicted anew.
+    Raises FiguresError when there are no predictions, OutputError when a file cannot be written.
+    """
+    folders = fold_folders(run)
+    found = [read_predictions(folder / PREDICTIONS_NAME, part) for folder in folders]
+    folds = []
+    for folder, p in zip(folders, found, strict=True):
+        estimates = evaluate(p.labels, p.probabilities, p.case_ids, classes=p.classes, replicates=replicates, seed=seed)
+        folds.append(FoldFigures(folder.name, len(p.labels), len(set(p.case_ids)), estimates))
+        name = FIGURES_NAME if part == "test" else f"figures-{part}.json"
+        write_json(folder / name, asdict(folds[-1]) | {"part": part, "replicates": replicates})
+        if pictures:
+            draw_fold(folder, p, part)
+    result = summarise(part, folds, found, replicates=replicates, seed=seed)
+    if folders != [run]:
+        suffix = "" if part == "test" else f"-{part}"
+        write_json(run / f"summary{suffix}.json", result.to_json())
+        write_text_atomically(run / f"summary{suffix}.csv", _table(result))
+    return result
+
+
+def summarise(
+    part: str, folds: Sequence[FoldFigures], found: Sequence[FoldPredictions], *, replicates: int, seed: int
+) -> RunFigures:
+    """The figures of folds and what they come to together."""
+    mean = evaluate_folds(
+        [p.labels for p in found],
+        [p.probabilities for p in found],
+        [p.case_ids for p in found],
+        replicates=replicates,
+        seed=seed,
+    )
+    points = [{name: e.value for name, e in fold.estimates.items()} for fold in folds]
+    return RunFigures(part, tuple(folds), mean, summarise_folds(points))
+
+
+def draw_fold(folder: Path, p: FoldPredictions, part: str) -> None:
+    """ROC, calibration, confusion matrix and curves of one fold, as PNG in its folder."""
+    from lrmil.pictures import draw_calibration, draw_confusion, draw_curves, draw_roc
+
+    suffix = "" if part == "test" else f"-{part}"
+    draw_roc(folder / f"roc{suffix}.png", p.labels, p.probabilities, p.classes, p.case_ids)
+    draw_calibration(folder / f"calibration{suffix}.png", p.labels, softmax(p.logits), p.probabilities)
+    draw_confusion(folder / f"confusion{suffix}.png", p.labels, p.probabilities.argmax(axis=1), p.classes)
+    history = read_history(folder / "metrics.csv")
+    if history:
+        monitor, best = _monitor(folder, history)
+        draw_curves(folder / "curves.png", history, best, monitor)
+
+
+def read_history(path: Path) -> list[dict[str, float | None]]:
+    """Figures of every epoch, None where undefined; empty where there is no such file."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return [{name: float(v) if v else None for name, v in row.items()} for row in csv.DictReader(file)]
+
+
+def _monitor(folder: Path, history: Sequence[Mapping[str, float | None]]) -> tuple[str, int]:
+    """The monitored figure and the epoch that it chose."""
+    from lrmil.config import load_settings
+
+    monitor = load_settings(folder / "config.toml").monitor if (folder / "config.toml").is_file() else "loss"
+    values = [row.get(f"val_{monitor}") for row in history]
+    defined = [(v, i) for i, v in enumerate(values, start=1) if v is not None]
+    if not defined:
+        return monitor, len(history)
+    best = min(v for v, _ in defined) if monitor in LOWER_IS_BETTER else max(v for v, _ in defined)
+    return monitor, next(i for v, i in defined if v == best)
+
+
+def _table(result: RunFigures) -> str:
+    lines = ["fold,slides,cases," + ",".join(f"{n},{n}_low,{n}_high" for n in result.mean)]
+    for fold in result.folds:
+        numbers = (f"{e.value:.6g},{e.low:.6g},{e.high:.6g}" for e in fold.estimates.values())
+        lines.append(f"{fold.name},{fold.slides},{fold.cases}," + ",".join(numbers))
+    slides, cases = sum(f.slides for f in result.folds), sum(f.cases for f in result.folds)
+    numbers = (f"{e.value:.6g},{e.low:.6g},{e.high:.6g}" for e in result.mean.values())
+    lines.append(f"mean,{slides},{cases}," + ",".join(numbers))
+    return "\n".join(lines) + "\n"
+
+
+def evaluate_model(
+    model: Path,
+    cohort: Cohort,
+    out: Path,
+    *,
+    indices: NDArray[np.int64] | None = None,
+    device: str = "auto",
+    replicates: int = 2000,
+    seed: int = 0,
+) -> RunFigures:
+    """A trained model on labelled bags that it has not seen: predictions, figures and pictures into ``out``.
+
+    cohort: its classes must be the model's, in the model's order. indices: bags to evaluate, by default all usable.
+    The temperature is the model's own; nothing is fitted here. Raises ModelMismatchError when the features are others
+    than in training, FiguresError when no bag is left.
+    """
+    from lrmil.experiment.folds import check_store
+    from lrmil.predictor import Predictor
+    from lrmil.trainer import Prediction, bag_logits
+    from lrmil.trainer.training import predictions_csv
+
+    predictor = Predictor.load(model, device=device)
+    check_store(predictor.card, cohort.store, model)
+    chosen = cohort.table.usable if indices is None else indices
+    if not len(chosen):
+        raise FiguresError("no bag is left to evaluate", remedy="check labels and splits")
+    resident = cohort.store.to_device(predictor.device, place="mapped")
+    logits = bag_logits(predictor.model, resident, chosen, token_budget=32768).tolist()
+    rows = [
+        Prediction(cohort.store.slide_ids[i], cohort.table.case_ids[i], "test", int(cohort.table.labels[i]), tuple(z))
+        for i, z in zip(chosen.tolist(), logits, strict=True)
+    ]
+    write_text_atomically(out / PREDICTIONS_NAME, predictions_csv(rows, predictor.card))
+    return evaluate_run(out, replicates=replicates, seed=seed)

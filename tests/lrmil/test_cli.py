@@ -1,0 +1,233 @@
+"""The commands from bags to predictions, their exit codes, and their one-line errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from lrmil.cli import group
+from wsi_pipe.bag import check_bag
+from wsi_pipe.cli import run_group
+
+MakeBag = Callable[..., Path]
+SMALL = ["--epochs", "3", "--hidden", "16", "--replicates", "50", "--learning-rate", "0.01", "--device", "cpu"]
+
+
+@pytest.fixture
+def cohort(make_bag: MakeBag, tmp_path: Path) -> Path:
+    """Twenty-four slides of eighteen cases; in "tumour" slides a fifth of the tiles have a shifted feature."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(24):
+        case, label = f"p{i % 18}", ["benign", "tumour"][(i % 18) % 2]
+        features = rng.normal(size=(10 + i % 5, 8))
+        if label == "tumour":
+            features[:3, 0] += 4.0
+        make_bag(f"s{i}", features.astype(np.float16), case_id=case, deep=True)
+        rows.append(f"s{i},{case},{label}")
+    make_bag("blank", np.zeros((0, 8), np.float16), case_id="p99", deep=True)
+    rows += ["blank,p99,benign", "lost,p98,tumour"]
+    (tmp_path / "labels.csv").write_text("slide_id,case_id,label\n" + "\n".join(rows) + "\n")
+    return tmp_path
+
+
+def lrmil(*arguments: object) -> int:
+    return run_group(group, "lrmil", [str(a) for a in arguments])
+
+
+def trained(cohort: Path, out: str = "run", *more: object) -> Path:
+    base = ["--bags", cohort / "bags", "--labels", cohort / "labels.csv", "-o", cohort / out, "--folds", 2]
+    assert lrmil("train", *base, *SMALL, *more) == 0
+    return cohort / out
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_train_evaluate_compare_predict(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(cohort, "run", "-r", "5x")
+    told = capsys.readouterr()
+    assert "1 in the labels but without a bag: lost" in told.err
+    assert "1 without tiles: blank (no tissue found)" in told.err
+    for name in ("model.safetensors", "predictions.csv", "figures.json", "roc.png", "calibration.png"):
+        assert (run / "fold_1" / name).stat().st_size > 0
+    assert {"confusion.png", "curves.png"} <= {p.name for p in (run / "fold_2").iterdir()}
+    tested = [
+        r["slide_id"] for k in (1, 2) for r in rows_of(run / f"fold_{k}" / "predictions.csv") if r["part"] == "test"
+    ]
+    assert sorted(tested) == sorted(f"s{i}" for i in range(24))
+
+    assert lrmil("evaluate", run, "--replicates", 50, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    fold_aucs = [fold["estimates"]["auc"]["value"] for fold in figures["folds"]]
+    assert figures["mean"]["auc"]["value"] == pytest.approx(np.mean(fold_aucs))
+
+    other = trained(cohort, "other", "-r", "5x", "--model", "mean")
+    capsys.readouterr()
+    assert lrmil("compare", run, other, "--replicates", 50, "--json") == 0
+    compared = json.loads(capsys.readouterr().out)
+    assert compared["slides"] == 24
+    assert compared["differences"]["auc"]["a"] == pytest.approx(figures["mean"]["auc"]["value"])
+    assert set(compared["delong"]) == {"fold_1", "fold_2"}
+    assert lrmil("compare", run, run) == 0
+    assert "A - B" in capsys.readouterr().out
+
+    model = run / "fold_1" / "model.safetensors"
+    arguments = ["--bags", cohort / "bags", "-o", cohort / "out", "--geojson", "--attention", "--name", "m"]
+    assert lrmil("predict", "--model", model, *arguments) == 0
+    got = {row["slide_id"]: row for row in rows_of(cohort / "out" / "predictions.csv")}
+    assert got["blank"]["status"] == "empty"
+    assert got["blank"]["reason"] == "no tissue found"
+    for row in rows_of(run / "fold_1" / "predictions.csv"):
+        # Predicting from the bags gives what training has noted down for the test cases.
+        assert float(got[row["slide_id"]]["probability_tumour"]) == pytest.approx(
+            float(row["probability_tumour"]), abs=1e-5
+        )
+    with h5py.File(cohort / "bags" / "s1.h5") as file:
+        attention = file["levels/5x/attention/m"][()]
+    assert attention.sum() == pytest.approx(1, abs=1e-5)
+    assert check_bag(cohort / "bags" / "s1.h5") == []
+    slides = {s["slide_id"]: s for s in json.loads((cohort / "out" / "predictions.json").read_text())["slides"]}
+    assert slides["s1"]["top_tiles"][0]["row"] == int(attention.argmax())
+    shapes = json.loads((cohort / "out" / "geojson" / "s1.geojson").read_text())["features"]
+    assert [f["properties"]["measurements"]["m attention"] for f in shapes] == pytest.approx(attention.tolist())
+    assert (cohort / "out" / "heatmaps" / "s1.png").stat().st_size > 0
+
+
+def test_external_evaluation_equals_the_runs_own(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(cohort, "run", "-r", "5x")
+    capsys.readouterr()
+    data = ["--bags", cohort / "bags", "--labels", cohort / "labels.csv"]
+    fold = ["--splits", run / "splits.csv", "--fold", 2, "--replicates", 50, "--json"]
+    model = run / "fold_2" / "model.safetensors"
+    assert lrmil("evaluate", "--model", model, *data, *fold, "-o", cohort / "external") == 0
+    external = json.loads(capsys.readouterr().out)["folds"][0]["estimates"]["loss"]["value"]
+    own = json.loads((run / "fold_2" / "figures.json").read_text())["estimates"]["loss"]["value"]
+    assert external == pytest.approx(own, abs=1e-5)
+
+
+def test_student_of_a_teacher_needs_no_high_resolution_to_predict(
+    cohort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = trained(cohort, "teacher", "-r", "20x")
+    student = trained(cohort, "student", "-r", "5x", "--teacher", teacher, "--splits", teacher / "splits.csv")
+    header = (student / "fold_1" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train_bag", "train_soft", "train_hard"} <= set(header)
+    for path in (cohort / "bags").glob("*.h5"):
+        with h5py.File(path, "r+") as file:
+            del file["levels/20x"], file["levels/10x"]
+    (student / "store-teacher" / "features.bin").unlink()
+    model = student / "fold_1" / "model.safetensors"
+    assert lrmil("predict", "--model", model, "--bags", cohort / "bags", "-o", cohort / "out") == 0
+
+
+def test_a_teacher_that_saw_the_test_cases_is_refused(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = trained(cohort, "teacher", "-r", "20x")
+    capsys.readouterr()
+    base = ["--bags", cohort / "bags", "--labels", cohort / "labels.csv", "-r", "5x", "-o", cohort / "student"]
+    swapped = ["--teacher", teacher / "fold_2" / "model.safetensors", "--splits", teacher / "splits.csv", "--fold", 1]
+    assert lrmil("train", *base, *SMALL, *swapped) == 2
+    assert "was trained on" in capsys.readouterr().err
+    assert not (cohort / "student" / "fold_1").exists()
+
+
+def test_split_and_pack(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    splits = cohort / "splits.csv"
+    assert lrmil("split", "--labels", cohort / "labels.csv", "-o", splits, "--folds", 3, "--seed", 4) == 0
+    rows = rows_of(splits)
+    assert len(rows) == 20
+    assert set(rows[0]) == {"case_id", "fold_1", "fold_2", "fold_3"}
+    store = cohort / "store"
+    assert lrmil("pack", "--bags", cohort / "bags", "-r", "20x", "-o", store, "--parents", "5x") == 0
+    assert "no tiles: blank" in capsys.readouterr().err
+    out = ["-o", cohort / "run", "--splits", splits, "--fold", 2]
+    assert lrmil("train", "--bags", store, "--labels", cohort / "labels.csv", *out, *SMALL) == 0
+    assert [p.name for p in (cohort / "run").glob("fold_*")] == ["fold_2"]
+
+
+def test_bags_of_another_kind_are_refused_by_name(
+    cohort: Path, make_bag: MakeBag, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(cohort, "run", "-r", "5x", "--fold", 1)
+    capsys.readouterr()
+    features = np.zeros((3, 8), np.float16)
+    good = make_bag("good", features, folder="mixed")
+    make_bag("other", features, weights="cd" * 32, folder="mixed")
+    model = run / "fold_1" / "model.safetensors"
+    assert lrmil("predict", "--model", model, "--bags", good.parent, "-o", cohort / "out") == 1
+    told = capsys.readouterr()
+    assert "other: failed" in told.err
+    assert "encoder weights cdcdcdcdcdcd" in told.err
+    got = {row["slide_id"]: row["status"] for row in rows_of(cohort / "out" / "predictions.csv")}
+    assert got == {"good": "done", "other": "failed"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--bags", "BAGS", "--labels", "LABELS", "-o", "OUT", "-r", "40x"], "has no level '40x'"),
+        (["train", "--bags", "BAGS", "--labels", "LABELS", "-o", "OUT", "-r", "5x", "--l-soft", "1"], "no teacher"),
+        (["train", "--bags", "BAGS", "--labels", "LABELS", "-o", "OUT", "--dropout", "2"], "dropout 2.0 must be"),
+        (["train", "--bags", "BAGS", "--labels", "LABELS", "-o", "OUT", "-r", "quick"], "'quick' is not understood"),
+        (["split", "--labels", "LABELS", "-o", "OUT", "--folds", "50"], "too few for 50 folds"),
+        (["evaluate", "BAGS"], "holds no predictions.csv"),
+        (["evaluate"], "give a RUN, or --model"),
+        (["predict", "--model", "LABELS", "--bags", "BAGS", "-o", "OUT"], "is no readable safetensors file"),
+        (["predict", "--model", "LABELS", "-o", "OUT"], "give SLIDES, or --bags"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_2(
+    cohort: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    places: dict[str, Any] = {"BAGS": cohort / "bags", "LABELS": cohort / "labels.csv", "OUT": cohort / "out"}
+    assert lrmil(*(places.get(a, a) for a in arguments)) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    errors = [line for line in told.err.splitlines() if "rror:" in line]
+    assert len(errors) == 1
+    assert "Traceback" not in told.err
+
+
+def test_help_starts_without_torch() -> None:
+    code = "import sys, lrmil.cli as c; c.run_group(c.group, 'lrmil', ['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "predict" in done.stdout
+
+
+def test_interrupted_is_130(cohort: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(cohort, "run", "-r", "5x", "--fold", 1)
+    from lrmil.predictor import Predictor
+
+    real = Predictor.predict_bag
+    asked: list[Path] = []
+
+    def interrupt(self: Predictor, path: Path, **options: Any) -> Any:
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(path)
+        return real(self, path, **options)
+
+    monkeypatch.setattr(Predictor, "predict_bag", interrupt)
+    model = run / "fold_1" / "model.safetensors"
+    assert lrmil("predict", "--model", model, "--bags", cohort / "bags", "-o", cohort / "out") == 130
+    assert len(rows_of(cohort / "out" / "predictions.csv")) == 3
+
+
+def test_other_folds_in_the_same_run_are_refused(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(cohort, "run", "-r", "5x", "--fold", 1)
+    base = ["--bags", cohort / "bags", "--labels", cohort / "labels.csv", "-r", "5x", "-o", run]
+    capsys.readouterr()
+    assert lrmil("train", *base, *SMALL, "--folds", 3) == 2
+    assert "holds other folds" in capsys.readouterr().err
