@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from wsi_pipe.slides.write import write_pyramid
 
 
 def _shared_folder() -> Path | None:
@@ -27,3 +33,37 @@ def shared_data() -> Path:
 def shared_slides(shared_data: Path) -> Path:
     """The folder of real slides."""
     return shared_data / "slides"
+
+
+@pytest.fixture(scope="session")
+def tissue_picture() -> Callable[..., NDArray[np.uint8]]:
+    """``f(width, height, seed)``: an H&E-like picture, pink stroma with violet nuclei in an ellipse on near-white."""
+
+    def draw(width: int = 1536, height: int = 1280, seed: int = 0) -> NDArray[np.uint8]:
+        rng = np.random.default_rng(seed)
+        y, x = np.mgrid[:height, :width].astype(np.float32)
+        tissue = ((x / width - 0.45) / 0.36) ** 2 + ((y / height - 0.5) / 0.38) ** 2 < 1
+        nuclei = cv2.GaussianBlur(rng.normal(size=(height, width)).astype(np.float32), (0, 0), 4.0) > 0.07
+        picture = np.full((height, width, 3), 243, np.float32)
+        picture[tissue] = (222, 150, 190)
+        picture[tissue & nuclei] = (110, 70, 150)
+        grain = rng.normal(0, 5, (height, width, 1)).astype(np.float32)
+        return np.clip(picture + grain * tissue[..., None], 0, 255).astype(np.uint8)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def make_slide(tissue_picture: Callable[..., NDArray[np.uint8]]) -> Callable[..., Path]:
+    """``f(path, mpp=0.5, seed=0, picture=None, **options)``: write a small pyramidal slide with levels 1, 4."""
+
+    def make(
+        path: Path, mpp: float | None = 0.5, seed: int = 0, picture: NDArray[np.uint8] | None = None, **options: Any
+    ) -> Path:
+        full = tissue_picture(seed=seed) if picture is None else picture
+        quarter = cv2.resize(full, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_pyramid(path, [full, quarter], mpp=mpp, **options)
+        return path
+
+    return make

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wsi_pipe import __version__
 from wsi_pipe.bag import Bag, BagAttrs, BagLevel, read_attrs, read_grids, write_bag
@@ -142,7 +143,7 @@ def _segment(
         "settings": how,
         "tissue_um2": mask.area_um2(mpp),
     }
-    _draw_tissue(entry, slide, overview, mask, paths)
+    _draw_tissue(entry, overview, mask, paths)
     write_text_atomically(path, json.dumps(data))
     return mask, stage, False
 
@@ -190,12 +191,13 @@ def _stored_mask(path: Path, slide: Slide, stage: str) -> TissueMask | None:
         return None
 
 
-def _draw_tissue(entry: SlideEntry, slide: Slide, overview: Overview, mask: TissueMask, paths: JobPaths) -> None:
+def _draw_tissue(entry: SlideEntry, overview: Overview, mask: TissueMask, paths: JobPaths) -> None:
     write_image(paths.overview_picture(entry.slide_id), _shrunk(overview.rgb))
-    write_image(paths.tissue_picture(entry.slide_id), thumbnail_with_contours(overview.rgb, mask, overview.scale_l0))
+    picture = thumbnail_with_contours(overview.rgb, mask, um_per_px=overview.um_per_px, title=entry.slide_id)
+    write_image(paths.tissue_picture(entry.slide_id), picture)
 
 
-def _shrunk(rgb: Any) -> Any:
+def _shrunk(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     import cv2
 
     longest = max(rgb.shape[:2])
@@ -203,7 +205,7 @@ def _shrunk(rgb: Any) -> Any:
         return rgb
     factor = PICTURE_PX / longest
     size = (max(round(rgb.shape[1] * factor), 1), max(round(rgb.shape[0] * factor), 1))
-    return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _tile(
@@ -259,7 +261,10 @@ def _draw_grids(
 ) -> None:
     import cv2
 
-    picture = cv2.imread(str(paths.overview_picture(entry.slide_id)), cv2.IMREAD_COLOR)
-    rgb = read_overview(slide).rgb if picture is None else cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+    stored = cv2.imread(str(paths.overview_picture(entry.slide_id)), cv2.IMREAD_COLOR)
+    rgb = read_overview(slide).rgb if stored is None else np.asarray(cv2.cvtColor(stored, cv2.COLOR_BGR2RGB), np.uint8)
     scale_l0 = (slide.pyramid.size_l0[0] / rgb.shape[1], slide.pyramid.size_l0[1] / rgb.shape[0])
-    write_image(paths.grid_picture(entry.slide_id), thumbnail_with_grids(rgb, scale_l0, grids))
+    mpp = _mpp(slide)
+    um_per_px = (scale_l0[0] * mpp[0], scale_l0[1] * mpp[1])
+    picture = thumbnail_with_grids(rgb, scale_l0, grids, mask=mask, um_per_px=um_per_px, title=entry.slide_id)
+    write_image(paths.grid_picture(entry.slide_id), picture)
