@@ -27,17 +27,6 @@ __all__ = [
     "reduce_by_mean",
     "with_frame_size",
 ]
-    "CodecError",
-    "Decoder",
-    "JpegDecoder",
-    "JpegHead",
-    "PlainDecoder",
-    "decode_jpeg_stream",
-    "jpeg_prefix",
-    "read_jpeg_head",
-    "reduce_by_mean",
-    "with_frame_size",
-]
 
 RGBArray = NDArray[np.uint8]
 Buffer: TypeAlias = bytes | memoryview
