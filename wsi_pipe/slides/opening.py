@@ -1,0 +1,223 @@
+"""Choosing the reader of a slide: what to look at first, whom to ask in which order, and what to say when all decline.
+
+A reader is a row of ``_TABLE``. It raises UnsupportedSlideError where it cannot prove that it understands the file, and
+the next one is asked; any other error is about the file and ends the search.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wsi_pipe.errors import ConfigError, SlideOpenError, UnsupportedSlideError
+from wsi_pipe.geometry import FloatPair
+from wsi_pipe.slides.base import BaseSlide, Slide
+from wsi_pipe.slides.native import user_mpp
+from wsi_pipe.slides.parts import is_dicom
+from wsi_pipe.slides.source import is_url
+
+__all__ = ["READERS", "open_slide"]
+
+READERS = ("auto", "tiff", "openslide", "image")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """One way to open a slide.
+
+    name: what ``reader=`` calls it; the two fast readers share one. function: module and function, imported when asked
+    for. takes: whether the file is worth asking about. urls: reads byte ranges of a URL.
+    """
+
+    name: str
+    module: str
+    function: str
+    takes: Callable[[str | Path], bool] = lambda path: True
+    urls: bool = False
+
+    def open(self, path: str | Path, mpp: FloatPair | None) -> BaseSlide:
+        slide = getattr(importlib.import_module(self.module), self.function)(path, mpp=mpp)
+        assert isinstance(slide, BaseSlide)
+        return slide
+
+
+def _looks_dicom(path: str | Path) -> bool:
+    return str(path).lower().endswith(".dcm") if is_url(path) else is_dicom(Path(path))
+
+
+_TABLE = (
+    _Reader("tiff", "wsi_pipe.slides.dicom", "open_dicom", takes=_looks_dicom),
+    _Reader("tiff", "wsi_pipe.slides.tiff", "open_tiff", takes=lambda path: not _looks_dicom(path), urls=True),
+    _Reader("openslide", "wsi_pipe.slides.openslide", "open_openslide"),
+    _Reader("image", "wsi_pipe.slides.image", "open_image"),
+)
+
+
+def open_slide(
+    path: str | Path,
+    *,
+    reader: str = "auto",
+    mpp: float | FloatPair | None = None,
+    cache_dir: Path | None = None,
+) -> Slide:
+    """Open a slide: a file, a folder that holds one DICOM series, or a URL that fsspec understands.
+
+    reader: "auto" asks the fast reader, OpenSlide and the image reader in turn; a name asks that one only. mpp: what
+    the user states as micrometres per level-0 pixel, one value or (x, y); it goes before the file's own. cache_dir:
+    where a URL is copied to when its format cannot be read by byte ranges; by default the user's cache folder.
+    ``info.reader`` and ``info.reader_reason`` say who reads it and why.
+
+    Raises SlideOpenError when the file is not there, not readable, empty or damaged, UnsupportedSlideError when no
+    reader understands it, ConfigError for an unknown reader or an mpp that is not above zero.
+    """
+    if reader not in READERS:
+        raise ConfigError(f"unknown reader {reader!r}", remedy=f"known ones are {', '.join(READERS)}")
+    try:
+        given = user_mpp(mpp)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    readers = [entry for entry in _TABLE if reader in ("auto", entry.name)]
+    if is_url(path):
+        return _open_url(str(path), readers, given, cache_dir)
+    found = _existing(Path(path))
+    slide = _first(found, [entry for entry in readers if entry.takes(found)], given)
+    slide.info = replace(slide.info, path=str(path))
+    return slide
+
+
+def _open_url(url: str, readers: Sequence[_Reader], mpp: FloatPair | None, cache_dir: Path | None) -> Slide:
+    from wsi_pipe.slides.staging import stage
+
+    declined = ""
+    by_range = [entry for entry in readers if entry.urls and entry.takes(url)]
+    if by_range:
+        try:
+            return _first(url, by_range, mpp)
+        except UnsupportedSlideError as error:
+            declined = f"not read by byte ranges ({_reason(error, url)}), so "
+    staged = stage(url, cache_dir)
+    slide = _first(staged.path, [entry for entry in readers if entry.takes(staged.path)], mpp, shown=url)
+    note = f"{declined}copied to {staged.path}" if staged.fetched else f"{declined}found at {staged.path}"
+    slide.info = replace(slide.info, path=url, reader_reason=f"{slide.info.reader_reason}; {note}")
+    return slide
+
+
+def _first(path: str | Path, readers: Sequence[_Reader], mpp: FloatPair | None, *, shown: str = "") -> BaseSlide:
+    """The slide by the first reader that takes it; ``shown`` stands for the path in messages."""
+    name = shown or str(path)
+    reasons: list[str] = []
+    for entry in readers:
+        try:
+            slide = entry.open(path, mpp)
+        except UnsupportedSlideError as error:
+            reasons.append(f"{entry.name}: {_reason(error, path)}")
+            continue
+        if reasons:
+            slide.info = replace(
+                slide.info, reader_reason=f"{slide.info.reader_reason}; declined by {'; '.join(reasons)}"
+            )
+        return slide
+    raise UnsupportedSlideError(
+        f"{name}: no reader understands it ({'; '.join(reasons) or 'none was asked'}){_hint(path)}",
+        remedy="give a whole-slide image: SVS, TIFF, NDPI, MRXS, SCN, DICOM and so on, or a plain image",
+    )
+
+
+def _reason(error: UnsupportedSlideError, path: str | Path) -> str:
+    """An error's message without the path that it begins with."""
+    return error.message.removeprefix(str(path)).lstrip(": ")
+
+
+def _existing(path: Path) -> Path:
+    """The file to open, checked so that every reader need not: there, a file, readable, not empty.
+
+    A folder stands for the one slide in it where that is a DICOM series.
+    """
+    try:
+        status = path.stat()
+        if path.is_dir():
+            return _in_folder(path)
+        if not path.is_file():
+            raise SlideOpenError(f"{path} is no regular file", remedy="give the path of a whole-slide image")
+        with open(path, "rb") as handle:
+            handle.read(1)
+    except SlideOpenError:
+        raise
+    except (OSError, ValueError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        raise SlideOpenError(f"{path}: {_CAUSES.get(number or 0, _text(error))}", remedy=_remedy(number)) from error
+    if status.st_size == 0:
+        raise SlideOpenError(f"{path} is empty (0 bytes)", remedy="copy it again from its source")
+    return path
+
+
+_CAUSES = {
+    errno.ENOENT: "no such file",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ELOOP: "a symbolic link that leads back to itself",
+    errno.ENAMETOOLONG: "the name is too long for the file system",
+    errno.EIO: "the disk or network file system reports an input error",
+    errno.ESTALE: "the network file system has lost the file",
+}
+
+
+def _remedy(number: int | None) -> str:
+    if number in (errno.EACCES, errno.EPERM):
+        return "ask for read permission on the file and its folders"
+    if number in (errno.EIO, errno.ESTALE):
+        return "check the disk or the mount, then run again"
+    return "check the path"
+
+
+def _text(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _in_folder(folder: Path) -> Path:
+    from wsi_pipe.slides.discover import find_slide_files
+
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        raise SlideOpenError(f"{folder}: {_text(error)}", remedy=_remedy(error.errno)) from error
+    series = [path for path in find_slide_files(folder) if path.parent == folder and path.suffix.lower() == ".dcm"]
+    if len(series) == 1:
+        return series[0]
+    cause = f"{len(series)} DICOM series" if series else "no DICOM series"
+    raise SlideOpenError(
+        f"{folder} is a folder with {cause} in it, not a slide", remedy="give a slide file, or a folder of one series"
+    )
+
+
+def _hint(path: str | Path) -> str:
+    """What a file that nobody understands may be, from its first bytes."""
+    if is_url(path):
+        return ""
+    with open(path, "rb") as handle:
+        head = handle.read(512)
+    for magic, kind in _MAGIC.items():
+        if head.lstrip().lower().startswith(magic):
+            return f"; it looks like {kind}"
+    if not any(head):
+        return "; it begins with zeros only, as a failed copy does"
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError:
+        return ""
+    return "; it looks like text" if text.isprintable() or "\n" in text else ""
+
+
+_MAGIC = {
+    b"<!doctype html": "a web page, perhaps an error page saved as a slide",
+    b"<html": "a web page, perhaps an error page saved as a slide",
+    b"<?xml": "XML",
+    b"pk\x03\x04": "a ZIP archive: unpack it first",
+    b"\x1f\x8b": "a gzip archive: unpack it first",
+    b"%pdf": "a PDF",
+    b"version https://git-lfs": "a Git LFS pointer: fetch the file itself",
+}

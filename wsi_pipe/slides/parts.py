@@ -1,0 +1,66 @@
+"""Which files a slide consists of: most are one, a DICOM series and a few scanners' formats are many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["dicom_series", "is_dicom", "slide_files"]
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file has the DICOM preamble and magic. Raises OSError when it cannot be read."""
+    with open(path, "rb") as handle:
+        return handle.read(132)[128:] == b"DICM"
+
+
+def slide_files(path: Path) -> list[Path]:
+    """The files that make up the slide opened by ``path``, in an order that does not depend on their place.
+
+    Hamamatsu VMS (.vms, .vmu) keeps pixels in files beside the index file; a DICOM slide is all instances of its series
+    in one folder. Of MIRAX (.mrxs) the index files stand for the slide: they hold its id and the place of every tile,
+    and its pixels lie in up to hundreds of files.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".mrxs" and path.with_suffix("").is_dir():
+        beside = sorted(part for part in path.with_suffix("").iterdir() if part.is_file())
+        return [path, *(part for part in beside if not part.name.lower().startswith("data"))]
+    if suffix in (".vms", ".vmu"):
+        return [path, *_vms_parts(path)]
+    if is_dicom(path):
+        return dicom_series(path)
+    return [path]
+
+
+def _vms_parts(path: Path) -> list[Path]:
+    names = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition("=")
+        if key.strip().startswith(("ImageFile", "OptimisationFile", "MapFile")) and value.strip():
+            names.append(path.parent / value.strip())
+    return sorted(part for part in names if part.is_file())
+
+
+def dicom_series(path: Path) -> list[Path]:
+    """All files beside ``path`` of the same DICOM series, by instance; ``path`` alone where its header is damaged."""
+    import pydicom
+
+    def header(part: Path) -> tuple[str, str]:
+        tags = ["SeriesInstanceUID", "SOPInstanceUID"]
+        found = pydicom.dcmread(part, stop_before_pixels=True, specific_tags=tags)
+        return str(found.get("SeriesInstanceUID", "")), str(found.get("SOPInstanceUID", ""))
+
+    damaged = (OSError, ValueError, KeyError, AttributeError, pydicom.errors.InvalidDicomError)
+    try:
+        series, _ = header(path)
+    except damaged:
+        return [path]
+    parts: list[tuple[str, Path]] = []
+    for part in path.parent.iterdir():
+        try:
+            if part.is_file() and is_dicom(part):
+                other, instance = header(part)
+                if other == series:
+                    parts.append((instance, part))
+        except damaged:
+            continue
+    return [part for _, part in sorted(parts, key=lambda item: item[0])] or [path]
