@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from wsi_pipe.errors import SlideOpenError, SlideReadError
 from wsi_pipe.geometry import IntPair
 from wsi_pipe.slides.base import ReadStats
 
-__all__ = ["FileSource", "Source", "is_url", "open_source", "slide_fingerprint"]
+__all__ = ["FileSource", "Source", "SourceFile", "is_url", "open_source", "slide_fingerprint"]
 
 Range = tuple[int, int]
 """(offset, length) in bytes."""
@@ -113,6 +114,46 @@ class FileSource:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+class SourceFile(io.RawIOBase):
+    """A source as a file object, for libraries that want one.
+
+    limit: bytes that may be read through it in all; a header that makes a library read on and on ends there. Raises
+    SlideOpenError beyond it.
+    """
+
+    def __init__(self, source: Source, *, limit: int) -> None:
+        super().__init__()
+        self._source = source
+        self._left = limit
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._source.size}[whence]
+        if base + offset < 0:
+            raise OSError("a position before the start of the file")
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        room = max(self._source.size - self._at, 0)
+        length = room if size is None or size < 0 else min(size, room)
+        self._left -= length
+        if self._left < 0:
+            raise SlideOpenError(f"{self._source.name}: the header is out of bounds", remedy="the file is damaged")
+        data = self._source.read(self._at, length)
+        self._at += length
+        return data
 
 
 def outside(source: Source, offset: int, length: int) -> SlideReadError:
