@@ -122,7 +122,7 @@ class DicomImage:
 
     def _cells(self, instance: _Instance, start: int, count: int) -> list[IntPair]:
         """The cell of each frame of an instance whose first frame is number ``start`` of the level."""
-        columns, rows = self._grid
+        columns = self._grid[0]
         groups = instance.tags.get("PerFrameFunctionalGroupsSequence") or []
         kind = str(instance.tags.get("DimensionOrganizationType", "") or ("TILED_SPARSE" if groups else "TILED_FULL"))
         if kind == "TILED_FULL":
