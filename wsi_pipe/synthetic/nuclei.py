@@ -33,12 +33,12 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "epithelial": Kind(4.6, 3.4, 0.10, 0.05, 118.0, 1.10, 0.98, 0.16, 0),
-    "fibroblast": Kind(6.4, 1.5, 0.22, 0.10, 120.0, 1.0, 1.0, 0.12, 0),
-    "lymphocyte": Kind(3.0, 2.8, 0.07, 0.04, 158.0, 1.0, 1.05, 0.18, 0),
-    "tumour": Kind(5.9, 4.7, 0.20, 0.12, 128.0, 1.15, 0.92, 0.22, 1),
+    "epithelial": Kind(4.6, 3.4, 0.10, 0.05, 96.0, 1.15, 0.95, 0.22, 0),
+    "fibroblast": Kind(6.4, 1.4, 0.22, 0.10, 92.0, 1.0, 1.0, 0.12, 0),
+    "lymphocyte": Kind(3.0, 2.8, 0.07, 0.04, 128.0, 1.0, 1.05, 0.18, 0),
+    "tumour": Kind(5.7, 4.4, 0.22, 0.12, 98.0, 1.25, 0.88, 0.30, 1),
     # The same stain in all as "epithelial": the area is 1.32 times as large, so the density is less by as much.
-    "vesicular": Kind(5.3, 3.9, 0.10, 0.07, 118.0 / 1.32, 1.75, 0.62, 0.10, 1),
+    "vesicular": Kind(5.3, 3.9, 0.10, 0.07, 96.0 / 1.32, 1.75, 0.62, 0.10, 1),
 }
 
 

@@ -54,9 +54,9 @@ class Mark(NamedTuple):
 class SlidePlan:
     """Maps are float32 (H, W) at MAP_UM.
 
-    edge_um: signed distance to the edge of the tissue, positive inside, within 60 um. gland, fat, lesion, crowd: 0 to
-    1, where glands lie, fat, lesions, lymphocytes. thick: of the section, about 1. eosin: its strength, about 1, less
-    where the tissue is pale.
+    edge_um, lesion_um: signed distance to the edge of the tissue or lesions, positive inside, within 60 um. gland, fat,
+    crowd, nest: 0 to 1, where glands lie, fat, lymphocytes, nests of tumour. mix: which of two textures of fibres
+    shows. thick: of the section, about 1, less where the tissue is pale.
     """
 
     spec: SlideSpec
@@ -68,6 +68,7 @@ class SlidePlan:
     crowd: Floats
     thick: Floats
     mix: Floats
+    nest: Floats
     glands: Glands
     pen: tuple[Mark, ...]
     debris: tuple[Mark, ...]
@@ -87,10 +88,12 @@ def make_plan(spec: SlideSpec) -> SlidePlan:
     fat = _share(fat_field, inside, 0.12 if spec.fat else 0.0)
     crowd = _share(field(shape, 160 / MAP_UM, structure), inside, 0.07) * (1 - fat)
     thick = np.exp(0.10 * field(shape, 900 / MAP_UM, structure) + 0.05 * field(shape, 120 / MAP_UM, structure))
+    nest = _smoothstep(np.asarray(np.abs(field(shape, 190 / MAP_UM, structure)) - 0.22, np.float32), 0.10)
     mix = _smoothstep(field(shape, 260 / MAP_UM, structure), 0.35)
     if spec.pale:
         pale = _share(field(shape, 900 / MAP_UM, generator(spec.seed, "pale")), inside, 0.22)
         thick = thick * (1 - 0.80 * pale * (1 - 0.7 * fat))
+    sheets = spec.signal == "coarse" and spec.strength > 0.5  # of tumour take the place of glands
     lesion_um = np.full(shape, -_CLIP_UM, np.float32)
     if spec.label == 1:
         lesion = _lesion(spec, edge, fat, shape)
@@ -106,7 +109,8 @@ def make_plan(spec: SlideSpec) -> SlidePlan:
         crowd=crowd.astype(np.float32),
         thick=thick.astype(np.float32),
         mix=mix.astype(np.float32),
-        glands=_glands(spec, edge, gland, fat),
+        nest=nest.astype(np.float32),
+        glands=_glands(spec, edge, gland * (lesion_um < -30) if sheets else gland, fat),
         pen=_pen(spec) if spec.pen else (),
         debris=_debris(spec) if spec.debris else (),
     )

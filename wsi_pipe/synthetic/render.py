@@ -7,6 +7,7 @@ the whole slide, so a pixel is the same whichever block or tile it is asked for 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,9 @@ class _Block:
 
         plan, t = self.plan, self.textures
         lesion = np.clip(self.coarse(plan.lesion_um) / 12 + 0.5, 0, 1)
-        tumour = lesion * self.spec.strength if self.spec.signal == "coarse" else np.zeros_like(lesion)
+        # Sheets of tumour are parted into nests by strands of stroma.
+        coarse = self.spec.strength if self.spec.signal == "coarse" else 0.0
+        tumour = lesion * self.coarse(plan.nest) * coarse
         fat = self.coarse(plan.fat)
         mix = self.pixels(_bytes(self.coarse(plan.mix) * 255))
         rho = self._gland_radius(tumour, fat)
@@ -139,8 +142,8 @@ class _Block:
         lumen = cv2.LUT(radius, _LUMEN)
         if tumour.any():
             much = self.pixels(_bytes(tumour * 255))
-            eosin = _blend(cv2.multiply(np.full_like(eosin, 40), grain, scale=1 / 128), eosin, much)
-            haema = _blend(cv2.multiply(np.full_like(haema, 34), grain, scale=1 / 128), haema, much)
+            eosin = _blend(cv2.multiply(np.full_like(eosin, 44), grain, scale=1 / 128), eosin, much)
+            haema = _blend(cv2.multiply(np.full_like(haema, 27), grain, scale=1 / 128), haema, much)
         nuclei = self._nuclei(edge, lesion, tumour, fat, rho)
         haema = np.maximum(haema, nuclei)
         if fat.max() > 0.02:
@@ -205,7 +208,9 @@ class _Block:
         # Fibroblasts, along the fibres.
         x, y, u = self._lattice(19.0, 401)
         depth = at(edge, x, y)
-        keep = (depth > 3) & (at(rho, x, y) > 136) & (at(tumour, x, y) < 0.5) & (u[2] < 0.62 - 0.5 * at(fat, x, y))
+        keep = (
+            (depth > 3) & (at(rho, x, y) > 136) & (at(tumour, x, y) < 0.5) & (u[2] < 0.62 * (1 - 1.4 * at(fat, x, y)))
+        )
         x, y, u = x[keep], y[keep], u[:, keep]
         angle = self._fibre_angle(x, y) + 0.5 * (u[3] - 0.5)
         self._stamp(canvas, "fibroblast", x, y, angle, u[4])
@@ -216,7 +221,7 @@ class _Block:
         self._stamp(canvas, "lymphocyte", x[keep], y[keep], np.pi * u[3, keep], u[4, keep])
         # Sheets of tumour.
         if tumour.any():
-            x, y, u = self._lattice(9.6, 403)
+            x, y, u = self._lattice(10.4, 403)
             keep = (at(edge, x, y) > 3) & (u[2] < 0.93 * at(tumour, x, y))
             self._stamp(canvas, "tumour", x[keep], y[keep], np.pi * u[3, keep], u[4, keep])
         # Epithelium, in one or two rows at the base of each gland.
@@ -345,11 +350,23 @@ class _Block:
         room = (rgb.min(axis=2) >= amount) & (rgb.max(axis=2) <= 255 - amount)
         whole = (nucleus & room).reshape(n, cell, n, cell).all(axis=(1, 3))
         columns, rows = np.arange(n) + self.x // cell, np.arange(n) + self.y // cell
-        turn = (uniform(self.spec.seed, 701, columns[None], rows[:, None]) < 0.5) * 2 - 1
-        k = np.arange(cell) // grain % 2 * 2 - 1
-        pattern = np.outer(k, k)
-        change = (whole * turn)[:, None, :, None] * pattern[None, :, None, :] * amount
-        rgb[:] = (rgb.astype(np.int16) + change.reshape(self.side, self.side, 1)).astype(np.uint8)
+        bank = _grains(cell, grain)
+        which = (uniform(self.spec.seed, 701, columns[None], rows[:, None]) * len(bank)).astype(np.int64)
+        change = bank[which] * (whole * amount).astype(np.int16)[..., None, None]
+        change = change.swapaxes(1, 2).reshape(self.side, self.side, 1)
+        rgb[:] = (rgb.astype(np.int16) + change).astype(np.uint8)
+
+
+@lru_cache(maxsize=8)
+def _grains(cell: int, grain: int) -> NDArray[np.int16]:
+    """Random patterns of light and dark grains, int16 (64, cell, cell) of -1, 0 and 1, each with the sum 0."""
+    rng = np.random.default_rng(90)
+    n = cell // grain
+    signs = np.zeros((64, n * n), np.int16)
+    half = n * n // 2
+    signs[:, :half], signs[:, half : 2 * half] = 1, -1
+    square = rng.permuted(signs, axis=1).reshape(64, n, n).repeat(grain, axis=1).repeat(grain, axis=2)
+    return np.pad(square, ((0, 0), (0, cell - n * grain), (0, cell - n * grain)))
 
 
 def _outline(
@@ -384,7 +401,7 @@ def _table(points: list[tuple[float, float]]) -> Bytes:
     return _bytes(np.interp(np.arange(256), x, y))
 
 
-_FIBRE_EOSIN = _table([(0, 0), (62, 6), (95, 34), (150, 62), (255, 84)])
+_FIBRE_EOSIN = _table([(0, 2), (50, 14), (90, 42), (150, 60), (255, 82)])
 _FIBRE_HAEMA = _table([(0, 0), (90, 3), (255, 9)])
 # Levels of a gland: 64 is the lumen's border, 128 the outer one; a cleft parts it from the stroma.
 _EPITHELIUM = _table([(0, 255), (128, 255), (133, 0), (255, 0)])
