@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lrmil.config import ModelSettings
 from lrmil.model.base import MILModel, MILOutput, Pooled
+from lrmil.model.fused import AttentionWeights, attention_pool
 from lrmil.model.segments import bag_sum, segment_ids, segment_max, segment_mean, segment_softmax, select_extremes
 
 __all__ = ["ABMIL", "ClamSB", "MaxPooling", "MeanPooling"]
@@ -42,6 +43,22 @@ class ABMIL(MILModel):
         # One matrix product for both branches: V in the first rows, U in the second.
         self.attention = nn.Linear(settings.hidden, 2 * width if self.gated else width)
         self.attention_score = nn.Linear(width, 1)
+
+    def embed(self, features: Tensor, offsets: Tensor) -> tuple[Tensor, Pooled]:
+        if features.device.type != "cpu":
+            return super().embed(features, offsets)
+        weight, score = self.projection.weight, self.attention_score
+        bag, scores, instances = attention_pool(
+            self.input_dropout(features),
+            offsets,
+            AttentionWeights(
+                weight, self.projection.bias, self.attention.weight, self.attention.bias, score.weight[0], score.bias[0]
+            ),
+            gated=self.gated,
+            dropout=self.settings.dropout if self.training else 0.0,
+            dtype=torch.bfloat16 if torch.is_autocast_enabled("cpu") else weight.dtype,
+        )
+        return instances, Pooled(bag, scores)
 
     def pool(self, instances: Tensor, offsets: Tensor) -> Pooled:
         scores = self.score(instances)

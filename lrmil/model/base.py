@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lrmil.config import ModelSettings
 from lrmil.errors import ModelMismatchError
+from lrmil.model.fused import byte_dropout
 
-__all__ = ["MILModel", "MILOutput", "Pooled"]
+__all__ = ["Dropout", "MILModel", "MILOutput", "Pooled"]
 
 
 class MILOutput(NamedTuple):
@@ -37,6 +38,16 @@ class Pooled(NamedTuple):
     second_logits: Tensor | None = None
 
 
+class Dropout(nn.Dropout):
+    """Dropout; on a CPU with a mask of bytes, which is drawn ten times faster and knows ``p`` to 1/256."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or values.device.type != "cpu":
+            out: Tensor = super().forward(values)
+            return out
+        return byte_dropout(values, self.p)
+
+
 class MILModel(nn.Module, ABC):
     """A projection of the tiles, a pooling into one vector a bag, a classifier, and a 2-way head for single tiles.
 
@@ -47,9 +58,9 @@ class MILModel(nn.Module, ABC):
     def __init__(self, settings: ModelSettings, bag_width: int | None = None) -> None:
         super().__init__()
         self.settings = settings
-        self.input_dropout = nn.Dropout(settings.input_dropout)
+        self.input_dropout = Dropout(settings.input_dropout)
         self.projection = nn.Linear(settings.in_dim, settings.hidden)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
         self.classifier = nn.Linear(bag_width or settings.hidden, settings.classes)
         # Always there, so that a model with the instance loss switched off starts from the same random numbers.
         self.instance_head = nn.Linear(settings.hidden, 2)
@@ -64,12 +75,16 @@ class MILModel(nn.Module, ABC):
                 f"the features have the shape {tuple(features.shape)}, the model wants (tiles, {self.settings.in_dim})",
                 remedy="use bags of the encoder that the model was trained with",
             )
-        instances = self.project(features)
-        pooled = self.pool(instances, offsets)
+        instances, pooled = self.embed(features, offsets)
         # The classifier is small and its result is what everything is judged by, so it is never rounded.
         with torch.autocast(features.device.type, enabled=False):
             logits = self.classifier(pooled.bag.to(self.classifier.weight.dtype))
         return MILOutput(logits, pooled.attention_logits, pooled.bag, instances, pooled.second_logits)
+
+    def embed(self, features: Tensor, offsets: Tensor) -> tuple[Tensor, Pooled]:
+        """The projected tiles (T, H), and what pooling makes of them."""
+        instances = self.project(features)
+        return instances, self.pool(instances, offsets)
 
     def project(self, features: Tensor) -> Tensor:
         """The projected tiles: (T, D) -> (T, H), at least 0."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrmil.config import ModelSettings
-from lrmil.model.base import MILModel, Pooled
+from lrmil.model.base import Dropout, MILModel, Pooled
 
 __all__ = ["TransMIL"]
 
@@ -71,7 +71,7 @@ class _Attention(nn.Module):
             self.heads, self.heads, _VALUE_KERNEL, padding=_VALUE_KERNEL // 2, groups=self.heads, bias=False
         )
         self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
         q, k, v = self._split(tokens)
