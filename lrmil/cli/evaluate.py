@@ -116,7 +116,8 @@ def compare(run_a: Path, run_b: Path, part: str, replicates: int, seed: int, as_
     for name, test in tests.items():
         if len(result.folds) == 1 and name == "mean over folds":
             continue
-        text = test.reason or f"p {number(test.p, 4)}, 95 % {number(test.low)} to {number(test.high)}"
+        text = f"p {number(test.p, 4)}, 95 % {number(test.low)} to {number(test.high)}"
+        text += f" ({test.reason})" if test.reason else ""
         click.echo(
             f"DeLong, {name}: AUC {number(test.auc[0])} - {number(test.auc[1])} = {number(test.difference)}, {text}"
         )

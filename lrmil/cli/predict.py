@@ -89,6 +89,7 @@ def _from_slides(predictor: Any, values: dict[str, Any]) -> Iterator[Any]:
             reader=values["reader"],
             top_tiles=values["top"],
             progress=display.progress,
+            finished=display.finished,
         )
 
 

@@ -12,6 +12,7 @@ from wsi_pipe.files import atomic_path
 __all__ = ["attention_layer", "draw_attention"]
 
 LONGEST_PX = 1600
+LEAST_PX = 800
 OPACITY = 0.55
 
 
@@ -71,6 +72,9 @@ def draw_attention(
         base = np.full((height, width, 3), 255.0)
         scales = (scale, scale)
     else:
+        # A small slide's overview is enlarged by a whole factor, so that tiles have sharp edges.
+        factor = max(LEAST_PX // max(overview.shape[:2]), 1)
+        overview = overview.repeat(factor, axis=0).repeat(factor, axis=1)
         height, width = overview.shape[:2]
         scales = (extent[0] / width, extent[1] / height)
         # Grey, so that no colour of the stain is taken for attention.

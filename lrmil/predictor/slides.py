@@ -16,6 +16,7 @@ from wsi_pipe.errors import WsiPipeError
 if TYPE_CHECKING:
     from wsi_pipe.encoders.base import Encoder
     from wsi_pipe.manifest import SlideEntry
+    from wsi_pipe.outcome import SlideOutcome
 
 __all__ = ["find_encoder", "predict_slides"]
 
@@ -93,12 +94,14 @@ def predict_slides(
     reader: str | None = None,
     top_tiles: int = TOP_TILES,
     progress: Callable[[str, str, int], None] | None = None,
+    finished: Callable[[SlideOutcome], object] | None = None,
 ) -> Iterator[SlidePrediction]:
     """Segment, tile and encode slides at the model's resolution into ``job``, and predict each as its bag is done.
 
     Nothing is read or computed at any other resolution. What ``job`` holds already and fits is not done again.
     encoder: from ``find_encoder``. base: settings of segmentation, tiling and hardware. reader: of slides, before that
-    of ``base``. A slide that fails gives a prediction with status "failed". Raises ModelMismatchError before the first
+    of ``base``. progress: as of ``wsi_pipe.job.run.process``; finished: called with each slide's outcome, before its
+    prediction. A slide that fails gives a prediction with status "failed". Raises ModelMismatchError before the first
     slide when the encoder is not the model's; OutputError or DeviceError when the job cannot go on.
     """
     from wsi_pipe.job import open_job
@@ -110,6 +113,8 @@ def predict_slides(
     paths = open_job(job, settings, list(entries))
     cases = {entry.slide_id: entry.case_id for entry in entries}
     for outcome in process(entries, settings, paths, encoders=encoders, progress=progress):
+        if finished is not None:
+            finished(outcome)
         if outcome.status == "failed":
             yield SlidePrediction(
                 outcome.slide_id, "failed", cases[outcome.slide_id], reason=outcome.reason, remedy=outcome.remedy

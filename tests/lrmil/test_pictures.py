@@ -1,0 +1,124 @@
+"""Pictures are drawn from the figures that the tables hold; heatmaps put colour where the tiles are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import sklearn.metrics as sk
+
+from lrmil.errors import FiguresError
+from lrmil.metrics import evaluate, roc_curve, softmax
+from lrmil.pictures import draw_attention, draw_calibration, draw_confusion, draw_curves, draw_roc
+from lrmil.pictures.heatmap import attention_layer
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_roc_corners_equal_scikit_learns(ties: bool) -> None:
+    rng = np.random.default_rng(0)
+    y = np.array([0, 1] * 30)
+    s = rng.normal(size=60) + y
+    s = np.round(s) if ties else s
+    ours = roc_curve(y, s, replicates=10)
+    fpr, tpr, _ = sk.roc_curve(y, s, drop_intermediate=False)
+    assert ours.fpr == pytest.approx(fpr)
+    assert ours.tpr == pytest.approx(tpr)
+
+
+def test_roc_band_holds_the_curve_and_narrows_with_cases() -> None:
+    rng = np.random.default_rng(1)
+
+    def band(n: int) -> float:
+        y = np.arange(n) % 2
+        roc = roc_curve(y, rng.normal(size=n) + 1.5 * y, replicates=400)
+        middle = np.interp(roc.grid, roc.fpr, roc.tpr)
+        inside = (roc.low <= middle + 0.03) & (middle - 0.03 <= roc.high)
+        assert inside.mean() > 0.95
+        return float((roc.high - roc.low).mean())
+
+    assert band(800) < 0.6 * band(80)
+
+
+def test_roc_band_draws_cases() -> None:
+    rng = np.random.default_rng(2)
+    y, s = np.array([0, 1] * 20), rng.normal(size=40)
+    copied = roc_curve(np.repeat(y, 6), np.repeat(s, 6), [str(i // 6) for i in range(240)], replicates=600)
+    plain = roc_curve(y, s, replicates=600)
+    assert (copied.high - copied.low).mean() == pytest.approx((plain.high - plain.low).mean(), rel=0.05)
+
+
+def test_roc_of_one_class_is_no_curve(tmp_path: Path) -> None:
+    with pytest.raises(FiguresError):
+        roc_curve([1, 1], [0.1, 0.2])
+    assert draw_roc(tmp_path / "roc.png", [1, 1], [[0.4, 0.6], [0.1, 0.9]], ["a", "b"]) is False
+    assert not (tmp_path / "roc.png").exists()
+
+
+def test_pictures_state_the_tables_figures(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 60)
+    p = softmax(rng.normal(size=(60, 2)) + 1.5 * np.eye(2)[y])
+    cases = [str(i // 2) for i in range(60)]
+    assert draw_roc(tmp_path / "roc.svg", y, p, ["benign", "tumour"], cases)
+    text = (tmp_path / "roc.svg").read_text()
+    auc = evaluate(y, p, cases, replicates=1000)["auc"]
+    # Matplotlib notes each text beside the outlines that it draws it with.
+    assert f"tumour: AUC {auc.value:.3f} ({auc.low:.3f} to {auc.high:.3f})" in text
+    draw_calibration(tmp_path / "calibration.svg", y, p, p)
+    ece = evaluate(y, p, replicates=10)["ece"].value
+    assert f"ECE {ece:.3f}" in (tmp_path / "calibration.svg").read_text()
+    draw_confusion(tmp_path / "confusion.svg", y, p.argmax(axis=1), ["benign", "tumour"])
+    for value in np.bincount(2 * y + p.argmax(axis=1), minlength=4):
+        assert f"<!-- {value}" in (tmp_path / "confusion.svg").read_text()
+    history: list[dict[str, float | None]] = [
+        {"epoch": float(i), "train_loss": 1 / i, "val_loss": None if i == 2 else 2 / i, "val_auc": 0.5}
+        for i in (1, 2, 3)
+    ]
+    draw_curves(tmp_path / "curves.png", history, 3, "auc")
+    image = cv2.imread(str(tmp_path / "curves.png"))
+    assert image is not None
+    assert image.std() > 5
+
+
+def test_equal_input_gives_equal_files(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        draw_confusion(tmp_path / name, [0, 1, 1], [0, 1, 0], ["x", "y"])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_attention_layer_puts_percentiles_on_tiles() -> None:
+    coords = np.array([[0.0, 0.0], [100.0, 0.0], [100.0, 100.0]])
+    layer = attention_layer(coords, (100.0, 100.0), np.array([0.1, 0.6, 0.3], np.float32), (6, 4), (50.0, 50.0))
+    assert layer.shape == (4, 6)
+    assert layer[:2, :2] == pytest.approx(np.full((2, 2), 1 / 3))
+    assert layer[:2, 2:4] == pytest.approx(np.ones((2, 2)))
+    assert layer[2:, 2:4] == pytest.approx(np.full((2, 2), 2 / 3))
+    assert np.isnan(layer[2:, :2]).all()
+    assert np.isnan(layer[:, 4:]).all()
+
+
+def test_tiles_that_hang_over_the_edge_do_not_wrap_round() -> None:
+    layer = attention_layer(np.array([[-50.0, -50.0]]), (100.0, 100.0), np.ones(1, np.float32), (4, 4), (50.0, 50.0))
+    assert np.isfinite(layer).sum() == 1
+    assert layer[0, 0] == 1
+
+
+def test_heatmap_colours_tiles_and_leaves_the_rest_grey(tmp_path: Path) -> None:
+    overview = np.full((50, 100, 3), (200, 120, 160), np.uint8)
+    coords = np.array([[0.0, 0.0], [1000.0, 0.0]])
+    attention = np.array([0.1, 0.9], np.float32)
+    draw_attention(tmp_path / "h.png", coords, (1000.0, 1000.0), attention, overview=overview, extent=(10000.0, 5000.0))
+    image = cv2.imread(str(tmp_path / "h.png"))
+    assert image is not None
+    assert image.shape == (400, 800, 3)
+    rgb = image[..., ::-1].astype(int)
+    assert np.ptp(rgb[200:, :].reshape(-1, 3), axis=1).max() == 0  # grey where no tile is
+    low, high = rgb[40, 40], rgb[40, 120]
+    assert high[1] > low[1] + 20  # viridis runs from violet to yellow: green grows
+    assert (rgb[:80, :80] == low).all()
+    draw_attention(tmp_path / "bare.png", coords, (1000.0, 1000.0), attention)
+    bare = cv2.imread(str(tmp_path / "bare.png"))
+    assert bare is not None
+    assert bare.shape == (800, 1600, 3)
