@@ -57,8 +57,8 @@ class SegmentSettings:
         "stain: colour that haematoxylin, eosin and DAB have and grey has not; od: optical density by Otsu's "
         "threshold; otsu-saturation: HSV saturation by Otsu's threshold, as CLAM does",
     )
-    stain_min: float = _option(0.014, "stain density from which a pixel counts as pale tissue, OD")
-    stain_seed: float = _option(0.032, "stain density that each piece of tissue must reach somewhere, OD")
+    stain_min: float = _option(0.012, "stain density from which a pixel counts as pale tissue, OD")
+    stain_seed: float = _option(0.022, "stain density that each piece of tissue must reach somewhere, OD")
     edge_share: float = _option(0.3, "share of the stain density nearby from which a pixel at an edge counts, 0 to 1")
     noise_factor: float = _option(6.0, "pale tissue must also exceed this many standard deviations of the background")
     white_min: float = _option(200.0, "darkest grey level (0 to 255) that can be the slide's background")

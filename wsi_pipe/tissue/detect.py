@@ -32,7 +32,9 @@ DEFAULT_WHITE = 245.0
 _NEAR_WHITE_SHARE = 0.005
 _DARK_SHARE = 0.25
 _GREY_SPREAD = 3
-_MAX_WHITE_CHROMA = 0.03
+_MAX_WHITE_CHROMA = 0.05
+_MAX_WHITE_STAIN = 0.018
+_LEAST_CONTRAST = 0.03
 _EDGE_REACH_UM = 20.0
 
 
@@ -103,6 +105,8 @@ def white_reference(rgb: NDArray[np.uint8], white_min: float = 200.0) -> Floats:
     pixels = rgb.reshape(-1, 3)
     log = np.log10((pixels.astype(np.float32) + 1.0) / 256.0)
     glass = (pixels.min(axis=1) >= white_min) & (log.max(axis=1) - log.min(axis=1) <= _MAX_WHITE_CHROMA)
+    # A tint towards pink or violet must be slight: beyond that it is pale tissue that fills the slide.
+    glass &= np.maximum(log[:, 0], log[:, 2]) - log[:, 1] <= _MAX_WHITE_STAIN
     scanned = glass & (pixels.min(axis=1) < 254)
     enough = _NEAR_WHITE_SHARE * len(pixels)
     chosen = scanned if scanned.sum() >= enough else glass
@@ -138,6 +142,8 @@ def _candidates(
     is_grey = float(np.mean(np.ptp(rgb, axis=2) <= _GREY_SPREAD)) > 0.999
     if settings.method == "od" or is_grey:
         density = _smooth(od.mean(axis=2), um_per_px, settings.smooth_um)
+        if is_grey and float(np.ptp(np.percentile(density, (1, 99)))) < _LEAST_CONTRAST:
+            return _above(density, np.inf)  # one grey all over is glass under a dim lamp
         # Otsu splits any histogram: the limits keep it from splitting glass from glass or tissue from tissue.
         return _above(density, min(max(_otsu(density[~marked], 2.0), 0.05), 0.20))
     stain = _smooth(od[..., 1] - np.minimum(od[..., 0], od[..., 2]), um_per_px, settings.smooth_um)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,8 @@ from wsi_pipe.geometry import IntPair
 
 __all__ = ["fill_polygons", "trace_mask"]
 
-Ring = NDArray[np.float64]
-"""Vertices (x, y) of a closed ring, float64 (N, 2), the first one not repeated at the end."""
+Ring = NDArray[Any]
+"""Vertices (x, y) of a closed ring, numbers (N, 2), the first one not repeated at the end."""
 
 Polygon = Sequence[Ring]
 """An outer ring, then its holes."""
