@@ -115,10 +115,10 @@ class Predictor:
         except BagMismatchError as error:
             message = f"{error.message} (the model was trained on {describe(card)})"
             raise ModelMismatchError(message, remedy=error.remedy) from error
-        self.check(info, asserted_level=level, asserted_encoder=encoder)
+        self.check(info)
         return info
 
-    def check(self, info: BagInfo, *, asserted_level: str | None = None, asserted_encoder: str | None = None) -> None:
+    def check(self, info: BagInfo) -> None:
         """Raise ModelMismatchError when a bag's features are not of the kind that the model was trained on."""
         card = self.card
         facts: list[tuple[str, object, object]] = []
@@ -133,7 +133,6 @@ class Predictor:
         if info.rows:
             facts.append(("feature dimension", info.dim, card.model.in_dim))
         for what, found, wanted in facts:
-            # What a file of another tool leaves open, the user's options have filled in where they speak of it.
             if found != wanted:
                 raise ModelMismatchError(
                     f"{info.path}: {what} {found if found not in ('', None) else 'not stated'}"
