@@ -76,8 +76,10 @@ class TiffImage:
         self.compression = d.number(COMPRESSION, 1)
         self.photometric = d.number(PHOTOMETRIC, PHOTOMETRIC_GREY)
         bits, formats = d.numbers(BITS) or (1,), d.numbers(SAMPLE_FORMAT)
-        if any(b != 8 for b in bits) or any(f != 1 for f in formats) or d.number(DEPTH, 1) != 1:
+        if any(b != 8 for b in bits) or any(f != 1 for f in formats):
             raise UnsupportedSlideError(f"{self._name}: only 8-bit unsigned samples are read, not {bits} bits")
+        if d.number(DEPTH, 1) != 1:
+            raise UnsupportedSlideError(f"{self._name}: a volume of {d.number(DEPTH)} slices is not read")
         colours = {1: (PHOTOMETRIC_GREY,), 3: (PHOTOMETRIC_RGB, PHOTOMETRIC_YCBCR)}.get(self.samples, ())
         if self.photometric not in colours:
             raise UnsupportedSlideError(
