@@ -93,5 +93,5 @@ def _fingerprint(levels: Sequence[RGBArray]) -> str:
     digest = hashlib.sha256()
     for array in levels:
         digest.update(f"{array.shape[1]}x{array.shape[0]};".encode())
-        digest.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

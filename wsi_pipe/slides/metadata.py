@@ -8,13 +8,11 @@ of a PNG or JPEG are printing hints that cameras and editors fill with 72, and a
 from __future__ import annotations
 
 import math
-import re
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from wsi_pipe.errors import MissingMppError
+from wsi_pipe.errors import MissingMppError, UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair
-from wsi_pipe.slides.tiff_layout import PLAUSIBLE_MPP
+from wsi_pipe.slides.tiff_layout import PLAUSIBLE_MPP, parse_xml
 
 __all__ = ["missing_mpp_error", "ome_mpp", "plausible_mpp", "resolution_tags_mpp"]
 
@@ -22,7 +20,6 @@ _UM_PER_UNIT = {
     "m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "pm": 1e-6,
     "Å": 1e-4, "in": 25400.0,
 }  # fmt: skip
-MAX_XML_CHARACTERS = 1 << 24
 
 
 def missing_mpp_error(path: str | Path) -> MissingMppError:
@@ -52,12 +49,9 @@ def ome_mpp(xml: str, image: int = 0) -> FloatPair | None:
 
     None where they are absent, damaged, in no unit of length, or not what a microscope can have.
     """
-    # ElementTree expands entities that a document declares for itself, so one that declares any is not read.
-    if len(xml) > MAX_XML_CHARACTERS or "<!ENTITY" in xml or "<!DOCTYPE" in xml:
-        return None
     try:
-        root = ElementTree.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", xml))
-    except ElementTree.ParseError:
+        root = parse_xml("OME-XML", xml)
+    except UnsupportedSlideError:
         return None
     pixels = [element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"]
     if image >= len(pixels):

@@ -110,11 +110,13 @@ def _first(path: str | Path, readers: Sequence[_Reader], mpp: FloatPair | None, 
     """The slide by the first reader that takes it; ``shown`` stands for the path in messages."""
     name = shown or str(path)
     reasons: list[str] = []
+    remedy: str | None = None
     for entry in readers:
         try:
             slide = entry.open(path, mpp)
         except UnsupportedSlideError as error:
             reasons.append(f"{entry.name}: {_reason(error, path)}")
+            remedy = error.remedy
             continue
         if reasons:
             slide.info = replace(
@@ -123,7 +125,7 @@ def _first(path: str | Path, readers: Sequence[_Reader], mpp: FloatPair | None, 
         return slide
     raise UnsupportedSlideError(
         f"{name}: no reader understands it ({'; '.join(reasons) or 'none was asked'}){_hint(path)}",
-        remedy="give a whole-slide image: SVS, TIFF, NDPI, MRXS, SCN, DICOM and so on, or a plain image",
+        remedy=remedy or "give a whole-slide image: SVS, TIFF, NDPI, MRXS, SCN, DICOM and so on, or a plain image",
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from wsi_pipe.errors import SlideOpenError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.slides.base import ReadStats
 
-__all__ = ["RemoteSource", "coalesce"]
+__all__ = ["RemoteSource", "coalesce", "open_url"]
 
 Range = tuple[int, int]
 
@@ -151,8 +151,11 @@ def coalesce(ranges: Sequence[Range], gap: int, longest: int) -> list[tuple[Rang
     return spans
 
 
-def _open(url: str) -> tuple[Any, str, int]:
-    """The file system, the path in it and the size, once a range from the middle has come back as asked."""
+def open_url(url: str) -> tuple[Any, str, dict[str, Any]]:
+    """The file system of a URL, the path in it, and what it states of the file.
+
+    Raises SlideOpenError when no file system is there for the URL, or it cannot be reached.
+    """
     import fsspec
 
     protocol = url.split("://", 1)[0]
@@ -170,11 +173,17 @@ def _open(url: str) -> tuple[Any, str, int]:
             f"{url}: {error}", remedy="use a local path, http(s)://, or a URL whose fsspec package is installed"
         ) from error
     try:
-        size = files.info(path).get("size")
+        return files, path, dict(files.info(path))
     except Exception as error:
         raise SlideOpenError(
             f"{url}: cannot be reached: {_cause(error, 0)}", remedy="check the URL and the permissions"
         ) from error
+
+
+def _open(url: str) -> tuple[Any, str, int]:
+    """The file system, the path in it and the size, once a range from the middle has come back as asked."""
+    files, path, facts = open_url(url)
+    size = facts.get("size")
     if size == 0:
         raise SlideOpenError(f"{url} is empty", remedy="give the URL of a whole-slide image")
     if not size:
