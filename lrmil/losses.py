@@ -113,10 +113,10 @@ def patch_distillation_loss(students: Tensor, teachers: Tensor, mask: Tensor, va
     (L,) float, the variance of the teacher's layer on training tiles; 1 weighs layers by their size, as published.
     A batch in which no child exists gives 0.
     """
-    squared = (students.float() - teachers.detach().float()).square().mean(3)
-    present = mask.to(squared.dtype)
-    # where() before the sum: what stands at absent children may be anything, NaN included.
-    per_layer = squared.where(present > 0, 0.0).sum((1, 2)) / present.sum().clamp_min(1)
+    present = mask.to(torch.bool)
+    # Masked before squaring: what stands at absent children may be anything, NaN included, also in the gradient.
+    difference = (students.float() - teachers.detach().float()).where(present[..., None], 0.0)
+    per_layer = difference.square().mean(3).sum((1, 2)) / present.sum().clamp_min(1)
     return (per_layer / variance.to(per_layer.dtype)).mean()
 
 
@@ -126,5 +126,5 @@ def final_distillation_loss(student: Tensor, teachers: Tensor, weights: Tensor) 
     student: z_LR (B, D) float. teachers: z_HR (B, k*k, D); no gradient. weights: w (B, k*k), the teacher's softmax
     attention renormalised over the children, or uniform; 0 where there is no child.
     """
-    squared = (student.float()[:, None] - teachers.detach().float()).square().mean(2)
-    return (weights * squared.where(weights > 0, 0.0)).sum(1).mean()
+    difference = (student.float()[:, None] - teachers.detach().float()).where(weights[..., None] > 0, 0.0)
+    return (weights * difference.square().mean(2)).sum(1).mean()

@@ -72,22 +72,16 @@ def segment_logsumexp(logits: Tensor, offsets: Tensor) -> Tensor:
 
     Values of -inf count as absent; a bag of only such values gives -inf without NaN in the gradient.
     """
-    logits = logits.to(_wide(logits))
-    bag = segment_ids(offsets, len(logits))
-    largest = segment_max(logits.detach(), offsets)
-    largest = largest.where(largest.isfinite(), 0.0)
-    total = segment_sum((logits - largest[bag]).exp(), offsets)
-    present = total > 0
-    return (total.where(present, 1.0).log() + largest).where(present, -torch.inf)
+    _, largest, log_total = _shifted(logits, offsets)
+    return largest + log_total
 
 
 def segment_log_softmax(logits: Tensor, offsets: Tensor) -> Tensor:
     """log softmax within each bag, in float32 (float64 of float64): (T,) or (T, K) -> the same shape."""
-    logits = logits.to(_wide(logits))
-    normaliser = segment_logsumexp(logits, offsets)
+    shifted, _, log_total = _shifted(logits, offsets)
     # A bag of only -inf would give -inf + inf; its tiles stay at -inf.
-    normaliser = normaliser.where(normaliser.isfinite(), 0.0)
-    return logits - normaliser[segment_ids(offsets, len(logits))]
+    log_total = log_total.where(log_total.isfinite(), 0.0)
+    return shifted - log_total[segment_ids(offsets, len(logits))]
 
 
 def segment_softmax(logits: Tensor, offsets: Tensor) -> Tensor:
@@ -168,6 +162,20 @@ class _BagDot(torch.autograd.Function):
 
 def _wide(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def _shifted(logits: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits less the largest of their bag, (T, ...); that largest and the log of the sum of exp of these, (B, ...).
+
+    Kept apart, since a large logit plus a small logarithm would lose the latter's digits.
+    """
+    logits = logits.to(_wide(logits))
+    largest = segment_max(logits.detach(), offsets)
+    largest = largest.where(largest.isfinite(), 0.0)
+    shifted = logits - largest[segment_ids(offsets, len(logits))]
+    total = segment_sum(shifted.exp(), offsets)
+    present = total > 0
+    return shifted, largest, total.where(present, 1.0).log().where(present, -torch.inf)
 
 
 def _pieces(offsets: Tensor) -> list[tuple[int, int, int]]:
