@@ -22,6 +22,7 @@ __all__ = [
     "NonFiniteFeaturesError",
     "PendingFeatures",
     "PendingLayers",
+    "batch_of",
     "block_indices",
     "check_finite",
     "check_grid",
@@ -30,6 +31,9 @@ __all__ = [
 
 TileArray = NDArray[np.uint8]
 FeatureArray = NDArray[np.float32]
+
+DEFAULT_BATCH = 64
+"""Tiles to a batch for an encoder that has no opinion."""
 
 MPP_TOLERANCE = 0.025
 """An encoder that requires a resolution accepts grids within this relative distance of it: less than scanners'
@@ -152,6 +156,14 @@ class LayeredEncoder(Encoder, Protocol):
 
     def submit_layers(self, tiles: TileArray, layers: Sequence[int]) -> PendingLayers:
         """Start ``encode_layers`` and return at once where the device allows."""
+
+
+def batch_of(encoder: Encoder, tile_px: int, batch_size: int | None = None) -> int:
+    """Tiles to a batch for an encoder: ``batch_size`` where that is given, else the encoder's own choice."""
+    if batch_size is not None:
+        return batch_size
+    suggest = getattr(encoder, "suggest_batch", None)
+    return int(suggest(tile_px)) if suggest is not None else DEFAULT_BATCH
 
 
 def block_indices(layers: Sequence[int], depth: int, name: str) -> list[int]:

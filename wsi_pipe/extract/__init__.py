@@ -1,0 +1,107 @@
+"""Tiles of many slides through encoders: reading runs ahead, batches fill up across slides, results come back in time.
+
+Four things go on at once. One thread takes slides from the caller's iterable (which may segment them on the way) a
+little ahead. Reading threads open them and put batches of tiles into a queue that holds a bounded number of bytes. An
+encoding thread makes batches of the encoders' own size of them, submits these, and sorts the results into their
+slides. The caller's thread gets each slide as it is finished and may write it while the next ones are computed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
+from wsi_pipe.errors import ConfigError
+from wsi_pipe.extract.encoding import Encoding
+from wsi_pipe.extract.lines import END, Lines, StoppedError
+from wsi_pipe.extract.reading import Reading
+from wsi_pipe.extract.values import ExtractItem, Progress, SlideFailure, SlideFeatures
+
+__all__ = ["ExtractItem", "SlideFailure", "SlideFeatures", "extract_features"]
+
+
+def extract_features(
+    items: Iterable[ExtractItem],
+    encoders: Mapping[str, Encoder],
+    *,
+    batch_size: int | None = None,
+    read_threads: int | None = None,
+    memory_bytes: int = 2 << 30,
+    dtype: str = "float16",
+    layers: Sequence[int] = (),
+    progress: Progress | None = None,
+) -> Iterator[SlideFeatures | SlideFailure]:
+    """Features of every slide of ``items``, each as soon as it is finished.
+
+    items: consumed lazily, in another thread, a little ahead of reading. encoders: by the names that the items use. A
+    level is read once, whatever the number of its encoders. batch_size: tiles of an encoder's batch, None for the
+    encoder's own choice. read_threads: see ``stream_tiles``. memory_bytes: for tiles that are read and not yet
+    encoded; the features of slides under way come on top. dtype: "float16" or "float32", of what is handed out.
+    layers: blocks whose CLS is handed out beside the features (-1 is the last). progress: called with slide_id, label
+    and the number of tiles encoded, from the encoding thread.
+
+    A slide whose reading or whose features fail (also by a resolution that its encoder was not made for) comes out as
+    a SlideFailure. Raises ConfigError for layers that an encoder has not and for a name that ``encoders`` has not,
+    and DeviceError, which concerns all slides. What ``items`` itself raises is raised here.
+    """
+    if dtype not in ("float16", "float32"):
+        raise ConfigError(f"feature dtype {dtype!r} must be float16 or float32")
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch size {batch_size} must be at least 1")
+    if layers:
+        for name, encoder in encoders.items():
+            depth = encoder.depth if isinstance(encoder, LayeredEncoder) else 0
+            block_indices(layers, depth, name)
+    return _run(items, dict(encoders), batch_size, read_threads, memory_bytes, np.dtype(dtype), tuple(layers), progress)
+
+
+def _run(
+    items: Iterable[ExtractItem],
+    encoders: Mapping[str, Encoder],
+    batch_size: int | None,
+    read_threads: int | None,
+    memory_bytes: int,
+    dtype: np.dtype[Any],
+    layers: tuple[int, ...],
+    progress: Progress | None,
+) -> Iterator[SlideFeatures | SlideFailure]:
+    # Where slides share batches, two are read at a time, so that opening one does not keep the device waiting.
+    readers = 2 if any(getattr(encoder, "shares_batches", False) for encoder in encoders.values()) else 1
+    # Half for the tiles that wait, half for the native tiles that the readers hold decoded.
+    lines = Lines(memory_bytes // 2)
+    reading = Reading(
+        lines,
+        encoders,
+        readers=readers,
+        batch_size=batch_size,
+        threads=read_threads,
+        memory_bytes=memory_bytes // 2 // readers,
+    )
+    encoding = Encoding(lines, encoders, batch_size=batch_size, dtype=dtype, layers=layers, progress=progress)
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except StoppedError:
+            return
+        except BaseException as error:  # whatever it is, it is raised again in the caller's thread
+            lines.fail(error)
+
+    work: list[tuple[str, Callable[[], None]]] = [("items", lambda: reading.take_items(items))]
+    work += [("read", reading.read)] * readers + [("encode", encoding.run)]
+    threads = [
+        threading.Thread(target=guarded, args=(run,), name=f"wsi-pipe-{name}", daemon=True) for name, run in work
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        while (result := lines.done.get()) is not END:
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        lines.close(threads)
