@@ -176,10 +176,16 @@ class FeatureStore:
         dtype: StoreDtype = "float32",
         meta: StoreMeta | None = None,
     ) -> FeatureStore:
-        """A store in memory from one (N_i, D) array a bag; ids are "0", "1", ... unless given."""
+        """A store in memory from one (N_i, D) array a bag; ids are "0", "1", ... unless given.
+
+        Raises StoreError when bags differ in D or hold NaN or infinity.
+        """
         if not arrays:
             raise StoreError("a store needs at least one bag")
         values = [np.asarray(a) for a in arrays]
+        bad = next((i for i, v in enumerate(values) if not np.isfinite(v).all()), None)
+        if bad is not None:
+            raise StoreError(f"bag {bad if ids is None else ids[bad]} holds NaN or infinity")
         dims = {v.shape[1:] for v in values}
         if len(dims) != 1 or any(v.ndim != 2 for v in values):
             raise StoreError(f"bags must be (N, D) with one D, not {sorted(map(str, {v.shape for v in values}))[:3]}")
@@ -305,8 +311,13 @@ def encode(values: NDArray[Any], dtype: StoreDtype, name: str = "features") -> N
 def encode_bfloat16(values: NDArray[Any], name: str = "features") -> NDArray[np.uint16]:
     """The upper 16 bits of float32, rounded to nearest even."""
     bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
-    encoded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-    if ((encoded & 0x7F80) == 0x7F80).any():
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    encoded = rounded.astype("<u2")
+    if encoded.size and int((encoded & 0x7FFF).max()) >= 0x7F80:
         raise StoreError(f"{name}: a feature is beyond bfloat16, or not finite", remedy="use --dtype float32")
     return cast(NDArray[np.uint16], encoded)
 

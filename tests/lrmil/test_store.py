@@ -285,6 +285,13 @@ def test_one_bag_and_neighbours_are_not_copied() -> None:
     assert resident.gather([1, 2]).features.data_ptr() == base + 3 * step
 
 
+def test_arrays_that_are_not_finite_or_differ_are_refused() -> None:
+    with pytest.raises(StoreError, match="bag b holds NaN"):
+        FeatureStore.from_arrays([np.zeros((1, 2)), np.array([[np.nan, 0]])], ["a", "b"], dtype="bfloat16")
+    with pytest.raises(StoreError, match="one D"):
+        FeatureStore.from_arrays([np.zeros((1, 2)), np.zeros((1, 3))])
+
+
 def test_pinned_memory_needs_a_gpu() -> None:
     with pytest.raises(StoreError, match="CUDA"):
         FeatureStore.from_arrays(random_bags([3])).to_device("cpu", place="pinned")
