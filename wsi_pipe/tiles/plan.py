@@ -98,19 +98,25 @@ def _coarsest_fine_enough(planes: tuple[Plane, ...], scale_l0: FloatPair) -> Pla
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Which blocks each job decodes, and which parts of them go into which tiles.
+    """Which blocks each job decodes, and which blocks each tile is put together from.
 
-    A job belongs to a group of neighbouring tiles and decodes the blocks that no earlier group needed. cells: (column,
-    row) int64 (blocks, 2) ordered by job, then in file order. job_start: (jobs + 1,) into cells. part_start: (blocks +
-    1,) into part_tile, which names the tiles that a block reaches into. groups: for each job, the groups that
-    it writes to, its own among them.
+    Tiles come in *groups* of neighbours. A group's job decodes the blocks that no earlier group needed, so that each
+    is decoded once; a block's number is its row in ``cells``.
+
+    cells: (column, row), int64 (blocks, 2), ordered by job, then in file order. job_start: (jobs + 1,) into cells.
+    tile_start: (tiles + 1,) into tile_block, which numbers the blocks that a tile touches. uses: int64 (blocks,), how
+    many tiles touch each. first_tile: the first of them. last_group: the last group with one of them. serves: for each
+    job, the groups that need its blocks, and its own.
     """
 
     cells: NDArray[np.int64]
     job_start: NDArray[np.int64]
-    part_start: NDArray[np.int64]
-    part_tile: NDArray[np.int64]
-    groups: tuple[tuple[int, ...], ...]
+    tile_start: NDArray[np.int64]
+    tile_block: NDArray[np.int64]
+    uses: NDArray[np.int64]
+    first_tile: NDArray[np.int64]
+    last_group: NDArray[np.int64]
+    serves: tuple[tuple[int, ...], ...]
 
 
 def plan_blocks(
@@ -124,27 +130,32 @@ def plan_blocks(
     first, last = np.maximum(first, 0), np.minimum(last, np.asarray(blocks) - 1)
     across, down = np.maximum(last - first + 1, 0).T
     count = across * down
+    tile_start = np.concatenate([[0], np.cumsum(count)])
     tile = np.repeat(np.arange(len(corners)), count)
-    nth = np.arange(len(tile)) - np.repeat(np.cumsum(count) - count, count)
-    column = first[tile, 0] + nth % np.maximum(across, 1)[tile]
-    row = first[tile, 1] + nth // np.maximum(across, 1)[tile]
-    block_ids, first_part, block_of_part = np.unique(row * blocks[0] + column, return_index=True, return_inverse=True)
-    # Parts stand in the order of tiles, so a block's first part is that of the first tile that needs it.
-    job_of_block = group_of_tile[tile[first_part]]
+    nth = np.arange(len(tile)) - tile_start[tile]
+    column = first[tile, 0] + nth % across[tile]
+    row = first[tile, 1] + nth // across[tile]
+    block_ids, first_use, block_of_use = np.unique(row * blocks[0] + column, return_index=True, return_inverse=True)
+    # Uses stand in the order of tiles, so a block's first use is that by the first tile that needs it.
+    job_of_block = group_of_tile[tile[first_use]]
     by_job = np.argsort(job_of_block, kind="stable")
-    rank = np.empty_like(by_job)
-    rank[by_job] = np.arange(len(by_job))
-    rank_of_part = rank[block_of_part]
-    by_rank = np.argsort(rank_of_part, kind="stable")
+    number = np.empty_like(by_job)
+    number[by_job] = np.arange(len(by_job))
+    tile_block = number[block_of_use]
+    last_group = np.zeros(len(block_ids), np.int64)
+    np.maximum.at(last_group, tile_block, group_of_tile[tile])
 
     groups = int(group_of_tile[-1]) + 1 if len(group_of_tile) else 0
-    jobs = np.concatenate([np.arange(groups), job_of_block[block_of_part]])
-    written = np.unique(jobs * groups + np.concatenate([np.arange(groups), group_of_tile[tile]]))
-    bounds = np.searchsorted(written, np.arange(groups + 1) * groups)
+    job_of_use = np.concatenate([np.arange(groups), job_of_block[block_of_use]])
+    served = np.unique(job_of_use * groups + np.concatenate([np.arange(groups), group_of_tile[tile]]))
+    bounds = np.searchsorted(served, np.arange(groups + 1) * groups).tolist()
     return BlockPlan(
         cells=np.stack([block_ids % blocks[0], block_ids // blocks[0]], axis=1)[by_job],
         job_start=np.searchsorted(job_of_block[by_job], np.arange(groups + 1)),
-        part_start=np.searchsorted(rank_of_part[by_rank], np.arange(len(block_ids) + 1)),
-        part_tile=tile[by_rank],
-        groups=tuple(tuple((written[a:b] % groups).tolist()) for a, b in pairwise(bounds.tolist())),
+        tile_start=tile_start,
+        tile_block=tile_block,
+        uses=np.bincount(tile_block, minlength=len(block_ids)),
+        first_tile=tile[first_use][by_job],
+        last_group=last_group,
+        serves=tuple(tuple((served[a:b] % groups).tolist()) for a, b in pairwise(bounds)),
     )

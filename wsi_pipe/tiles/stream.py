@@ -1,9 +1,10 @@
 """Batches of tiles in grid order, in bounded memory, on several threads.
 
 Tiles are dealt into *groups* of neighbours. A group's *job* fetches, at once, the blocks that no earlier group needed,
-decodes each and copies its parts to where they belong: into the tiles of this group, and into those of later groups
-that share the block, whose batches are set up for that. So every block is decoded once, and a batch is ready when
-the jobs up to its last group are. The job that completes a group also resamples its tiles.
+and decodes each. What is one tile's alone goes straight into it; other blocks are put on a shelf until the last tile
+that touches them is made. The job that brings a group's last block, often a later group's neighbour in the same row,
+puts its tiles together and resamples them. So every block is decoded once, and a batch is ready when the jobs up to its
+last group are.
 
 Where a tile's pixels come from depends on the tile alone, so neither threads nor batch size can change them.
 """
@@ -21,18 +22,25 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipe.errors import SlideReadError, WsiPipeError
-from wsi_pipe.geometry import FloatPair, TileGrid
+from wsi_pipe.errors import SlideError, SlideReadError
+from wsi_pipe.geometry import FloatPair, IntPair, TileGrid
 from wsi_pipe.slides.base import WHITE, RGBArray, Slide
-from wsi_pipe.tiles.plan import BlockPlan, Cut, choose_cut, plan_blocks
+from wsi_pipe.tiles.plan import Cut, choose_cut, plan_blocks
 from wsi_pipe.tiles.resample import Resampler
+from wsi_pipe.tiles.shelf import BlockShelf
 
 __all__ = ["DEFAULT_MEMORY_BYTES", "StreamStats", "TileBatch", "read_tiles", "stream_tiles"]
 
 DEFAULT_MEMORY_BYTES = 512 * 1024 * 1024
 
 GROUP_TILES = 16
-"""Tiles to a group: enough for a fetch of several kilobytes in a row, few enough to stay in the cache."""
+"""Tiles to a group, at most: enough for fetches of many blocks in a row, few enough to stay in the cache."""
+
+JOB_PIXELS = 1 << 24
+"""Stored pixels under a group, at most, where that is more than one tile."""
+
+NEAR_GROUPS = 4
+"""Blocks that only this many groups more need are not worth spilling."""
 
 BATCHES_AHEAD = 2
 """Batches that are begun, if memory allows, before the one asked for is taken."""
@@ -54,7 +62,8 @@ class StreamStats:
     """Where a stream's time went, summed over its threads, in seconds; the streams that share it add to it.
 
     ``*_s`` is time on the clock, ``*_cpu_s`` processor time of the reading threads. decode covers decompressing blocks,
-    copy putting them where they belong, resample averaging and filtering.
+    copy putting them where they belong, resample averaging and filtering. peak_bytes: the most that decoded pixels
+    took. spilled_bytes: what went to a temporary file to stay within the budget.
     """
 
     fetch_s: float = 0.0
@@ -68,6 +77,7 @@ class StreamStats:
     tiles: int = 0
     blocks: int = 0
     peak_bytes: int = 0
+    spilled_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, clock: _Stopwatch, blocks: int) -> None:
@@ -163,21 +173,6 @@ def available_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-class _Batch:
-    """A batch under way: its tiles, and the patches they are made from where those are not the tiles themselves."""
-
-    def __init__(self, count: int, size_px: int, patch_px: tuple[int, int] | None) -> None:
-        self.pixels: RGBArray = np.empty((count, size_px, size_px, 3), np.uint8)
-        self.patches: RGBArray = (
-            self.pixels if patch_px is None else np.empty((count, patch_px[1], patch_px[0], 3), np.uint8)
-        )
-
-    @property
-    def nbytes(self) -> int:
-        own = self.pixels.nbytes
-        return own if self.patches is self.pixels else own + self.patches.nbytes
-
-
 class _Stream:
     """One pass over the tiles at ``corners`` (sample pixels, float64 (N, 2)) of one slide."""
 
@@ -199,40 +194,44 @@ class _Stream:
         plane = cut.plane
         by_block = cut.shrink if cut.by_block else 1
         self.block_px = (plane.block_px[0] // by_block, plane.block_px[1] // by_block)
-        # Shrunk, the last pixels of a plane may be parts of boxes; their missing part counts as white.
-        self.sample_px = (-(-plane.size_px[0] // by_block), -(-plane.size_px[1] // by_block))
         self.resampler: Resampler | None = None
-        self.patch_px: tuple[int, int] | None = None
         if not cut.pixel_for_pixel:
             edge = (plane.size_px[0] / by_block, plane.size_px[1] / by_block)
             self.resampler = Resampler(cut.ratio, cut.sample_l0, size_px, edge)
             self.patch_px = self.resampler.patch_px
             starts = [self.resampler.patch_corner(corners[:, axis], axis) for axis in (0, 1)]
             self.patch_corners = np.stack(starts, axis=1)
-        elif cut.by_block:
-            self.patch_corners = np.rint(corners).astype(np.int64)
         else:
-            self.patch_px = (size_px * cut.shrink, size_px * cut.shrink)
-            self.patch_corners = np.rint(corners * cut.shrink).astype(np.int64)
+            by_patch = cut.shrink // by_block
+            self.patch_px = (size_px * by_patch, size_px * by_patch)
+            self.patch_corners = np.rint(corners * by_patch).astype(np.int64)
+        # Where tiles are patches, a block that one tile alone needs goes straight into it.
+        self.direct = self.patch_px == (size_px, size_px) and self.resampler is None
 
         # Groups fill batches evenly and never straddle two.
         index = np.arange(len(corners))
-        per_batch = -(-min(batch_size, max(len(corners), 1)) // GROUP_TILES)
+        read_px = int(np.prod([p * by_block * plane.reduce for p in self.patch_px]))
+        group_tiles = max(min(GROUP_TILES, JOB_PIXELS // read_px), 1)
+        per_batch = -(-min(batch_size, max(len(corners), 1)) // group_tiles)
         group = (index // batch_size) * per_batch + (index % batch_size) * per_batch // batch_size
-        _, self.group_of_tile, counts = np.unique(group, return_inverse=True, return_counts=True)
-        self.group_start = np.concatenate([[0], np.cumsum(counts)])
-        extent = self.patch_px or (size_px, size_px)
-        self.plan: BlockPlan = plan_blocks(
-            self.patch_corners, extent, self.block_px, plane.blocks, self.group_of_tile.astype(np.int64)
-        )
-        # How many jobs must end before a group is complete.
-        self.awaited = np.bincount([g for groups in self.plan.groups for g in groups], minlength=len(counts)).tolist()
-        beyond = (self.patch_corners < 0) | (self.patch_corners + np.asarray(extent) > np.asarray(self.sample_px))
-        self.off_slide = beyond.any(axis=1)
+        _, group_of_tile, counts = np.unique(group, return_inverse=True, return_counts=True)
+        self.group_of_tile = group_of_tile.astype(np.int64)
+        self.group_start = np.concatenate([[0], np.cumsum(counts)]).tolist()
+        self.plan = plan_blocks(self.patch_corners, self.patch_px, self.block_px, plane.blocks, self.group_of_tile)
+        # How many jobs must end before a group's blocks are all there.
+        self.awaited = np.bincount([g for groups in self.plan.serves for g in groups], minlength=len(counts)).tolist()
+        # Shrunk, the last pixels of a plane may be parts of boxes; their missing part counts as white.
+        plane_px = [-(-size // by_block) for size in plane.size_px]
+        beyond = (self.patch_corners < 0) | (self.patch_corners + self.patch_px > plane_px)
+        self.off_slide: NDArray[np.bool_] = np.logical_or(beyond[:, 0], beyond[:, 1])
 
-        self.live: dict[int, _Batch] = {}
-        self.live_bytes = 0
+        self.batch_bytes = 3 * size_px**2 * min(batch_size, len(corners))
+        self.shelf = BlockShelf(
+            self.plan.uses.tolist(), max(memory_bytes - (BATCHES_AHEAD + 1) * self.batch_bytes, memory_bytes // 4)
+        )
+        self.live: dict[int, RGBArray] = {}
         self.lock = threading.Lock()
+        self.local = threading.local()
         self.stopped = threading.Event()
 
     def batches(self) -> Iterator[TileBatch]:
@@ -243,110 +242,102 @@ class _Stream:
             try:
                 for b, first in enumerate(range(0, len(self.corners), self.batch_size)):
                     end = min(first + self.batch_size, len(self.corners))
-                    last_job = int(self.group_of_tile[end - 1])
-                    awaited = last_job + 1 - (submitted - len(running))
+                    # A group is served by its own job and by earlier ones alone, so the batch is ready with the last.
+                    awaited = int(self.group_of_tile[end - 1]) + 1 - (submitted - len(running))
                     while True:
-                        while submitted < jobs and self._may_begin(submitted, b, needed=not running):
-                            self._prepare(submitted)
+                        while submitted < jobs and self._may_begin(submitted, b, must=awaited > 0 and not running):
+                            self._begin_batch(self._batch_of(self.group_start[submitted]))
                             running.append(pool.submit(self._run, submitted))
                             submitted += 1
                         if awaited <= 0:
                             break
                         running.popleft().result()
                         awaited -= 1
-                    batch = self.live.pop(b)
-                    self.live_bytes -= batch.nbytes
                     self.stats.tiles += end - first
-                    yield TileBatch(batch.pixels, np.arange(first, end))
+                    yield TileBatch(self.live.pop(b), np.arange(first, end))
             finally:
                 self.stopped.set()
                 for future in running:
                     future.cancel()
+                pool.shutdown()
+                self.shelf.close()
 
-    def _may_begin(self, job: int, batch: int, needed: bool) -> bool:
-        """Whether a job may be submitted while ``batch`` is waited for."""
-        if needed and self._batch_of_group(job) == batch:
+    def _batch_of(self, tile: int) -> int:
+        return tile // self.batch_size
+
+    def _held_bytes(self) -> int:
+        return len(self.live) * self.batch_bytes + self.shelf.nbytes
+
+    def _may_begin(self, job: int, batch: int, must: bool) -> bool:
+        """Whether a job may be submitted while ``batch`` is waited for; it must where nothing else would go on."""
+        own = self._batch_of(self.group_start[job])
+        if must:
             return True
-        if self._batch_of_group(job) > batch + BATCHES_AHEAD:
+        if own > batch + BATCHES_AHEAD or len(self.live) > BATCHES_AHEAD + 1:
             return False
-        fresh = {b for g in self.plan.groups[job] if (b := self._batch_of_group(g)) not in self.live}
-        return self.live_bytes + sum(self._batch_bytes(b) for b in fresh) <= self.memory_bytes
+        return own in self.live or self._held_bytes() + self.batch_bytes <= self.memory_bytes
 
-    def _batch_of_group(self, group: int) -> int:
-        return int(self.group_start[group]) // self.batch_size
-
-    def _batch_tiles(self, batch: int) -> range:
-        first = batch * self.batch_size
-        return range(first, min(first + self.batch_size, len(self.corners)))
-
-    def _batch_bytes(self, batch: int) -> int:
-        count = len(self._batch_tiles(batch))
-        patch = self.patch_px[0] * self.patch_px[1] if self.patch_px else 0
-        return count * 3 * (self.size_px**2 + patch)
-
-    def _prepare(self, job: int) -> None:
-        """Set up the batches that a job writes to."""
-        for group in self.plan.groups[job]:
-            number = self._batch_of_group(group)
-            if number in self.live:
-                continue
-            tiles = self._batch_tiles(number)
-            batch = _Batch(len(tiles), self.size_px, self.patch_px)
-            for i in np.flatnonzero(self.off_slide[tiles.start : tiles.stop]):
-                batch.patches[i] = WHITE
-            self.live[number] = batch
-            self.live_bytes += batch.nbytes
-            self.stats.peak_bytes = max(self.stats.peak_bytes, self.live_bytes)
+    def _begin_batch(self, number: int) -> None:
+        if number in self.live:
+            return
+        first = number * self.batch_size
+        count = min(self.batch_size, len(self.corners) - first)
+        pixels: RGBArray = np.empty((count, self.size_px, self.size_px, 3), np.uint8)
+        if self.direct:
+            pixels[self.off_slide[first : first + count]] = WHITE
+        self.live[number] = pixels
 
     def _run(self, job: int) -> None:
-        """Fetch, decode and copy a job's blocks, then finish the groups that are complete."""
-        if self.stopped.is_set():
-            return
+        """Fetch and decode a job's blocks, then put together the groups whose blocks are all there."""
         plan, plane = self.plan, self.cut.plane
         clock = _Stopwatch()
         begin, end = int(plan.job_start[job]), int(plan.job_start[job + 1])
         cells = [(c, r) for c, r in plan.cells[begin:end].tolist()]
-        batches = {self._batch_of_group(g): self.live[self._batch_of_group(g)] for g in plan.groups[job]}
-        tile = int(self.group_start[job])
+        first_tiles = plan.first_tile[begin:end].tolist()
+        straight = (plan.uses[begin:end] == 1).tolist() if self.direct else [False] * len(cells)
+        pixels = self.live[self._batch_of(self.group_start[job])]
+        i = 0
         try:
-            fetched = self.slide.fetch(plane, cells)
+            fetched = self.slide.fetch(plane, cells) if cells else []
             clock.lap("fetch")
-            part_starts = plan.part_start[begin : end + 1].tolist()
             for i, (cell, data) in enumerate(zip(cells, fetched, strict=True)):
                 if self.stopped.is_set():
                     return
-                tiles = plan.part_tile[part_starts[i] : part_starts[i + 1]].tolist()
-                tile = tiles[0]
                 block = None if data is None else self.slide.decode(plane, cell, data)
                 clock.lap("decode")
-                if block is not None and self.cut.by_block and self.cut.shrink > 1:
-                    block = shrink(block, self.cut.shrink)
-                    clock.lap("resample")
-                x, y = cell[0] * self.block_px[0], cell[1] * self.block_px[1]
-                for t in tiles:
-                    batch = batches[t // self.batch_size]
-                    self._copy(block, x, y, t, batch.patches[t % self.batch_size])
                 if block is None:
                     self.slide.stats.add(missing=1)
-                clock.lap("copy")
-        except WsiPipeError as error:
-            raise SlideReadError(f"{error.message} (needed for {self._name(tile)})", remedy=error.remedy) from error
+                elif self.cut.by_block and self.cut.shrink > 1:
+                    block = shrink(block, self.cut.shrink)
+                    clock.lap("resample")
+                if straight[i]:
+                    self._paste(block, cell, first_tiles[i], pixels[first_tiles[i] % self.batch_size])
+                    clock.lap("copy")
+                else:
+                    self.shelf.put(begin + i, block)
+        except SlideError as error:
+            where = self._name(first_tiles[i])
+            raise SlideReadError(f"{error.message} (needed for {where})", remedy=error.remedy) from error
         except Exception as error:
-            raise SlideReadError(
-                f"{self.slide.info.path}: {self._name(tile)} cannot be read: {type(error).__name__}: {error}"
-            ) from error
+            cause = str(error) or type(error).__name__
+            raise SlideReadError(f"{self.slide.info.path}: {self._name(first_tiles[i])}: {cause}") from error
         for group in self._completed(job):
-            self._finish(group, batches[self._batch_of_group(group)])
-        clock.lap("resample")
+            self._assemble(group, clock)
+        held = np.flatnonzero(plan.last_group[begin:end] > job + NEAR_GROUPS) + begin
+        self.shelf.spill(held.tolist())
+        with self.lock:
+            self.stats.peak_bytes = max(self.stats.peak_bytes, self._held_bytes())
+            self.stats.spilled_bytes = max(self.stats.spilled_bytes, self.shelf.spilled_bytes)
         self.stats.add(clock, len(cells))
 
     def _name(self, tile: int) -> str:
         x, y = (self.corners[tile] * np.asarray(self.cut.sample_l0)).tolist()
         return f"tile {tile} at level-0 x {x:.0f}, y {y:.0f}"
 
-    def _copy(self, block: RGBArray | None, x: int, y: int, tile: int, patch: RGBArray) -> None:
-        """Copy what a block at (x, y), sample pixels, has of a tile's patch; white where the block is missing."""
-        left, top = x - int(self.patch_corners[tile, 0]), y - int(self.patch_corners[tile, 1])
+    def _paste(self, block: RGBArray | None, cell: IntPair, tile: int, patch: RGBArray) -> None:
+        """Copy what a block has of a tile's patch; white where the block is missing."""
+        left = cell[0] * self.block_px[0] - int(self.patch_corners[tile, 0])
+        top = cell[1] * self.block_px[1] - int(self.patch_corners[tile, 1])
         height, width = (self.block_px[1], self.block_px[0]) if block is None else block.shape[:2]
         x0, y0 = max(left, 0), max(top, 0)
         x1, y1 = min(left + width, patch.shape[1]), min(top + height, patch.shape[0])
@@ -357,25 +348,49 @@ class _Stream:
         """Groups for which this was the last job; each is named to one job only."""
         complete = []
         with self.lock:
-            for group in self.plan.groups[job]:
+            for group in self.plan.serves[job]:
                 self.awaited[group] -= 1
                 if self.awaited[group] == 0:
                     complete.append(group)
         return complete
 
-    def _finish(self, group: int, batch: _Batch) -> None:
-        """Make tiles of patches."""
-        if batch.patches is batch.pixels:
-            return
-        for tile in range(int(self.group_start[group]), int(self.group_start[group + 1])):
+    def _assemble(self, group: int, clock: _Stopwatch) -> None:
+        """Make a group's tiles of the blocks on the shelf."""
+        plan = self.plan
+        first, end = self.group_start[group], self.group_start[group + 1]
+        numbers = plan.tile_block[plan.tile_start[first] : plan.tile_start[end]]
+        if self.direct:
+            numbers = numbers[plan.uses[numbers] > 1]
+            if not len(numbers):
+                return
+        pixels = self.live[self._batch_of(first)]
+        for tile in range(first, end):
             if self.stopped.is_set():
                 return
-            i = tile % self.batch_size
-            if self.resampler is None:
-                batch.pixels[i] = shrink(batch.patches[i], self.cut.shrink)
-            else:
+            out = pixels[tile % self.batch_size]
+            patch = out if self.direct else self._patch(white=bool(self.off_slide[tile]))
+            for number in plan.tile_block[plan.tile_start[tile] : plan.tile_start[tile + 1]].tolist():
+                if not self.direct or plan.uses[number] > 1:
+                    column, row = plan.cells[number].tolist()
+                    self._paste(self.shelf.get(number), (column, row), tile, patch)
+            clock.lap("copy")
+            if self.resampler is not None:
                 across, down = (self.resampler.axis_filter(float(self.corners[tile, axis]), axis) for axis in (0, 1))
-                self.resampler.run(batch.patches[i], across, down, batch.pixels[i])
+                self.resampler.run(patch, across, down, out)
+                clock.lap("resample")
+            elif not self.direct:
+                out[:] = shrink(patch, self.cut.shrink)
+                clock.lap("resample")
+        self.shelf.release(numbers.tolist())
+
+    def _patch(self, white: bool) -> RGBArray:
+        """Room of the calling thread for one tile's patch."""
+        patch: RGBArray | None = getattr(self.local, "patch", None)
+        if patch is None:
+            patch = self.local.patch = np.empty((self.patch_px[1], self.patch_px[0], 3), np.uint8)
+        if white:
+            patch.fill(WHITE)
+        return patch
 
 
 def shrink(block: RGBArray, factor: int) -> RGBArray:

@@ -1,0 +1,107 @@
+"""Decoded blocks that tiles still to come need: in memory as far as the budget goes, the rest in a temporary file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterable
+from typing import BinaryIO
+
+import numpy as np
+
+from wsi_pipe.errors import OutputError
+from wsi_pipe.slides.base import RGBArray
+
+__all__ = ["BlockShelf"]
+
+
+class _Spilled:
+    """Where a block lies in the file."""
+
+    __slots__ = ("offset", "shape")
+
+    def __init__(self, offset: int, shape: tuple[int, ...]) -> None:
+        self.offset, self.shape = offset, shape
+
+
+class BlockShelf:
+    """Blocks by number, each kept until it was taken down as often as it is needed; used by several threads at once.
+
+    uses: how often each block is needed. limit_bytes: what the blocks in memory may take before some are spilled.
+    A block of None stands for one that is missing in the file.
+    """
+
+    def __init__(self, uses: Iterable[int], limit_bytes: int) -> None:
+        self._uses = list(uses)
+        self._limit = limit_bytes
+        self._blocks: dict[int, RGBArray | _Spilled | None] = {}
+        self._lock = threading.Lock()
+        self._file: BinaryIO | None = None
+        self._end = 0
+        self.nbytes = 0
+        self.spilled_bytes = 0
+
+    def put(self, number: int, block: RGBArray | None) -> None:
+        """Keep a block."""
+        with self._lock:
+            self._blocks[number] = block
+            self.nbytes += 0 if block is None else block.nbytes
+
+    def get(self, number: int) -> RGBArray | None:
+        """A block that was put and is still needed."""
+        block = self._blocks[number]
+        if not isinstance(block, _Spilled):
+            return block
+        assert self._file is not None
+        size = int(np.prod(block.shape))
+        data = os.pread(self._file.fileno(), size, block.offset)
+        if len(data) != size:
+            raise OutputError("the temporary file with decoded blocks was cut short")
+        return np.frombuffer(data, np.uint8).reshape(block.shape)
+
+    def release(self, numbers: Iterable[int]) -> None:
+        """Count one use of each block (a number may come twice); what is not needed any more goes."""
+        with self._lock:
+            for number in numbers:
+                self._uses[number] -= 1
+                if self._uses[number] == 0:
+                    block = self._blocks.pop(number)
+                    if isinstance(block, np.ndarray):
+                        self.nbytes -= block.nbytes
+
+    def spill(self, numbers: Iterable[int]) -> None:
+        """Move those of the blocks that are still needed to the file, as long as memory is over its limit.
+
+        Raises OutputError when the disk is full.
+        """
+        for number in numbers:
+            with self._lock:
+                if self.nbytes <= self._limit:
+                    return
+                block = self._blocks.get(number)
+                if not isinstance(block, np.ndarray):
+                    continue
+                try:
+                    if self._file is None:
+                        # Unlinked at once: nothing is left behind, however the process ends.
+                        self._file = tempfile.TemporaryFile(prefix="wsi-pipe-blocks-", buffering=0)  # noqa: SIM115
+                    os.pwrite(self._file.fileno(), np.ascontiguousarray(block).data, self._end)
+                except OSError as error:
+                    raise OutputError(
+                        f"decoded blocks do not fit into {tempfile.gettempdir()}: {error.strerror or error}",
+                        remedy="give more memory, or set TMPDIR to a folder with more space",
+                    ) from error
+                self._blocks[number] = _Spilled(self._end, block.shape)
+                self._end += block.nbytes
+                self.spilled_bytes += block.nbytes
+                self.nbytes -= block.nbytes
+
+    def close(self) -> None:
+        """Let go of everything."""
+        with self._lock:
+            self._blocks.clear()
+            self.nbytes = 0
+            if self._file is not None:
+                self._file.close()
+                self._file = None
