@@ -6,7 +6,9 @@ References: DICOM PS3.3 C.8.12.4 (VL Whole Slide Microscopy), C.7.6.17 (multi-fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -333,6 +335,37 @@ def _open_instance(path: str | Path, stats: ReadStats) -> _Instance:
         raise
 
 
+class _Lenience:
+    """How many threads want pydicom lenient, and how it was before."""
+
+    lock = threading.Lock()
+    users = 0
+    before: Any = None
+
+
+@contextmanager
+def _lenient_pydicom() -> Iterator[None]:
+    """Values that break a rule of form (a UID that ends in a dot) are common, harmless, and no news to the user.
+
+    pydicom has one setting for the whole process, so it changes with the first user and back with the last.
+    """
+    import pydicom
+
+    settings = pydicom.config.settings
+    with _Lenience.lock:
+        if _Lenience.users == 0:
+            _Lenience.before = settings.reading_validation_mode
+            settings.reading_validation_mode = pydicom.config.IGNORE
+        _Lenience.users += 1
+    try:
+        yield
+    finally:
+        with _Lenience.lock:
+            _Lenience.users -= 1
+            if _Lenience.users == 0:
+                settings.reading_validation_mode = _Lenience.before
+
+
 def open_dicom(path: str | Path, *, mpp: float | FloatPair | None = None) -> DicomSlide:
     """Open a DICOM whole-slide image by any file of its series; the other levels are found beside it.
 
@@ -342,6 +375,11 @@ def open_dicom(path: str | Path, *, mpp: float | FloatPair | None = None) -> Dic
     given = user_mpp(mpp)
     if is_url(path):
         raise UnsupportedSlideError(f"{path}: a DICOM series is many files, which a URL does not list")
+    with _lenient_pydicom():
+        return _open_series(path, given)
+
+
+def _open_series(path: str | Path, mpp: FloatPair | None) -> DicomSlide:
     stats = ReadStats()
     instances: list[_Instance] = []
     try:
@@ -358,7 +396,7 @@ def open_dicom(path: str | Path, *, mpp: float | FloatPair | None = None) -> Dic
                 instances.append(other)
             else:
                 other.source.close()
-        return DicomSlide(str(path), instances, given, stats)
+        return DicomSlide(str(path), instances, mpp, stats)
     except SlideReadError as error:
         _close(instances)
         raise SlideOpenError(error.message, remedy=error.remedy) from error

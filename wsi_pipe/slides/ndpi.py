@@ -162,6 +162,15 @@ class NdpiImage:
         parts.append(b"\xff\xd9")
         return to_rgb(decode_jpeg_stream(b"".join(parts), size, self._head.components, reduce))
 
+    def probe(self) -> None:
+        """Decode one block. Raises UnsupportedSlideError when that fails, SlideReadError outside the file."""
+        rows = 1 if self._pieces is None else -(-self._pieces[1] // self._rows)
+        cell = (0, rows // 2)
+        try:
+            self.decode(cell, self.fetch([cell])[0], 1)
+        except CodecError as error:
+            raise UnsupportedSlideError(f"{self._name}: block row {cell[1]}: {error}") from error
+
 
 def _without_marker(piece: bytes) -> bytes:
     """The entropy-coded data of a piece, without the restart or end marker behind it."""
@@ -186,6 +195,8 @@ def read_ndpi(source: Source, directories: Sequence[Directory]) -> TiffLayout:
     if not levels or levels[0] is not first:
         raise UnsupportedSlideError(f"{source.name}: the first image of the NDPI file is not its finest level")
     images = [NdpiImage(source, d) for d in levels]
+    for image in images:
+        image.probe()
     mpp, mpp_source = resolution_mpp(first)
     lens = float(first.array(LENS)[0])
     return TiffLayout(
