@@ -109,7 +109,6 @@ class TextureEncoder:
     """
 
     feature_names: tuple[str, ...] = FEATURE_NAMES
-    shares_batches = True
     in_flight = 2
 
     def __init__(self, threads: int | None = None) -> None:

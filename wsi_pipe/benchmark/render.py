@@ -1,0 +1,232 @@
+"""Measurements as words, Markdown, and one HTML page that stands by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wsi_pipe.benchmark.analysis import ArmTotals, Balance, Comparison, Ratio, balance, comparisons, totals, warnings_of
+from wsi_pipe.benchmark.projection import Assumptions, assumptions_in_words, project
+from wsi_pipe.benchmark.records import (
+    ENCODE_STAGES,
+    FIXED_STAGES,
+    READ_STAGES,
+    STAGES,
+    BenchmarkRecord,
+    write_record,
+)
+from wsi_pipe.config import to_mapping
+from wsi_pipe.files import write_text_atomically
+from wsi_pipe.pages import asset, render_page
+
+__all__ = ["STAGE_MEANING", "answers", "headline", "markdown", "stage_table", "write_outputs"]
+
+STAGE_MEANING = {
+    "open": "open the slide",
+    "segment": "read the overview and find tissue",
+    "plan": "lay the grid",
+    "fetch": "get native tiles from the file",
+    "decode": "decompress native tiles",
+    "resample": "cut, average and filter into tiles",
+    "handle": "plan the reading and pass tiles on",
+    "read": "read tile by tile (cannot be divided)",
+    "transfer": "copy tiles to the device and do no more",
+    "encode": "tiles to features, the copy to the device included",
+    "write": "write and check the bag",
+}
+GROUPS = (
+    ("before the first tile", FIXED_STAGES),
+    ("reading", READ_STAGES),
+    ("encoding", ENCODE_STAGES),
+    ("writing", ("write",)),
+)
+HEADLINE = (("end to end", "end to end"), ("reading", "reading"), ("encoding", "encoding"))
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A number to so many significant figures, with thousands grouped; a dash for None."""
+    if value is None:
+        return "–"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
+
+
+def interval(ratio: Ratio) -> str:
+    """A ratio and its interval: "14.2 (13.9 to 14.6)"."""
+    if ratio.value is None:
+        return "–"
+    return f"{figure(ratio.value)} ({figure(ratio.low)} to {figure(ratio.high)})"
+
+
+def headline(record: BenchmarkRecord) -> list[str]:
+    """The answer: what low resolution costs beside high resolution; other findings after it, a sentence each."""
+    compared = comparisons(record)
+    head = next((c for c in compared if c.headline), None)
+    sentences = []
+    if head is None:
+        sentences.append("One resolution was measured, so there is nothing to set against it.")
+    else:
+        parts = []
+        for what, words in HEADLINE:
+            ratio = head.ratio(what)
+            if ratio is not None and ratio.value is not None and ratio.low is not None and ratio.high is not None:
+                bounds = f"1/{figure(ratio.low)} to 1/{figure(ratio.high)}"
+                parts.append(f"1/{figure(ratio.value)} {words} (95 % interval {bounds})")
+        tiles = head.ratio("tiles")
+        dear, cheap = record.arm(head.dear), record.arm(head.cheap)
+        sentences.append(
+            f"{cheap.label} ({cheap.encoder}) costs, beside {dear.label} ({dear.encoder}): {', '.join(parts)}."
+        )
+        if tiles is not None and tiles.value is not None:
+            sentences.append(f"It has 1/{figure(tiles.value)} of the tiles.")
+    for other in compared:
+        if other is head:
+            continue
+        what = "end to end" if other.ratio("end to end") else "reading"
+        ratio = other.ratio(what)
+        if ratio is not None and ratio.value is not None:
+            sentences.append(f"{other.title[0].upper()}{other.title[1:]}: {interval(ratio)} times the seconds, {what}.")
+    return sentences
+
+
+def stage_table(record: BenchmarkRecord) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows: stage, then wall and processor seconds of each arm, all slides, mean over repeats."""
+    arms = totals(record)
+    heading = ["stage", *(f"{arm.arm}, {unit}" for arm in arms for unit in ("s", "CPU s"))]
+    rows = []
+    for name, stages in GROUPS:
+        present = [s for s in stages if any(s in arm.stages for arm in arms)]
+        rows += [[s, *(figure(v) for arm in arms for v in arm.stages.get(s, (None, None)))] for s in present]
+        if len(present) > 1:
+            sums = [(arm.wall(present), sum(arm.stages[s][1] for s in present if s in arm.stages)) for arm in arms]
+            rows.append([f"= {name}", *(figure(v) for pair in sums for v in pair)])
+    every = [(arm.wall(STAGES), sum(cpu for _, cpu in arm.stages.values())) for arm in arms]
+    rows.append(["= all stages, one after the other", *(figure(v) for pair in every for v in pair)])
+    rows.append(
+        ["end to end, overlapped", *(figure(v) for arm in arms for v in (arm.end_to_end_s, arm.end_to_end_cpu_s))]
+    )
+    return heading, rows
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, numbers to the right."""
+    clean = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [
+        "| " + " | ".join(heading) + " |",
+        "|" + "|".join(" --- " if i == 0 else " ---: " for i in range(len(heading))) + "|",
+        *("| " + " | ".join(row) + " |" for row in clean),
+    ]
+
+
+def _ratio_rows(comparison: Comparison) -> list[list[str]]:
+    return [
+        [r.what, r.unit, figure(r.numerator), figure(r.denominator), interval(r)]
+        for r in comparison.ratios
+        if r.numerator or r.denominator
+    ]
+
+
+def markdown(record: BenchmarkRecord, assumptions: Assumptions) -> str:
+    """``benchmark.md``: the answer first, then where the rest goes, then an archive, then how it was measured."""
+    first, *others = headline(record)
+    lines = ["# What low resolution saves", "", f"**{first}**", ""]
+    lines += [f"- {sentence}" for sentence in others] + [""]
+    doubts = warnings_of(record)
+    if doubts:
+        lines += ["Doubts:", "", *(f"- {doubt}" for doubt in doubts), ""]
+    lines += ["## Where the time goes", "", f"Seconds for {_slides(record)}, mean of {record.repeats} repeats.", ""]
+    lines += [*_table(*stage_table(record)), ""]
+    lines += ["Stages: " + "; ".join(f"*{s}*: {STAGE_MEANING[s]}" for s in _stages(record)) + ".", ""]
+    for comparison in comparisons(record):
+        dear, cheap = comparison.dear, comparison.cheap
+        lines += [f"## {comparison.title[0].upper()}{comparison.title[1:]}", ""]
+        lines += [*_table(["", "unit", dear, cheap, "ratio (95 % interval)"], _ratio_rows(comparison)), ""]
+    lines += ["## An archive", ""]
+    heading = ["", "hours", "GB read", "GB written", "kWh", f"cost, {assumptions.currency}"]
+    rows = [
+        [p.arm, figure(p.hours), figure(p.gigabytes_read), figure(p.gigabytes_written), figure(p.kwh), figure(p.cost)]
+        for p in project(record, assumptions)
+    ]
+    lines += [*_table(heading, rows), "", *(f"- {word}" for word in assumptions_in_words(record, assumptions)), ""]
+    lines += ["## How it was measured", "", *(f"- {fact}" for fact in _facts(record)), ""]
+    lines += [*_table(["processor time of the benchmark", "s"], _balance_rows(balance(record))), ""]
+    return "\n".join(lines)
+
+
+def _stages(record: BenchmarkRecord) -> list[str]:
+    return [s for s in STAGES if any(s in m.stages for m in record.measurements)]
+
+
+def _slides(record: BenchmarkRecord) -> str:
+    n = len(record.slides)
+    return f"{n} slide" + ("s" if n != 1 else "")
+
+
+def _balance_rows(books: Balance) -> list[list[str]]:
+    rows = [[name, figure(value)] for name, value in books.parts.items()]
+    rows.append(["sum", figure(books.explained_s)])
+    rows.append(["the process, as the system counts it", figure(books.process_s)])
+    rows.append(["not explained", f"{100 * books.unexplained:.1f} %"])
+    return rows
+
+
+def _facts(record: BenchmarkRecord) -> list[str]:
+    machine = record.machine
+    gpu = f", {machine.gpu}" if machine.gpu else ", no GPU"
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    peak = max((m.peak_memory_bytes or 0 for m in record.measurements), default=0)
+    where = f"{machine.cpu}, {machine.cores} cores, {machine.memory_bytes / 2**30:.0f} GiB{gpu}"
+    how = f"{record.repeats} repeats, arms taking turns, {record.threads} reading threads, {record.cache} file cache"
+    return [
+        f"`{record.command}` on {record.created_utc}, wsi-pipe {record.wsi_pipe_version}.",
+        f"{where}; {machine.system}, Python {machine.python}; {versions}.",
+        f"{_slides(record)}, {how}; other programs used {100 * record.foreign_load:.0f} % of the machine.",
+        "Stages are timed one after the other, with nothing else going on.",
+        "Wall seconds of reading are divided by the clocks of its threads.",
+        "End to end is what `wsi-pipe run` does with one slide: reading, encoding and writing overlap.",
+        "Ratios are of sums over slides; intervals are of 4,000 bootstrap draws of slides, and of repeats within each.",
+        f"Most memory that the process held: {peak / 2**20:,.0f} MiB.",
+    ]
+
+
+def answers(record: BenchmarkRecord, assumptions: Assumptions) -> dict[str, Any]:
+    """All that is derived from the measurements, JSON-able: what the page shows and ``--json`` prints."""
+    return {
+        "headline": headline(record),
+        "warnings": warnings_of(record),
+        "comparisons": [dataclasses.asdict(c) for c in comparisons(record)],
+        "totals": [_totals_json(t) for t in totals(record)],
+        "projections": [dataclasses.asdict(p) for p in project(record, assumptions)],
+        "assumptions": {**to_mapping(assumptions), "words": assumptions_in_words(record, assumptions)},
+        "balance": {**dataclasses.asdict(balance(record)), "unexplained": balance(record).unexplained},
+        "facts": _facts(record),
+    }
+
+
+def _totals_json(t: ArmTotals) -> Mapping[str, Any]:
+    return {**dataclasses.asdict(t), "stages": {s: {"wall_s": w, "cpu_s": c} for s, (w, c) in t.stages.items()}}
+
+
+def write_outputs(folder: Path, record: BenchmarkRecord, assumptions: Assumptions) -> list[Path]:
+    """Write benchmark.json, .md and .html and return their paths. Raises OutputError when that is not possible."""
+    package = "wsi_pipe.benchmark"
+    page = render_page(
+        title="What low resolution saves · wsi-pipe",
+        body=asset(package, "benchmark.html"),
+        data={
+            "record": to_mapping(record),
+            "answers": answers(record, assumptions),
+            "groups": [{"name": name, "stages": list(stages)} for name, stages in GROUPS],
+            "meaning": STAGE_MEANING,
+        },
+        styles=[asset(package, "benchmark.css")],
+        scripts=[asset(package, "benchmark.js")],
+    )
+    paths = [folder / f"benchmark.{end}" for end in ("json", "md", "html")]
+    write_record(paths[0], record)
+    write_text_atomically(paths[1], markdown(record, assumptions))
+    write_text_atomically(paths[2], page)
+    return paths
