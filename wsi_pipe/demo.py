@@ -57,7 +57,7 @@ def demo_steps(folder: Path) -> list[DemoStep]:
     """The commands of the demo on a cohort in ``folder``."""
     slides, job = str(folder / "slides"), str(folder / "job")
     labels, splits = str(folder / "slides" / "labels.csv"), str(folder / "splits.csv")
-    run, model = str(folder / "runs" / "5x-fold1"), str(folder / "runs" / "5x-fold1" / "model.safetensors")
+    run, model = str(folder / "runs" / "5x"), str(folder / "runs" / "5x" / "fold_1" / "model.safetensors")
     bags = str(folder / "job" / "bags")
     return [
         DemoStep("What are these slides?", "wsi-pipe", ("info", f"{slides}/slides.csv")),

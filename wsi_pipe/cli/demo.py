@@ -48,7 +48,7 @@ def demo(folder: Path, slides: int, seed: int, preprocess_only: bool) -> int:
     places = {
         folder / "job" / "report.html": "tissue, grids, tiles and timings of every slide, in a browser",
         folder / "job" / "bags": "one HDF5 bag a slide",
-        folder / "runs" / "5x-fold1": "the classifier, its curves and its figures",
+        folder / "runs" / "5x": "the classifier, its curves and its figures",
         folder / "predictions": "probabilities and heatmaps",
     }
     for path, what in places.items():

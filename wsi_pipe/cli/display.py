@@ -6,17 +6,19 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import click
 
+from wsi_pipe.files import output_error
 from wsi_pipe.outcome import SlideOutcome
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["RunDisplay", "print_json", "print_outcomes", "print_table"]
+__all__ = ["LogLines", "RunDisplay", "print_json", "print_outcomes", "print_table"]
 
 
 class RunDisplay:
@@ -75,6 +77,40 @@ class RunDisplay:
             if outcome.status == "failed":
                 self._bars.console.print(line, markup=False, highlight=False)
         elif self.lines:
+            click.echo(line, err=True)
+
+
+class LogLines:
+    """Events as JSON lines, appended to a file or on standard error; nothing without a target."""
+
+    def __init__(self, target: str | None) -> None:
+        self.target = target
+        self._file: Any = None
+
+    def __enter__(self) -> Self:
+        if self.target and self.target != "-":
+            try:
+                self._file = open(self.target, "a", encoding="utf-8")
+            except OSError as error:
+                raise output_error(Path(self.target), error) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file:
+            self._file.close()
+
+    def event(self, name: str, **values: Any) -> None:
+        """One line."""
+        if not self.target:
+            return
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = json.dumps({"time_utc": stamp, "event": name, **values}, ensure_ascii=False)
+        if self._file:
+            self._file.write(line + "\n")
+            self._file.flush()
+        else:
             click.echo(line, err=True)
 
 

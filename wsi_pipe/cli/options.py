@@ -15,6 +15,7 @@ import click
 
 from wsi_pipe.config import ExtractSettings, JobSettings, SegmentSettings, TileSettings, load_toml
 from wsi_pipe.errors import ConfigError, ManifestError
+from wsi_pipe.execute import Where
 from wsi_pipe.geometry import level_label, parse_resolution
 from wsi_pipe.job.record import load_settings, load_slides
 from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, collect_slides
@@ -28,6 +29,8 @@ __all__ = [
     "settings_from",
     "slide_options",
     "tile_options",
+    "where_from",
+    "where_options",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -106,6 +109,55 @@ def job_option(function: F) -> F:
         click.option("--limit", type=click.IntRange(1), metavar="N", help="Just the first N slides."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     )(function)
+
+
+def where_options(function: F) -> F:
+    """Where work runs, and what is told of it."""
+    return _stack(
+        click.option(
+            "--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes on this machine."
+        ),
+        click.option("--scheduler", metavar="ADDRESS", help="Run on this Dask scheduler, such as tcp://host:8786."),
+        click.option(
+            "--resources",
+            metavar="NAME=N",
+            help="With --scheduler: extract only on workers that offer this, such as GPU=1; the rest runs on any.",
+        ),
+        click.option("--timeout", type=click.FloatRange(min=1), metavar="S", help="End a slide after so many seconds."),
+        click.option("--retry-failed", is_flag=True, help="Just the slides that failed before."),
+        click.option(
+            "--cache",
+            "cache_dir",
+            type=click.Path(path_type=Path, file_okay=False),
+            metavar="DIR",
+            help="Where remote slides are staged when their format cannot be read by ranges.",
+        ),
+        click.option(
+            "--log-json", metavar="FILE", help="Write what happens as JSON lines into FILE, or - for standard error."
+        ),
+    )(function)
+
+
+def where_from(values: Mapping[str, Any]) -> Where:
+    """Where work runs. Raises ConfigError when the options do not fit together."""
+    resources = None
+    if values["resources"]:
+        name, sign, amount = values["resources"].partition("=")
+        try:
+            resources = {name: float(amount)}
+        except ValueError:
+            sign = ""
+        if not (sign and name):
+            raise ConfigError(
+                f"--resources {values['resources']!r} is not understood", remedy="write for example GPU=1"
+            )
+    if resources and not values["scheduler"]:
+        raise ConfigError("--resources needs --scheduler", remedy="give the address of a Dask scheduler")
+    if values["scheduler"] and values["workers"] > 1:
+        raise ConfigError(
+            "--workers and --scheduler are given", remedy="the scheduler knows its workers: leave out --workers"
+        )
+    return Where(values["workers"], values["scheduler"], values["timeout"], resources=resources)
 
 
 def segment_options(function: F) -> F:

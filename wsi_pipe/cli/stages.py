@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from wsi_pipe.cli import EXIT_FAILED
-from wsi_pipe.cli.display import RunDisplay, print_json, print_outcomes
+from wsi_pipe.cli.display import LogLines, RunDisplay, print_json, print_outcomes
 from wsi_pipe.cli.options import (
     collect_entries,
     extract_options,
@@ -19,10 +19,12 @@ from wsi_pipe.cli.options import (
     settings_from,
     slide_options,
     tile_options,
+    where_from,
+    where_options,
 )
 from wsi_pipe.config import JobSettings, to_mapping
-from wsi_pipe.errors import JobError
-from wsi_pipe.job import JobPaths, open_job, read_outcomes
+from wsi_pipe.errors import EncoderError, JobError, WsiPipeError
+from wsi_pipe.job import JobPaths, open_job, read_outcomes, utc_now, write_failures
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import SlideOutcome, Stage
 
@@ -33,38 +35,53 @@ def _run_until(
     until: Stage, values: dict[str, Any], after: Callable[[JobPaths, JobSettings], None] | None = None
 ) -> int:
     """Parse, process, print; the exit code."""
-    from wsi_pipe.job.run import process
+    from wsi_pipe.job.dispatch import dispatch
+    from wsi_pipe.job.lock import hold_job
+    from wsi_pipe.job.run import load_encoders
 
     job: Path = values["job"]
     settings = settings_from(values, job, values["config"])
+    where = where_from(values)
     entries = collect_entries(values, job)
-    encoders = None
-    if until in ("extract", "assemble"):
-        from wsi_pipe.job.run import load_encoders
-
-        encoders = load_encoders(settings)
-    paths = open_job(job, settings, entries)
+    if values["retry_failed"]:
+        ends = read_outcomes(job)
+        entries = [e for e in entries if e.slide_id in ends and ends[e.slide_id].status == "failed"]
+    # A bad encoder stops here, before any work; other processes load their own.
+    encoders = load_encoders(settings) if until in ("extract", "assemble") and where.here else None
     outcomes: list[SlideOutcome] = []
     start = time.perf_counter()
-    stopped: JobError | None = None
-    with RunDisplay(len(entries), quiet=values["as_json"]) as display:
-        results = process(
-            entries,
-            settings,
-            paths,
-            until=until,
-            encoders=encoders,
-            keep_features=values.get("keep_features", True),
-            progress=display.progress,
-        )
-        try:
-            for outcome in results:
-                outcomes.append(outcome)
-                display.finished(outcome)
-        except JobError as error:
-            stopped = error
-    if after and not stopped:
-        after(paths, settings)
+    stopped: WsiPipeError | None = None
+    about = {"started_utc": utc_now(), "slides": len(entries), "until": until}
+    with hold_job(job, about), LogLines(values["log_json"]) as log:
+        paths = open_job(job, settings, entries)
+        log.event("start", **about)
+        with RunDisplay(len(entries), quiet=values["as_json"] or values["log_json"] == "-") as display:
+            results = dispatch(
+                entries,
+                settings,
+                paths,
+                where,
+                until=until,
+                encoders=encoders,
+                keep_features=values.get("keep_features", True),
+                cache_dir=values["cache_dir"],
+                progress=display.progress,
+            )
+            try:
+                for outcome in results:
+                    outcomes.append(outcome)
+                    display.finished(outcome)
+                    log.event("slide", **outcome.to_json())
+            except (JobError, EncoderError) as error:
+                stopped = error
+            finally:
+                # Ctrl-C ends workers and reading threads here, not when the garbage collector comes by.
+                results.close()
+        if not stopped:
+            write_failures(paths)
+            if after:
+                after(paths, settings)
+        log.event("end", seconds=time.perf_counter() - start, stopped=str(stopped) if stopped else None)
     _print(values["as_json"], settings, entries, outcomes, time.perf_counter() - start)
     if stopped:
         click.echo(f"wsi-pipe: error: {stopped}", err=True)
@@ -90,6 +107,7 @@ def _print(
 @click.command()
 @slide_options
 @job_option
+@where_options
 @segment_options
 def segment(**values: Any) -> int:
     """Find tissue on SLIDES; write a GeoJSON mask and a picture of each into JOB.
@@ -103,6 +121,7 @@ def segment(**values: Any) -> int:
 @click.command()
 @slide_options
 @job_option
+@where_options
 @segment_options
 @tile_options
 @click.option("--save-tiles", type=click.Choice(["png", "jpg"]), help="Write tiles as images too, to look at.")
@@ -128,6 +147,7 @@ def tile(save_tiles: str | None, save_most: int, **values: Any) -> int:
 @click.command()
 @slide_options
 @job_option
+@where_options
 @segment_options
 @tile_options
 @extract_options
@@ -142,6 +162,7 @@ def extract(**values: Any) -> int:
 @click.command()
 @slide_options
 @job_option
+@where_options
 @segment_options
 @tile_options
 @extract_options
@@ -157,6 +178,7 @@ def assemble(**values: Any) -> int:
 @click.command()
 @slide_options
 @job_option
+@where_options
 @segment_options
 @tile_options
 @extract_options

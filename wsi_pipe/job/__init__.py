@@ -3,6 +3,23 @@
 from __future__ import annotations
 
 from wsi_pipe.job.paths import JobPaths
-from wsi_pipe.job.record import append_outcome, load_settings, load_slides, open_job, read_outcomes
+from wsi_pipe.job.record import (
+    append_outcome,
+    load_settings,
+    load_slides,
+    open_job,
+    read_outcomes,
+    utc_now,
+    write_failures,
+)
 
-__all__ = ["JobPaths", "append_outcome", "load_settings", "load_slides", "open_job", "read_outcomes"]
+__all__ = [
+    "JobPaths",
+    "append_outcome",
+    "load_settings",
+    "load_slides",
+    "open_job",
+    "read_outcomes",
+    "utc_now",
+    "write_failures",
+]

@@ -29,7 +29,8 @@ from wsi_pipe.extract import SlideFeatures
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
 from wsi_pipe.job.paths import JobPaths
-from wsi_pipe.job.prepare import Prepared, utc_now
+from wsi_pipe.job.prepare import Prepared
+from wsi_pipe.job.record import utc_now
 
 __all__ = ["Wanted", "assemble", "missing_features", "store_features", "wanted_features"]
 

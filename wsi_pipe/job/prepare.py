@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from wsi_pipe.errors import BagError, MaskError, MissingMppError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.geometry import FloatPair, TileGrid, TissueMask
 from wsi_pipe.job.paths import JobPaths
+from wsi_pipe.job.record import utc_now
 from wsi_pipe.manifest import SlideEntry, settings_of
 from wsi_pipe.outcome import Stage
 from wsi_pipe.overview import Overview, read_overview
@@ -32,7 +32,7 @@ from wsi_pipe.slides.base import Slide
 from wsi_pipe.tiling import plan_grids
 from wsi_pipe.tissue import find_tissue, mask_from_geojson, mask_to_geojson
 
-__all__ = ["Prepared", "StageClock", "open_entry", "prepare", "utc_now"]
+__all__ = ["Prepared", "StageClock", "open_entry", "prepare"]
 
 SEGMENT_VERSION = 1
 TILE_VERSION = 1
@@ -43,11 +43,6 @@ PICTURE_PX = 1024
 
 GEOJSON_KEY = "wsi_pipe"
 """Where a GeoJSON holds what belongs to the job: programs that edit it drop the key, which shows that it is theirs."""
-
-
-def utc_now() -> str:
-    """The time now, ISO 8601 in UTC to the second."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class StageClock:
@@ -87,7 +82,13 @@ def open_entry(entry: SlideEntry, reader: str, cache_dir: Path | None = None) ->
 
 
 def prepare(
-    entry: SlideEntry, settings: JobSettings, paths: JobPaths, clock: StageClock, *, tile: bool = True
+    entry: SlideEntry,
+    settings: JobSettings,
+    paths: JobPaths,
+    clock: StageClock,
+    *,
+    tile: bool = True,
+    cache_dir: Path | None = None,
 ) -> Prepared | None:
     """Segment and tile one slide, as far as that is not done yet; None when only the mask was asked for.
 
@@ -95,7 +96,7 @@ def prepare(
     """
     segment_settings, tile_settings = settings_of(entry, settings.segment, settings.tile)
     with clock("open"):
-        slide = open_entry(entry, settings.reader)
+        slide = open_entry(entry, settings.reader, cache_dir)
     try:
         with clock("segment"):
             mask, segment_fingerprint, segment_cached = _segment(entry, slide, segment_settings, settings, paths)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from wsi_pipe.config import JobSettings, dump_toml, load_toml
@@ -13,7 +16,15 @@ from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.manifest import SlideEntry, read_manifest, write_manifest
 from wsi_pipe.outcome import SlideOutcome
 
-__all__ = ["append_outcome", "load_settings", "load_slides", "open_job", "read_outcomes"]
+__all__ = [
+    "append_outcome",
+    "load_settings",
+    "load_slides",
+    "open_job",
+    "read_outcomes",
+    "utc_now",
+    "write_failures",
+]
 
 
 def open_job(root: Path, settings: JobSettings, entries: list[SlideEntry]) -> JobPaths:
@@ -62,6 +73,22 @@ def append_outcome(paths: JobPaths, outcome: SlideOutcome) -> None:
 def read_outcomes(root: Path) -> dict[str, SlideOutcome]:
     """The last outcome of each slide, by slide id. A line cut short by a crash is passed over."""
     return {outcome.slide_id: outcome for outcome in _lines(JobPaths(root).outcomes)}
+
+
+def write_failures(paths: JobPaths) -> None:
+    """Write ``failures.csv``: slide, path, stage, cause and remedy of every slide whose last outcome is a failure."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["slide_id", "slide", "stage", "cause", "remedy"])
+    for outcome in read_outcomes(paths.root).values():
+        if outcome.status == "failed":
+            writer.writerow([outcome.slide_id, outcome.path, outcome.stage, outcome.reason, outcome.remedy])
+    write_text_atomically(paths.failures, buffer.getvalue())
+
+
+def utc_now() -> str:
+    """The time now, ISO 8601 in UTC to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _lines(path: Path) -> Iterator[SlideOutcome]:

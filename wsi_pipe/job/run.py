@@ -16,8 +16,8 @@ from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_f
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.features import Wanted, assemble, missing_features, store_features, wanted_features
 from wsi_pipe.job.paths import JobPaths
-from wsi_pipe.job.prepare import Prepared, StageClock, open_entry, prepare, utc_now
-from wsi_pipe.job.record import append_outcome
+from wsi_pipe.job.prepare import Prepared, StageClock, open_entry, prepare
+from wsi_pipe.job.record import append_outcome, utc_now
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
 
@@ -64,14 +64,17 @@ def process(
     encoders: Mapping[str, Encoder] | None = None,
     keep_features: bool = False,
     progress: Progress | None = None,
+    record: bool = True,
+    cache_dir: Path | None = None,
 ) -> Iterator[SlideOutcome]:
     """Take slides through the stages up to ``until``, doing just what is missing or stale; one outcome each.
 
-    Outcomes come, and are noted in the job, as slides finish. A slide's error ends that slide alone. ``entries`` is
-    consumed lazily; while one slide's tiles are encoded the next one is segmented. Raises OutputError when the job's
-    folder cannot be written any more and DeviceError when the device fails, both after what was done is on disk.
+    Outcomes come, and with ``record`` are noted in the job, as slides finish. A slide's error ends that slide alone.
+    ``entries`` is consumed lazily; while one slide's tiles are encoded the next one is segmented. Raises OutputError
+    when the job's folder cannot be written any more and DeviceError when the device fails, both after what was done
+    is on disk.
     """
-    run = _Run(settings, paths, until, encoders, keep_features, progress)
+    run = _Run(settings, paths, until, encoders, keep_features, progress, record, cache_dir)
     if STAGES.index(until) < STAGES.index("extract"):
         yield from run.without_features(entries)
     else:
@@ -89,10 +92,14 @@ class _Run:
         encoders: Mapping[str, Encoder] | None,
         keep_features: bool,
         progress: Progress | None,
+        record: bool,
+        cache_dir: Path | None,
     ) -> None:
         self.settings, self.paths, self.until = settings, paths, until
         self.encoders = encoders
         self.keep_features = keep_features
+        self.record = record
+        self.cache_dir = cache_dir
         self.progress = progress or (lambda slide_id, what, amount: None)
         self.finished: deque[SlideOutcome] = deque()
         self.under_way: dict[str, _Work] = {}
@@ -126,7 +133,9 @@ class _Run:
         """Segment and tile; False where the slide failed."""
         self.progress(work.entry.slide_id, "segment", 1)
         try:
-            work.prepared = prepare(work.entry, self.settings, self.paths, work.clock, tile=tile)
+            work.prepared = prepare(
+                work.entry, self.settings, self.paths, work.clock, tile=tile, cache_dir=self.cache_dir
+            )
         except OutputError:
             raise
         except Exception as error:
@@ -151,7 +160,7 @@ class _Run:
             self.under_way[entry.slide_id] = work
             yield ExtractItem(
                 slide_id=entry.slide_id,
-                open=partial(open_entry, entry, settings.reader),
+                open=partial(open_entry, entry, settings.reader, self.cache_dir),
                 grids=grids,
                 encoders={grid.label: self._names(work, grid) for grid in grids},
             )
@@ -239,7 +248,8 @@ class _Run:
         )
 
     def _note(self, outcome: SlideOutcome) -> None:
-        append_outcome(self.paths, outcome)
+        if self.record:
+            append_outcome(self.paths, outcome)
         self.finished.append(outcome)
 
     def _drain(self) -> Iterator[SlideOutcome]:

@@ -1,0 +1,368 @@
+"""Running a callable over many items: in this process, in processes that can be killed, or on a Dask scheduler.
+
+Knows no stage: ``fn(item)`` returns a value, and what it returns comes back as it is finished. A process that dies or
+takes too long costs its own item only. Nothing but items and results crosses a process boundary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
+
+from wsi_pipe.errors import ConfigError, TaskTimeoutError, WorkerError
+
+__all__ = ["Done", "Failed", "KillableWorker", "Where", "run", "run_killable"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+POLL_S = 0.2
+KILL_GRACE_S = 2.0
+AHEAD = 2
+"""Tasks in flight for each worker on a scheduler: one runs, one waits beside it; the rest stay here."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where work runs.
+
+    workers: processes on this machine; 1 without a time-out is this process itself. scheduler: address of a Dask
+    scheduler, which then decides. timeout_s: seconds that one item may take. retries: how often an item is tried
+    again after its process died. resources: what a Dask worker must offer, such as {"GPU": 1}.
+    """
+
+    workers: int = 1
+    scheduler: str | None = None
+    timeout_s: float | None = None
+    retries: int = 1
+    resources: dict[str, float] | None = None
+
+    @property
+    def here(self) -> bool:
+        """Whether work runs in this very process."""
+        return self.scheduler is None and self.workers == 1 and self.timeout_s is None
+
+
+@dataclass(frozen=True)
+class Done(Generic[T, R]):
+    """An item and what the callable returned."""
+
+    item: T
+    value: R
+
+
+@dataclass(frozen=True)
+class Failed(Generic[T]):
+    """An item whose process died, took too long, or whose callable raised; the error says which."""
+
+    item: T
+    error: Exception
+
+
+def run(fn: Callable[[T], R], items: Iterable[T], where: Where) -> Iterator[Done[T, R] | Failed[T]]:
+    """Apply ``fn`` to every item; results come as they are finished, in no fixed order.
+
+    items: consumed lazily, a few ahead of what is finished. fn: a picklable callable when it runs elsewhere. Closing
+    the generator ends the workers. Raises WorkerError when a scheduler cannot be reached or goes away; what was
+    handed out before stays valid.
+    """
+    if where.workers < 1:
+        raise ConfigError(f"{where.workers} workers: at least 1 is needed")
+    if where.scheduler:
+        return _on_scheduler(fn, items, where)
+    if where.here:
+        return _here(fn, items)
+    return _in_processes(fn, items, where)
+
+
+def _here(fn: Callable[[T], R], items: Iterable[T]) -> Iterator[Done[T, R] | Failed[T]]:
+    for item in items:
+        try:
+            value = fn(item)
+        except Exception as error:
+            yield Failed(item, error)
+        else:
+            yield Done(item, value)
+
+
+class KillableWorker:
+    """One process that runs one callable at a time, keeps what it has loaded, and can be killed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._lock = threading.Lock()
+
+    def call(self, fn: Callable[[T], R], item: T, timeout_s: float | None, stop: threading.Event | None = None) -> R:
+        """``fn(item)`` in the process.
+
+        Raises what ``fn`` raises; TaskTimeoutError when it takes longer than ``timeout_s`` and WorkerError when the
+        process dies, both after the process is gone (the next call starts another). ``stop`` set by another thread
+        ends the call by WorkerError.
+        """
+        pipe = self._start()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            pipe.send((fn, item))
+            while not pipe.poll(POLL_S):
+                if stop is not None and stop.is_set():
+                    self.kill()
+                    raise WorkerError("stopped")
+                if deadline is not None and time.monotonic() > deadline:
+                    self.kill()
+                    raise TaskTimeoutError(
+                        f"took longer than {timeout_s:g} s and was ended",
+                        remedy="give more time with --timeout, or leave the slide out",
+                    )
+            kind, value = pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            code = self._exit_code()
+            self.kill()
+            raise WorkerError(
+                f"its process died ({_cause(code)})",
+                remedy="too little memory or a damaged slide: try fewer --workers, or leave the slide out",
+            ) from error
+        if kind == "error":
+            raise value
+        result: R = value
+        return result
+
+    def _start(self) -> Connection:
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                ours, theirs = multiprocessing.Pipe()
+                # Not multiprocessing.Process: Dask's own workers are daemons, which may not have children of that kind.
+                code = f"from wsi_pipe.execute import serve; serve({theirs.fileno()}, {os.getpid()})"
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                )
+                theirs.close()
+                self._pipe = ours
+            assert self._pipe is not None
+            return self._pipe
+
+    def _exit_code(self) -> int | None:
+        process = self._process
+        if process is None:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(KILL_GRACE_S)
+        return None
+
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        with self._lock:
+            process, pipe = self._process, self._pipe
+            self._process = self._pipe = None
+        if process is not None:
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_GRACE_S)
+        if pipe is not None:
+            pipe.close()
+
+
+def _cause(code: int | None) -> str:
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """The worker process: calls until the pipe closes or the parent is gone. The parent alone answers to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    pipe = Connection(descriptor)
+    while True:
+        try:
+            fn, item = pipe.recv()
+        except (EOFError, OSError):
+            return
+        except Exception as error:
+            pipe.send(("error", WorkerError(f"a task cannot be understood by its process ({error})")))
+            continue
+        try:
+            answer = ("value", fn(item))
+        except Exception as error:
+            answer = ("error", error)
+        try:
+            pipe.send(answer)
+        except (BrokenPipeError, ConnectionResetError):
+            return
+        except Exception as error:
+            pipe.send(("error", WorkerError(f"a result cannot be sent back ({type(error).__name__}: {error})")))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: a slide that nobody waits for must not write beside a new run."""
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os._exit(1)
+
+
+def _attempt(
+    worker: KillableWorker, fn: Callable[[T], R], item: T, where: Where, stop: threading.Event
+) -> Done[T, R] | Failed[T]:
+    for attempt in range(where.retries + 1):
+        try:
+            return Done(item, worker.call(fn, item, where.timeout_s, stop))
+        except WorkerError as error:
+            if attempt == where.retries or stop.is_set():
+                return Failed(item, error)
+        except Exception as error:
+            return Failed(item, error)
+    raise AssertionError("the last attempt returns")
+
+
+def _in_processes(fn: Callable[[T], R], items: Iterable[T], where: Where) -> Iterator[Done[T, R] | Failed[T]]:
+    stop = threading.Event()
+    idle = [KillableWorker() for _ in range(where.workers)]
+    everyone = tuple(idle)
+    pool = ThreadPoolExecutor(where.workers, thread_name_prefix="worker")
+    running: dict[Future[Done[T, R] | Failed[T]], KillableWorker] = {}
+    source = iter(items)
+    try:
+        while True:
+            while idle:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+                worker = idle.pop()
+                running[pool.submit(_attempt, worker, fn, item, where, stop)] = worker
+            if not running:
+                return
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                idle.append(running.pop(future))
+                yield future.result()
+    finally:
+        stop.set()
+        for worker in everyone:
+            worker.kill()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_own_worker: KillableWorker | None = None
+
+
+def run_killable(fn: Callable[[T], R], timeout_s: float, item: T) -> R:
+    """``fn(item)`` in a child of this process that is killed when it takes too long; the child stays for the next.
+
+    What a Dask worker calls: Dask itself cannot end a task that runs. Raises as ``KillableWorker.call``.
+    """
+    global _own_worker
+    if _own_worker is None:
+        _own_worker = KillableWorker()
+    return _own_worker.call(fn, item, timeout_s)
+
+
+def _guarded(fn: Callable[[T], R], item: T) -> tuple[str, Any]:
+    """An error as a value: Dask would otherwise log it with a traceback on the worker."""
+    try:
+        return ("value", fn(item))
+    except Exception as error:
+        return ("error", error)
+
+
+def _on_scheduler(fn: Callable[[T], R], items: Iterable[T], where: Where) -> Iterator[Done[T, R] | Failed[T]]:
+    import distributed as dask_distributed
+
+    # Dask states no types.
+    distributed: Any = dask_distributed
+    assert where.scheduler is not None
+    task = fn if where.timeout_s is None else partial(run_killable, fn, where.timeout_s)
+    try:
+        client = distributed.Client(where.scheduler, timeout="20s", set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise WorkerError(
+            f"no Dask scheduler answers at {where.scheduler} ({error})",
+            remedy="start one with 'dask scheduler' and workers with 'dask worker ADDRESS'",
+        ) from error
+    source = iter(items)
+    running: dict[Any, T] = {}
+    try:
+        # Keys are random and results are dropped at once: the scheduler holds a few small things at any time.
+        queue = distributed.as_completed([], loop=client.loop, with_results=False)
+        exhausted = False
+        while True:
+            room = max(AHEAD * max(_threads(client), 1), 1)
+            while not exhausted and len(running) < room:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    exhausted = True
+                    break
+                future = client.submit(
+                    _guarded, task, item, pure=False, retries=where.retries, resources=where.resources
+                )
+                running[future] = item
+                queue.add(future)
+            if not running:
+                return
+            future = _next_done(queue, client, where.scheduler)
+            if future is None:
+                continue
+            item = running.pop(future)
+            yield _outcome(item, future)
+            future.release()
+    finally:
+        for future in running:
+            with contextlib.suppress(Exception):
+                future.cancel()
+        with contextlib.suppress(Exception):
+            client.close(timeout=5)
+
+
+def _threads(client: Any) -> int:
+    """Threads of all workers now; workers may come and go."""
+    return sum(client.nthreads().values())
+
+
+def _next_done(queue: Any, client: Any, address: str) -> Any:
+    """The next finished future, or None when none is finished yet. Raises WorkerError when the scheduler is gone."""
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        if client.status in ("closed", "closing") or (client.status == "connecting" and not _answers(client)):
+            raise WorkerError(
+                f"the Dask scheduler at {address} went away",
+                remedy="start it again and run the same command: finished slides are kept",
+            )
+        if queue.has_ready():
+            return next(queue)
+        time.sleep(0.02)
+    return None
+
+
+def _answers(client: Any) -> bool:
+    """Whether a client that lost its scheduler finds it again within its own time-out."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if client.status == "running":
+            return True
+        if client.status == "closed":
+            return False
+        time.sleep(0.2)
+    return False
+
+
+def _outcome(item: T, future: Any) -> Done[T, R] | Failed[T]:
+    try:
+        kind, value = future.result(timeout=60)
+    except Exception as error:
+        # Dask's own words for a worker that died too often.
+        return Failed(item, WorkerError(f"its Dask worker died or was lost ({type(error).__name__}: {error})"))
+    return Failed(item, value) if kind == "error" else Done(item, value)

@@ -1,0 +1,78 @@
+"""One run at a time in a job directory."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from wsi_pipe.errors import JobLockedError
+from wsi_pipe.files import output_error
+
+__all__ = ["hold_job", "holder_of"]
+
+
+def lock_path(root: Path) -> Path:
+    """The file whose lock a run holds. It stays when the run is over: only the lock counts, never the file."""
+    return root / ".lock"
+
+
+@contextmanager
+def hold_job(root: Path, about: dict[str, Any]) -> Iterator[None]:
+    """Hold the job directory; ``about`` is told to whoever asks meanwhile.
+
+    The operating system lets go when the process ends, however it ends. Raises JobLockedError when another run holds
+    it, OutputError when the folder cannot be written.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock_path(root), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise output_error(root, error) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            other = _read(root)
+            who = f"process {other.get('pid', '?')} on {other.get('host', '?')}, since {other.get('started_utc', '?')}"
+            raise JobLockedError(
+                f"{root}: another run is at work in this job ({who})",
+                remedy="wait for it (wsi-pipe status), end it, or give another --out",
+            ) from error
+        try:
+            text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **about}).encode()
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, text, 0)
+        except OSError as error:
+            raise output_error(lock_path(root), error) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def holder_of(root: Path) -> dict[str, Any] | None:
+    """What the run that holds the job said of itself, or None where no run does."""
+    try:
+        handle = os.open(lock_path(root), os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _read(root)
+    finally:
+        os.close(handle)
+    return None
+
+
+def _read(root: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(lock_path(root).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,53 @@
+"""One slide through the stages as a callable that runs in any process: what workers and clusters execute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wsi_pipe.config import JobSettings, fingerprint
+from wsi_pipe.errors import OutputError
+from wsi_pipe.job.paths import JobPaths
+from wsi_pipe.job.run import load_encoders, process
+from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
+
+if TYPE_CHECKING:
+    from wsi_pipe.encoders.base import Encoder
+
+__all__ = ["slide_task"]
+
+_encoders: dict[str, dict[str, Encoder]] = {}
+"""Encoders of this process, by settings: loaded once, kept for the next slide."""
+
+
+def slide_task(
+    settings: JobSettings, root: str, until: Stage, keep_features: bool, cache_dir: str | None, entry: SlideEntry
+) -> SlideOutcome:
+    """Take one slide to ``until`` in the job at ``root``; the caller notes the outcome.
+
+    Raises OutputError, DeviceError and EncoderError, which concern the whole job; all else is in the outcome.
+    """
+    encoders = None
+    if STAGES.index(until) >= STAGES.index("extract"):
+        key = fingerprint(settings.extract, settings.tile.resolutions)
+        if key not in _encoders:
+            _encoders.clear()
+            _encoders[key] = load_encoders(settings)
+        encoders = _encoders[key]
+    paths = JobPaths(Path(root))
+    if not paths.root.is_dir():
+        raise OutputError(
+            f"cannot write {root}: the job folder is not there", remedy="workers must see the job's folder"
+        )
+    (outcome,) = process(
+        [entry],
+        settings,
+        paths,
+        until=until,
+        encoders=encoders,
+        keep_features=keep_features,
+        record=False,
+        cache_dir=Path(cache_dir) if cache_dir else None,
+    )
+    return outcome
