@@ -35,7 +35,7 @@ BLOCK_BYTES = 1 << 20
 
 MAX_PAGES = 4096
 
-_UNCOMPRESSED = 1
+_UNCOMPRESSED, _JPEG = 1, 7
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
 _COLOUR_NAMES = {4: "a transparency mask", 5: "CMYK", 8: "CIE L*a*b*", 9: "ICC L*a*b*", 32803: "a raw sensor image"}
 _IMAGEJ_UM = {"micron": 1.0, "um": 1.0, "µm": 1.0, "\\u00B5m": 1.0, "microns": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
@@ -221,6 +221,7 @@ class SegmentImage:
         if self._photometric == _PALETTE:
             # (3, 256) of 16 bits, red first.
             self._palette = (np.asarray(page.colormap) >> 8).astype(np.uint8)
+        self._planar_jpeg = int(page.compression) == _JPEG and self.planes > 1
         self._raw = int(page.compression) == _UNCOMPRESSED and int(page.predictor) == 1 and int(page.fillorder) == 1
         if self._raw and not self.is_tiled and self.planes == 1 and self.segment_bytes > BLOCK_BYTES:
             self._cut_strips()
@@ -232,17 +233,18 @@ class SegmentImage:
         """Take long uncompressed strips for many short ones: nothing has to be unpacked to find a row."""
         width, rows = self._segment_px
         row_bytes = width * self.samples
-        short = max(1, BLOCK_BYTES // row_bytes)
+        limit = max(1, BLOCK_BYTES // row_bytes)
+        # Short strips must end where long ones do, unless there is only one.
+        short = limit if self._grid[1] == 1 else next(d for d in range(min(limit, rows), 0, -1) if rows % d == 0)
         offsets, counts = [], []
         for strip, (offset, count) in enumerate(zip(self._offsets, self._counts, strict=True)):
             height = min(rows, self.size_px[1] - strip * rows)
-            if offset and count and count < height * row_bytes:
+            stored = bool(offset and count)
+            if stored and count < height * row_bytes:
                 raise UnsupportedSlideError(f"{self._source.name}: a strip has {count} bytes of {height * row_bytes}")
-            if strip * rows % short:
-                return
             for top in range(0, height, short):
-                offsets.append(offset + top * row_bytes if offset and count else 0)
-                counts.append(min(short, height - top) * row_bytes if count else 0)
+                offsets.append(offset + top * row_bytes if stored else 0)
+                counts.append(min(short, height - top) * row_bytes if stored else 0)
         self._offsets, self._counts = tuple(offsets), tuple(counts)
         self._segment_px, self._grid = (width, short), (1, len(offsets))
         self.segment_bytes = short * row_bytes
@@ -305,6 +307,12 @@ class SegmentImage:
                 -1, self._segment_px[0], self.samples
             )
         try:
+            if self._planar_jpeg:
+                # tifffile tells the decoder RGB, of which a plane is one third.
+                import imagecodecs
+
+                grey = imagecodecs.jpeg_decode(data, tables=self._tables["jpegtables"], outcolorspace="minisblack")
+                return np.asarray(grey, np.uint8).reshape(*grey.shape[:2], -1)[..., :1]
             pixels, _, _ = self._decode(data, at, **self._tables)
         except Exception as error:  # every codec has errors of its own
             raise CodecError(f"segment {at}: {type(error).__name__}: {error}") from error
