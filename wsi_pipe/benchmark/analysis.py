@@ -176,7 +176,7 @@ def comparisons(record: BenchmarkRecord) -> list[Comparison]:
         same = [(h, c) for h, c in pairs if h.encoder == c.encoder]
         # With one encoder a level the pair is what would be run; with several, like is set against like as well.
         head = pairs[-1] if len(pairs) == 1 or not same else same[0]
-        ordered = [head, *(pair for pair in pairs if pair is not head)]
+        ordered = [head, *(pair for pair in pairs if pair != head)]
         for dear, cheap in ordered:
             title = f"{dear.label} against {cheap.label}"
             if dear.encoder == cheap.encoder:

@@ -114,8 +114,9 @@ class Measurement:
 
     order: its place among all passes. kind: STAGED or END_TO_END. stages: by name; for END_TO_END their wall seconds
     overlap, and processor time is known of the whole only (0 in the stages). native_tiles: blocks of the file that
-    were decoded. bytes_read: of tiles' blocks, as the reader counts them; io_read_bytes: all that the process read, as
-    the system counts it, if it does. bytes_written: the bag. peak_memory_bytes: resident, of the process.
+    were decoded. bytes_read: as the reader counts them, of the tiles' blocks; for END_TO_END with the file's header
+    and what its fingerprint is made of. io_read_bytes: all that the process read, as the system counts it, if it does.
+    bytes_written: the bag. peak_memory_bytes: resident, of the process.
     """
 
     slide: str

@@ -1,0 +1,537 @@
+"""The benchmark: its file, its arithmetic, and that it counts right; nothing depends on how long anything takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wsi_pipe.benchmark import Assumptions, read_record, write_record
+from wsi_pipe.benchmark.analysis import balance, bootstrap_ratio, comparisons, totals, warnings_of
+from wsi_pipe.benchmark.measure import run_benchmark
+from wsi_pipe.benchmark.meters import ForeignLoad, Gpu, PeakMemory, drop_cache, io_read_bytes
+from wsi_pipe.benchmark.passes import _divide
+from wsi_pipe.benchmark.peer import best_level, read_singly
+from wsi_pipe.benchmark.projection import assumptions_in_words, project
+from wsi_pipe.benchmark.records import (
+    END_TO_END,
+    STAGED,
+    Arm,
+    BenchmarkRecord,
+    GpuSpent,
+    Machine,
+    Measurement,
+    SlideFacts,
+    Spent,
+)
+from wsi_pipe.benchmark.render import answers, figure, headline, markdown, stage_table, write_outputs
+from wsi_pipe.cli import group, run_group
+from wsi_pipe.config import JobSettings, TileSettings
+from wsi_pipe.errors import ConfigError
+from wsi_pipe.geometry import TileGrid, TileSpec
+from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.slides import open_slide
+from wsi_pipe.slides.array import ArraySlide
+from wsi_pipe.synthetic import make_cohort
+from wsi_pipe.tiles import stream_tiles
+
+MACHINE = Machine("a processor", 2, 8 << 30, "Linux", "3.11.7", versions={"numpy": "2.0"})
+LR = Arm("5x texture", "5x", 2.0, 256, "texture", 162, "0" * 64)
+HR = Arm("20x texture", "20x", 0.5, 256, "texture", 162, "0" * 64)
+PEER = dataclasses.replace(HR, id="20x openslide", method="openslide", reader="openslide")
+
+
+def passes(
+    arm: Arm, slide: str, repeat: int, tiles: int, scale: float, energy: float | None = None
+) -> list[Measurement]:
+    """A stage pass and an end-to-end pass of known seconds: 1 s fixed, 2 s to read, 4 s to encode, times ``scale``."""
+    gpu = GpuSpent(energy_j=energy, utilisation=0.5, busy_s=scale) if energy is not None else None
+    stages = {
+        "open": Spent(0.25, 0.25), "segment": Spent(0.5, 0.75), "plan": Spent(0.25, 0.25),
+        "fetch": Spent(0.5 * scale, 0.25 * scale), "decode": Spent(1.5 * scale, 3 * scale),
+        "encode": Spent(4 * scale, 8 * scale), "write": Spent(0.125, 0.125),
+    }  # fmt: skip
+    if arm.method == "openslide":
+        stages = {
+            "open": Spent(0.25, 0.25),
+            "read": Spent(20 * scale, 40 * scale),
+            "encode": Spent(4 * scale, 8 * scale),
+        }
+    wall, cpu = (math.fsum(getattr(s, k) for s in stages.values()) for k in ("wall_s", "cpu_s"))
+    staged = Measurement(
+        slide, arm.id, repeat, 0, STAGED, wall, cpu, stages, tiles, 4 * tiles, 1000 * tiles, 324 * tiles
+    )
+    outcome = {"open": Spent(0.25, 0), "segment": Spent(0.5, 0), "tile": Spent(0.25, 0), "read": Spent(2 * scale, 0)}
+    whole = Measurement(
+        slide, arm.id, repeat, 1, END_TO_END, 1 + 4 * scale, cpu, outcome, tiles, 4 * tiles, 1000 * tiles, 324 * tiles,
+        peak_memory_bytes=1 << 30, gpu=gpu,
+    )  # fmt: skip
+    return [staged] if arm.method == "openslide" else [staged, whole]
+
+
+def record_of(
+    arms: Sequence[Arm] = (LR, HR), slides: int = 2, repeats: int = 3, energy: bool = False, **changes: Any
+) -> BenchmarkRecord:
+    names = [f"s{i}" for i in range(slides)]
+    measurements = [
+        m
+        for repeat in range(repeats)
+        for i, name in enumerate(names)
+        for arm in arms
+        for m in passes(
+            arm,
+            name,
+            repeat,
+            (i + 1) * (150 if arm.label == "20x" else 10),
+            (i + 1) * (1.0 if arm.label == "20x" else 0.0625),
+            100.0 * (i + 1) * (1.0 if arm.label == "20x" else 0.1) if energy else None,
+        )
+    ]
+    cpu = math.fsum(m.cpu_s for m in measurements)
+    values: dict[str, Any] = {
+        "created_utc": "2026-01-01T00:00:00Z",
+        "wsi_pipe_version": "1",
+        "command": "wsi-pipe benchmark x",
+        "machine": MACHINE,
+        "repeats": repeats,
+        "cache": "warm",
+        "threads": 2,
+        "arms": tuple(arms),
+        "slides": tuple(SlideFacts(n, f"/s/{n}.svs", 1, 10, 10, 0.25, "aperio", "tiff", 100.0) for n in names),
+        "measurements": tuple(measurements),
+        "once": {"start-up": Spent(1.0, 2.0)},
+        "process": Spent(100.0, cpu + 2.0),
+    }
+    return BenchmarkRecord(**{**values, **changes})
+
+
+# The file
+
+
+texts = st.text(max_size=12)
+amounts = st.floats(0, 1e9, allow_nan=False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    command=texts,
+    spent=st.dictionaries(texts, st.tuples(amounts, amounts), max_size=4),
+    peak=st.none() | st.integers(0, 2**60),
+    energy=st.none() | amounts,
+    skipped=st.dictionaries(texts, texts, max_size=3),
+)
+def test_what_is_written_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory,
+    command: str,
+    spent: dict[str, tuple[float, float]],
+    peak: int | None,
+    energy: float | None,
+    skipped: dict[str, str],
+) -> None:
+    stages = {name: Spent(*pair) for name, pair in spent.items()}
+    m = Measurement("s0", LR.id, 0, 0, STAGED, 1.0, 1.0, stages, 1, 2, 3, 4, None, peak, GpuSpent(energy_j=energy))
+    record = record_of(slides=1, repeats=1, measurements=(m,), command=command, skipped=skipped, once=stages)
+    path = tmp_path_factory.mktemp("b") / "benchmark.json"
+    write_record(path, record)
+    assert read_record(path) == record
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("not json", "is not JSON"),
+        ({"schema": "other"}, "is not a benchmark"),
+        ({"schema_version": 99}, "is of version 99"),
+        ({"repeats": "many"}, "repeats"),
+        ({"arms": []}, "names an arm"),
+        ({"process": None}, "incomplete"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error(tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "benchmark.json"
+    write_record(path, record_of())
+    if isinstance(change, str):
+        path.write_text(change)
+    else:
+        values = json.loads(path.read_text())
+        values.update(change)
+        path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_record(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.remedy or "arm" in message or "repeats" in message
+
+
+# Arithmetic
+
+
+def test_ratios_are_of_sums_over_slides() -> None:
+    (found,) = comparisons(record_of())
+    assert (found.headline, found.dear, found.cheap) == (True, HR.id, LR.id)
+    expected = {
+        "end to end": (2 + 12) / (2 + 0.75),
+        "end to end, but open, segment, tile": 12 / 0.75,
+        "reading": 16.0,
+        "encoding": 16.0,
+        "writing": 1.0,
+        "fixed: open, segment, plan": 1.0,
+        "tiles": 15.0,
+        "native tiles decoded": 15.0,
+        "bytes read": 15.0,
+    }
+    for what, value in expected.items():
+        ratio = found.ratio(what)
+        assert ratio is not None
+        assert ratio.value == pytest.approx(value), what
+    assert found.ratio("energy of the GPU, end to end") is None
+    (found,) = comparisons(record_of(energy=True))
+    energy = found.ratio("energy of the GPU, end to end")
+    assert energy is not None
+    assert energy.value == pytest.approx(10.0)
+
+
+def test_bootstrap_of_what_does_not_vary_is_a_point() -> None:
+    cheap = np.array([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]])
+    value, low, high = bootstrap_ratio(5 * cheap, cheap) or (0, 0, 0)
+    assert (value, low, high) == pytest.approx((5, 5, 5))
+    assert bootstrap_ratio(cheap, 0 * cheap) is None
+
+
+def test_bootstrap_intervals_have_the_width_that_theory_gives() -> None:
+    rng = np.random.default_rng(0)
+    # One repeat; equal tile counts; ratio = mean of the numerator: the standard error is the sample's over sqrt(n).
+    dear = rng.normal(10, 2, (200, 1))
+    value, low, high = bootstrap_ratio(dear, np.ones((200, 1))) or (0, 0, 0)
+    error = dear.std(ddof=1) / math.sqrt(200)
+    assert value == pytest.approx(dear.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.08)
+    # More repeats of one slide narrow the interval, which then speaks of that slide alone.
+    narrow = bootstrap_ratio(rng.normal(10, 2, (1, 400)), np.ones((1, 400)))
+    wide = bootstrap_ratio(rng.normal(10, 2, (1, 10)), np.ones((1, 10)))
+    assert narrow is not None
+    assert wide is not None
+    assert narrow[2] - narrow[1] < 0.4 * (wide[2] - wide[1])
+
+
+def test_both_arms_get_the_same_draws() -> None:
+    # Slides differ a hundredfold, the ratio does not: with the same slides in both sums the interval is a point.
+    cheap = np.array([[1.0, 1.1], [100.0, 110.0]])
+    value, low, high = bootstrap_ratio(3 * cheap, cheap) or (0, 0, 0)
+    assert (low, high) == pytest.approx((value, value))
+
+
+def test_encoders_side_by_side_and_the_peers_way_are_compared_too() -> None:
+    other = dataclasses.replace(HR, id="20x vit", encoder="vit")
+    found = comparisons(record_of([LR, HR, other, PEER]))
+    titles = [c.title for c in found]
+    assert [c.headline for c in found] == [True, False, False, False]
+    assert found[0].dear == HR.id  # like against like leads
+    assert "vit against texture" in titles[1]
+    assert titles[2] == "texture against vit at 20x"
+    reading = found[3].ratio("reading")
+    assert reading is not None
+    assert reading.value == pytest.approx(10.0)
+    # An encoder of its own for the low resolution: the pair that would be run leads.
+    lr = dataclasses.replace(LR, id="5x lr.safetensors", encoder="lr.safetensors")
+    (found,) = comparisons(record_of([lr, HR]))
+    assert found.headline
+    assert found.title == "20x against 5x: texture against lr.safetensors"
+    assert comparisons(record_of([HR])) == []
+
+
+def test_totals_and_the_table_add_up() -> None:
+    record = record_of([LR, HR, PEER], energy=True)
+    lr, hr, peer = totals(record)
+    assert hr.tiles == 450
+    assert hr.bytes_written == 324 * 450
+    assert hr.stages["decode"] == pytest.approx((4.5, 9.0))
+    assert hr.end_to_end_s == pytest.approx(14.0)
+    assert hr.energy_j == pytest.approx(300.0)
+    assert peer.end_to_end_s is None
+    assert lr.peak_memory_bytes == 1 << 30
+    heading, rows = stage_table(record)
+    by_name = {row[0]: row for row in rows}
+    column = heading.index("20x texture, s")
+    assert by_name["= reading"][column] == "6"
+    assert by_name["read"][column] == "–"
+    assert float(by_name["= all stages, one after the other"][column]) == pytest.approx(20.25, rel=0.01)
+
+
+def test_wall_seconds_of_reading_are_divided_and_none_is_lost() -> None:
+    before = {"fetch": (1.0, 0.5), "decode": (2.0, 2.0), "resample": (0.0, 0.0)}
+    after = {"fetch": (2.0, 0.6), "decode": (8.0, 7.0), "resample": (2.0, 1.9)}
+    parts = _divide(Spent(5.0, 8.0), before, after)
+    assert sum(p.wall_s for p in parts.values()) == pytest.approx(5.0)
+    assert sum(p.cpu_s for p in parts.values()) == pytest.approx(8.0)
+    assert parts["decode"].cpu_s == pytest.approx(5.0)
+    assert parts["handle"].cpu_s == pytest.approx(1.0)
+    assert parts["decode"].wall_s / parts["fetch"].wall_s == pytest.approx(6.0)
+    # Clocks that disagree by a little do not make time negative.
+    assert _divide(Spent(1.0, 6.0), before, after)["handle"].cpu_s == 0.0
+
+
+def test_projections_are_proportional() -> None:
+    record = record_of(energy=True)
+    lr, hr = project(record, Assumptions(slides=2000, price_per_hour=3.0, price_per_kwh=0.5))
+    assert hr.hours == pytest.approx(1000 * 14 / 3600)
+    hr_total = totals(record)[1]
+    assert hr_total.end_to_end_cpu_s is not None
+    assert hr.kwh == pytest.approx(1000 * (hr_total.end_to_end_cpu_s * 10 + 300) / 3.6e6)
+    assert hr.cost == pytest.approx(3 * hr.hours + 0.5 * hr.kwh)
+    assert hr.gigabytes_read == pytest.approx(1000 * 450_000 / 1e9)
+    twice = project(record, Assumptions(slides=4000))
+    assert twice[1].hours == pytest.approx(2 * hr.hours)
+    assert twice[0].cost is None
+    assert lr.hours < hr.hours
+    assert any("10 W a core" in words for words in assumptions_in_words(record, Assumptions()))
+
+
+def test_doubts_are_said() -> None:
+    good = record_of(slides=6, repeats=3)
+    large = tuple(dataclasses.replace(m, tiles=m.tiles * 30) for m in good.measurements)
+    assert warnings_of(dataclasses.replace(good, measurements=large)) == []
+    assert any("largest slide has 900 tiles" in w for w in warnings_of(good))
+    assert any("Other programs used 40 %" in w for w in warnings_of(dataclasses.replace(good, foreign_load=0.4)))
+    assert any("One slide" in w for w in warnings_of(record_of(slides=1)))
+    assert any("2 slides are few" in w for w in warnings_of(record_of(slides=2)))
+    assert any("1 repeat(s)" in w for w in warnings_of(record_of(repeats=1)))
+    noisy = tuple(dataclasses.replace(m, wall_s=m.wall_s * (1 + m.repeat)) for m in good.measurements)
+    assert any("noisy" in w for w in warnings_of(dataclasses.replace(good, measurements=noisy)))
+    short = tuple(dataclasses.replace(m, wall_s=m.wall_s / 1000) for m in good.measurements)
+    assert sum("too short" in w for w in warnings_of(dataclasses.replace(good, measurements=short))) == 2
+    assert "Left out: bad: empty file." in warnings_of(dataclasses.replace(good, skipped={"bad": "empty file"}))
+    lost = dataclasses.replace(good, process=Spent(1.0, good.process.cpu_s * 1.2))
+    assert any("17 % of the processor time belongs to no stage" in w for w in warnings_of(lost))
+
+
+def test_the_books_balance() -> None:
+    record = record_of()
+    books = balance(record)
+    assert books.parts["start-up"] == 2.0
+    assert books.explained_s == pytest.approx(record.process.cpu_s)
+    assert books.unexplained == pytest.approx(0.0, abs=1e-12)
+    assert books.parts["decode"] == pytest.approx(3 * (9.0 + 9.0 / 16))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0, "0"), (14.24, "14.2"), (1234.6, "1,235"), (123.4, "123"), (0.01234, "0.0123"), (1e-6, "1.0e-06")],
+)
+def test_figures_are_written_to_three_digits(value: float | None, text: str) -> None:
+    assert figure(value) == text
+
+
+def test_the_answer_comes_first(tmp_path: Path) -> None:
+    record = record_of([LR, HR, PEER])
+    first = headline(record)[0]
+    assert first.startswith("5x (texture) costs, beside 20x (texture): 1/5.09 end to end")
+    assert "1/16 reading" in first
+    text = markdown(record, Assumptions())
+    assert text.splitlines()[2] == f"**{first}**"
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.endswith("|")
+    assert "One resolution" in headline(record_of([HR]))[0]
+    paths = write_outputs(tmp_path / "out", record_of([HR]), Assumptions())
+    assert [p.name for p in paths] == ["benchmark.json", "benchmark.md", "benchmark.html"]
+    json.dumps(answers(record, Assumptions()), allow_nan=False)
+
+
+# Measuring
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cohort")
+    make_cohort(folder, 2, seed=3, signal="coarse", size_px=(1280, 1280), mpp=0.5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(cohort: Path) -> BenchmarkRecord:
+    entries = [SlideEntry(p.stem, str(p), p.stem) for p in sorted(cohort.glob("*.tif"))]
+    bad = cohort / "bad.svs"
+    bad.write_bytes(b"")
+    entries.insert(1, SlideEntry("bad", str(bad), "bad"))
+    return run_benchmark(entries, JobSettings(), repeats=2, compare=("openslide",), command="as tested", folder=cohort)
+
+
+def test_every_pass_is_made_and_arms_take_turns(measured: BenchmarkRecord, cohort: Path) -> None:
+    ids = [arm.id for arm in measured.arms]
+    assert ids == ["5x texture", "20x texture", "5x openslide", "20x openslide"]
+    assert len(measured.measurements) == 2 * 2 * (2 * 2 + 2)
+    assert [m.order for m in measured.measurements] == list(range(24))
+    firsts = [next(m.arm for m in measured.measurements if m.repeat == r) for r in range(2)]
+    assert firsts == ids[:2]
+    assert list(measured.skipped) == ["bad"]
+    assert len(measured.slides) == 2
+    assert list(measured.once) == ["start-up", "load encoders", "warm up"]
+    assert not [p for p in cohort.iterdir() if p.is_dir()], "the scratch folder is gone"
+
+
+def test_stages_belong_to_their_passes(measured: BenchmarkRecord) -> None:
+    native = {"open", "segment", "plan", "fetch", "decode", "resample", "handle", "encode", "write"}
+    for m in measured.measurements:
+        if m.kind == END_TO_END:
+            assert {"open", "segment", "tile", "read", "encode", "assemble"} <= set(m.stages)
+            assert m.peak_memory_bytes is not None
+            assert m.peak_memory_bytes > 50 << 20
+        elif m.arm.endswith("openslide"):
+            assert set(m.stages) == {"open", "segment", "plan", "read", "encode", "write"}
+        else:
+            assert set(m.stages) == native
+            assert sum(s.wall_s for s in m.stages.values()) <= m.wall_s
+            assert sum(s.cpu_s for s in m.stages.values()) <= m.cpu_s + 1e-6
+
+
+def test_counts_are_those_of_an_independent_count(measured: BenchmarkRecord) -> None:
+    from wsi_pipe.config import SegmentSettings
+    from wsi_pipe.overview import read_overview
+    from wsi_pipe.tiling import plan_grids
+    from wsi_pipe.tissue import find_tissue
+
+    for facts in measured.slides:
+        with tifffile.TiffFile(facts.path) as file:
+            page = file.pages[0]
+            assert isinstance(page, tifffile.TiffPage)
+            lengths, wide, block = page.databytecounts, -(-page.imagewidth // page.tilewidth), page.tilewidth
+        slide = open_slide(facts.path)
+        overview = read_overview(slide, SegmentSettings().mpp)
+        mask = find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, SegmentSettings())
+        grid = plan_grids(slide.pyramid, mask, TileSettings(resolutions=(0.5,)))[0]
+        slide.close()
+        touched = set()
+        for x, y in grid.coords.tolist():
+            for column in range(x // block, (x + 255) // block + 1):
+                for row in range(y // block, (y + 255) // block + 1):
+                    if column * block < facts.width_l0 and row * block < facts.height_l0:
+                        touched.add(row * wide + column)
+        for m in measured.of("20x texture", STAGED) + measured.of("20x texture", END_TO_END):
+            if m.slide == facts.slide_id:
+                assert m.tiles == len(grid)
+                assert m.native_tiles == len(touched)
+                # Neighbours are fetched in one go, with the few bytes that lie between them in the file.
+                wanted = sum(lengths[i] for i in touched)
+                assert m.bytes_read >= wanted
+                if m.kind == STAGED:
+                    assert m.bytes_read <= 1.01 * wanted
+                assert m.io_read_bytes is None or m.io_read_bytes >= m.bytes_read
+
+
+def test_both_kinds_of_pass_count_alike_and_low_resolution_counts_less(measured: BenchmarkRecord) -> None:
+    for staged, whole in zip(measured.of("5x texture", STAGED), measured.of("5x texture", END_TO_END), strict=True):
+        assert (staged.tiles, staged.native_tiles) == (whole.tiles, whole.native_tiles)
+        # End to end the reader's count holds the header and what the fingerprint is made of, too.
+        assert staged.bytes_read <= whole.bytes_read
+    low, high = totals(measured)[:2]
+    assert low.tiles < high.tiles
+    assert low.bytes_read < high.bytes_read
+
+
+def test_no_slide_that_can_be_measured_is_an_error(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.svs"
+    bad.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"no slide can be measured \(bad: "):
+        run_benchmark([SlideEntry("bad", str(bad), "bad")], JobSettings(), repeats=1)
+    with pytest.raises(ConfigError, match="0 repeats"):
+        run_benchmark([], JobSettings(), repeats=0)
+    with pytest.raises(ConfigError, match="warm or cold"):
+        run_benchmark([], JobSettings(), cache="hot")
+
+
+def test_reading_tile_by_tile_gives_the_same_tiles() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (512, 768, 3)).astype(np.uint8)
+    half = image.reshape(256, 2, 384, 2, 3).mean((1, 3)).astype(np.uint8)
+    slide = ArraySlide([image, half], mpp=(0.5, 0.5))
+    cells = np.array([[0, 0], [1, 0], [2, 1]], np.int32)
+    grid = TileGrid(
+        TileSpec(0.5, 256), (0.5, 0.5), (0.0, 0.0), (256.0, 256.0), (256.0, 256.0), cells, np.ones(3, np.float32)
+    )
+    assert best_level(slide, grid) == 0
+    ours = np.concatenate([b.pixels for b in stream_tiles(slide, grid, batch_size=2)])
+    theirs = np.concatenate(list(read_singly(slide, grid, 2, 2)))
+    assert np.array_equal(ours, theirs)
+    coarse = dataclasses.replace(grid, spec=TileSpec(2.0, 64), mpp_effective=(2.0, 2.0))
+    assert best_level(slide, coarse) == 1
+    assert next(read_singly(slide, coarse, 3, 1)).shape == (3, 64, 64, 3)
+
+
+# Meters
+
+
+def test_meters_see_what_happens(tmp_path: Path) -> None:
+    peak = PeakMemory()
+    held = np.ones(64 << 20, np.uint8)
+    with_it = peak.bytes()
+    del held
+    assert with_it > 64 << 20
+    file = tmp_path / "data"
+    file.write_bytes(b"x" * (1 << 20))
+    before = io_read_bytes()
+    file.read_bytes()
+    drop_cache(file)
+    after = io_read_bytes()
+    if before is not None and after is not None:
+        assert after - before >= 1 << 20
+    assert 0 <= ForeignLoad().share() <= 1
+    gpu = Gpu(wanted=False)
+    with gpu.watch() as spent:
+        gpu.wait()
+    assert spent == []
+    assert gpu.name is None
+
+
+# The command
+
+
+def run_cli(*arguments: str) -> int:
+    return run_group(group, "wsi-pipe", list(arguments))
+
+
+def test_the_command_measures_and_draws_again(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slide = str(next(iter(sorted(cohort.glob("*.tif")))))
+    out = tmp_path / "bench"
+    assert run_cli("benchmark", slide, "--repeats", "1", "-o", str(out), "--encoder-lr", "texture") == 0
+    printed = capsys.readouterr().out
+    assert "5x (texture) costs, beside 20x (texture)" in printed
+    assert "note: 1 repeat(s)" in printed
+    again = tmp_path / "again"
+    arguments = ("--from", str(out / "benchmark.json"), "-o", str(again), "--slides-per-year", "77", "--json")
+    assert run_cli("benchmark", *arguments) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["assumptions"]["slides"] == 77
+    assert (again / "benchmark.json").read_text() == (out / "benchmark.json").read_text()
+    assert "77 slides a year" in (again / "benchmark.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from", "nowhere.json"], "nowhere.json: No such file"),
+        (["--from", "nowhere.json", "slide.svs"], "together with --from"),
+        ([], "no slides are given"),
+        (["nowhere.svs"], "nowhere.svs: no such file"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_cli("benchmark", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
