@@ -38,7 +38,9 @@ def picture() -> RGBArray:
         for sigma in (4, 16)
     ]
     ramp = np.linspace(-40, 40, SIZE_PX[0], dtype=np.float32)[None, :, None]
-    return np.clip(140 + sum(layers) + ramp, 0, 255).astype(np.uint8)
+    rgb: RGBArray = np.clip(140 + sum(layers) + ramp, 0, 255).astype(np.uint8)
+    rgb.setflags(write=False)
+    return rgb
 
 
 @functools.cache
@@ -114,7 +116,7 @@ def save_tiff(**options: Any) -> Callable[[Path, RGBArray], None]:
 
 WRITTEN: dict[str, Callable[[Path], Case]] = {
     "array": array_case,
-    "tiff: SVS, JPEG as YCbCr": pyramid_file("tiff", 32, 2.0, subsampling="420"),
+    "tiff: SVS, JPEG as YCbCr": pyramid_file("tiff", 32, 3.0, subsampling="420"),
     "tiff: SVS, JPEG as RGB": pyramid_file("tiff", 12, 1.5, jpeg_colour="rgb"),
     "tiff: SVS, JPEG tables apart": pyramid_file("tiff", 12, 1.5, jpeg_colour="rgb", jpeg_tables=True),
     "tiff: SVS, JPEG 2000 33003": pyramid_file("tiff", 3, 1.0, compression="jpeg2000", quality=0),
@@ -272,7 +274,8 @@ def test_planes_cover_their_level_and_agree_with_regions(slide: Slide) -> None:
             boxes = cv2.resize(full, (width, height), interpolation=cv2.INTER_AREA)
             differences.append(np.abs(block[:height, :width].astype(np.int16) - boxes).ravel())
         if differences:
-            assert np.concatenate(differences).mean() <= (1.5 if reduce == 2 else 2.5)
+            # Wavelets and DCT keep more of the finest detail than boxes do.
+            assert np.concatenate(differences).mean() <= (1.5 if "with JPEG tiles" in slide.info.reader_reason else 2.5)
 
 
 def offset_tolerance(slide: Slide, plane: Plane) -> int:
