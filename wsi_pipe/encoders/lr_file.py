@@ -26,7 +26,16 @@ if TYPE_CHECKING:
 
     from wsi_pipe.encoders.architectures import PooledNetwork
 
-__all__ = ["FORMAT_VERSION", "LrHeader", "load_lr_network", "read_lr_header", "write_lr_encoder"]
+__all__ = [
+    "FORMAT_VERSION",
+    "METADATA_KEY",
+    "LrHeader",
+    "header_from_json",
+    "load_lr_network",
+    "read_lr_header",
+    "tensors_sha256",
+    "write_lr_encoder",
+]
 
 METADATA_KEY = "wsi_pipe_lr_encoder"
 FORMAT_VERSION = 1
@@ -62,7 +71,8 @@ def _plain(header: LrHeader) -> dict[str, Any]:
     return values
 
 
-def _header_from_json(text: str, where: str) -> LrHeader:
+def header_from_json(text: str, where: str) -> LrHeader:
+    """The inverse of ``LrHeader.to_json``. Raises WeightsError, naming ``where``, when it is damaged or later."""
     try:
         values = json.loads(text)
         version = values.get("format_version")
@@ -182,7 +192,7 @@ def read_lr_header(path: Path) -> LrHeader:
             f"{path} is not an LR encoder: it has no {METADATA_KEY} metadata",
             remedy="for plain weights write NAME@FILE or timm:MODEL@FILE",
         )
-    return _header_from_json(metadata[METADATA_KEY], str(path))
+    return header_from_json(metadata[METADATA_KEY], str(path))
 
 
 def load_lr_network(

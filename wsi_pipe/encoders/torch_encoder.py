@@ -163,6 +163,7 @@ class TorchEncoder:
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.network) if compile else self.network
         self._limit: int | None = None
         self._suggested: dict[int, int] = {}
+        self._largest = 0
         self._lock = threading.Lock()
         self._cuda = _CudaLane(device) if device.type == "cuda" else None
 
@@ -210,12 +211,24 @@ class TorchEncoder:
         """The batch size for tiles of ``tile_px``: a constant on a CPU, found by trial on a GPU, once per tile size."""
         if self._cuda is None:
             return CPU_BATCH
-        if tile_px not in self._suggested:
-            self._suggested[tile_px] = self._trial(tile_px)
-        return self._suggested[tile_px]
+        with self._lock:
+            if tile_px not in self._suggested:
+                self._suggested[tile_px] = self._trial(tile_px)
+            return self._suggested[tile_px]
 
     def _trial(self, tile_px: int) -> int:
-        """The smallest of TRIAL_BATCHES whose throughput is within TRIAL_GAIN of the best that fits."""
+        """The smallest of TRIAL_BATCHES whose throughput is within TRIAL_GAIN of the best that fits.
+
+        Uncompiled: compiling anew for every size would take minutes, and the ranking is the same.
+        """
+        compiled, self._compile = self._compile, False
+        forward, self._forward = self._forward, self.network
+        try:
+            return self._fastest(tile_px)
+        finally:
+            self._compile, self._forward = compiled, forward
+
+    def _fastest(self, tile_px: int) -> int:
         speeds: dict[int, float] = {}
         for batch in TRIAL_BATCHES:
             tiles = np.zeros((batch, tile_px, tile_px, 3), np.uint8)
@@ -279,15 +292,16 @@ class TorchEncoder:
         if self._cuda is not None:
             with torch.inference_mode():
                 return [self._cuda.run(tiles, rows, lambda batch: self._compute(batch, layers), self.info.name)]
-        # from_numpy warns about arrays that cannot be written to; nothing is written.
-        source = tiles if tiles.flags.writeable else tiles.copy()
+        # torch takes no negative strides, and warns about arrays that cannot be written to.
+        source = np.require(tiles, requirements=("C", "W"))
         with torch.inference_mode():
             features, found = self._compute(torch.from_numpy(source).to(self.device), layers)
             return [_Pending(self.info.name, features.cpu(), [(k, c.cpu(), p.cpu()) for k, c, p in found], rows, None)]
 
     def _filled(self, tiles: TileArray) -> TileArray:
         """The batch filled up with copies of its last tile to the size that the compiled network knows."""
-        full = min(self._limit or len(tiles), self._suggested.get(tiles.shape[1], CPU_BATCH))
+        self._largest = max(self._largest, len(tiles))
+        full = min(self._largest, self._limit or self._largest)
         if len(tiles) >= full:
             return tiles
         return np.concatenate([tiles, np.repeat(tiles[-1:], full - len(tiles), axis=0)])

@@ -1,0 +1,424 @@
+"""Encoders on a device: pixels as PIL resizes them, precision, batches that do not fit, weights that are not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wsi_pipe.encoders import hub, load_encoder
+from wsi_pipe.encoders.architectures import PooledNetwork, build, timm_recipe
+from wsi_pipe.encoders.base import Encoder, EncoderInfo, LayeredEncoder, NonFiniteFeaturesError
+from wsi_pipe.encoders.devices import cpu_has_bfloat16, resolve_devices, resolve_precision
+from wsi_pipe.encoders.recipe import Preprocessing
+from wsi_pipe.encoders.torch_encoder import ReplicatedEncoder, TorchEncoder, normalise
+from wsi_pipe.errors import ConfigError, DeviceError, UnknownEncoderError, WeightsError
+
+CPU = torch.device("cpu")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("WSI_PIPE_WEIGHTS", raising=False)
+
+
+@pytest.fixture
+def tiles() -> NDArray[np.uint8]:
+    smooth = np.random.default_rng(3).normal(size=(16, 9, 9, 3))
+    coarse = [((tile - tile.min()) / np.ptp(tile) * 255).astype(np.uint8) for tile in smooth]
+    return np.stack([np.asarray(Image.fromarray(tile).resize((96, 96))) for tile in coarse])
+
+
+def network(**overrides: Any) -> tuple[PooledNetwork, Any, EncoderInfo]:
+    recipe, _ = timm_recipe("test_vit")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        made = build(recipe, name="test", **overrides)
+    return made, recipe, EncoderInfo("test", "test", recipe.dim, "0" * 64, "MIT")
+
+
+def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("filter_name", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("side", [224, 256, 300, 180])
+def test_resizing_agrees_with_pil(filter_name: str, side: int) -> None:
+    pil = Image.Resampling[filter_name.upper()]
+    source = np.random.default_rng(1).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    pre = Preprocessing(224, *IMAGENET, interpolation=filter_name)
+    ours = normalise(torch.from_numpy(source), pre)
+    reference = np.stack([np.asarray(Image.fromarray(tile).resize((224, 224), pil)) for tile in source])
+    mean, std = np.array(IMAGENET[0]), np.array(IMAGENET[1])
+    theirs = ((reference / 255 - mean) / std).transpose(0, 3, 1, 2)
+    # One grey level is what two roundings of the same filter may differ by.
+    assert np.abs(ours.numpy() - theirs).max() <= 1.01 / 255 / std.min()
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert ours.dtype == torch.float32
+
+
+def test_the_centre_is_cut_out_after_resizing() -> None:
+    source = np.random.default_rng(1).integers(0, 256, (1, 256, 256, 3), dtype=np.uint8)
+    pre = Preprocessing(224, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), resize_px=256)
+    ours = normalise(torch.from_numpy(source), pre)[0].permute(1, 2, 0) * 255
+    np.testing.assert_allclose(ours.numpy(), source[0, 16:240, 16:240], atol=1e-3)
+
+
+def test_tiles_are_not_changed_and_may_be_read_only(tiles: NDArray[np.uint8]) -> None:
+    encoder = TorchEncoder(*network(), device=CPU, precision="float32")
+    kept = tiles.copy()
+    tiles.flags.writeable = False
+    first = encoder.encode(tiles)
+    np.testing.assert_array_equal(tiles, kept)
+    tiles.flags.writeable = True
+    np.testing.assert_array_equal(first, encoder.encode(tiles))
+
+
+# Results
+
+
+def test_features_are_those_of_the_network_on_pil_images(tiles: NDArray[np.uint8]) -> None:
+    made, recipe, info = network()
+    side = recipe.preprocessing.input_px
+    mean, std = (np.array(v, np.float32) for v in (recipe.preprocessing.mean, recipe.preprocessing.std))
+    resized = np.stack([np.asarray(Image.fromarray(t).resize((side, side), Image.Resampling.BICUBIC)) for t in tiles])
+    with torch.no_grad():
+        theirs = made.trunk(torch.from_numpy(((resized / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)))
+    ours = TorchEncoder(made, recipe, info, device=CPU, precision="float32").encode(tiles)
+    assert cosine(ours, theirs.numpy()) > 0.9999
+
+
+def test_batch_size_and_neighbours_do_not_matter(tiles: NDArray[np.uint8]) -> None:
+    encoder = TorchEncoder(*network(), device=CPU, precision="float32")
+    whole = encoder.encode(tiles)
+    one = np.concatenate([encoder.encode(tile[None]) for tile in tiles])
+    turned = encoder.encode(tiles[::-1])[::-1]
+    assert cosine(whole, one) >= 0.9999
+    assert cosine(whole, turned) >= 0.9999
+    assert encoder.encode(tiles[:0]).shape == (0, encoder.info.dim)
+
+
+def test_half_precision_is_close_and_keeps_norms_in_float32(tiles: NDArray[np.uint8]) -> None:
+    full = TorchEncoder(*network(), device=CPU, precision="float32").encode(tiles)
+    half = TorchEncoder(*network(), device=CPU, precision="bfloat16")
+    assert half.info.precision == "bfloat16"
+    assert cosine(half.encode(tiles), full) >= 0.999
+    own = {type(m).__name__: [p.dtype for p in m.parameters(recurse=False)] for m in half.network.modules()}
+    assert set(own["Linear"]) == {torch.bfloat16}
+    assert {dtype for name, dtypes in own.items() if "Norm" in name for dtype in dtypes} == {torch.float32}
+
+
+def test_precision_words() -> None:
+    assert resolve_precision("auto", CPU) == ("bfloat16" if cpu_has_bfloat16() else "float32")
+    assert resolve_precision("float32", CPU) == "float32"
+    with pytest.raises(ConfigError, match="float16 does not run on a CPU"):
+        resolve_precision("float16", CPU)
+    with pytest.raises(ConfigError, match="int8"):
+        resolve_precision("int8", CPU)
+
+
+def test_the_protocols_hold() -> None:
+    encoder = TorchEncoder(*network(), device=CPU)
+    assert isinstance(encoder, Encoder)
+    assert isinstance(encoder, LayeredEncoder)
+    assert isinstance(ReplicatedEncoder([encoder]), LayeredEncoder)
+
+
+def test_wrong_tiles_are_refused() -> None:
+    encoder = TorchEncoder(*network(), device=CPU)
+    for bad in (np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 3), np.float32), np.zeros((2, 3, 8, 8), np.uint8)):
+        with pytest.raises(ConfigError, match="uint8"):
+            encoder.encode(bad)
+
+
+def test_compiled_batches_are_filled_up(tiles: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def compile_stub(module: nn.Module) -> Any:
+        def forward(images: Tensor) -> Tensor:
+            seen.append(len(images))
+            return module(images)  # type: ignore[no-any-return]
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile_stub)
+    plain = TorchEncoder(*network(), device=CPU, precision="float32").encode(tiles[:5])
+    encoder = TorchEncoder(*network(), device=CPU, precision="float32", compile=True)
+    encoder.encode(tiles)
+    assert cosine(encoder.encode(tiles[:5]), plain) > 0.9999
+    assert seen == [16, 16]
+
+
+# A device that is too small
+
+
+class Small(nn.Module):
+    """A trunk that has room for so many images."""
+
+    def __init__(self, trunk: nn.Module, room: int) -> None:
+        super().__init__()
+        self.trunk, self.room = trunk, room
+        self.tried: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.tried.append(len(images))
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.trunk(images)  # type: ignore[no-any-return]
+
+
+def small_encoder(room: int) -> tuple[TorchEncoder, Small]:
+    made, recipe, info = network()
+    small = Small(made.trunk, room)
+    return TorchEncoder(PooledNetwork(small, "model"), recipe, info, device=CPU, precision="float32"), small
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_no_tile_lost(tiles: NDArray[np.uint8]) -> None:
+    full = TorchEncoder(*network(), device=CPU, precision="float32").encode(tiles)
+    encoder, small = small_encoder(5)
+    np.testing.assert_allclose(encoder.encode(tiles), full, atol=1e-4)
+    assert small.tried == [16, 8, 4, 4, 4, 4]
+    assert encoder.batch_limit == 4
+    small.tried.clear()
+    encoder.encode(tiles)
+    assert small.tried == [4, 4, 4, 4]
+
+
+def test_one_tile_that_does_not_fit_is_an_error_with_a_remedy(tiles: NDArray[np.uint8]) -> None:
+    encoder, _ = small_encoder(0)
+    with pytest.raises(DeviceError, match=r"out of memory with encoder test on a single tile; .*--devices cpu"):
+        encoder.encode(tiles)
+
+
+def test_other_errors_of_the_network_pass_through(tiles: NDArray[np.uint8]) -> None:
+    _, recipe, info = network()
+
+    class Broken(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise RuntimeError("shapes cannot be multiplied")
+
+    encoder = TorchEncoder(PooledNetwork(Broken(), "model"), recipe, info, device=CPU)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        encoder.encode(tiles)
+
+
+def test_nan_names_its_rows_and_keeps_the_others(tiles: NDArray[np.uint8]) -> None:
+    made, recipe, info = network()
+
+    class Poisoned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = made.trunk
+
+        def forward(self, images: Tensor) -> Tensor:
+            out = self.trunk(images).clone()
+            out[3, 7] = float("nan")
+            out[11, 0] = float("inf")
+            return out  # type: ignore[no-any-return]
+
+    encoder = TorchEncoder(PooledNetwork(Poisoned(), "model"), recipe, info, device=CPU, precision="float32")
+    with pytest.raises(NonFiniteFeaturesError, match="2 of 16 tiles") as caught:
+        encoder.encode(tiles)
+    assert caught.value.rows == (3, 11)
+    assert isinstance(caught.value.features, np.ndarray)
+    assert np.isfinite(np.delete(caught.value.features, [3, 11], 0)).all()
+
+
+# Devices
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(DeviceError, match=r"device cuda:77 is not there; use one of: .*cpu"):
+        resolve_devices("cuda:77")
+    with pytest.raises(ConfigError, match="'gpu' is not understood"):
+        resolve_devices("gpu")
+    with pytest.raises(ConfigError, match="twice"):
+        resolve_devices("cpu,cpu")
+    assert resolve_devices("cpu") == [CPU]
+    assert resolve_devices(("cpu",)) == [CPU]
+
+
+def test_auto_is_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_devices("auto") == [torch.device("cuda:0"), torch.device("cuda:1")]
+    assert resolve_devices("cuda") == [torch.device("cuda:0")]
+    assert resolve_devices("cuda:1, cuda:0") == [torch.device("cuda:1"), torch.device("cuda:0")]
+
+
+def test_replicas_take_turns_and_agree(tiles: NDArray[np.uint8]) -> None:
+    replicas = [TorchEncoder(*network(), device=CPU, precision="float32") for _ in range(3)]
+    both = ReplicatedEncoder(replicas)
+    pending = [both.submit(tiles[k : k + 4]) for k in range(0, 16, 4)]
+    got = np.concatenate([part.result() for part in pending])
+    np.testing.assert_allclose(got, replicas[0].encode(tiles), atol=1e-5)
+    assert both.in_flight == 3
+    assert both.suggest_batch(96) == replicas[0].suggest_batch(96)
+
+
+# Weights
+
+
+def test_random_weights_are_the_same_in_every_process() -> None:
+    code = (
+        "import numpy as np, torch; torch.manual_seed(99);"
+        "from wsi_pipe.encoders import load_encoder;"
+        "e = load_encoder('timm:test_vit', device='cpu', precision='float32', random_weights=True);"
+        "print(e.info.weights_sha256, *e.encode(np.full((1, 64, 64, 3), 90, np.uint8))[0])"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)
+    identity, *values = said.stdout.split()
+    here = load_encoder("timm:test_vit", device="cpu", precision="float32", random_weights=True)
+    assert identity == here.info.weights_sha256
+    ours = here.encode(np.full((1, 64, 64, 3), 90, np.uint8))[0]
+    np.testing.assert_allclose(ours, np.array(values, np.float64), atol=1e-5)
+    other = load_encoder("timm:test_vit2", device="cpu", random_weights=True)
+    assert other.info.weights_sha256 != here.info.weights_sha256
+
+
+def test_random_weights_leave_the_callers_generator_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.rand(1)
+    torch.manual_seed(3)
+    load_encoder("timm:test_vit", device="cpu", random_weights=True)
+    assert torch.equal(torch.rand(1), before)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "nested"),
+    [(".safetensors", None), (".pt", None), (".pt", "model"), (".bin", "state_dict"), (".pth", None)],
+)
+def test_own_checkpoints(suffix: str, nested: str | None, tmp_path: Path, tiles: NDArray[np.uint8]) -> None:
+    made, recipe, info = network()
+    path = tmp_path / f"own{suffix}"
+    state = made.trunk.state_dict()
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({nested: state, "epoch": 3} if nested else state, path)
+    loaded = load_encoder(f"timm:test_vit@{path}", device="cpu", precision="float32")
+    direct = TorchEncoder(made, recipe, info, device=CPU, precision="float32")
+    np.testing.assert_array_equal(loaded.encode(tiles), direct.encode(tiles))
+    assert loaded.info.name == f"timm:test_vit@{path}"
+    assert loaded.info.slug == "timm-test_vit-own"
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(WeightsError, match="cannot be read safely"):
+        load_encoder(f"timm:test_vit@{tmp_path / 'evil.pt'}", device="cpu")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "name"), [(b"", "empty.pt"), (b"not a file", "odd.pt"), (b"\x08\0\0\0\0\0\0\0{}", "odd.safetensors")]
+)
+def test_damaged_files_are_named(content: bytes, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=name) as caught:
+        load_encoder(f"timm:test_vit@{tmp_path / name}", device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_mistaken_names() -> None:
+    with pytest.raises(UnknownEncoderError, match="timm has no model 'vit_tinny'"):
+        load_encoder("timm:vit_tinny", device="cpu")
+    with pytest.raises(ConfigError, match="no file after '@'"):
+        load_encoder("timm:test_vit@", device="cpu")
+    with pytest.raises(WeightsError, match="no such file"):
+        load_encoder("timm:test_vit@/nowhere/x.safetensors", device="cpu")
+    with pytest.raises(ConfigError, match="choose one"):
+        load_encoder("timm:test_vit@x.safetensors", device="cpu", random_weights=True)
+
+
+def test_no_network_says_what_to_do() -> None:
+    with pytest.raises(WeightsError) as caught:
+        load_encoder("phikon", device="cpu")
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in ("huggingface.co/owkin/phikon", "cannot be reached", "HF_HUB_OFFLINE", "WSI_PIPE_WEIGHTS"):
+        assert word in text
+
+
+def _refusing(error: Exception) -> Any:
+    def download(*_: Any, **__: Any) -> str:
+        raise error
+
+    return download
+
+
+def _response(status: int) -> Any:
+    """What huggingface_hub's errors look at of an answer, whichever HTTP library it came through."""
+    request = SimpleNamespace(method="HEAD", url="https://huggingface.co/x", headers={})
+    return SimpleNamespace(status_code=status, headers={}, request=request, text="")
+
+
+@pytest.mark.parametrize(("token", "remedy"), [(False, "hf auth login"), (True, "accept the licence")])
+@pytest.mark.parametrize("kind", ["gated", "hidden", "401"])
+def test_gated_weights(kind: str, token: bool, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import errors
+
+    made = {
+        "gated": errors.GatedRepoError("Access to model is restricted", response=_response(403)),
+        "hidden": errors.RepositoryNotFoundError("Repository Not Found", response=_response(404)),
+        "401": errors.HfHubHTTPError("401 Client Error", response=_response(401)),
+    }
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", _refusing(made[kind]))
+    monkeypatch.setattr(hub, "has_token", lambda: token)
+    with pytest.raises(WeightsError, match=remedy) as caught:
+        load_encoder("uni", device="cpu")
+    assert "gated" in str(caught.value)
+    assert "https://huggingface.co/MahmoodLab/UNI" in str(caught.value)
+
+
+def test_a_file_that_the_hub_has_not_and_a_server_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import errors
+
+    absent = errors.RemoteEntryNotFoundError("Entry Not Found", response=_response(404))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", _refusing(absent))
+    with pytest.raises(WeightsError, match=r"has no file model\.safetensors or pytorch_model\.bin"):
+        load_encoder("phikon", device="cpu")
+    down = errors.HfHubHTTPError("503 Server Error", response=_response(503))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", _refusing(down))
+    with pytest.raises(WeightsError, match="cannot be downloaded"):
+        load_encoder("phikon", device="cpu")
+
+
+def test_weights_lie_in_the_folder_or_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WSI_PIPE_WEIGHTS", str(tmp_path))
+    assert hub.find_local("uni", "MahmoodLab/UNI", ["pytorch_model.bin"]) is None
+    cached = tmp_path / "hub" / "models--MahmoodLab--UNI" / "snapshots" / ("a" * 40) / "pytorch_model.bin"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"1")
+    refs = tmp_path / "hub" / "models--MahmoodLab--UNI" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    assert hub.find_local("uni", "MahmoodLab/UNI", ["pytorch_model.bin"]) == cached
+    (tmp_path / "uni").mkdir()
+    (tmp_path / "uni" / "pytorch_model.bin").write_bytes(b"2")
+    assert hub.find_local("uni", "MahmoodLab/UNI", ["pytorch_model.bin"]) == tmp_path / "uni" / "pytorch_model.bin"
+    (tmp_path / "uni.safetensors").write_bytes(b"3")
+    assert hub.find_local("uni", "MahmoodLab/UNI", ["pytorch_model.bin"]) == tmp_path / "uni.safetensors"
