@@ -98,8 +98,12 @@ def load_model(path: Path) -> tuple[MILModel, ModelCard]:
     """
     tensors, values = read_tensors(path, MODEL_KIND)
     card = _card(path, values)
-    # On the meta device nothing is allocated and no random number drawn, however large the header claims to be.
-    with torch.device("meta"):
+    projection = tensors.get("projection.weight", torch.empty(0)).shape
+    if projection != (card.model.hidden, card.model.in_dim):
+        # Before anything is allocated, however large the header claims the model to be.
+        shapes = f"{tuple(projection)} instead of {(card.model.hidden, card.model.in_dim)}"
+        raise ModelFileError(f"{path}: projection.weight has the shape {shapes}", remedy=_REMEDY)
+    with torch.random.fork_rng(devices=[]):
         module = build_model(card.model)
     wanted = module.state_dict()
     missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
@@ -112,7 +116,7 @@ def load_model(path: Path) -> tuple[MILModel, ModelCard]:
             raise ModelFileError(f"{path}: {name} has the shape {shapes}", remedy=_REMEDY)
         if not tensor.isfinite().all():
             raise ModelFileError(f"{path}: {name} is not finite", remedy="train the model again")
-    module.load_state_dict(tensors, assign=True)
+    module.load_state_dict(tensors)
     return module.eval(), card
 
 
@@ -130,7 +134,7 @@ def write_tensors(
     metadata = {
         "format": kind,
         "format_version": str(FORMAT_VERSION),
-        "header": json.dumps(header, allow_nan=False, sort_keys=True),
+        "header": json.dumps(header, allow_nan=False),
     }
     # Clones: safetensors refuses tensors that share memory.
     values = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
