@@ -12,7 +12,7 @@ __all__ = ["KINDS", "ORIENTATIONS", "Kind", "sprites", "stamp"]
 
 ORIENTATIONS = 16
 _VARIANTS = 8
-_OVERSAMPLING = 4
+_FINEST_UM = 0.12
 
 
 class Kind(NamedTuple):
@@ -51,8 +51,10 @@ def sprites(kind: str, mpp: float) -> NDArray[np.uint8]:
     rng = np.random.default_rng([77, *kind.encode()])
     half = int(np.ceil(shape.long_um * (1 + 2 * shape.spread) / mpp)) + 2
     side = 2 * half
-    fine = side * _OVERSAMPLING
-    axis = (np.arange(fine) + 0.5) / _OVERSAMPLING - half
+    # Drawn finer than needed and averaged, which antialiases.
+    oversampling = int(np.clip(round(mpp / _FINEST_UM), 1, 6))
+    fine = side * oversampling
+    axis = ((np.arange(fine) + 0.5) / oversampling - half).astype(np.float32)
     x, y = np.meshgrid(axis * mpp, axis * mpp)
     out = np.zeros((ORIENTATIONS, _VARIANTS, side, side), np.uint8)
     for variant in range(_VARIANTS):

@@ -138,10 +138,10 @@ def _tissue(spec: SlideSpec, shape: tuple[int, int], rng: np.random.Generator) -
     if spec.tissue_fraction >= 1:
         tissue[:] = True
     holes = generator(spec.seed, "holes")
-    if spec.holes:
+    if spec.holes and side * MAP_UM > 800:
         smallest_um, largest_um = 110.0, max(130.0, min(420.0, 0.07 * side * MAP_UM))
         count = max(1, round(1.1e-6 * tissue.sum() * MAP_UM**2))
-        distance = cv2.distanceTransform(tissue.astype(np.uint8), cv2.DIST_L2, 3) * MAP_UM
+        distance = np.minimum(cv2.distanceTransform(tissue.astype(np.uint8), cv2.DIST_L2, 3), side) * MAP_UM
         canvas = np.zeros(shape, np.uint8)
         for _ in range(min(count, 60)):
             radius = holes.uniform(smallest_um, largest_um)
@@ -153,7 +153,8 @@ def _tissue(spec: SlideSpec, shape: tuple[int, int], rng: np.random.Generator) -
             axes = (max(1, int(radius / MAP_UM)), max(1, int(radius * holes.uniform(0.6, 1.0) / MAP_UM)))
             cv2.ellipse(canvas, centre, axes, holes.uniform(0, 180), 0, 360, 1, -1)
         tissue &= canvas == 0
-    return _without_specks(tissue, 40_000 / MAP_UM**2, 40_000 / MAP_UM**2)
+    least = min(40_000 / MAP_UM**2, 0.05 * tissue.size)
+    return _without_specks(tissue, least, least)
 
 
 def _without_specks(mask: NDArray[np.bool_], piece_px: float, hole_px: float) -> NDArray[np.bool_]:
@@ -198,8 +199,10 @@ def _share(values: Floats, inside: NDArray[np.bool_], share: float) -> Floats:
 
 def _lesion(spec: SlideSpec, edge: Floats, fat: Floats, shape: tuple[int, int]) -> NDArray[np.bool_]:
     """Blobs that cover ``lesion_fraction`` of the tissue, away from its edge and from fat."""
-    possible = (edge > 24) & (fat < 0.5)
-    if spec.lesion_fraction <= 0 or not possible.any():
+    # Small pieces have no inside: then a lesion may reach the edge, since a label without a lesion would be a lie.
+    choices = ((edge > 24) & (fat < 0.5), edge > 8, edge > 0)
+    possible = next((choice for choice in choices if choice.sum() > 0.05 * (edge > 0).sum()), choices[-1])
+    if not possible.any():
         return np.zeros(shape, bool)
     wavelength = float(np.clip(0.35 * min(spec.size_um), 200, 1500))
     values = field(shape, wavelength / MAP_UM, generator(spec.seed, "lesion"))
@@ -297,13 +300,16 @@ def draw_marks(
         low, high = points.min(axis=0) - reach, points.max(axis=0) + reach
         if high[0] < 0 or high[1] < 0 or low[0] > width or low[1] > height:
             continue
-        canvas = np.zeros((height, width), np.uint8)
+        x0, y0 = (max(0, int(v)) for v in low)
+        x1, y1 = (min(n, int(v) + 2) for n, v in zip(size_px, high, strict=True))
+        canvas = np.zeros((y1 - y0, x1 - x0), np.uint8)
         # cv2 draws with pixel centres at whole numbers and, with shift 4, in sixteenths.
-        path = np.rint((points - 0.5) * 16).astype(np.int32).reshape(1, -1, 2)
+        path = np.rint((points - [x0 + 0.5, y0 + 0.5]) * 16).astype(np.int32).reshape(1, -1, 2)
         if mark.width_um > 0:
             thickness = max(1, round(mark.width_um / float(np.mean(um_per_px))))
             cv2.polylines(canvas, [path], False, 255.0, thickness, cv2.LINE_AA, 4)
         else:
             cv2.fillPoly(canvas, [path], 255.0, cv2.LINE_AA, 4)
-        np.maximum(out, (canvas.astype(np.float32) / 255)[..., None] * mark.od.astype(np.float32), out=out)
+        part = out[y0:y1, x0:x1]
+        np.maximum(part, (canvas.astype(np.float32) / 255)[..., None] * mark.od.astype(np.float32), out=part)
     return out

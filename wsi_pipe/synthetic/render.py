@@ -106,9 +106,10 @@ class _Block:
         marks = (*self.plan.debris, *self.plan.pen)
         if marks:
             od = draw_marks(marks, self.x * self.mpp, self.y * self.mpp, (self.mpp, self.mpp), (self.side, self.side))
-            if od.any():
-                streaks = 0.85 + 0.15 * self.texture(self.textures.grain, 9).astype(np.float32)[..., None] / 128
-                rgb = np.rint(rgb * np.power(10.0, -od * streaks)).astype(np.uint8)
+            where = od.max(axis=2) > 0
+            if where.any():
+                streaks = 0.85 + 0.15 * self.texture(self.textures.grain, 9)[where].astype(np.float32)[:, None] / 128
+                rgb[where] = np.rint(rgb[where] * np.power(10.0, -od[where] * streaks)).astype(np.uint8)
         noise = self.texture(self.textures.noise, 8)
         noisy = cv2.add(rgb, cv2.merge([noise, noise, noise]), dtype=cv2.CV_8U)
         if self.spec.stitching:

@@ -22,6 +22,7 @@ Bools = NDArray[np.bool_]
 
 _CACHE_BYTES = 192 << 20
 _MARK_OD = 0.15
+_LARGE_PX = 8192 * 8192
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ class SyntheticSlide:
         import cv2
 
         width, height = (max(1, round(n * self.mpp / um_per_px)) for n in self.size_px)
-        step = max(1, int(um_per_px / self.mpp))
-        # Whole pixels first, so that no more than a row of blocks is in memory.
+        # A large slide is first averaged over whole pixels, so that no more than a row of blocks is in memory.
+        is_large = self.size_px[0] * self.size_px[1] > _LARGE_PX
+        step = max(1, int(um_per_px / self.mpp / 4)) if is_large else 1
         side = block_size_px(self.mpp)
         band = max(step, side // step * step)
         bands = []

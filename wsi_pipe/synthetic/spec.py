@@ -57,6 +57,12 @@ class SlideSpec:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must lie between 0 and 1")
 
+        if self.label == 1 and not (self.tissue_fraction > 0 and self.lesion_fraction > 0):
+            raise ConfigError(
+                "a slide of label 1 has a lesion, which needs tissue",
+                remedy="give tissue_fraction and lesion_fraction above 0",
+            )
+
     @property
     def size_um(self) -> tuple[float, float]:
         """(width, height) in micrometres."""

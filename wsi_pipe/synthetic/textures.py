@@ -47,16 +47,24 @@ def window(texture: NDArray[Any], x: int, y: int, width: int, height: int) -> ND
 @lru_cache(maxsize=4)
 def textures(mpp: float) -> Textures:
     """The textures at ``mpp`` um/px, to the nearest whole number of pixels in a period."""
-    rng = np.random.default_rng(20_051)
     size = max(8, round(PERIOD_UM / mpp))
-    fibres, angles = zip(*(_fibres(rng) for _ in range(2)), strict=True)
+    fibres, angles, grain, fat = _base()
+    noise = np.random.default_rng(20_052).standard_normal((size, size)) * 1.6
     return Textures(
         fibres=(_resized(fibres[0], size), _resized(fibres[1], size)),
-        angles=(angles[0], angles[1]),
-        grain=_resized(_stretched(_noise(_BASE_PX, 0.8, rng) + 0.8 * _noise(_BASE_PX, 3.4, rng), 26.0), size),
-        fat=_resized(_fat(rng), size),
-        noise=np.clip(np.rint(rng.standard_normal((size, size)) * 1.6), -7, 7).astype(np.int8),
+        angles=angles,
+        grain=_resized(grain, size),
+        fat=_resized(fat, size),
+        noise=np.clip(np.rint(noise), -7, 7).astype(np.int8),
     )
+
+
+@lru_cache(maxsize=1)
+def _base() -> tuple[tuple[Bytes, Bytes], tuple[NDArray[np.float32], NDArray[np.float32]], Bytes, Bytes]:
+    rng = np.random.default_rng(20_051)
+    (first, first_angle), (second, second_angle) = _fibres(rng), _fibres(rng)
+    grain = _stretched(_noise(_BASE_PX, 0.8, rng) + 0.8 * _noise(_BASE_PX, 3.4, rng), 26.0)
+    return (first, second), (first_angle, second_angle), grain, _fat(rng)
 
 
 def _resized(texture: Bytes, size: int) -> Bytes:
