@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -29,6 +31,7 @@ from wsi_pipe.encoders.texture_measures import (
     stain_planes,
 )
 from wsi_pipe.errors import EncoderError
+from wsi_pipe.slides import open_slide
 
 UInt8 = NDArray[np.uint8]
 NAMES = TextureEncoder.feature_names
@@ -345,3 +348,27 @@ def test_other_tiles_are_refused(
 def test_no_threads_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         TextureEncoder(threads=0)
+
+
+def test_two_encodings_of_one_slide_keep_their_tiles_together(encoder: TextureEncoder, shared_slides: Path) -> None:
+    """An SVS and its DICOM twin: tiles find their own twin, in features standardised over the slide."""
+    svs = open_slide(shared_slides / "CMU-1-Small-Region.svs")
+    dicom = open_slide(shared_slides / "CMU-1-Small-Region-dicom")
+    pictures = []
+    for slide in (svs, dicom):
+        with closing(slide):
+            pictures.append(slide.read_region(0, 0, 0, *svs.pyramid.size_l0))
+    assert np.abs(pictures[0].astype(int) - pictures[1]).mean() > 1, "the two are not the same bytes"
+    for size, halvings in ((256, 0), (64, 2)):
+        tiles = []
+        for picture in pictures:
+            side = 2**halvings
+            small = cv2.resize(
+                picture, (picture.shape[1] // side, picture.shape[0] // side), interpolation=cv2.INTER_AREA
+            )
+            tiles.append(patches(np.asarray(small, np.uint8), size, size))
+        tissue = tiles[0].mean((1, 2, 3)) < 225
+        one, other = (encoder.encode(t[tissue]) for t in tiles)
+        spread = one.std(0) + 1e-6
+        distance = np.linalg.norm(one[:, None] / spread - other[None] / spread, axis=2)
+        assert (distance.argmin(1) == np.arange(len(one))).mean() >= 0.95

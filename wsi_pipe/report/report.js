@@ -72,7 +72,7 @@ showSlides();
 
 /* Distributions. */
 const withTiles = S.id.map((_, i) => i).filter(i => S.status[i] === "done" && (S.tiles[i][FINEST] || 0) > 0);
-if (withTiles.length > 1 && DATA.tiles_histogram) {
+if (withTiles.length > 3 && DATA.tiles_histogram) {
   byId("spread").hidden = false;
   const flagged = withTiles.filter(i => S.flags[i].length);
   byId("outlier-rule").textContent = (flagged.length ? `${grouped(flagged.length)} slides stand out. ` : "No slide stands out. ") + DATA.outlier_rule;
@@ -124,9 +124,8 @@ if (DATA.stages.length) {
   let all = false;
   const rows = () => DATA.settings.filter(s => all || s.changed || ["resolutions", "encoders", "tile_px"].includes(s.name)).map(s => ({ ...s, cls: s.changed ? null : "usual" }));
   const table = pagedTable(byId("settings-table"), { rows: rows(), pageSize: 100, label: "Settings", columns: [
-    { name: "Stage", value: r => r.group }, { name: "Setting", value: r => r.name, show: r => el("code", {}, r.name) },
-    { name: "Value", value: r => r.value, show: r => r.changed ? el("b", {}, r.value) : r.value }, { name: "Default", value: r => r.default },
-    ...(DATA.settings.some(s => s.help) ? [{ name: "What it does", value: r => r.help }] : [])] });
+    { name: "Stage", value: r => r.group }, { name: "Setting", value: r => r.name, show: r => [el("code", {}, r.name), r.help ? el("div", { class: "muted small" }, r.help) : null] },
+    { name: "Value", value: r => r.value, show: r => r.changed ? el("b", {}, r.value) : r.value }, { name: "Default", value: r => r.default }] });
   button.addEventListener("click", () => { all = !all; button.setAttribute("aria-pressed", String(all)); button.textContent = all ? "Show what matters" : "Show all settings"; table.update(rows()); });
 })();
 fill("footer", `Made by wsi-pipe ${DATA.wsi_pipe_version}, ${DATA.created_utc}. This page stands by itself and asks the network nothing` + (Object.keys(DATA.embedded).length ? "." : "; its pictures are in the folder thumbnails beside it."));
