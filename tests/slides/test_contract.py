@@ -38,7 +38,8 @@ def picture() -> RGBArray:
         for sigma in (4, 16)
     ]
     ramp = np.linspace(-40, 40, SIZE_PX[0], dtype=np.float32)[None, :, None]
-    rgb: RGBArray = np.clip(140 + sum(layers) + ramp, 0, 255).astype(np.uint8)
+    rgb = np.empty((SIZE_PX[1], SIZE_PX[0], 3), np.uint8)
+    rgb[:] = np.clip(140 + layers[0] + layers[1] + ramp, 0, 255)
     rgb.setflags(write=False)
     return rgb
 
@@ -274,8 +275,8 @@ def test_planes_cover_their_level_and_agree_with_regions(slide: Slide) -> None:
             boxes = cv2.resize(full, (width, height), interpolation=cv2.INTER_AREA)
             differences.append(np.abs(block[:height, :width].astype(np.int16) - boxes).ravel())
         if differences:
-            # Wavelets and DCT keep more of the finest detail than boxes do.
-            assert np.concatenate(differences).mean() <= (1.5 if "with JPEG tiles" in slide.info.reader_reason else 2.5)
+            # Wavelets keep more of the finest detail than boxes do; half a pixel of shift would come to 10 and more.
+            assert np.concatenate(differences).mean() <= (4.5 if "2000" in slide.info.reader_reason else 1.5)
 
 
 def offset_tolerance(slide: Slide, plane: Plane) -> int:
