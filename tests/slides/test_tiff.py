@@ -22,7 +22,6 @@ from wsi_pipe.slides.base import Plane, Slide
 from wsi_pipe.slides.source import open_source
 from wsi_pipe.slides.tiff import open_tiff
 from wsi_pipe.slides.tiff_ifd import read_directories
-from wsi_pipe.slides.tiff_vendors import SCN_NAMESPACE
 from wsi_pipe.slides.write import write_pyramid
 
 Picture = NDArray[np.uint8]
@@ -369,7 +368,6 @@ def write_plain(path: Path, pixels: Picture, **options: Any) -> None:
         (lambda p, x: tifffile.imwrite(p, x.astype(np.uint16), tile=(128, 128), photometric="rgb"), "8-bit"),
         (lambda p, x: write_plain(p, np.stack([x] * 4), volumetric=True), "volume"),
         (lambda p, x: write_plain(p, x, compression="zstd"), "compression"),
-        (lambda p, x: write_plain(p, x, description=f"<scn xmlns='{SCN_NAMESPACE}'/>"), "Leica"),
         (lambda p, x: write_plain(p, x, extratags=[(700, 1, 12, b"<iScan x='1'", True)]), "Ventana"),
         (lambda p, x: write_plain(p, x, software="MedScan 1.0"), "Trestle"),
         (lambda p, x: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)), "not a TIFF"),

@@ -14,14 +14,17 @@ from numpy.typing import NDArray
 
 from wsi_pipe.errors import SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
-from wsi_pipe.slides.base import WHITE, BaseSlide, Plane, ReadStats, RGBArray, SlideInfo
+from wsi_pipe.slides.base import WHITE, BaseSlide, Plane, ReadStats, RGBArray, SlideInfo, paste
 from wsi_pipe.slides.codecs import CodecError, reduce_by_mean
 
-__all__ = ["NativeImage", "NativeSlide", "build_pyramid", "user_mpp"]
+__all__ = ["NativeImage", "NativeSlide", "build_pyramid", "read_whole", "user_mpp"]
 
 MAX_SIDE_PX = 1 << 24
 MAX_BLOCK_BYTES = 1 << 28
 """What one decoded block may take: an NDPI row of blocks on a wide slide is the largest seen, below 100 MiB."""
+
+MAX_WHOLE_PX = 1 << 26
+"""Pixels of an associated image; the largest macro images seen have a twentieth of that."""
 
 MAX_ANISOTROPY = 0.02
 """Relative difference of a level's downsamples in x and y beyond which it is taken for another picture."""
@@ -136,6 +139,20 @@ def build_pyramid(name: str, images: Sequence[NativeImage], mpp: FloatPair | Non
                 f"{sizes[0][0]} x {sizes[0][1]} px"
             )
     return Pyramid.from_sizes(sizes, mpp)
+
+
+def read_whole(image: NativeImage) -> RGBArray:
+    """A whole small image, such as a label, uint8 (h, w, 3). Raises CodecError, SlideReadError."""
+    width, height = image.size_px
+    block_w, block_h = image.block_px
+    if width * height > MAX_WHOLE_PX:
+        raise CodecError(f"{width} x {height} px are too many for an associated image")
+    out = np.full((height, width, 3), WHITE, np.uint8)
+    cells = [(c, r) for r in range(-(-height // block_h)) for c in range(-(-width // block_w))]
+    for cell, data in zip(cells, image.fetch(cells), strict=True):
+        if data is not None:
+            paste(out, image.decode(cell, data, 1), cell[0] * block_w, cell[1] * block_h)
+    return out
 
 
 def user_mpp(mpp: float | FloatPair | None) -> FloatPair | None:

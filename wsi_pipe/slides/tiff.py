@@ -13,7 +13,7 @@ from wsi_pipe.errors import SlideError, SlideOpenError, SlideReadError, Unsuppor
 from wsi_pipe.geometry import FloatPair
 from wsi_pipe.slides.base import ReadStats, RGBArray, SlideInfo
 from wsi_pipe.slides.codecs import CodecError
-from wsi_pipe.slides.native import NativeSlide, build_pyramid, user_mpp
+from wsi_pipe.slides.native import NativeSlide, build_pyramid, read_whole, user_mpp
 from wsi_pipe.slides.source import Source, open_source, slide_fingerprint
 from wsi_pipe.slides.tiff_ifd import read_directories
 from wsi_pipe.slides.tiff_image import TiffImage
@@ -37,6 +37,7 @@ class TiffSlide(NativeSlide):
             mpp_source="user" if mpp is not None else layout.mpp_source,
             objective_power=layout.objective_power,
             icc=layout.icc,
+            bounds_l0=layout.bounds_l0,
             properties=layout.properties,
         )
         super().__init__(info, pyramid, layout.images, source.stats)
@@ -48,7 +49,7 @@ class TiffSlide(NativeSlide):
         found: dict[str, RGBArray] = {}
         for name, directory in self._layout.associated.items():
             try:
-                found[name] = TiffImage(self._source, directory).read_whole()
+                found[name] = read_whole(TiffImage(self._source, directory))
             except UnsupportedSlideError:
                 # "As far as the file has them": a label in an odd compression is no reason to fail.
                 continue

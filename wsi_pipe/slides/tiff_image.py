@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.errors import SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import IntPair
-from wsi_pipe.slides.base import WHITE, RGBArray, paste
+from wsi_pipe.slides.base import RGBArray
 from wsi_pipe.slides.codecs import JPEG_REDUCES, CodecError, Decoder, JpegDecoder, PlainDecoder
 from wsi_pipe.slides.jpeg2000 import Jpeg2000Decoder
 from wsi_pipe.slides.native import MAX_BLOCK_BYTES, to_rgb
@@ -34,9 +34,6 @@ _NAMES = {
     NONE: "none", LZW: "LZW", JPEG: "JPEG", DEFLATE: "deflate", OLD_DEFLATE: "deflate", APERIO_YCBCR: "JPEG 2000",
     APERIO_RGB: "JPEG 2000", JPEG2000: "JPEG 2000",
 }  # fmt: skip
-
-
-MAX_WHOLE_PX = 1 << 26
 
 
 class TiffImage:
@@ -194,18 +191,6 @@ class TiffImage:
                 remedy="the file is damaged: copy it again",
             )
         return spans
-
-    def read_whole(self) -> RGBArray:
-        """The whole image, uint8 (h, w, 3), for small ones. Raises CodecError, SlideReadError."""
-        width, height = self.size_px
-        if width * height > MAX_WHOLE_PX:
-            raise CodecError(f"{width} x {height} px are too many for an associated image")
-        out = np.full((height, width, 3), WHITE, np.uint8)
-        cells = [(c, r) for r in range(self._grid[1]) for c in range(self._grid[0])]
-        for cell, data in zip(cells, self.fetch(cells), strict=True):
-            if data is not None:
-                paste(out, self.decode(cell, data, 1), cell[0] * self.block_px[0], cell[1] * self.block_px[1])
-        return out
 
     def decode(self, cell: IntPair, data: Any, reduce: int) -> RGBArray:
         """See NativeImage.decode."""

@@ -42,6 +42,7 @@ class TiffLayout:
     icc: bytes | None = None
     properties: Mapping[str, str] = field(default_factory=dict)
     associated: Mapping[str, Directory] = field(default_factory=dict)
+    bounds_l0: tuple[int, int, int, int] | None = None
 
 
 def resolution_mpp(directory: Directory) -> tuple[FloatPair | None, str]:

@@ -12,6 +12,7 @@ from xml.etree.ElementTree import Element
 from wsi_pipe.errors import UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair
 from wsi_pipe.slides.ndpi import read_ndpi
+from wsi_pipe.slides.scn import SCN_NAMESPACE, OffsetImage, read_scn
 from wsi_pipe.slides.source import Source
 from wsi_pipe.slides.tiff_ifd import SUB_IFDS, Directory, read_directory
 from wsi_pipe.slides.tiff_image import TILE_WIDTH, TiffImage
@@ -30,7 +31,6 @@ from wsi_pipe.slides.tiff_layout import (
 __all__ = ["read_layout"]
 
 MAX_SUB_IFDS = 64
-SCN_NAMESPACE = "http://www.leica-microsystems.com/scn/2010/10/01"
 OME_NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/"
 _UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4, "pm": 1e-6}
 
@@ -47,19 +47,21 @@ def read_layout(source: Source, directories: Sequence[Directory]) -> TiffLayout:
         layout = _philips(source, directories, text)
     elif OME_NAMESPACE in text[:4096]:
         layout = _ome(source, first, text)
+    elif SCN_NAMESPACE in text[:4096]:
+        layout = read_scn(source, directories, text)
     else:
-        _refuse_overlaps(source, directories, text, software)
+        _refuse_overlaps(source, directories, software)
         layout = _generic(source, directories)
     for image in layout.images:
-        if isinstance(image, TiffImage):
+        if isinstance(image, OffsetImage):
+            image.image.probe()
+        elif isinstance(image, TiffImage):
             image.probe()
     return layout
 
 
-def _refuse_overlaps(source: Source, directories: Sequence[Directory], text: str, software: str) -> None:
+def _refuse_overlaps(source: Source, directories: Sequence[Directory], software: str) -> None:
     """Scanners whose tiles overlap, or lie at offsets that no TIFF tag states."""
-    if SCN_NAMESPACE in text[:4096]:
-        raise UnsupportedSlideError(f"{source.name}: Leica SCN places its images on a larger canvas")
     if software.startswith("MedScan"):
         raise UnsupportedSlideError(f"{source.name}: Trestle slides have overlapping tiles")
     if any(b"iScan" in d.raw(XMP)[: 1 << 20] for d in directories if d.count(XMP)):
