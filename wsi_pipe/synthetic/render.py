@@ -106,7 +106,7 @@ class _Block:
         marks = (*self.plan.debris, *self.plan.pen)
         if marks:
             od = draw_marks(marks, self.x * self.mpp, self.y * self.mpp, (self.mpp, self.mpp), (self.side, self.side))
-            where = od.max(axis=2) > 0
+            where = np.maximum(np.maximum(od[..., 0], od[..., 1]), od[..., 2]) > 0
             if where.any():
                 streaks = 0.85 + 0.15 * self.texture(self.textures.grain, 9)[where].astype(np.float32)[:, None] / 128
                 rgb[where] = np.rint(rgb[where] * np.power(10.0, -od[where] * streaks)).astype(np.uint8)
@@ -347,9 +347,10 @@ class _Block:
         n = self.side // cell
         amount = round(_FINE_GREY * self.spec.strength)
         # Only cells that are nucleus throughout, and have room for the change on both sides.
-        nucleus = (self.haema > 62) & inside
-        room = (rgb.min(axis=2) >= amount) & (rgb.max(axis=2) <= 255 - amount)
-        whole = (nucleus & room).reshape(n, cell, n, cell).all(axis=(1, 3))
+        fit = (self.haema > 62) & inside
+        for channel in range(3):
+            fit &= (rgb[..., channel] >= amount) & (rgb[..., channel] <= 255 - amount)
+        whole = np.logical_and.reduce(fit.reshape(n, cell, self.side), axis=1).reshape(n, n, cell).all(axis=2)
         columns, rows = np.arange(n) + self.x // cell, np.arange(n) + self.y // cell
         bank = _grains(cell, grain)
         which = (uniform(self.spec.seed, 701, columns[None], rows[:, None]) * len(bank)).astype(np.int64)

@@ -19,7 +19,7 @@ from wsi_pipe.config import SegmentSettings
 from wsi_pipe.errors import MaskError
 from wsi_pipe.geometry import FloatPair, TissueMask
 from wsi_pipe.tissue.marks import find_marks
-from wsi_pipe.tissue.shapes import close_gaps, components, disc, drop_lines
+from wsi_pipe.tissue.shapes import close_gaps, components, disc, drop_lines, extremes
 
 __all__ = ["find_tissue", "optical_density", "white_reference"]
 
@@ -81,7 +81,7 @@ def find_tissue(
 
 def _dark_reason(rgb: NDArray[np.uint8], settings: SegmentSettings) -> str | None:
     """Why a slide is not bright-field, or None; black that was not scanned does not make it dark."""
-    brightest, dimmest = rgb.max(axis=2), rgb.min(axis=2)
+    dimmest, brightest = extremes(rgb)
     if float(np.mean(dimmest >= settings.white_min)) >= _NEAR_WHITE_SHARE:
         return None
     seen = brightest > 12  # black that was never scanned says nothing
@@ -102,18 +102,19 @@ def white_reference(rgb: NDArray[np.uint8], white_min: float = 200.0) -> Floats:
     white counts only where there is no other glass, since scanners fill with it what they did not scan. Where less
     than 0.5 % of the slide qualifies, there is no glass in view and the reference is what scanners calibrate to.
     """
-    pixels = rgb.reshape(-1, 3)
-    log = np.log10((pixels.astype(np.float32) + 1.0) / 256.0)
-    glass = (pixels.min(axis=1) >= white_min) & (log.max(axis=1) - log.min(axis=1) <= _MAX_WHITE_CHROMA)
+    bright = rgb[extremes(rgb)[0] >= white_min]
+    enough = _NEAR_WHITE_SHARE * rgb.shape[0] * rgb.shape[1]
+    log = np.log10((bright.astype(np.float32) + 1.0) / 256.0)
+    least, most = extremes(log)
     # A tint towards pink or violet must be slight: beyond that it is pale tissue that fills the slide.
-    glass &= np.maximum(log[:, 0], log[:, 2]) - log[:, 1] <= _MAX_WHITE_STAIN
-    scanned = glass & (pixels.min(axis=1) < 254)
-    enough = _NEAR_WHITE_SHARE * len(pixels)
-    chosen = scanned if scanned.sum() >= enough else glass
-    if chosen.sum() < enough:
+    pink = np.maximum(log[:, 0], log[:, 2]) - log[:, 1]
+    glass = bright[(most - least <= _MAX_WHITE_CHROMA) & (pink <= _MAX_WHITE_STAIN)]
+    scanned = glass[extremes(glass)[0] < 254]
+    chosen = scanned if len(scanned) >= enough else glass
+    if len(chosen) < enough or len(chosen) == 0:
         return np.full(3, DEFAULT_WHITE, np.float32)
     # A mode and not a mean: the pale parts of tissue and uneven light are among these pixels.
-    return np.array([_mode(pixels[chosen, channel]) for channel in range(3)], np.float32)
+    return np.array([_mode(chosen[:, channel]) for channel in range(3)], np.float32)
 
 
 def _mode(values: NDArray[np.uint8]) -> float:
@@ -139,7 +140,8 @@ def _candidates(
         return _above(smooth, _otsu(smooth[~marked], 256.0))
     import cv2
 
-    is_grey = float(np.mean(np.ptp(rgb, axis=2) <= _GREY_SPREAD)) > 0.999
+    dimmest, brightest = extremes(rgb)
+    is_grey = float(np.mean(brightest - dimmest <= _GREY_SPREAD)) > 0.999
     if settings.method == "od" or is_grey:
         density = _smooth(od.mean(axis=2), um_per_px, settings.smooth_um)
         if is_grey and float(np.ptp(np.percentile(density, (1, 99)))) < _LEAST_CONTRAST:
@@ -147,7 +149,7 @@ def _candidates(
         # Otsu splits any histogram: the limits keep it from splitting glass from glass or tissue from tissue.
         return _above(density, min(max(_otsu(density[~marked], 2.0), 0.05), 0.20))
     stain = _smooth(od[..., 1] - np.minimum(od[..., 0], od[..., 2]), um_per_px, settings.smooth_um)
-    glass = (od.max(axis=2) < 0.05) & ~marked
+    glass = (extremes(od)[1] < 0.05) & ~marked
     noise = float(1.4826 * np.median(np.abs(stain[glass] - np.median(stain[glass])))) if glass.any() else 0.0
     # Half of the seed's density is the most that noise can ask for: beyond it the slide is all pale tissue.
     low = max(settings.stain_min, min(settings.noise_factor * noise, (settings.stain_min + settings.stain_seed) / 2))

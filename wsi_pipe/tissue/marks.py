@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.config import SegmentSettings
 from wsi_pipe.geometry import FloatPair
-from wsi_pipe.tissue.shapes import components, grow
+from wsi_pipe.tissue.shapes import components, extremes, grow
 
 __all__ = ["Marks", "find_marks"]
 
@@ -40,7 +40,7 @@ def find_marks(od: Floats, um_per_px: FloatPair, settings: SegmentSettings) -> M
     core = np.zeros(od.shape[:2], bool)
     halo = np.zeros_like(core)
     r, g, b = od[..., 0], od[..., 1], od[..., 2]
-    densest, least = od.max(axis=2), od.min(axis=2)
+    least, densest = extremes(od)
     kinds: list[tuple[Bools, Bools]] = []
     if settings.drop_dark:
         # Keratin and folds are as dense, but coloured; what lets no light through in any channel has no colour left.
