@@ -162,6 +162,7 @@ def test_any_file_of_the_series_opens_the_whole(tmp_path: Path, picture: Picture
     a, b = write_level(tmp_path / "a.dcm", picture), write_level(tmp_path / "b.dcm", half)
     write_level(tmp_path / "c.dcm", picture[::-1].copy(), series=OTHER_SERIES)
     (tmp_path / "notes.txt").write_text("no DICOM")
+    (tmp_path / "copy of b.dcm").write_bytes(b.read_bytes())
     with open_dicom(a) as first, open_dicom(b) as second:
         assert first.pyramid == second.pyramid
         assert len(first.pyramid.levels) == 2

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from wsi_pipe.errors import SlideOpenError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.slides import remote
 from wsi_pipe.slides.base import ReadStats
+from wsi_pipe.slides.dicom import open_dicom
 from wsi_pipe.slides.remote import RemoteSource, coalesce
 from wsi_pipe.slides.source import FileSource, SourceFile, is_url, open_source, slide_fingerprint
 from wsi_pipe.slides.tiff import open_tiff
@@ -355,3 +356,19 @@ def test_a_remote_slide_that_dies_half_way_names_the_url(server: Server, tmp_pat
         server.mode = "gone"
         with pytest.raises(SlideReadError, match=r"127\.0\.0\.1"):
             slide.read_region(0, 0, 0, 600, 600)
+
+
+def test_a_dicom_series_behind_urls(server: Server, shared_slides: Path) -> None:
+    folder = shared_slides / "CMU-1-Small-Region-dicom"
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        server.files[f"series/{name}"] = (folder / name).read_bytes()
+    url = server.url("series/level-2-frames-0-4.dcm")
+    with pytest.raises(UnsupportedSlideError, match="cannot be listed"):
+        open_dicom(url)
+    index = "".join(f'<a href="{name}">{name}</a>' for name in names)
+    server.files["series/"] = f"<html>{index}</html>".encode()
+    with open_dicom(url) as slide, open_dicom(folder / "level-2-frames-0-4.dcm") as local:
+        assert slide.pyramid == local.pyramid
+        assert slide.info.fingerprint == local.info.fingerprint
+        assert np.array_equal(slide.read_region(1, 300, 300, 400, 400), local.read_region(1, 300, 300, 400, 400))

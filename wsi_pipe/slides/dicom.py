@@ -20,6 +20,7 @@ from wsi_pipe.slides.base import ReadStats, RGBArray, SlideInfo
 from wsi_pipe.slides.dicom_image import DicomImage, Instance, codec_name
 from wsi_pipe.slides.native import NativeSlide, build_pyramid, read_whole, user_mpp
 from wsi_pipe.slides.parts import dicom_series
+from wsi_pipe.slides.remote import list_folder
 from wsi_pipe.slides.source import SourceFile, is_url, open_source, slide_fingerprint
 
 __all__ = ["DicomSlide", "open_dicom"]
@@ -27,6 +28,8 @@ __all__ = ["DicomSlide", "open_dicom"]
 WSI_STORAGE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 MAX_HEADER_BYTES = 1 << 28
 MAX_VALUE_BYTES = 1 << 24
+MAX_FILES = 1000
+"""In a folder behind a URL, where each costs requests to tell its series."""
 
 _ASSOCIATED = {"LABEL": "label", "OVERVIEW": "macro", "THUMBNAIL": "thumbnail"}
 
@@ -180,16 +183,26 @@ def _lenient_pydicom() -> Iterator[None]:
 
 
 def open_dicom(path: str | Path, *, mpp: float | FloatPair | None = None) -> DicomSlide:
-    """Open a DICOM whole-slide image by any file of its series; the other levels are found beside it.
+    """Open a DICOM whole-slide image by any file, or URL, of its series; the other levels are found beside it.
 
     mpp: micrometres per level-0 pixel, one value or (x, y), instead of what the file states. Raises SlideOpenError when
     a file is not there or damaged, UnsupportedSlideError when it is no DICOM slide or its structure is not understood.
     """
     given = user_mpp(mpp)
-    if is_url(path):
-        raise UnsupportedSlideError(f"{path}: a DICOM series is many files, which a URL does not list")
     with _lenient_pydicom():
         return _open_series(path, given)
+
+
+def _beside(path: str | Path) -> list[str | Path]:
+    """The files that may belong to the series of ``path``, without it. Raises UnsupportedSlideError for a URL whose
+    folder cannot be listed."""
+    if not is_url(path):
+        own = Path(path).resolve()
+        return [part for part in dicom_series(Path(path)) if part.resolve() != own]
+    found = [url for url in list_folder(str(path)) if url.lower().endswith(".dcm") and url != path]
+    if len(found) > MAX_FILES:
+        raise UnsupportedSlideError(f"{path}: {len(found)} DICOM files are in its folder, at most {MAX_FILES} are read")
+    return list(found)
 
 
 def _open_series(path: str | Path, mpp: FloatPair | None) -> DicomSlide:
@@ -198,14 +211,14 @@ def _open_series(path: str | Path, mpp: FloatPair | None) -> DicomSlide:
     try:
         instances.append(_open_instance(path, stats))
         series = str(instances[0].tags.get("SeriesInstanceUID", ""))
-        for part in dicom_series(Path(path)):
-            if part.resolve() == Path(path).resolve():
-                continue
+        for part in _beside(path):
             try:
                 other = _open_instance(part, stats)
             except UnsupportedSlideError:
                 continue
-            if str(other.tags.get("SeriesInstanceUID", "")) == series:
+            known = {str(i.tags.get("SOPInstanceUID", "")) for i in instances}
+            same = str(other.tags.get("SeriesInstanceUID", "")) == series
+            if same and str(other.tags.get("SOPInstanceUID", "")) not in known:
                 instances.append(other)
             else:
                 other.source.close()

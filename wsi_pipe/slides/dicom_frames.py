@@ -24,6 +24,8 @@ PIXEL_DATA = (0x7FE0, 0x0010)
 ITEM, SEQUENCE_END = 0xFFFEE000, 0xFFFEE0DD
 UNDEFINED = 0xFFFFFFFF
 MAX_FRAGMENTS = 1 << 24
+MAX_REMOTE_WALK_BYTES = 1 << 24
+"""Going from fragment to fragment fetches most of a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ def _basic(source: Source, first: int, offsets: np.ndarray[Any, np.dtype[np.int6
 
 def _walk(source: Source, first: int, count: int) -> list[Frame]:
     """One fragment a frame, found by going from one to the next."""
-    if isinstance(source, RemoteSource):
+    if isinstance(source, RemoteSource) and source.size > MAX_REMOTE_WALK_BYTES:
         raise UnsupportedSlideError(f"{source.name}: the DICOM file has no offset table to read by byte ranges")
     spans: list[tuple[int, int]] = []
     at = first

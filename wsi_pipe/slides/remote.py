@@ -11,7 +11,7 @@ from typing import Any
 from wsi_pipe.errors import SlideOpenError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.slides.base import ReadStats
 
-__all__ = ["RemoteSource", "coalesce", "open_url"]
+__all__ = ["RemoteSource", "coalesce", "list_folder", "open_url"]
 
 Range = tuple[int, int]
 
@@ -178,6 +178,19 @@ def open_url(url: str) -> tuple[Any, str, dict[str, Any]]:
         raise SlideOpenError(
             f"{url}: cannot be reached: {_cause(error, 0)}", remedy="check the URL and the permissions"
         ) from error
+
+
+def list_folder(url: str) -> list[str]:
+    """The URLs of the files beside ``url``. Raises UnsupportedSlideError where the server does not list them."""
+    files, path, _ = open_url(url)
+    try:
+        names = files.ls(path.rsplit("/", 1)[0] + "/", detail=False)
+    except Exception as error:  # fsspec's file systems raise errors of their own libraries
+        raise UnsupportedSlideError(
+            f"{url}: the files beside it cannot be listed: {_cause(error, 0)}",
+            remedy="copy the files of the series to a local folder and give the path of one of them",
+        ) from error
+    return [str(files.unstrip_protocol(name)) for name in names]
 
 
 def _open(url: str) -> tuple[Any, str, int]:
