@@ -63,14 +63,13 @@ def roc_curve(
     drawn = resample_weights(numbers, replicates, np.random.default_rng(seed))
     many_fpr, many_tpr = rates(drawn)
     defined = np.isfinite(many_fpr[:, -1]) & np.isfinite(many_tpr[:, -1])
-    heights = np.array([_height(f, t, grid) for f, t in zip(many_fpr[defined], many_tpr[defined], strict=True)])
+    heights = np.array([upper_edge(f, t, grid) for f, t in zip(many_fpr[defined], many_tpr[defined], strict=True)])
     enough = min(len(set(numbers[y].tolist())), len(set(numbers[~y].tolist()))) >= 2 and len(heights)
     low, high = np.percentile(heights, [2.5, 97.5], axis=0) if enough else np.full((2, GRID), np.nan)
     return Roc(fpr[0], tpr[0], grid, low, high)
 
 
-def _height(fpr: Array, tpr: Array, grid: Array) -> NDArray[np.float64]:
-    """The curve's upper edge over ``grid``: where it rises straight up, the top counts."""
-    # np.interp takes the first of equal abscissae, which would be the foot of a vertical step.
-    keep = np.append(fpr[1:] != fpr[:-1], True)
-    return np.asarray(np.interp(grid, fpr[keep], tpr[keep]))
+def upper_edge(fpr: Array, tpr: Array, grid: Array) -> NDArray[np.float64]:
+    """The curve over ``grid``; where it rises straight up, its top."""
+    # np.interp takes the last of equal abscissae, which is the top of a vertical step.
+    return np.asarray(np.interp(grid, fpr, tpr))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,12 +32,13 @@ def _grid(mpp: float, cells: NDArray[np.int32], parent: NDArray[np.int32] | None
     )
 
 
-@pytest.fixture
-def make_bag(tmp_path: Path) -> MakeBag:
-    """Write a bag of this project's schema: LR tiles at 2 um/px with the given features and, on request, two levels
-    below, each tile with its four children at 1 um/px and their first child at 0.5."""
+@pytest.fixture(scope="session")
+def bag_writer() -> MakeBag:
+    """Write a bag of this project's schema into a folder: LR tiles at 2 um/px with the given features and, on request,
+    two levels below, each tile with its four children at 1 um/px and their first child at 0.5."""
 
     def make(
+        folder: Path,
         slide_id: str,
         features: NDArray[np.floating],
         *,
@@ -45,7 +47,6 @@ def make_bag(tmp_path: Path) -> MakeBag:
         weights: str = "ab" * 32,
         fingerprint: str = "",
         deep: bool = False,
-        folder: str = "bags",
     ) -> Path:
         n = len(features)
         cells = np.stack([np.arange(n) % 5, np.arange(n) // 5], axis=1).astype(np.int32)
@@ -63,17 +64,27 @@ def make_bag(tmp_path: Path) -> MakeBag:
             middle = np.stack([2 * cells[above, 0] + quarter % 2, 2 * cells[above, 1] + quarter // 2], axis=1)
             middle = middle.astype(np.int32)
             levels.append(BagLevel(_grid(1.0, middle, above), values(features[above] + 100)))
-            fine = (2 * middle).astype(np.int32)
-            direct = np.arange(4 * n, dtype=np.int32)
-            levels.append(BagLevel(_grid(0.5, fine, direct), values(features[above] + 200)))
+            shuffled = np.random.default_rng(n + 1).permutation(4 * n).astype(np.int32)
+            fine = (2 * middle[shuffled]).astype(np.int32)
+            levels.append(BagLevel(_grid(0.5, fine, shuffled), values(features[above[shuffled]] + 200)))
         attrs = BagAttrs(
             slide_id, case_id, f"/slides/{slide_id}.svs", "f" * 64, 100_000, 80_000, (MPP_L0, MPP_L0), "file", "aperio",
             "tiff", "", "0.1.0", "2026-01-01T00:00:00Z", "done" if n else "empty", "" if n else "no tissue found",
             "seg", "tile", "5x", "net",
         )  # fmt: skip
-        path = tmp_path / folder / f"{slide_id}.h5"
+        path = folder / f"{slide_id}.h5"
         path.parent.mkdir(exist_ok=True)
         write_bag(path, Bag(attrs, tuple(levels)))
         return path
+
+    return make
+
+
+@pytest.fixture
+def make_bag(bag_writer: MakeBag, tmp_path: Path) -> MakeBag:
+    """``bag_writer`` into ``tmp_path / folder``, by default "bags"."""
+
+    def make(slide_id: str, features: NDArray[np.floating], *, folder: str = "bags", **options: Any) -> Path:
+        return bag_writer(tmp_path / folder, slide_id, features, **options)
 
     return make

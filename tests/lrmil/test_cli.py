@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,9 +23,10 @@ MakeBag = Callable[..., Path]
 SMALL = ["--epochs", "3", "--hidden", "16", "--replicates", "50", "--learning-rate", "0.01", "--device", "cpu"]
 
 
-@pytest.fixture
-def cohort(make_bag: MakeBag, tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def cohort_files(bag_writer: MakeBag, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty-four slides of eighteen cases; in "tumour" slides a fifth of the tiles have a shifted feature."""
+    folder = tmp_path_factory.mktemp("cohort")
     rng = np.random.default_rng(0)
     rows = []
     for i in range(24):
@@ -32,12 +34,18 @@ def cohort(make_bag: MakeBag, tmp_path: Path) -> Path:
         features = rng.normal(size=(10 + i % 5, 8))
         if label == "tumour":
             features[:3, 0] += 4.0
-        make_bag(f"s{i}", features.astype(np.float16), case_id=case, deep=True)
+        bag_writer(folder / "bags", f"s{i}", features.astype(np.float16), case_id=case, deep=True)
         rows.append(f"s{i},{case},{label}")
-    make_bag("blank", np.zeros((0, 8), np.float16), case_id="p99", deep=True)
+    bag_writer(folder / "bags", "blank", np.zeros((0, 8), np.float16), case_id="p99", deep=True)
     rows += ["blank,p99,benign", "lost,p98,tumour"]
-    (tmp_path / "labels.csv").write_text("slide_id,case_id,label\n" + "\n".join(rows) + "\n")
-    return tmp_path
+    (folder / "labels.csv").write_text("slide_id,case_id,label\n" + "\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture
+def cohort(cohort_files: Path, tmp_path: Path) -> Path:
+    """A copy of the cohort to work in."""
+    return shutil.copytree(cohort_files, tmp_path / "cohort")
 
 
 def lrmil(*arguments: object) -> int:
@@ -106,7 +114,7 @@ def test_train_evaluate_compare_predict(cohort: Path, capsys: pytest.CaptureFixt
 
 
 def test_external_evaluation_equals_the_runs_own(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = trained(cohort, "run", "-r", "5x")
+    run = trained(cohort, "run", "-r", "5x", "--fold", 2)
     capsys.readouterr()
     data = ["--bags", cohort / "bags", "--labels", cohort / "labels.csv"]
     fold = ["--splits", run / "splits.csv", "--fold", 2, "--replicates", 50, "--json"]
@@ -120,8 +128,9 @@ def test_external_evaluation_equals_the_runs_own(cohort: Path, capsys: pytest.Ca
 def test_student_of_a_teacher_needs_no_high_resolution_to_predict(
     cohort: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teacher = trained(cohort, "teacher", "-r", "20x")
-    student = trained(cohort, "student", "-r", "5x", "--teacher", teacher, "--splits", teacher / "splits.csv")
+    teacher = trained(cohort, "teacher", "-r", "20x", "--fold", 1)
+    folds = ["--splits", teacher / "splits.csv", "--fold", 1]
+    student = trained(cohort, "student", "-r", "5x", "--teacher", teacher, *folds)
     header = (student / "fold_1" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train_bag", "train_soft", "train_hard"} <= set(header)
     for path in (cohort / "bags").glob("*.h5"):
@@ -133,7 +142,7 @@ def test_student_of_a_teacher_needs_no_high_resolution_to_predict(
 
 
 def test_a_teacher_that_saw_the_test_cases_is_refused(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    teacher = trained(cohort, "teacher", "-r", "20x")
+    teacher = trained(cohort, "teacher", "-r", "20x", "--fold", 2)
     capsys.readouterr()
     base = ["--bags", cohort / "bags", "--labels", cohort / "labels.csv", "-r", "5x", "-o", cohort / "student"]
     swapped = ["--teacher", teacher / "fold_2" / "model.safetensors", "--splits", teacher / "splits.csv", "--fold", 1]

@@ -11,6 +11,7 @@ import sklearn.metrics as sk
 
 from lrmil.errors import FiguresError
 from lrmil.metrics import evaluate, roc_curve, softmax
+from lrmil.metrics.curves import upper_edge
 from lrmil.pictures import draw_attention, draw_calibration, draw_confusion, draw_curves, draw_roc
 from lrmil.pictures.heatmap import attention_layer
 
@@ -25,6 +26,11 @@ def test_roc_corners_equal_scikit_learns(ties: bool) -> None:
     fpr, tpr, _ = sk.roc_curve(y, s, drop_intermediate=False)
     assert ours.fpr == pytest.approx(fpr)
     assert ours.tpr == pytest.approx(tpr)
+
+
+def test_band_counts_the_top_of_a_vertical_step() -> None:
+    fpr, tpr = np.array([0, 0, 0.5, 0.5, 1]), np.array([0, 0.4, 0.4, 0.8, 1])
+    assert upper_edge(fpr, tpr, np.array([0, 0.25, 0.5, 0.75, 1])) == pytest.approx([0.4, 0.4, 0.8, 0.9, 1.0])
 
 
 def test_roc_band_holds_the_curve_and_narrows_with_cases() -> None:
