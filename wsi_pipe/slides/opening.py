@@ -50,7 +50,7 @@ def _looks_dicom(path: str | Path) -> bool:
 
 
 _TABLE = (
-    _Reader("tiff", "wsi_pipe.slides.dicom", "open_dicom", takes=_looks_dicom),
+    _Reader("tiff", "wsi_pipe.slides.dicom", "open_dicom", takes=_looks_dicom, urls=True),
     _Reader("tiff", "wsi_pipe.slides.tiff", "open_tiff", takes=lambda path: not _looks_dicom(path), urls=True),
     _Reader("openslide", "wsi_pipe.slides.openslide", "open_openslide"),
     _Reader("image", "wsi_pipe.slides.image", "open_image"),
