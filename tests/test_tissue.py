@@ -450,6 +450,8 @@ def test_a_mask_without_area_is_empty_with_a_reason() -> None:
         (as_feature({"type": "Polygon", "coordinates": [[[0, 0], [1, float("nan")], [2, 0]]]}), "not finite"),
         (square(90, 90, 200), "outside the slide of 100 x 100 px"),
         ([square(1, 1, 5), square(-60, 0, 10)], "object 2"),
+        (as_feature({"type": "Polygon", "coordinates": [[[0, 0], [1], [2, 0]]]}), "not a pair of numbers"),
+        (as_feature({"type": "Polygon", "coordinates": [[[0], [1], [2]]]}), "fewer than three points"),
         ({"type": "GeometryCollection"}, "without geometries"),
         ({"type": "FeatureCollection", "features": [], "wsi_pipe": {"scale_l0": [1]}}, "broken"),
         ({"type": "FeatureCollection", "features": [], "wsi_pipe": 3}, "broken"),

@@ -8,7 +8,7 @@ size and scale, why it is empty, and the settings that made it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,7 +137,7 @@ def mask_from_geojson(data: object, size_l0: IntPair, scale_l0: FloatPair | None
         for rings in _polygons(geometry, where):
             # The last column and row of a mask may reach a part of a mask pixel beyond the slide.
             _check_inside(rings, size_l0, scale_l0, where)
-            (ignored if _is_ignore(name) else areas).extend(_valid([ring / scale for ring in rings]))
+            (ignored if _is_ignore(name) else areas).append([ring / scale for ring in rings])
     mask = fill_polygons(areas, size_px)
     if ignored:
         mask &= ~fill_polygons(ignored, size_px)
@@ -221,20 +221,20 @@ def _polygons(geometry: Mapping[str, Any], where: str) -> Iterator[Rings]:
 
 def _ring(ring: object, where: str) -> NDArray[np.float64]:
     try:
-        points = np.array([(float(point[0]), float(point[1])) for point in ring], np.float64)  # type: ignore[attr-defined]
-    except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:
-        raise MaskError(
-            f"{where} of the mask has a coordinate that is not a pair of numbers", remedy=_REMEDY
-        ) from error
-    if len(points) < 3 or not np.isfinite(points).all():
+        points = np.array(ring, np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        message = f"{where} of the mask has a coordinate that is not a pair of numbers"
+        raise MaskError(message, remedy=_REMEDY) from error
+    if points.ndim != 2 or points.shape[1] < 2 or len(points) < 3 or not np.isfinite(points).all():
         raise MaskError(
             f"{where} of the mask has a ring of fewer than three points or a coordinate that is not finite",
             remedy=_REMEDY,
         )
+    points = points[:, :2]  # a third number is a height
     return points[:-1] if len(points) > 3 and np.array_equal(points[0], points[-1]) else points
 
 
-def _check_inside(rings: Sequence[NDArray[np.float64]], size_l0: IntPair, scale_l0: FloatPair, where: str) -> None:
+def _check_inside(rings: Rings, size_l0: IntPair, scale_l0: FloatPair, where: str) -> None:
     slack = np.maximum(np.asarray(scale_l0), 1.0)
     for ring in rings:
         low, high = ring.min(axis=0), ring.max(axis=0)
@@ -244,15 +244,3 @@ def _check_inside(rings: Sequence[NDArray[np.float64]], size_l0: IntPair, scale_
                 f"slide of {size_l0[0]} x {size_l0[1]} px",
                 remedy="the mask must be of this slide, in level-0 pixels and not in um or pixels of another level",
             )
-
-
-def _valid(rings: Rings) -> list[Rings]:
-    """The polygon itself, or, where its rings cross themselves or each other, valid ones of the same even-odd area."""
-    import shapely
-
-    polygon = shapely.Polygon(rings[0], rings[1:])
-    if polygon.is_valid:
-        return [rings]
-    mended = shapely.make_valid(polygon, method="linework")
-    parts = [p for p in shapely.get_parts(shapely.get_parts(mended)) if p.geom_type == "Polygon" and not p.is_empty]
-    return [[np.asarray(r.coords)[:-1, :2] for r in (part.exterior, *part.interiors)] for part in parts]

@@ -19,7 +19,7 @@ Polygon = Sequence[Ring]
 """An outer ring, then its holes."""
 
 _BAND_PIXELS = 1 << 24
-"""Pixels that are filled at a time: bounds the memory of the counters to 32 MiB."""
+"""Pixels that are filled at a time: bounds the memory of the counters to 64 MiB."""
 
 # A grid point sees four pixels: bits 1, 2, 4, 8 are those above left, above right, below left, below right.
 _CORNER = np.array([bin(code).count("1") in (1, 3) for code in range(16)])
@@ -147,23 +147,26 @@ def _doubled_area(ring: NDArray[np.generic]) -> float:
 def fill_polygons(polygons: Iterable[Polygon], size_px: IntPair) -> NDArray[np.bool_]:
     """The mask, bool (H, W), of the pixels whose centre lies in any of the polygons.
 
-    Rings in pixels, pixel (c, r) covering [c, c + 1) x [r, r + 1); polygons are valid (simple rings, holes inside) but
-    may overlap each other and reach beyond the mask. A centre exactly on an edge counts on the left and top sides.
+    Rings in pixels, pixel (c, r) covering [c, c + 1) x [r, r + 1), whichever way they turn. Within a polygon the
+    even-odd rule counts, so holes are holes and rings may cross themselves; polygons may overlap each other and reach
+    beyond the mask. A centre exactly on an edge counts on the left and top sides.
     """
     width, height = size_px
     mask = np.zeros((height, width), bool)
-    starts, ends = [], []
-    for rings in polygons:
-        for index, ring in enumerate(rings):
-            # One direction for all outer rings and the other for all holes: then the winding number of a point is the
-            # number of polygons that cover it.
-            clockwise = _doubled_area(ring) > 0
-            ring = ring if clockwise == (index == 0) else ring[::-1]
-            starts.append(ring)
-            ends.append(np.roll(ring, -1, axis=0))
+    starts: list[Ring] = []
+    owners: list[int] = []
+    for owner, rings in enumerate(polygons):
+        starts += rings
+        owners += [owner] * len(rings)
     if not starts:
         return mask
-    a, b = np.concatenate(starts).astype(np.float64), np.concatenate(ends).astype(np.float64)
+    lengths = np.array([len(ring) for ring in starts])
+    a = np.concatenate(starts).astype(np.float64)
+    following = np.arange(1, len(a) + 1)
+    ends = np.cumsum(lengths)
+    following[ends - 1] = ends - lengths
+    b = a[following]
+    owner_of = np.repeat(np.array(owners), lengths)
     rising = b[:, 1] < a[:, 1]
     top, bottom = np.where(rising[:, None], b, a), np.where(rising[:, None], a, b)
     # Rows whose centre r + 0.5 lies in [top, bottom).
@@ -175,17 +178,20 @@ def fill_polygons(polygons: Iterable[Polygon], size_px: IntPair) -> NDArray[np.b
     slope = (bottom[:, 0] - top[:, 0]) / np.where(count > 0, bottom[:, 1] - top[:, 1], 1.0)
     x = top[edge, 0] + slope[edge] * (row + 0.5 - top[edge, 1])
     column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
-    step = np.where(rising[edge], 1, -1).astype(np.int16)
-    order = np.argsort(row, kind="stable")
-    row, column, step = row[order], column[order], step[order]
+    # A closed ring crosses a row an even number of times: in the order of x, the crossings of one polygon with a row
+    # are the ends of its spans in turn. Sorting by row first lets bands of rows be filled apart.
+    order = np.lexsort((x, owner_of[edge], row))
+    row, column = row[order][::2], column[order]
+    left, right = column[::2], column[1::2]
     band = max(1, _BAND_PIXELS // (width + 1))
     for r0 in range(0, height, band):
         r1 = min(r0 + band, height)
         i, j = np.searchsorted(row, (r0, r1))
         if i == j:
             continue
-        winding = np.zeros((r1 - r0, width + 1), np.int16)
-        np.add.at(winding, (row[i:j] - r0, column[i:j]), step[i:j])
-        np.cumsum(winding, axis=1, out=winding)
-        mask[r0:r1] = winding[:, :-1] > 0
+        cover = np.zeros((r1 - r0, width + 1), np.int32)
+        np.add.at(cover, (row[i:j] - r0, left[i:j]), 1)
+        np.add.at(cover, (row[i:j] - r0, right[i:j]), -1)
+        np.cumsum(cover, axis=1, out=cover)
+        mask[r0:r1] = cover[:, :-1] > 0
     return mask
