@@ -53,7 +53,7 @@ def half(rgb: RGBArray) -> RGBArray:
     """Means of 2 x 2 boxes; an odd last column or row is left out."""
     height, width = rgb.shape[0] // 2, rgb.shape[1] // 2
     boxes = rgb[: 2 * height, : 2 * width].astype(np.uint32).reshape(height, 2, width, 2, 3)
-    return ((boxes.sum(axis=(1, 3)) + 2) // 4).astype(np.uint8)
+    return np.asarray((boxes.sum(axis=(1, 3)) + 2) // 4, np.uint8)
 
 
 @dataclass(frozen=True)

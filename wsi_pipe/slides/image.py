@@ -158,9 +158,9 @@ _VIPS_COLOURS = ("b-w", "srgb", "rgb", "grey16", "rgb16", "multiband")
 
 
 def vips_cause(error: Exception) -> str:
-    """The last thing that libvips says of an error, which is the cause."""
+    """The first thing that libvips says of an error, which is the cause; what follows is where it was noticed."""
     lines = [line.strip() for line in str(getattr(error, "detail", "") or error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[0] if lines else type(error).__name__
 
 
 class WholeImage:

@@ -136,7 +136,8 @@ def _stated_mpp(tiff: Any, page: Any) -> tuple[FloatPair | None, str]:
         um = _IMAGEJ_UM.get(str((tiff.imagej_metadata or {}).get("unit", "")))
         stated = None if um is None else resolution_tags_mpp(x * 1e4 / um, y * 1e4 / um, 3)
         return stated, "none" if stated is None else "imagej.unit"
-    unit = int(page.resolutionunit) if page.resolutionunit else 2
+    unit_tag = page.tags.get(296)
+    unit = 2 if unit_tag is None else int(unit_tag.value)
     stated = resolution_tags_mpp(x, y, unit)
     return stated, "none" if stated is None else f"tiff.XResolution ({'cm' if unit == 3 else 'inch'})"
 
@@ -178,7 +179,10 @@ def _check_colours(name: str, page: Any) -> None:
     if colour_samples is None:
         kind = _COLOUR_NAMES.get(photometric, f"photometric {photometric}")
         raise UnsupportedSlideError(f"{name}: {kind} is not grey or RGB", remedy="export it as RGB")
-    if page.samplesperpixel - len(page.extrasamples) != colour_samples or page.imagedepth != 1:
+    # One channel more is alpha, or of no stated meaning beside RGB; beside grey it is another stain.
+    extra = tuple(int(kind) for kind in page.extrasamples)
+    known = extra in ((), (1,), (2,)) or (extra == (0,) and colour_samples == 3)
+    if not known or page.samplesperpixel - len(extra) != colour_samples or page.imagedepth != 1:
         raise UnsupportedSlideError(
             f"{name}: {page.samplesperpixel} samples a pixel are not grey or RGB", remedy="export it as RGB"
         )
