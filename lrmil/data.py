@@ -44,9 +44,9 @@ class BagBatch(NamedTuple):
 class LabelTable:
     """Labels of the bags of a store, and everything that found no partner.
 
-    classes: sorted names; labels: int64 (bags,), index into them or -1. case_ids: per bag. usable: bags with label
-    and rows. missing: in the table, but no bag. unlabelled: a bag, but not in the table. empty: labelled bags without
-    rows, with the reason.
+    classes: sorted names, whole numbers by value. labels: int64 (bags,), index into them or -1. case_ids: per bag.
+    usable: bags with label and rows. missing: in the table, but no bag. unlabelled: a bag, but not in the table. empty:
+    labelled bags without rows, with the reason.
     """
 
     classes: tuple[str, ...]
@@ -111,7 +111,7 @@ def load_labels(
         )
     known = set(slide_ids)
     by_key, case_of = _collect(path, rows, key_name, label_name, case_name if by_slide else None, known)
-    names = tuple(classes) if classes is not None else tuple(sorted(set(by_key.values())))
+    names = tuple(classes) if classes is not None else tuple(sorted(set(by_key.values()), key=_natural))
     strange = sorted({value for value in by_key.values() if value not in names})
     if strange:
         raise LabelError(f"{path}: class {strange[0]!r} is not one of {', '.join(names)}")
@@ -138,6 +138,11 @@ def load_labels(
     if len(names) < 2:
         raise LabelError(f"{path}: all labels are {names[0]!r}", remedy="a classifier needs two classes")
     return table
+
+
+def _natural(name: str) -> tuple[int, int, str]:
+    """Whole numbers by value, before all other names by letter."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
 def _collect(

@@ -82,9 +82,9 @@ def level_of(resolution: float | None) -> str | None:
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """What is left out, on standard error."""
+    """What the user should know about the cohort, on standard error."""
     for note in notes:
-        click.echo(f"left out: {note}", err=True)
+        click.echo(note, err=True)
 
 
 def pack_progress() -> Callable[[int, int], None]:
@@ -126,6 +126,8 @@ def print_figures(result: RunFigures) -> None:
     click.echo(
         f"{slides} slides, {cases} cases, {len(result.folds)} fold(s), part {result.part}; 95 % intervals by case"
     )
+    if len(result.classes) == 2:
+        click.echo(f"positive class: {result.classes[1]}")
     for fold in result.folds:
         reasons: dict[str, list[str]] = {}
         for name in SHOWN:

@@ -34,14 +34,16 @@ class Cohort:
         return FoldIndices(*kept)
 
     def notes(self, splits: SplitTable | None = None) -> list[str]:
-        """One line for each kind of slide that is left out, with all names."""
-        notes = self.table.notes()
+        """One line for each kind of slide that is left out, with all names, and one where no cases are known."""
+        notes = [f"left out: {note}" for note in self.table.notes()]
         if splits is not None:
             usable = self.table.usable.tolist()
             slides = [self.store.slide_ids[i] for i in usable]
             stray = splits.unassigned(slides, [self.table.case_ids[i] for i in usable])
             if stray:
-                notes.append(f"{len(stray)} not in the splits: {', '.join(stray)}")
+                notes.append(f"left out: {len(stray)} not in the splits: {', '.join(stray)}")
+        if self.table.case_ids == self.store.slide_ids:
+            notes.append("no case ids are known: every slide counts as a case of its own")
         return notes
 
 

@@ -60,9 +60,13 @@ class FoldFigures:
 
 @dataclass(frozen=True)
 class RunFigures:
-    """Figures of a run: by fold, their mean with an interval by case, and their spread."""
+    """Figures of a run: by fold, their mean with an interval by case, and their spread.
+
+    classes: of two, the second is the positive one in AUC and average precision.
+    """
 
     part: str
+    classes: tuple[str, ...]
     folds: tuple[FoldFigures, ...]
     mean: Mapping[str, Estimate]
     spread: Mapping[str, Mapping[str, float]]
@@ -167,7 +171,7 @@ def summarise(
         seed=seed,
     )
     points = [{name: e.value for name, e in fold.estimates.items()} for fold in folds]
-    return RunFigures(part, tuple(folds), mean, summarise_folds(points))
+    return RunFigures(part, found[0].classes, tuple(folds), mean, summarise_folds(points))
 
 
 def draw_fold(folder: Path, p: FoldPredictions, part: str) -> None:

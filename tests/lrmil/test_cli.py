@@ -182,6 +182,39 @@ def test_bags_of_another_kind_are_refused_by_name(
     assert got == {"good": "done", "other": "failed"}
 
 
+@pytest.mark.parametrize("tool", ["trident", "clam", "stamp"])
+def test_bags_of_other_tools_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str], tool: str) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "bags").mkdir()
+    lines = ["slide_id,label"]
+    for i in range(16):
+        features = rng.normal(size=(1, 9, 6) if tool == "trident" else (9, 6)).astype(np.float32)
+        features[..., :4, 0] += 3 * (i % 2)
+        places = 512 * np.stack([np.arange(9) % 3, np.arange(9) // 3], axis=1)
+        with h5py.File(tmp_path / "bags" / f"s{i}.h5", "w") as file:
+            file["feats" if tool == "stamp" else "features"] = features
+            file["coords"] = places[None] if tool == "trident" else places
+            if tool == "trident":
+                file["coords"].attrs.update(patch_size=256, patch_size_level0=512, target_magnification=20)
+            if tool == "stamp":
+                file.attrs.update(extractor="uni", unit="um", tile_size_um=128.0, tile_size_px=256)
+        lines.append(f"s{i}.svs,{i % 2}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    features_of = ["-r", "20x", "-e", "uni"]
+    data = ["--bags", tmp_path / "bags", "--labels", tmp_path / "labels.csv", *features_of]
+    assert lrmil("train", *data, "-o", tmp_path / "run", "--folds", 2, "--fold", 1, *SMALL) == 0
+    assert "every slide counts as a case of its own" in capsys.readouterr().err
+    model = tmp_path / "run" / "fold_1" / "model.safetensors"
+    assert lrmil("predict", "--model", model, "--bags", tmp_path / "bags", "-o", tmp_path / "out") == 0
+    got = {row["slide_id"]: row for row in rows_of(tmp_path / "out" / "predictions.csv")}
+    for row in rows_of(tmp_path / "run" / "fold_1" / "predictions.csv"):
+        assert float(got[row["slide_id"]]["probability_1"]) == pytest.approx(float(row["probability_1"]), abs=2e-3)
+    assert (tmp_path / "out" / "heatmaps" / "s3.png").is_file()
+    options = ["--bags", tmp_path / "bags", "-o", tmp_path / "other", "-e", "conch"]
+    assert lrmil("predict", "--model", model, *options) == 1
+    assert "conch" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -50,6 +50,11 @@ def test_classes_keep_a_trained_models_order(tmp_path: Path) -> None:
         load_labels(path, ["a", "b"], classes=["y", "z"])
 
 
+def test_numbers_are_sorted_by_value(tmp_path: Path) -> None:
+    path = csv(tmp_path, "slide_id,label\na,10\nb,2\nc,none\n")
+    assert load_labels(path, ["a", "b", "c"]).classes == ("2", "10", "none")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
