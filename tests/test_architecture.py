@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WSI_PIPE = [
     # values
     "errors",
+    "cores",
     "geometry",
     "files",
     "config",
@@ -86,7 +87,7 @@ ONLY_IN = {
 }
 # Reading, segmenting and tiling must start without torch.
 TORCH_FREE = {
-    "errors", "geometry", "files", "config", "outcome", "slides", "synthetic", "tissue", "tiling", "overview", "tiles",
+    "errors", "cores", "geometry", "files", "config", "outcome", "slides", "synthetic", "tissue", "tiling", "overview", "tiles",
     "bag", "manifest", "execute", "pictures", "pages", "plan", "care",
 }  # fmt: skip
 PURE = {"tissue", "tiling"}

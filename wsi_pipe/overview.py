@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_pipe.cores import available_cores
 from wsi_pipe.errors import MissingMppError
 from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.base import WHITE, Plane, RGBArray, Slide
@@ -60,7 +60,7 @@ def read_overview(slide: Slide, mpp: float = 8.0, *, threads: int | None = None)
             remedy="give it in micrometres per level-0 pixel: --slide-mpp X, or the column mpp of the slides CSV",
         )
     scale = (float(overview_scale(mpp / slide_mpp[0])), float(overview_scale(mpp / slide_mpp[1])))
-    rgb = _average(slide, scale, threads or len(os.sched_getaffinity(0)))
+    rgb = _average(slide, scale, threads or available_cores())
     return Overview(rgb, scale, (scale[0] * slide_mpp[0], scale[1] * slide_mpp[1]))
 
 

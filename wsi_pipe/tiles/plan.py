@@ -17,6 +17,9 @@ __all__ = ["BlockPlan", "Cut", "choose_cut", "plan_blocks"]
 SCALE_TOLERANCE = 1e-9
 """Relative distance within which two scales are one."""
 
+NEAR_SCALE = 1.02
+"""A plane this little finer than the request is too coarse to resample from."""
+
 CORNER_TOLERANCE = 1e-6
 """Distance in plane pixels within which a corner lies on a pixel's edge."""
 
@@ -52,7 +55,9 @@ def choose_cut(planes: tuple[Plane, ...], scale_l0: FloatPair, corners_l0: NDArr
     1. Pixel for pixel from a plane of that very scale whose pixels the corners meet.
     2. At a dyadic scale (level 0 times a power of two): means of 2 x 2, 4 x 4, ... boxes of the coarsest finer dyadic
        plane whose pixels the corners meet.
-    3. Else resampled from the coarsest plane at least as fine; from the finest where none is.
+    3. Else resampled from the coarsest plane at least as fine; from the finest where none is. A plane finer by less
+       than 2 %, which no grid meets at the default tolerance, is passed over: nearly every tile pixel would fall
+       between two plane pixels somewhere, and lose the detail that lies there (33 dB).
     """
     for plane in planes:
         same = all(abs(s / d - 1) <= SCALE_TOLERANCE for s, d in zip(scale_l0, plane.downsample, strict=True))
@@ -89,11 +94,14 @@ def _power_of_two(scale: FloatPair) -> int | None:
 
 
 def _coarsest_fine_enough(planes: tuple[Plane, ...], scale_l0: FloatPair) -> Plane:
-    fine = [
-        p for p in planes if all(d <= s * (1 + SCALE_TOLERANCE) for d, s in zip(p.downsample, scale_l0, strict=True))
-    ]
+    fine = [p for p in planes if _is_finer(p, scale_l0, 1.0 if p.downsample == (1.0, 1.0) else NEAR_SCALE)]
     # max() keeps the first of equals, and planes of one scale stand cheapest first.
     return max(fine, key=lambda p: p.downsample[0] * p.downsample[1]) if fine else planes[0]
+
+
+def _is_finer(plane: Plane, scale_l0: FloatPair, margin: float) -> bool:
+    """Whether a plane's pixels, ``margin`` times as large, are still no larger than those asked for."""
+    return all(d * margin <= s * (1 + SCALE_TOLERANCE) for d, s in zip(plane.downsample, scale_l0, strict=True))
 
 
 @dataclass(frozen=True)
@@ -120,22 +128,28 @@ class BlockPlan:
 
 
 def plan_blocks(
-    corners: NDArray[np.int64], patch_px: IntPair, block_px: IntPair, blocks: IntPair, group_of_tile: NDArray[np.int64]
+    corners: NDArray[np.int64],
+    patch_px: IntPair,
+    block_px: IntPair,
+    plane_px: IntPair,
+    group_of_tile: NDArray[np.int64],
 ) -> BlockPlan:
-    """Plan the blocks for patches at ``corners``, all in sample pixels; ``blocks``: (columns, rows) of the plane.
+    """Plan the blocks for patches at ``corners`` on a plane of ``plane_px`` (width, height), all in sample pixels.
 
     group_of_tile: int64 (tiles,), non-decreasing from 0 without gaps.
     """
-    first, last = corners // block_px, (corners + np.asarray(patch_px) - 1) // block_px
-    first, last = np.maximum(first, 0), np.minimum(last, np.asarray(blocks) - 1)
-    across, down = np.maximum(last - first + 1, 0).T
+    first = np.maximum(corners, 0) // block_px
+    last = (np.minimum(corners + np.asarray(patch_px), plane_px) - 1) // block_px
+    columns = -(-plane_px[0] // block_px[0])
+    outside = (corners >= plane_px) | (corners + np.asarray(patch_px) <= 0)
+    across, down = np.where(outside, 0, np.maximum(last - first + 1, 0)).T
     count = across * down
     tile_start = np.concatenate([[0], np.cumsum(count)])
     tile = np.repeat(np.arange(len(corners)), count)
     nth = np.arange(len(tile)) - tile_start[tile]
     column = first[tile, 0] + nth % across[tile]
     row = first[tile, 1] + nth // across[tile]
-    block_ids, first_use, block_of_use = np.unique(row * blocks[0] + column, return_index=True, return_inverse=True)
+    block_ids, first_use, block_of_use = np.unique(row * columns + column, return_index=True, return_inverse=True)
     # Uses stand in the order of tiles, so a block's first use is that by the first tile that needs it.
     job_of_block = group_of_tile[tile[first_use]]
     by_job = np.argsort(job_of_block, kind="stable")
@@ -150,7 +164,7 @@ def plan_blocks(
     served = np.unique(job_of_use * groups + np.concatenate([np.arange(groups), group_of_tile[tile]]))
     bounds = np.searchsorted(served, np.arange(groups + 1) * groups).tolist()
     return BlockPlan(
-        cells=np.stack([block_ids % blocks[0], block_ids // blocks[0]], axis=1)[by_job],
+        cells=np.stack([block_ids % columns, block_ids // columns], axis=1)[by_job],
         job_start=np.searchsorted(job_of_block[by_job], np.arange(groups + 1)),
         tile_start=tile_start,
         tile_block=tile_block,

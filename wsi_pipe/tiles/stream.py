@@ -11,7 +11,6 @@ Where a tile's pixels come from depends on the tile alone, so neither threads no
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_pipe.cores import available_cores
 from wsi_pipe.errors import SlideError, SlideReadError
 from wsi_pipe.geometry import FloatPair, IntPair, TileGrid
 from wsi_pipe.slides.base import WHITE, RGBArray, Slide
@@ -167,12 +167,6 @@ def read_tiles(
     return out
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 class _Stream:
     """One pass over the tiles at ``corners`` (sample pixels, float64 (N, 2)) of one slide."""
 
@@ -217,18 +211,19 @@ class _Stream:
         _, group_of_tile, counts = np.unique(group, return_inverse=True, return_counts=True)
         self.group_of_tile = group_of_tile.astype(np.int64)
         self.group_start = np.concatenate([[0], np.cumsum(counts)]).tolist()
-        self.plan = plan_blocks(self.patch_corners, self.patch_px, self.block_px, plane.blocks, self.group_of_tile)
+        # Shrunk, the last pixels of a plane may be parts of boxes; their missing part counts as white.
+        plane_px = (-(-plane.size_px[0] // by_block), -(-plane.size_px[1] // by_block))
+        self.plan = plan_blocks(self.patch_corners, self.patch_px, self.block_px, plane_px, self.group_of_tile)
         # How many jobs must end before a group's blocks are all there.
         self.awaited = np.bincount([g for groups in self.plan.serves for g in groups], minlength=len(counts)).tolist()
-        # Shrunk, the last pixels of a plane may be parts of boxes; their missing part counts as white.
-        plane_px = [-(-size // by_block) for size in plane.size_px]
         beyond = (self.patch_corners < 0) | (self.patch_corners + self.patch_px > plane_px)
         self.off_slide: NDArray[np.bool_] = np.logical_or(beyond[:, 0], beyond[:, 1])
 
         self.batch_bytes = 3 * size_px**2 * min(batch_size, len(corners))
-        self.shelf = BlockShelf(
-            self.plan.uses.tolist(), max(memory_bytes - (BATCHES_AHEAD + 1) * self.batch_bytes, memory_bytes // 4)
-        )
+        # Batches go first, then the blocks of the jobs that run; the shelf has the rest.
+        job_blocks = int(np.diff(self.plan.job_start).max(initial=0))
+        taken = (BATCHES_AHEAD + 1) * self.batch_bytes + self.threads * job_blocks * 3 * int(np.prod(self.block_px))
+        self.shelf = BlockShelf(self.plan.uses.tolist(), max(memory_bytes - taken, memory_bytes // 4))
         self.live: dict[int, RGBArray] = {}
         self.lock = threading.Lock()
         self.local = threading.local()
