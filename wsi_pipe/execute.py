@@ -21,7 +21,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
-from wsi_pipe.errors import ConfigError, TaskTimeoutError, WorkerError
+from wsi_pipe.errors import ConfigError, TaskTimeoutError, WorkerError, WsiPipeError
 
 __all__ = ["Done", "Failed", "KillableWorker", "Where", "run", "run_killable"]
 
@@ -30,6 +30,7 @@ R = TypeVar("R")
 
 POLL_S = 0.2
 KILL_GRACE_S = 2.0
+WORKERS_POLL_S = 2.0
 AHEAD = 2
 """Tasks in flight for each worker on a scheduler: one runs, one waits beside it; the rest stay here."""
 
@@ -41,6 +42,7 @@ class Where:
     workers: processes on this machine; 1 without a time-out is this process itself. scheduler: address of a Dask
     scheduler, which then decides. timeout_s: seconds that one item may take. retries: how often an item is tried
     again after its process died. resources: what a Dask worker must offer, such as {"GPU": 1}.
+    connect_s: seconds to wait for a scheduler, at first and when it went away.
     """
 
     workers: int = 1
@@ -48,6 +50,7 @@ class Where:
     timeout_s: float | None = None
     retries: int = 1
     resources: dict[str, float] | None = None
+    connect_s: float = 20.0
 
     @property
     def here(self) -> bool:
@@ -286,20 +289,42 @@ def _on_scheduler(fn: Callable[[T], R], items: Iterable[T], where: Where) -> Ite
     assert where.scheduler is not None
     task = fn if where.timeout_s is None else partial(run_killable, fn, where.timeout_s)
     try:
-        client = distributed.Client(where.scheduler, timeout="20s", set_as_default=False)
+        client = distributed.Client(where.scheduler, timeout=where.connect_s, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         raise WorkerError(
             f"no Dask scheduler answers at {where.scheduler} ({error})",
             remedy="start one with 'dask scheduler' and workers with 'dask worker ADDRESS'",
         ) from error
-    source = iter(items)
-    running: dict[Any, T] = {}
     try:
-        # Keys are random and results are dropped at once: the scheduler holds a few small things at any time.
-        queue = distributed.as_completed([], loop=client.loop, with_results=False)
-        exhausted = False
+        yield from _through(client, distributed.as_completed([], loop=client.loop), task, iter(items), where)
+    except OSError as error:
+        # Errors of fn and of items are values by now: what is left is Dask's connection.
+        if isinstance(error, WsiPipeError):
+            raise
+        raise _gone(where) from error
+    finally:
+        with contextlib.suppress(Exception):
+            client.close(timeout=5)
+
+
+def _gone(where: Where) -> WorkerError:
+    return WorkerError(
+        f"the Dask scheduler at {where.scheduler} went away",
+        remedy="start it again and run the same command: finished slides are kept",
+    )
+
+
+def _through(
+    client: Any, finished: Any, task: Callable[[T], R], source: Iterator[T], where: Where
+) -> Iterator[Done[T, R] | Failed[T]]:
+    """Items through a connected client, a bounded number in flight; results are dropped there once they are here."""
+    running: dict[Any, T] = {}
+    exhausted = False
+    room, asked = 1, 0.0
+    try:
         while True:
-            room = max(AHEAD * max(_threads(client), 1), 1)
+            if time.monotonic() - asked > WORKERS_POLL_S:
+                room, asked = AHEAD * max(sum(client.nthreads().values()), 1), time.monotonic()
             while not exhausted and len(running) < room:
                 try:
                     item = next(source)
@@ -310,46 +335,37 @@ def _on_scheduler(fn: Callable[[T], R], items: Iterable[T], where: Where) -> Ite
                     _guarded, task, item, pure=False, retries=where.retries, resources=where.resources
                 )
                 running[future] = item
-                queue.add(future)
+                finished.add(future)
             if not running:
                 return
-            future = _next_done(queue, client, where.scheduler)
+            future = _next_done(finished, client, where)
             if future is None:
                 continue
-            item = running.pop(future)
-            yield _outcome(item, future)
+            yield _outcome(running.pop(future), future)
             future.release()
     finally:
         for future in running:
             with contextlib.suppress(Exception):
                 future.cancel()
-        with contextlib.suppress(Exception):
-            client.close(timeout=5)
 
 
-def _threads(client: Any) -> int:
-    """Threads of all workers now; workers may come and go."""
-    return sum(client.nthreads().values())
-
-
-def _next_done(queue: Any, client: Any, address: str) -> Any:
+def _next_done(queue: Any, client: Any, where: Where) -> Any:
     """The next finished future, or None when none is finished yet. Raises WorkerError when the scheduler is gone."""
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline:
-        if client.status in ("closed", "closing") or (client.status == "connecting" and not _answers(client)):
-            raise WorkerError(
-                f"the Dask scheduler at {address} went away",
-                remedy="start it again and run the same command: finished slides are kept",
-            )
+        if client.status in ("closed", "closing") or (
+            client.status == "connecting" and not _answers(client, where.connect_s)
+        ):
+            raise _gone(where)
         if queue.has_ready():
             return next(queue)
         time.sleep(0.02)
     return None
 
 
-def _answers(client: Any) -> bool:
+def _answers(client: Any, patience_s: float) -> bool:
     """Whether a client that lost its scheduler finds it again within its own time-out."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         if client.status == "running":
             return True

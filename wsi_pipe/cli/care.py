@@ -1,4 +1,4 @@
-"""``wsi-pipe verify``."""
+"""``wsi-pipe verify`` and ``status``."""
 
 from __future__ import annotations
 
@@ -10,20 +10,31 @@ import click
 from wsi_pipe.cli import EXIT_FAILED
 from wsi_pipe.cli.display import print_json, print_table
 
-__all__ = ["verify"]
+__all__ = ["status", "verify"]
 
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True), metavar="JOB|BAG...")
+@click.option("--repair", is_flag=True, help="Move what is wrong into JOB/quarantine; the next run makes it again.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(paths: tuple[Path, ...], as_json: bool) -> int:
+def verify(paths: tuple[Path, ...], repair: bool, as_json: bool) -> int:
     """Check every bag of a job directory, or single bags; exit code 1 when something is wrong.
 
     Checked: the schema, shapes and types, finite features, tiles inside their parents, attention, links, and that
     mask, grids and features belong together.
     """
-    from wsi_pipe.care import verify_bags, verify_job
+    from wsi_pipe.care import repair_job, verify_bags, verify_job
 
+    if repair:
+        repairs = [item for path in paths for item in repair_job(path)]
+        if as_json:
+            print_json([dataclasses.asdict(item) for item in repairs])
+        else:
+            for item in repairs:
+                done = f"moved to {item.moved_to}" if item.moved_to else "deleted"
+                click.echo(f"{item.path}: {'; '.join(item.problems)}: {done}")
+            click.echo(f"{len(repairs)} files put aside; run again to make what is missing")
+        return EXIT_FAILED if repairs else 0
     bags = [path for path in paths if path.is_file()]
     findings = [*verify_bags(bags)]
     for folder in (path for path in paths if path.is_dir()):
@@ -40,3 +51,36 @@ def verify(paths: tuple[Path, ...], as_json: bool) -> int:
         f"{len(findings)} slides checked ({', '.join(f'{n} {s}' for s, n in counts.items())}), {len(wrong)} wrong"
     )
     return EXIT_FAILED if wrong else 0
+
+
+@click.command()
+@click.argument("job", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="JOB")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(job: Path, as_json: bool) -> int:
+    """Show how far JOB is: done, empty, failed, waiting; while a run is at work also its pace and the hours left.
+
+    Exit code 1 when slides failed.
+    """
+    from wsi_pipe.care import job_status
+
+    state = job_status(job)
+    if as_json:
+        print_json(dataclasses.asdict(state))
+        return EXIT_FAILED if state.failed else 0
+    rows = [[name, f"{getattr(state, name):,}"] for name in ("slides", "done", "empty", "failed", "waiting")]
+    if state.run is None:
+        rows.append(["run", "none at work"])
+    else:
+        rows.append(
+            ["run", f"process {state.run.get('pid')} on {state.run.get('host')} since {state.run.get('started_utc')}"]
+        )
+        if state.slides_per_hour is not None and state.hours_left is not None:
+            rows.append(["pace", f"{state.slides_per_hour:,.0f} slides/h, {state.hours_left:.1f} h left"])
+    print_table({"": "left", " ": "left"}, rows)
+    if state.failures:
+        click.echo()
+        print_table(
+            {"failed slide": "left", "stage": "left", "cause": "left", "remedy": "left"},
+            ([o.slide_id, o.stage or "", o.reason or "", o.remedy or ""] for o in state.failures),
+        )
+    return EXIT_FAILED if state.failed else 0

@@ -1,4 +1,4 @@
-"""Checking what a job holds."""
+"""Whether what a job holds is right."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wsi_pipe.bag import Bag, check_bag, read_attrs, read_bag
 from wsi_pipe.config import ExtractSettings, JobSettings
-from wsi_pipe.errors import BagError, ManifestError, WsiPipeError
+from wsi_pipe.errors import BagError, ManifestError
 from wsi_pipe.job import JobPaths, load_settings, load_slides, read_outcomes
 from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
 from wsi_pipe.outcome import SlideOutcome
@@ -117,11 +117,3 @@ def _stored_fingerprint(path: Path) -> str | None:
         return str(json.loads(path.read_bytes())["wsi_pipe"]["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def is_job(path: Path) -> bool:
-    """Whether a folder is a job directory."""
-    try:
-        return load_settings(path) is not None
-    except WsiPipeError:
-        return True

@@ -1,0 +1,183 @@
+"""Status, repair and the lock of a job; resuming after kills and interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from wsi_pipe.bag import check_bag, read_bag
+from wsi_pipe.care import job_status, repair_job, verify_job
+from wsi_pipe.cli import group, run_group
+from wsi_pipe.errors import JobLockedError, ManifestError
+from wsi_pipe.job import read_outcomes
+from wsi_pipe.job.lock import hold_job, holder_of
+
+MakeSlide = Callable[..., Path]
+MAIN = [sys.executable, "-m", "wsi_pipe"]
+
+
+def cli(*arguments: str | Path) -> int:
+    return run_group(group, "wsi-pipe", [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def archive(tmp_path: Path, make_slide: MakeSlide, tissue_picture: Any) -> Path:
+    """Six small slides."""
+    for seed in range(6):
+        make_slide(tmp_path / "in" / f"s{seed}.svs", picture=tissue_picture(900, 800, seed=seed))
+    return tmp_path / "in"
+
+
+def features(job: Path) -> dict[str, bytes]:
+    """The features of every bag, byte for byte."""
+    found = {}
+    for path in sorted((job / "bags").glob("*.h5")):
+        for level in read_bag(path).levels:
+            found[f"{path.stem} {level.grid.label}"] = level.features["texture"].values.tobytes()
+    return found
+
+
+def test_repair_puts_aside_what_is_wrong_and_nothing_else(archive: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    assert cli("run", archive, "-o", job, "-r", "5x", "--keep-features") == 0
+    before = features(job)
+    untouched = {p: p.stat().st_mtime_ns for p in (job / "bags").glob("s[345].h5")}
+    bags = job / "bags"
+    (bags / "s0.h5").write_bytes((bags / "s0.h5").read_bytes()[:3000])
+    with h5py.File(bags / "s1.h5", "r+") as file:
+        file["levels/5x/features/texture"][0] = np.nan
+    (bags / "s2.h5").write_bytes((bags / "s3.h5").read_bytes())
+    (bags / "stray.h5").write_bytes(b"x")
+    (job / "tiles/s4.h5").write_bytes(b"x")
+    (bags / ".s9.h5.0123.partial").write_bytes(b"half")
+    moved = {Path(repair.path).name: repair for repair in repair_job(job)}
+    assert set(moved) == {"s0.h5", "s1.h5", "s2.h5", "stray.h5", "s4.h5", ".s9.h5.0123.partial"}
+    assert "not a readable HDF5 file" in moved["s0.h5"].problems[0]
+    assert Path(moved["s1.h5"].moved_to) == job / "quarantine/bags/s1.h5"
+    assert Path(moved["s1.h5"].moved_to).is_file()
+    assert not list(job.rglob("*.partial"))
+    assert repair_job(job) == []
+    assert cli("run", "-o", job) == 0
+    assert features(job) == before
+    assert {p: p.stat().st_mtime_ns for p in untouched} == untouched
+    assert not [finding for finding in verify_job(job) if finding.problems]
+
+
+def test_status_counts_and_paces(archive: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    (archive / "bad.svs").write_bytes(b"no")
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "3") == 1
+    state = job_status(job)
+    assert (state.slides, state.done, state.failed, state.waiting, state.run) == (3, 2, 1, 0, None)
+    assert [failure.slide_id for failure in state.failures] == ["bad"]
+    started = datetime.now(UTC) - timedelta(hours=1)
+    with hold_job(job, {"started_utc": started.strftime("%Y-%m-%dT%H:%M:%SZ"), "slides": 9}):
+        state = job_status(job, started + timedelta(hours=1))
+    assert state.run is not None
+    assert state.run["pid"] == os.getpid()
+    assert state.finished_in_run == 3
+    assert state.slides_per_hour == pytest.approx(3, rel=1e-3)
+    assert state.hours_left == pytest.approx(2, rel=1e-3)
+    with pytest.raises(ManifestError, match="is not a job directory"):
+        job_status(archive)
+    assert cli("status", job) == 1
+
+
+def test_failures_are_listed_with_remedies_and_retried_alone(
+    archive: Path, tmp_path: Path, make_slide: MakeSlide, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "job"
+    (archive / "bad.svs").write_bytes(b"no")
+    assert cli("run", archive, "-o", job, "-r", "5x") == 1
+    text = (job / "failures.csv").read_text()
+    assert text.startswith("slide_id,slide,stage,cause,remedy\nbad,")
+    make_slide(archive / "bad.svs")
+    capsys.readouterr()
+    assert cli("run", archive, "-o", job, "--retry-failed", "--json") == 0
+    assert [o["slide_id"] for o in json.loads(capsys.readouterr().out)["outcomes"]] == ["bad"]
+    assert (job / "failures.csv").read_text() == "slide_id,slide,stage,cause,remedy\n"
+
+
+def test_a_second_run_refuses(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tmp_path / "job"
+    with hold_job(job, {"started_utc": "2026-01-01T00:00:00Z"}):
+        assert cli("run", archive, "-o", job) == 2
+        assert f"process {os.getpid()} on" in capsys.readouterr().err
+        with pytest.raises(JobLockedError), hold_job(job, {}):
+            pass
+        assert holder_of(job) is not None
+    assert holder_of(job) is None
+    assert cli("run", archive, "-o", job, "-r", "5x") == 0
+
+
+def test_workers_give_the_same_bags(archive: Path, tmp_path: Path) -> None:
+    assert cli("run", archive, "-o", tmp_path / "one", "-r", "5x", "-r", "20x") == 0
+    assert (
+        cli("run", archive, "-o", tmp_path / "two", "-r", "5x", "-r", "20x", "--workers", "2", "--timeout", "120") == 0
+    )
+    assert features(tmp_path / "one") == features(tmp_path / "two")
+    assert sorted(read_outcomes(tmp_path / "one")) == sorted(read_outcomes(tmp_path / "two"))
+    assert len((tmp_path / "two/outcomes.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["here", "workers"])
+def test_ctrl_c_ends_within_seconds_and_resumes(archive: Path, tmp_path: Path, options: list[str]) -> None:
+    job = tmp_path / "job"
+    process = subprocess.Popen(
+        [*MAIN, "run", str(archive), "-o", str(job), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (job / "outcomes.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode in (130, 0), err
+    assert "Traceback" not in err
+    if process.returncode == 130:
+        assert "run the same command again to go on" in err
+    assert not list(job.rglob("*.partial"))
+    assert cli("run", archive, "-o", job) == 0
+    assert all(check_bag(path) == [] for path in (job / "bags").glob("*.h5"))
+    assert len(list((job / "bags").glob("*.h5"))) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["here", "workers"])
+def test_killed_at_any_moment_nothing_is_lost(archive: Path, tmp_path: Path, options: list[str]) -> None:
+    assert cli("run", archive, "-o", tmp_path / "whole") == 0
+    job = tmp_path / "job"
+    rng = np.random.default_rng(3)
+    for delay in rng.uniform(0.3, 2.5, 5):
+        process = subprocess.Popen(
+            [*MAIN, "run", str(archive), "-o", str(job), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(float(delay))
+        process.kill()
+        process.wait()
+        for path in (job / "bags").glob("*.h5"):
+            assert check_bag(path) == []
+    assert cli("run", archive, "-o", job, *options) == 0
+    assert features(job) == features(tmp_path / "whole")
+
+
+def test_log_lines(archive: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    assert cli("run", archive, "-o", tmp_path / "job", "-r", "5x", "--limit", "2", "--log-json", log) == 0
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [event["event"] for event in events] == ["start", "slide", "slide", "end"]
+    assert events[1]["status"] == "done"

@@ -1,0 +1,247 @@
+"""Where work runs: here, in processes that die or hang, and on a real Dask scheduler with real workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from wsi_pipe.errors import ConfigError, SlideOpenError, TaskTimeoutError, WorkerError
+from wsi_pipe.execute import Done, Failed, KillableWorker, Where, run
+
+# What runs elsewhere is named by module and must be importable there: built-ins and the project's own functions are.
+EVAL = partial(eval)
+
+
+def values(results: list[object]) -> dict[str, object]:
+    return {str(r.item): r.value for r in results if isinstance(r, Done)}
+
+
+def errors(results: list[object]) -> dict[str, Exception]:
+    return {str(r.item): r.error for r in results if isinstance(r, Failed)}
+
+
+@pytest.mark.parametrize("where", [Where(), Where(workers=2), Where(timeout_s=60)], ids=["here", "two", "killable"])
+def test_every_item_comes_back_once(where: Where) -> None:
+    items = [f"{n} * {n}" for n in range(20)]
+    assert values(list(run(EVAL, items, where))) == {f"{n} * {n}": n * n for n in range(20)}
+
+
+@pytest.mark.parametrize("where", [Where(), Where(workers=2)], ids=["here", "two"])
+def test_an_error_costs_its_own_item(where: Where) -> None:
+    results = list(run(EVAL, ["1", "1 / 0", "2"], where))
+    assert values(results) == {"1": 1, "2": 2}
+    assert isinstance(errors(results)["1 / 0"], ZeroDivisionError)
+
+
+def test_our_errors_keep_their_remedy_between_processes() -> None:
+    raising = "(_ for _ in ()).throw(__import__('wsi_pipe.errors').errors.SlideOpenError('gone', remedy='look'))"
+    ((_, error),) = errors(list(run(EVAL, [raising], Where(timeout_s=60)))).items()
+    assert isinstance(error, SlideOpenError)
+    assert (error.message, error.remedy) == ("gone", "look")
+
+
+def test_a_process_that_dies_costs_its_own_item() -> None:
+    kill = "__import__('os').kill(__import__('os').getpid(), 9)"
+    results = list(run(EVAL, ["1", kill, "2", "3"], Where(workers=2, retries=1)))
+    assert values(results) == {"1": 1, "2": 2, "3": 3}
+    error = errors(results)[kill]
+    assert isinstance(error, WorkerError)
+    assert "SIGKILL" in str(error)
+
+
+def test_a_retry_gets_a_fresh_process(tmp_path: Path) -> None:
+    flag = tmp_path / "seen"
+    once = (
+        f"7 if __import__('os').path.exists({str(flag)!r}) "
+        f"else (open({str(flag)!r}, 'w').close(), __import__('os').abort())"
+    )
+    assert values(list(run(EVAL, [once], Where(workers=2, retries=1)))) == {once: 7}
+
+
+def test_a_time_out_really_ends_the_process() -> None:
+    hang = "(print, __import__('time').sleep(600))"
+    start = time.monotonic()
+    results = list(run(EVAL, ["1", hang, "2"], Where(workers=2, timeout_s=2)))
+    assert time.monotonic() - start < 60
+    assert values(results) == {"1": 1, "2": 2}
+    assert isinstance(errors(results)[hang], TaskTimeoutError)
+    assert "--timeout" in str(errors(results)[hang])
+
+
+def test_closing_early_ends_the_workers() -> None:
+    results = run(EVAL, ["__import__('os').getpid()"] * 2 + ["__import__('time').sleep(600)"] * 2, Where(workers=2))
+    first = next(results)
+    assert isinstance(first, Done)
+    results.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.kill(first.value, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker is still there")
+
+
+def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    code = (
+        "import sys; from wsi_pipe.execute import KillableWorker\n"
+        "worker = KillableWorker(); print(worker.call(eval, \"__import__('os').getpid()\", None), flush=True)\n"
+        "worker.call(eval, \"__import__('time').sleep(600)\", None)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        status = Path(f"/proc/{child}/status")
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent")
+
+
+def test_items_are_taken_as_they_are_needed() -> None:
+    taken = []
+
+    def items() -> Iterator[str]:
+        for n in range(100):
+            taken.append(n)
+            yield str(n)
+
+    results = run(EVAL, items(), Where(workers=2))
+    next(results)
+    assert len(taken) <= 4
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_sent_back_is_an_error_of_its_item() -> None:
+    results = list(run(EVAL, ["lambda: 0", "1"], Where(timeout_s=60)))
+    assert values(results) == {"1": 1}
+    assert "cannot be sent back" in str(errors(results)["lambda: 0"])
+
+
+def test_workers_below_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        run(EVAL, [], Where(workers=0))
+
+
+def test_no_scheduler_there() -> None:
+    with pytest.raises(WorkerError, match=r"no Dask scheduler answers at tcp://127.0.0.1:1 .*dask scheduler"):
+        list(run(EVAL, ["1"], Where(scheduler="tcp://127.0.0.1:1", connect_s=1.0)))
+
+
+def test_one_worker_serves_many_calls_in_one_process() -> None:
+    worker = KillableWorker()
+    try:
+        pids = {worker.call(eval, "__import__('os').getpid()", 60) for _ in range(3)}
+        assert len(pids) == 1
+        assert pids != {os.getpid()}
+    finally:
+        worker.kill()
+
+
+class Cluster:
+    """A Dask scheduler and workers as processes of their own, on loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = 0
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        log = (self.folder / f"{len(self.processes)}.log").open("wb")
+        process = subprocess.Popen([sys.executable, "-m", "dask", *arguments], stdout=log, stderr=log)
+        log.close()
+        self.processes.append(process)
+        return process
+
+    def scheduler(self) -> subprocess.Popen[bytes]:
+        file = self.folder / f"scheduler-{len(self.processes)}.json"
+        where = ("--host", "127.0.0.1", "--port", str(self.port), "--scheduler-file", str(file))
+        process = self.start("scheduler", "--no-dashboard", *where)  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not file.exists() or not file.read_text().strip().endswith("}"):
+            assert time.monotonic() < deadline, "the scheduler does not start"
+            time.sleep(0.1)
+        import json
+
+        self.address = str(json.loads(file.read_text())["address"])
+        self.port = int(self.address.rpartition(":")[2])
+        return process
+
+    def worker(self, *extra: str) -> subprocess.Popen[bytes]:
+        return self.start(
+            "worker", self.address, "--nthreads", "1", "--no-dashboard", "--death-timeout", "60",
+            "--local-directory", str(self.folder), "--host", "127.0.0.1", *extra,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        for process in reversed(self.processes):
+            process.terminate()
+        for process in reversed(self.processes):
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    found = Cluster(tmp_path)
+    try:
+        yield found
+    finally:
+        found.stop()
+
+
+@pytest.mark.slow
+def test_dask_runs_everything_once_also_when_a_worker_is_killed(cluster: Cluster) -> None:
+    cluster.scheduler()
+    workers = [cluster.worker("--no-nanny") for _ in range(3)]
+    items = [f"(__import__('time').sleep(0.2), {n})[1]" for n in range(30)]
+    results = []
+    for result in run(EVAL, items, Where(scheduler=cluster.address)):
+        results.append(result)
+        if len(results) == 5:
+            workers[0].kill()
+    assert sorted(values(results).values()) == list(range(30))  # type: ignore[type-var]
+    assert len(results) == 30
+
+
+@pytest.mark.slow
+def test_dask_time_outs_and_resources(cluster: Cluster) -> None:
+    cluster.scheduler()
+    cluster.worker("--resources", "GPU=1")
+    cluster.worker()
+    where = Where(scheduler=cluster.address, timeout_s=5, resources={"GPU": 1})
+    parent = "__import__('os').getppid()"
+    hang = "__import__('time').sleep(600)"
+    results = list(run(EVAL, [parent, hang, f"{parent} + 0", f"{parent} + 0 + 0"], where))
+    assert isinstance(errors(results)[hang], TaskTimeoutError)
+    assert len(set(values(results).values())) == 1, "only the worker with the resource may run these"
+
+
+@pytest.mark.slow
+def test_dask_scheduler_going_away_is_said(cluster: Cluster) -> None:
+    scheduler = cluster.scheduler()
+    cluster.worker()
+    items = [f"(__import__('time').sleep(0.3), {n})[1]" for n in range(50)]
+    results = run(EVAL, items, Where(scheduler=cluster.address, connect_s=5.0))
+    assert isinstance(next(results), Done)
+    scheduler.kill()
+    with pytest.raises(WorkerError, match="went away; start it again"):
+        list(results)

@@ -1,0 +1,117 @@
+"""Plans: what will fail, how many tiles, and an archive of any length in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from wsi_pipe.cli import group, run_group
+from wsi_pipe.config import JobSettings
+from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.plan import MetadataCache, SlideFacts, exact_tiles, slide_facts, spread_sample, survey, total
+
+MakeSlide = Callable[..., Path]
+SETTINGS = JobSettings()
+
+
+def entry(path: Path | str, **more: object) -> SlideEntry:
+    return SlideEntry(Path(path).stem, str(path), "case", **more)  # type: ignore[arg-type]
+
+
+def test_counted_tiles_are_those_of_a_run(tmp_path: Path, make_slide: MakeSlide) -> None:
+    slide = make_slide(tmp_path / "s.svs")
+    with MetadataCache() as cache:
+        (quick,) = survey([entry(slide)], SETTINGS, cache)
+    assert not quick.counted
+    # 1536 x 1280 px in tiles of 256 px at 0.5 and at 2 um/px: 6 x 5 and 2 x 2.
+    assert quick.covering == {"5x": 4, "20x": 30}
+    exact = exact_tiles(entry(slide), quick, SETTINGS)
+    assert run_group(group, "wsi-pipe", ["tile", str(slide), "-o", str(tmp_path / "job")]) == 0
+    (line,) = (tmp_path / "job/outcomes.jsonl").read_text().splitlines()
+    assert dict(exact.tiles) == json.loads(line)["tiles"]
+
+
+def test_what_will_fail_is_said_with_its_remedy(tmp_path: Path, make_slide: MakeSlide) -> None:
+    (tmp_path / "bad.svs").write_bytes(b"nothing")
+    bare = make_slide(tmp_path / "bare.tif", mpp=None, style="generic")
+    coarse = make_slide(tmp_path / "coarse.svs", mpp=2.0)
+    good = make_slide(tmp_path / "good.svs")
+    entries = [entry(p) for p in (tmp_path / "bad.svs", bare, coarse, good)]
+    entries.append(entry(good, mask=str(tmp_path / "none.geojson")))
+    entries.append(entry(bare, mpp=(0.5, 0.5)))
+    with MetadataCache() as cache:
+        bad, unknown, upsampled, fine, maskless, told = survey(entries, SETTINGS, cache)
+    assert bad.problem is not None
+    assert "--slide-mpp" in str(unknown.remedy)
+    assert "finer" in str(upsampled.problem)
+    assert fine.problem is None
+    assert "none.geojson is not there" in str(maskless.problem)
+    assert told.problem is None
+    assert told.mpp_source == "user"
+
+
+def test_metadata_is_read_once_and_again_when_the_file_changes(tmp_path: Path, make_slide: MakeSlide) -> None:
+    slide = make_slide(tmp_path / "s.svs")
+    looked = []
+
+    def describe(one: SlideEntry, reader: str) -> SlideFacts:
+        looked.append(one.path)
+        return slide_facts(one, reader)
+
+    for _ in range(2):
+        with MetadataCache(tmp_path / "facts.sqlite") as cache:
+            (first,) = survey([entry(slide)], SETTINGS, cache, describe=describe)
+    assert looked == [str(slide)]
+    make_slide(slide, mpp=0.25, seed=3)
+    with MetadataCache(tmp_path / "facts.sqlite") as cache:
+        (second,) = survey([entry(slide)], SETTINGS, cache, describe=describe)
+    assert len(looked) == 2
+    assert (first.mpp, second.mpp) == ((0.5, 0.5), (0.25, 0.25))
+
+
+def test_a_long_list_plans_in_bounded_memory() -> None:
+    def entries() -> Iterator[SlideEntry]:
+        for n in range(5000):
+            yield SlideEntry(f"s{n}", f"https://127.0.0.1/s{n}.svs", "case")
+
+    def describe(one: SlideEntry, reader: str) -> SlideFacts:
+        return SlideFacts(sizes_px=((100_000, 80_000), (25_000, 20_000)), mpp=(0.25, 0.25), mpp_source="stub")
+
+    with MetadataCache() as cache:
+        tracemalloc.start()
+        totals = total(survey(entries(), SETTINGS, cache, kept={"5x": 0.5, "20x": 0.5}, describe=describe))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    # 100,000 x 80,000 px at 0.25 um/px: 49 x 40 tiles of 512 um, 196 x 157 of 128 um (rounded up), half of them kept.
+    assert totals.tiles == {"5x": 5000 * 980, "20x": 5000 * 15386}
+    assert peak < 20e6
+
+
+def test_sample_is_spread_over_the_list() -> None:
+    entries = [SlideEntry(str(n), str(n), "c") for n in range(100)]
+    assert [e.slide_id for e in spread_sample(entries, 3)] == ["0", "50", "99"]
+    assert spread_sample(entries[:2], 3) == entries[:2]
+    assert spread_sample(entries, 0) == []
+
+
+def test_command(tmp_path: Path, make_slide: MakeSlide, capsys: pytest.CaptureFixture[str]) -> None:
+    make_slide(tmp_path / "in/a.svs")
+    make_slide(tmp_path / "in/b.svs", seed=1)
+    (tmp_path / "in/bad.svs").write_bytes(b"no")
+    each = tmp_path / "each.jsonl"
+    arguments = ["plan", str(tmp_path / "in"), "--sample", "1", "--json", "--each", str(each)]
+    assert run_group(group, "wsi-pipe", arguments) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["slides"] == 3
+    assert [plan["slide_id"] for plan in result["failing"]] == ["bad"]
+    assert result["hours"] > 0
+    assert result["gigabytes"] == pytest.approx(
+        sum(n * result["calibration"]["bytes_per_tile"][label] for label, n in result["tiles"].items()) / 1e9
+    )
+    assert len(each.read_text().splitlines()) == 3
+    assert run_group(group, "wsi-pipe", ["plan", str(tmp_path / "in"), "--calibrate", "0"]) == 1
+    assert "1 will fail" in capsys.readouterr().out

@@ -1,0 +1,9 @@
+"""Looking after a job: how far it is, whether its outputs are right, and putting aside those that are not."""
+
+from __future__ import annotations
+
+from wsi_pipe.care.repair import Repair, repair_job
+from wsi_pipe.care.status import JobStatus, job_status
+from wsi_pipe.care.verify import Finding, verify_bags, verify_job
+
+__all__ = ["Finding", "JobStatus", "Repair", "job_status", "repair_job", "verify_bags", "verify_job"]

@@ -1,0 +1,75 @@
+"""Putting wrong outputs aside, so that the next run makes them again and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from wsi_pipe.bag import check_bag, check_feature_file
+from wsi_pipe.care.verify import verify_job
+from wsi_pipe.files import TEMPORARY_SUFFIX, output_error
+from wsi_pipe.job import JobPaths, load_slides, utc_now
+from wsi_pipe.job.lock import hold_job
+
+__all__ = ["Repair", "repair_job"]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """One file put aside. moved_to: where it lies now, or "" for a temporary file that was deleted."""
+
+    path: str
+    moved_to: str
+    problems: tuple[str, ...]
+
+
+def repair_job(root: Path) -> list[Repair]:
+    """Move everything wrong in a job into ``quarantine/``: broken, foreign and stale bags, grids and feature files
+    that do not open, outputs that belong to no slide; and delete what interrupted writes left.
+
+    The next run makes just those again. Raises ManifestError when ``root`` is not a job, JobLockedError while a run
+    is at work in it, OutputError when a file cannot be moved.
+    """
+    paths = JobPaths(root)
+    with hold_job(root, {"started_utc": utc_now(), "until": "repair"}):
+        wrong = [(Path(f.path), f.problems) for f in verify_job(root) if f.problems and Path(f.path).is_file()]
+        wrong += list(_broken_stage_files(paths))
+        repairs = [_put_aside(root, path, problems) for path, problems in wrong]
+        for path in sorted(root.rglob(f".*{TEMPORARY_SUFFIX}")):
+            path.unlink(missing_ok=True)
+            repairs.append(Repair(str(path), "", ("left by an interrupted write",)))
+    return repairs
+
+
+def _broken_stage_files(paths: JobPaths) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    known = {entry.slide_id for entry in load_slides(paths.root)}
+    for path in sorted((paths.root / "tiles").glob("*.h5")):
+        problems = [] if path.stem in known else ["belongs to no slide of this job"]
+        problems = problems or check_bag(path)
+        if problems:
+            yield path, tuple(problems)
+    for path in sorted((paths.root / "features").glob("*/*.h5")):
+        problems = [] if path.parent.name in known else ["belongs to no slide of this job"]
+        problems = problems or check_feature_file(path)
+        if problems:
+            yield path, tuple(problems)
+    for path in sorted((paths.root / "tissue").glob("*.geojson")):
+        if path.stem not in known:
+            yield path, ("belongs to no slide of this job",)
+
+
+def _put_aside(root: Path, path: Path, problems: tuple[str, ...]) -> Repair:
+    target = root / "quarantine" / path.relative_to(root)
+    number = 1
+    while target.exists():
+        target = target.with_name(f"{path.stem}.{number}{path.suffix}")
+        number += 1
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A rename within the job: no space is needed, and nothing is ever half moved.
+        os.replace(path, target)
+    except OSError as error:
+        raise output_error(target, error) from error
+    return Repair(str(path), str(target), problems)

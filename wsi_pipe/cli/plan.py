@@ -1,0 +1,151 @@
+"""``wsi-pipe plan``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wsi_pipe.cli import EXIT_FAILED
+from wsi_pipe.cli.display import print_json, print_table
+from wsi_pipe.cli.options import (
+    collect_entries,
+    extract_options,
+    segment_options,
+    settings_from,
+    slide_options,
+    tile_options,
+)
+
+__all__ = ["plan"]
+
+SHOWN = 40
+
+
+@click.command()
+@slide_options
+@segment_options
+@tile_options
+@extract_options
+@click.option("--config", type=click.Path(path_type=Path, dir_okay=False), metavar="TOML", help="Settings file.")
+@click.option(
+    "--sample", type=click.IntRange(0), default=20, show_default=True, help="Find the tissue of so many slides."
+)
+@click.option("--calibrate", "trial", type=click.IntRange(0), default=2, show_default=True, help="Time so many slides.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Workers to reckon with.")
+@click.option("--metadata", type=click.Path(path_type=Path, dir_okay=False), help="Keep what slides are in this file.")
+@click.option(
+    "--each",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write every slide's plan as JSON lines.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(
+    config: Path | None,
+    sample: int,
+    trial: int,
+    workers: int,
+    metadata: Path | None,
+    each: Path | None,
+    as_json: bool,
+    **values: Any,
+) -> int:
+    """Say what a run over SLIDES would take, and what would fail with which remedy; heavy work is not done.
+
+    Every slide is opened. The tissue of a sample is found, and its share stands for the others'. Hours come from
+    reading and encoding some tiles of a few slides on this machine. Exit code 1 when slides would fail.
+    """
+    from wsi_pipe.plan import MetadataCache, calibrate, exact_tiles, spread_sample, survey, total
+
+    settings = settings_from(values, None, config)
+    entries = collect_entries(values)
+    by_id = {entry.slide_id: entry for entry in entries}
+    with MetadataCache(metadata) as cache:
+        tried = [p for p in survey(spread_sample(entries, sample), settings, cache) if not p.problem]
+        exact = {p.slide_id: exact_tiles(by_id[p.slide_id], p, settings) for p in tried}
+        kept = _share([p for p in exact.values() if not p.problem])
+        lines = each.open("w", encoding="utf-8") if each else None
+        shown: list[Any] = []
+
+        def see(one: Any) -> None:
+            if len(shown) < SHOWN:
+                shown.append(one)
+            if lines:
+                lines.write(json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n")
+
+        try:
+            plans = (exact.get(p.slide_id, p) for p in survey(entries, settings, cache, kept=kept))
+            totals = total(plans, see)
+        finally:
+            if lines:
+                lines.close()
+    rates = None
+    if trial:
+        from wsi_pipe.job.run import load_encoders
+
+        works = [by_id[p.slide_id] for p in exact.values() if not p.problem and any(p.tiles.values())]
+        rates = calibrate(spread_sample(works, trial), settings, load_encoders(settings))
+    if as_json:
+        result = dataclasses.asdict(totals) | {"calibration": dataclasses.asdict(rates) if rates else None}
+        if rates:
+            result |= {"hours": rates.hours(totals, workers), "gigabytes": rates.gigabytes(totals), "workers": workers}
+        print_json(result)
+    else:
+        _show(shown, totals, rates, workers)
+    return EXIT_FAILED if totals.failing else 0
+
+
+def _share(plans: list[Any]) -> dict[str, float]:
+    """By label, how many of the covering tiles hold tissue, over the sample."""
+    labels = dict.fromkeys(label for p in plans for label in p.covering)
+    covering = {label: sum(p.covering[label] for p in plans) for label in labels}
+    return {label: sum(p.tiles[label] for p in plans) / covering[label] for label in labels if covering[label]}
+
+
+def _show(shown: list[Any], totals: Any, rates: Any, workers: int) -> None:
+    labels = list(totals.tiles)
+    columns = {"slide": "left", "mpp": "left", "from": "left"} | {f"tiles {label}": "right" for label in labels}
+    print_table(columns | {" ": "left"}, (_row(p, labels) for p in shown))
+    if totals.slides > len(shown):
+        click.echo(f"... and {totals.slides - len(shown):,} more (--each FILE writes them all)")
+    click.echo()
+    empty = f"{totals.empty:,} of {totals.counted:,} looked at are empty"
+    rows = [["slides", f"{totals.slides:,}: {len(totals.failing):,} will fail, {empty}"]]
+    rows += [[f"tiles at {label}", f"{count:,}"] for label, count in totals.tiles.items()]
+    if rates and rates.slides:
+        each = ", ".join(f"{1 / s:,.0f} tiles/s at {label}" for label, s in rates.tile_s.items() if s)
+        rows.append(
+            ["measured", f"{rates.slide_s:.2f} s a slide before its tiles; {each} ({rates.tiles:,} tiles tried)"]
+        )
+        rows.append(
+            [
+                "hours",
+                f"{rates.hours(totals, workers):.2f} on {workers} worker{'s' if workers > 1 else ''} like this one",
+            ]
+        )
+        rows.append(["gigabytes", f"{rates.gigabytes(totals):.3f} of bags"])
+    print_table({"": "left", " ": "left"}, rows)
+    if totals.failing:
+        click.echo()
+        print_table(
+            {"will fail": "left", "cause": "left", "remedy": "left"},
+            ([p.slide_id, p.problem, p.remedy or ""] for p in totals.failing[:SHOWN]),
+        )
+
+
+def _row(p: Any, labels: list[str]) -> list[str]:
+    mpp = "unknown" if p.mpp is None else f"{p.mpp[0]:.4g}"
+    note = (
+        "fails" if p.problem else (f"empty: {p.empty_reason}" if p.empty_reason else "") if p.counted else "estimated"
+    )
+    return [
+        p.slide_id,
+        mpp,
+        p.mpp_source,
+        *(f"{p.tiles[label]:,}" if label in p.tiles else "-" for label in labels),
+        note,
+    ]

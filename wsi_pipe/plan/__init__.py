@@ -1,0 +1,21 @@
+"""What a run would take and what would fail, before it starts."""
+
+from __future__ import annotations
+
+from wsi_pipe.plan.calibrate import Calibration, calibrate
+from wsi_pipe.plan.metadata import MetadataCache, SlideFacts, slide_facts
+from wsi_pipe.plan.survey import PlanTotals, SlidePlan, exact_tiles, spread_sample, survey, total
+
+__all__ = [
+    "Calibration",
+    "MetadataCache",
+    "PlanTotals",
+    "SlideFacts",
+    "SlidePlan",
+    "calibrate",
+    "exact_tiles",
+    "slide_facts",
+    "spread_sample",
+    "survey",
+    "total",
+]

@@ -1,0 +1,96 @@
+"""How fast this machine is, from a short trial on some of the slides with the encoders asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from wsi_pipe.config import JobSettings
+from wsi_pipe.encoders.base import Encoder
+from wsi_pipe.errors import WsiPipeError
+from wsi_pipe.extract import ExtractItem, SlideFailure, extract_features
+from wsi_pipe.job.images import spread
+from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.manifest import SlideEntry, settings_of
+from wsi_pipe.overview import read_overview
+from wsi_pipe.plan.survey import PlanTotals
+from wsi_pipe.tiling import plan_grids
+from wsi_pipe.tissue import find_tissue
+
+__all__ = ["Calibration", "calibrate"]
+
+BYTES_PER_TILE = 8 + 16 + 4 + 4
+"""Cells, coordinates, tissue and parent of a tile in a bag."""
+
+
+@dataclass
+class Calibration:
+    """Rates of this machine.
+
+    slide_s: seconds a slide before its first tile (open, find tissue, lay grids). tile_s: by label, seconds a tile,
+    reading and all its encoders together. bytes_per_tile: by label, in the bag. slides, tiles: how many were tried.
+    """
+
+    slide_s: float = 0.0
+    tile_s: dict[str, float] = field(default_factory=dict)
+    bytes_per_tile: dict[str, int] = field(default_factory=dict)
+    slides: int = 0
+    tiles: int = 0
+
+    def hours(self, totals: PlanTotals, workers: int = 1) -> float:
+        """Hours that the planned slides take, over ``workers`` that share nothing."""
+        seconds = (totals.slides - len(totals.failing)) * self.slide_s
+        seconds += sum(self.tile_s.get(label, 0.0) * count for label, count in totals.tiles.items())
+        return seconds / workers / 3600
+
+    def gigabytes(self, totals: PlanTotals) -> float:
+        """Gigabytes (1e9 bytes) of bags."""
+        return sum(self.bytes_per_tile.get(label, 0) * count for label, count in totals.tiles.items()) / 1e9
+
+
+def calibrate(
+    entries: Sequence[SlideEntry], settings: JobSettings, encoders: Mapping[str, Encoder], tiles: int = 128
+) -> Calibration:
+    """Read and encode up to ``tiles`` tiles of each grid of the given slides; what fails is passed over.
+
+    With no slide that works, all rates are zero and ``slides`` says so.
+    """
+    found = Calibration()
+    size = 2 if settings.extract.dtype == "float16" else 4
+    spent_before: list[float] = []
+    spent: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for entry in entries:
+        try:
+            start = time.perf_counter()
+            segment, tile = settings_of(entry, settings.segment, settings.tile)
+            slide = open_entry(entry, settings.reader)
+            try:
+                overview = read_overview(slide, segment.mpp)
+                mask = find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, segment)
+                grids = plan_grids(slide.pyramid, mask, tile)
+            finally:
+                slide.close()
+            spent_before.append(time.perf_counter() - start)
+        except WsiPipeError:
+            continue
+        found.slides += 1
+        for grid in (spread(g, tiles) for g in grids if len(g)):
+            names = settings.extract.encoders_of(grid.label)
+            item = ExtractItem(entry.slide_id, partial(open_entry, entry, settings.reader), [grid], {grid.label: names})
+            # The first batch pays for warming up (kernels, batch size): it is not counted.
+            for counted in (False, True):
+                start = time.perf_counter()
+                (result,) = extract_features([item], encoders, batch_size=settings.extract.batch_size)
+                if counted and not isinstance(result, SlideFailure):
+                    spent[grid.label] = spent.get(grid.label, 0.0) + time.perf_counter() - start
+                    counts[grid.label] = counts.get(grid.label, 0) + len(grid)
+    found.slide_s = sum(spent_before) / len(spent_before) if spent_before else 0.0
+    found.tile_s = {label: spent[label] / counts[label] for label in spent}
+    found.tiles = sum(counts.values())
+    for spec in settings.tile.specs:
+        dims = sum(encoders[name].info.dim for name in settings.extract.encoders_of(spec.label))
+        found.bytes_per_tile[spec.label] = dims * size + BYTES_PER_TILE
+    return found

@@ -1,0 +1,123 @@
+"""Facts about slides, kept between runs, so that an archive is opened once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from wsi_pipe.errors import WsiPipeError
+from wsi_pipe.files import output_error
+from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
+from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.manifest import SlideEntry, is_url
+
+__all__ = ["MetadataCache", "SlideFacts", "slide_facts"]
+
+COMMIT_EVERY = 1000
+
+
+@dataclass(frozen=True)
+class SlideFacts:
+    """What opening a slide tells. error and remedy: why it cannot be opened, or None.
+
+    sizes_px: (width, height) of each level. mpp: (x, y) as the file states it, or None.
+    """
+
+    sizes_px: tuple[IntPair, ...] = ()
+    mpp: FloatPair | None = None
+    mpp_source: str = "none"
+    vendor: str = ""
+    reader: str = ""
+    error: str | None = None
+    remedy: str | None = None
+
+    def pyramid(self, mpp: FloatPair | None) -> Pyramid:
+        """The pyramid, at the user's mpp where one is given."""
+        return Pyramid.from_sizes(self.sizes_px, mpp or self.mpp)
+
+
+def slide_facts(entry: SlideEntry, reader: str) -> SlideFacts:
+    """Open a slide and look; what is wrong with it is in the facts, nothing is raised."""
+    try:
+        slide = open_entry(SlideEntry(entry.slide_id, entry.path, entry.case_id), reader)
+    except WsiPipeError as error:
+        return SlideFacts(error=error.message, remedy=error.remedy)
+    try:
+        return SlideFacts(
+            sizes_px=tuple(level.size_px for level in slide.pyramid.levels),
+            mpp=slide.pyramid.mpp,
+            mpp_source=slide.info.mpp_source,
+            vendor=slide.info.vendor,
+            reader=slide.info.reader,
+        )
+    finally:
+        slide.close()
+
+
+class MetadataCache:
+    """Facts by path, size and time of change, in an SQLite file; in memory without a path.
+
+    Slides behind URLs are not kept: nothing cheap tells whether they changed. Raises OutputError when the file cannot
+    be written.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path or Path(":memory:")
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(str(path) if path else ":memory:")
+            self._database.execute("CREATE TABLE IF NOT EXISTS facts (path TEXT PRIMARY KEY, stamp TEXT, facts TEXT)")
+        except (OSError, sqlite3.Error) as error:
+            raise output_error(self._path, error if isinstance(error, OSError) else OSError(str(error))) from error
+        self._pending = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._database.commit()
+        self._database.close()
+
+    def get(self, path: str, reader: str) -> SlideFacts | None:
+        """Facts noted of the file as it is now, or None."""
+        stamp = _stamp(path, reader)
+        if stamp is None:
+            return None
+        row = self._database.execute("SELECT facts FROM facts WHERE path = ? AND stamp = ?", (path, stamp)).fetchone()
+        if row is None:
+            return None
+        values = json.loads(row[0])
+        values["sizes_px"] = tuple((int(w), int(h)) for w, h in values["sizes_px"])
+        values["mpp"] = tuple(values["mpp"]) if values["mpp"] else None
+        return SlideFacts(**values)
+
+    def put(self, path: str, reader: str, facts: SlideFacts) -> None:
+        """Note facts; failures are not kept, since their cause may be mended without a change to the file."""
+        stamp = _stamp(path, reader)
+        if stamp is None or facts.error:
+            return
+        self._database.execute(
+            "INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (path, stamp, json.dumps(asdict(facts)))
+        )
+        self._pending += 1
+        if self._pending >= COMMIT_EVERY:
+            self._database.commit()
+            self._pending = 0
+
+
+def _stamp(path: str, reader: str) -> str | None:
+    if is_url(path):
+        return None
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return f"{status.st_size}:{status.st_mtime_ns}:{reader}"

@@ -1,0 +1,150 @@
+"""Every slide of a list: whether it can be done, and how many tiles it has or is likely to have."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from wsi_pipe.config import JobSettings, TileSettings
+from wsi_pipe.errors import WsiPipeError
+from wsi_pipe.geometry import FloatPair, Pyramid, TissueMask
+from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.manifest import SlideEntry, settings_of
+from wsi_pipe.overview import read_overview
+from wsi_pipe.plan.metadata import MetadataCache, SlideFacts, slide_facts
+from wsi_pipe.tiling import plan_grids
+from wsi_pipe.tissue import find_tissue
+
+__all__ = ["PlanTotals", "SlidePlan", "exact_tiles", "spread_sample", "survey", "total"]
+
+DEFAULT_KEPT = 0.3
+"""Share of a slide's tiles that hold tissue, where no slide was looked at: about what biopsies and resections have."""
+
+
+@dataclass(frozen=True)
+class SlidePlan:
+    """What a run would make of one slide.
+
+    problem, remedy: why it will fail, or None. covering: by label, tiles that cover the whole slide. tiles: by label,
+    tiles with tissue: counted where ``counted``, else estimated.
+    """
+
+    slide_id: str
+    path: str
+    problem: str | None = None
+    remedy: str | None = None
+    mpp: FloatPair | None = None
+    mpp_source: str = "none"
+    vendor: str = ""
+    covering: Mapping[str, int] = field(default_factory=dict)
+    tiles: Mapping[str, int] = field(default_factory=dict)
+    counted: bool = False
+    empty_reason: str | None = None
+
+
+def spread_sample(entries: Sequence[SlideEntry], most: int) -> list[SlideEntry]:
+    """At most ``most`` entries, evenly spread over the list."""
+    if len(entries) <= most:
+        return list(entries)
+    return [entries[round(i)] for i in np.linspace(0, len(entries) - 1, most)] if most else []
+
+
+def survey(
+    entries: Iterable[SlideEntry],
+    settings: JobSettings,
+    cache: MetadataCache,
+    *,
+    kept: Mapping[str, float] | None = None,
+    describe: Callable[[SlideEntry, str], SlideFacts] = slide_facts,
+) -> Iterator[SlidePlan]:
+    """The plan of each slide from its metadata alone, one after the other, in bounded memory.
+
+    kept: by label, the share of covering tiles that hold tissue, as ``exact_tiles`` of a sample gives it.
+    """
+    for entry in entries:
+        facts = cache.get(entry.path, settings.reader)
+        if facts is None:
+            facts = describe(entry, settings.reader)
+            cache.put(entry.path, settings.reader, facts)
+        yield _plan(entry, facts, settings, kept or {})
+
+
+def _plan(entry: SlideEntry, facts: SlideFacts, settings: JobSettings, kept: Mapping[str, float]) -> SlidePlan:
+    base = SlidePlan(
+        slide_id=entry.slide_id,
+        path=entry.path,
+        mpp=entry.mpp or facts.mpp,
+        mpp_source="user" if entry.mpp else facts.mpp_source,
+        vendor=facts.vendor,
+    )
+    if facts.error:
+        return dataclasses.replace(base, problem=facts.error, remedy=facts.remedy)
+    if entry.mask and not Path(entry.mask).is_file():
+        return dataclasses.replace(base, problem=f"its mask {entry.mask} is not there", remedy="check the column mask")
+    try:
+        _, tile = settings_of(entry, settings.segment, settings.tile)
+        covering = _covering(facts.pyramid(entry.mpp), tile)
+    except WsiPipeError as error:
+        return dataclasses.replace(base, problem=error.message, remedy=error.remedy)
+    tiles = {label: math.ceil(count * kept.get(label, DEFAULT_KEPT)) for label, count in covering.items()}
+    return dataclasses.replace(base, covering=covering, tiles=tiles)
+
+
+def _covering(pyramid: Pyramid, settings: TileSettings) -> dict[str, int]:
+    """Tiles that cover the whole slide, by label. Raises MissingMppError or ResolutionError as laying grids does."""
+    nothing = TissueMask(np.zeros((1, 1), bool), (float(pyramid.size_l0[0]), float(pyramid.size_l0[1])))
+    counts = {}
+    for grid in plan_grids(pyramid, nothing, settings):
+        columns, rows = (math.ceil(s / stride) for s, stride in zip(pyramid.size_l0, grid.stride_l0, strict=True))
+        counts[grid.label] = columns * rows
+    return counts
+
+
+def exact_tiles(entry: SlideEntry, plan: SlidePlan, settings: JobSettings) -> SlidePlan:
+    """The plan with its tiles counted: the slide's tissue is found, as a run would, and nothing is written."""
+    segment, tile = settings_of(entry, settings.segment, settings.tile)
+    try:
+        slide = open_entry(entry, settings.reader)
+        try:
+            overview = read_overview(slide, segment.mpp)
+            mask = find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, segment)
+            grids = plan_grids(slide.pyramid, mask, tile)
+        finally:
+            slide.close()
+    except WsiPipeError as error:
+        return dataclasses.replace(plan, problem=error.message, remedy=error.remedy, tiles={})
+    return dataclasses.replace(
+        plan, tiles={grid.label: len(grid) for grid in grids}, counted=True, empty_reason=mask.empty_reason
+    )
+
+
+@dataclass
+class PlanTotals:
+    """Sums over all slides. failing: their plans, all of them."""
+
+    slides: int = 0
+    tiles: dict[str, int] = field(default_factory=dict)
+    counted: int = 0
+    empty: int = 0
+    failing: list[SlidePlan] = field(default_factory=list)
+
+
+def total(plans: Iterable[SlidePlan], each: Callable[[SlidePlan], object] | None = None) -> PlanTotals:
+    """Add plans up as they come; ``each`` sees every one, and none is kept but those that fail."""
+    sums = PlanTotals()
+    for plan in plans:
+        sums.slides += 1
+        sums.counted += plan.counted
+        sums.empty += plan.counted and not any(plan.tiles.values())
+        if plan.problem:
+            sums.failing.append(plan)
+        for label, count in plan.tiles.items():
+            sums.tiles[label] = sums.tiles.get(label, 0) + count
+        if each:
+            each(plan)
+    return sums
