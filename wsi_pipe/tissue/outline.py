@@ -89,11 +89,11 @@ def _walk(
             walk += [here, there]
             here = vertical[there]
         loop = np.array(walk)
-        keys = key[loop]
-        if len(np.unique(keys)) == len(keys):
+        keys = key[loop].tolist()
+        if len(set(keys)) == len(keys):
             rings.append(points[loop])
         else:
-            rings += [points[loop[part]] for part in _simple_parts(keys.tolist())]
+            rings += [points[loop[part]] for part in _simple_parts(keys)]
     return rings
 
 
@@ -126,10 +126,10 @@ def _group(rings: list[NDArray[np.int64]], labels: NDArray[np.int32]) -> list[li
     for ring in rings:
         # The topmost, then leftmost, vertex: the pixel to its lower right is inside the ring; that is tissue for an
         # outer ring, and for a hole it is not, but the pixel above is.
-        x, y = ring[np.lexsort((ring[:, 0], ring[:, 1]))[0]]
+        x, y = ring[np.argmin(ring[:, 1] * (width + 1) + ring[:, 0])].tolist()
         label = int(labels[y, x]) if y < height and x < width else 0
         is_outer = label != 0
-        if (_doubled_area(ring) > 0) != is_outer:
+        if _is_clockwise(ring) != is_outer:
             ring = ring[::-1]
         if is_outer:
             outer[label] = ring
@@ -138,10 +138,11 @@ def _group(rings: list[NDArray[np.int64]], labels: NDArray[np.int32]) -> list[li
     return [[ring, *holes.get(label, [])] for label, ring in sorted(outer.items())]
 
 
-def _doubled_area(ring: NDArray[np.generic]) -> float:
-    """Twice the signed area; positive for clockwise on the screen (y down)."""
-    x, y = ring[:, 0].astype(np.float64), ring[:, 1].astype(np.float64)
-    return float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))
+def _is_clockwise(ring: NDArray[np.int64]) -> bool:
+    """Whether a ring runs clockwise on the screen (y down), by the shoelace formula."""
+    x, y = ring[:, 0], ring[:, 1]
+    inner = np.dot(x[:-1], y[1:]) - np.dot(x[1:], y[:-1])
+    return bool(inner + x[-1] * y[0] - x[0] * y[-1] > 0)
 
 
 def fill_polygons(polygons: Iterable[Polygon], size_px: IntPair) -> NDArray[np.bool_]:
