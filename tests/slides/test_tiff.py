@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -454,6 +455,25 @@ def test_a_closed_slide_is_an_error(tmp_path: Path, picture: Picture) -> None:
         slide.read_region(0, 0, 0, 10, 10)
 
 
+@pytest.mark.parametrize("compression", ["jpeg", "jpeg2000"])
+def test_many_threads_decode_what_one_does(
+    tmp_path: Path, picture: Picture, half: Picture, compression: Literal["jpeg", "jpeg2000"]
+) -> None:
+    path = tmp_path / "slide.svs"
+    write_pyramid(path, [picture, half], mpp=0.25, tile_px=64, compression=compression, quality=45)
+    with open_tiff(path) as slide:
+        work = [(p, (c, r)) for p in slide.planes for r in range(p.blocks[1]) for c in range(p.blocks[0])]
+
+        def read(plane: Plane, cell: tuple[int, int]) -> Picture:
+            return slide.decode(plane, cell, slide.fetch(plane, [cell])[0])
+
+        alone = [read(*item) for item in work]
+        with ThreadPoolExecutor(8) as threads:
+            together = list(threads.map(lambda item: read(*item), work))
+        assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+        assert slide.stats.blocks_decoded == 2 * len(work)
+
+
 def test_reading_counts_bytes_requests_and_decodes(tmp_path: Path, picture: Picture) -> None:
     path = tmp_path / "slide.svs"
     write_pyramid(path, [picture], mpp=0.25)
@@ -488,3 +508,14 @@ def test_half_scale_of_a_real_slide_is_near_the_mean_of_boxes(shared_slides: Pat
         means = full.reshape(1483, 2, 1110, 2, 3).mean((1, 3))
         plane = next(p for p in slide.planes if p.reduce == 2)
         assert np.abs(plane_picture(slide, plane)[:1483] - means).mean() <= 1.5
+
+
+def test_a_truncated_file_shows_on_opening(tmp_path: Path, picture: Picture) -> None:
+    path = tmp_path / "slide.tif"
+    # The directory stands before the tiles, as in a copy that stopped half-way.
+    tifffile.imwrite(path, picture, tile=(128, 128), photometric="rgb", metadata=None)
+    with tifffile.TiffFile(path) as file:
+        assert max(file.pages[0].tags[324].value) > 5000
+    os.truncate(path, path.stat().st_size - 1000)
+    with pytest.raises(SlideOpenError, match=r"1 of 30 tiles lie outside the file, the first at column 5, row 4"):
+        open_tiff(path)

@@ -15,7 +15,6 @@ import numpy as np
 
 from wsi_pipe.errors import SlideOpenError, UnsupportedSlideError
 from wsi_pipe.slides.codecs import CodecError
-from wsi_pipe.slides.remote import RemoteSource
 from wsi_pipe.slides.source import Source
 
 __all__ = ["Frame", "frame_table", "join_fragments"]
@@ -139,7 +138,7 @@ def _basic(source: Source, first: int, offsets: np.ndarray[Any, np.dtype[np.int6
 
 def _walk(source: Source, first: int, count: int) -> list[Frame]:
     """One fragment a frame, found by going from one to the next."""
-    if isinstance(source, RemoteSource) and source.size > MAX_REMOTE_WALK_BYTES:
+    if not source.local and source.size > MAX_REMOTE_WALK_BYTES:
         raise UnsupportedSlideError(f"{source.name}: the DICOM file has no offset table to read by byte ranges")
     spans: list[tuple[int, int]] = []
     at = first

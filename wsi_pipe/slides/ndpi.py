@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipe.errors import SlideReadError, UnsupportedSlideError
+from wsi_pipe.errors import SlideOpenError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import IntPair
 from wsi_pipe.slides.base import RGBArray
 from wsi_pipe.slides.codecs import (
@@ -60,7 +60,10 @@ class NdpiImage:
             raise UnsupportedSlideError(f"{self._name}: only NDPI levels of one JPEG strip are read")
         self._at, self._length = directory.number(STRIP_OFFSETS), directory.number(STRIP_COUNTS)
         if self._length < 4 or self._at + self._length > source.size:
-            raise UnsupportedSlideError(f"{self._name}: the JPEG stream lies outside the file")
+            raise SlideOpenError(
+                f"{self._name}: the JPEG stream lies outside the file",
+                remedy="the file is truncated or damaged: copy it again",
+            )
         try:
             self._head = read_jpeg_head(source.read(self._at, min(self._length, MAX_HEADER_BYTES)))
         except CodecError as error:

@@ -33,6 +33,8 @@ CONNECT_S, SILENCE_S = 20.0, 60.0
 class RemoteSource:
     """A file behind a URL. Raises as ``open_source`` says."""
 
+    local = False
+
     def __init__(self, url: str, stats: ReadStats, *, cache_bytes: int = CACHE_BYTES) -> None:
         self.name = url
         self.stats = stats

@@ -27,6 +27,8 @@ class Source(Protocol):
     name: str
     size: int
     stats: ReadStats
+    local: bool
+    """Whether reading costs no network requests."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes from ``offset``. Raises SlideReadError when they cannot be had."""
@@ -59,6 +61,8 @@ def open_source(path: str | Path, stats: ReadStats | None = None) -> Source:
 
 class FileSource:
     """A local file, read with positioned reads, so that threads share one descriptor without a lock."""
+
+    local = True
 
     def __init__(self, path: str | Path, stats: ReadStats) -> None:
         self.name = str(path)

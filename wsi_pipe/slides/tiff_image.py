@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipe.errors import SlideReadError, UnsupportedSlideError
+from wsi_pipe.errors import SlideOpenError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import IntPair
 from wsi_pipe.slides.base import RGBArray
 from wsi_pipe.slides.codecs import JPEG_REDUCES, CodecError, Decoder, JpegDecoder, PlainDecoder
@@ -164,9 +164,22 @@ class TiffImage:
     def probe(self) -> None:
         """Decode one tile, so that a misunderstanding shows on opening and not in the middle of a run.
 
-        Raises UnsupportedSlideError when it does not decode, SlideReadError when it lies outside the file.
+        Of a local file, all tiles' places are checked too; of a remote one that would fetch megabytes. Raises
+        UnsupportedSlideError when the tile does not decode, SlideOpenError when a tile lies outside the file.
         """
         total = self._grid[0] * self._grid[1]
+        if self._source.local:
+            offsets, counts = self.table()
+            size = np.uint64(self._source.size)
+            beyond = (counts > size) | (offsets > size - np.minimum(counts, size))
+            lost = np.flatnonzero(beyond & (counts > 0) & (offsets > 0))
+            if len(lost):
+                column, row = int(lost[0]) % total % self._grid[0], int(lost[0]) % total // self._grid[0]
+                raise SlideOpenError(
+                    f"{self._name}: {len(lost)} of {len(counts)} tiles lie outside the file, the first at column "
+                    f"{column}, row {row}",
+                    remedy="the file is truncated or damaged: copy it again",
+                )
         for i in (total // 2, 0, total - 1, total // 4, 3 * total // 4):
             spans = [
                 (self.directory.item(self._offsets_tag, at), self.directory.item(self._counts_tag, at))
