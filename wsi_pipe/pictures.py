@@ -108,6 +108,8 @@ def thumbnail_with_grids(
                 cv2.rectangle(tint, (int(x0), int(y0)), (int(x1), int(y1)), colour, -1)
             picture = np.asarray(cv2.addWeighted(picture, 0.65, tint, 0.35, 0), np.uint8)
             continue
+        # On whole pixels: thin lines between two pixels would be pale.
+        low, high = np.rint(low) + 0.5, np.rint(high) + 0.5
         corners = np.stack([low, np.stack([high[:, 0], low[:, 1]], 1), high, np.stack([low[:, 0], high[:, 1]], 1)], 1)
         if finest:
             _draw_rings(picture, list(corners), colour, 1.0, casing=0.0)
