@@ -49,7 +49,7 @@ __all__ = ["train"]
 @click.option("--patience", type=click.IntRange(0), help="Epochs without improvement, 0 for no early end.  [10]")
 @click.option("--token-budget", type=click.IntRange(1), help="Tiles a step.  [16384]")
 @click.option("--max-bags", type=click.IntRange(1), help="Bags a step.  [8]")
-@click.option("--seed", type=click.IntRange(0), help="Of weights and order.  [0]")
+@click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, help="Of weights and order; repeatable.  [0]")
 @click.option("--device", metavar="DEV", help="cpu, cuda:0 or auto.  [auto]")
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="[auto]")
 @click.option("--deterministic/--no-deterministic", default=None, help="Same numbers on every run of a GPU.  [off]")
@@ -104,7 +104,15 @@ def train(**values: Any) -> int:
     folds = [splits.fold_name(fold) for fold in values["folds"]] or list(splits.folds)
     teacher, hr_store = _teacher(values, folds, out, store.meta.level)
     results = train_folds(
-        cohort, splits, folds, settings, out, teacher=teacher, hr_store=hr_store, progress=_progress(settings)
+        cohort,
+        splits,
+        folds,
+        settings,
+        out,
+        seeds=values["seeds"] if len(values["seeds"]) > 1 else (),
+        teacher=teacher,
+        hr_store=hr_store,
+        progress=_progress(settings),
     )
     parts = {p.part for result in results.values() for p in result.predictions}
     for part in ("test", "val"):
@@ -120,6 +128,8 @@ def settings_from(values: Mapping[str, Any]) -> TrainSettings:
     base = load_settings(values["config"]) if values["config"] else TrainSettings()
     own = {f.name for f in dataclasses.fields(TrainSettings)} - {"model", "loss"}
     changes: dict[str, Any] = {name: values[name] for name in own if values.get(name) is not None}
+    if values["seeds"]:
+        changes["seed"] = values["seeds"][0]
     for part in ("model", "loss"):
         inner = {
             name.removeprefix(f"{part}_"): value

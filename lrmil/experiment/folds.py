@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lrmil.checkpoint import ModelCard, load_model, read_card
@@ -98,14 +98,18 @@ def train_folds(
     settings: TrainSettings,
     out: Path,
     *,
+    seeds: Sequence[int] = (),
     teacher: TeacherSource | None = None,
     hr_store: FeatureStore | None = None,
     progress: Callable[[str, Mapping[str, float | None]], object] | None = None,
 ) -> dict[str, TrainResult]:
     """Train each fold into ``out/<fold>`` over one resident store; the splits are written beside them.
 
-    Every fold starts from fresh weights and, with a teacher, from that fold's own. progress: called with fold and
-    figures of each epoch. Raises LeakageError before anything is trained; the rest as ``lrmil.trainer.train`` does.
+    Every fold starts from fresh weights and, with a teacher, has that fold's own. seeds: train each fold with every
+    one of them, into ``out/<fold>-seed_<seed>``; none is the settings' own seed alone. progress: called with folder
+    name and figures of each epoch. Returns results by folder name.
+
+    Raises LeakageError before anything is trained; the rest as ``lrmil.trainer.train`` does.
     """
     names = [splits.fold_name(fold) for fold in folds]
     indices = {name: cohort.fold(splits, name) for name in names}
@@ -120,28 +124,34 @@ def train_folds(
     hr_resident: ResidentStore | None = None if hr_store is None else hr_store.to_device(device)
     results = {}
     for name in names:
-        master: MILModel | None = None
-        if teacher is not None:
-            master, card = load_model(teacher.model_path(name))
-            if card.classes != cohort.table.classes:
-                raise ModelMismatchError(
-                    f"the teacher knows {', '.join(card.classes)}, the labels {', '.join(cohort.table.classes)}",
-                    remedy="train the teacher on the same labels",
-                )
+        master = None if teacher is None else _master(teacher.model_path(name), cohort)
+        for seed in seeds or (settings.seed,):
+            folder = f"{name}-seed_{seed}" if seeds else name
 
-        def report(row: Mapping[str, float | None], name: str = name) -> None:
-            if progress is not None:
-                progress(name, row)
+            def report(row: Mapping[str, float | None], folder: str = folder) -> None:
+                if progress is not None:
+                    progress(folder, row)
 
-        results[name] = train(
-            resident,
-            cohort.table,
-            indices[name],
-            settings,
-            out / name,
-            teacher=master,
-            hr_store=hr_resident,
-            fold=name,
-            progress=report,
-        )
+            results[folder] = train(
+                resident,
+                cohort.table,
+                indices[name],
+                replace(settings, seed=seed),
+                out / folder,
+                teacher=master,
+                hr_store=hr_resident,
+                fold=name,
+                progress=report,
+            )
     return results
+
+
+def _master(path: Path, cohort: Cohort) -> MILModel:
+    """A fold's teacher. Raises ModelMismatchError when it knows other classes."""
+    master, card = load_model(path)
+    if card.classes != cohort.table.classes:
+        raise ModelMismatchError(
+            f"the teacher knows {', '.join(card.classes)}, the labels {', '.join(cohort.table.classes)}",
+            remedy="train the teacher on the same labels",
+        )
+    return master

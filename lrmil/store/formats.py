@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lrmil.errors import BagMismatchError, StoreError
 from wsi_pipe.encoders.base import encoder_slug
+from wsi_pipe.errors import WsiPipeError
 from wsi_pipe.geometry import level_label
 
 __all__ = ["BagFormat", "BagInfo", "find_bags", "inspect_bag", "read_features", "read_places"]
@@ -75,13 +76,23 @@ def find_bags(where: Iterable[str | Path] | str | Path) -> list[Path]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[h5py.File]:
+    remedy = "make the bag again or leave it out"
     try:
-        with h5py.File(path, "r") as file:
-            yield file
+        file = h5py.File(path, "r")
     except OSError as error:
-        raise StoreError(
-            f"{path} is not a readable HDF5 file: {error}", remedy="make the bag again or leave it out"
-        ) from error
+        raise StoreError(f"{path} is not a readable HDF5 file: {_first_line(error)}", remedy=remedy) from error
+    with file:
+        try:
+            yield file
+        except WsiPipeError:
+            raise
+        except (KeyError, RuntimeError, OSError, TypeError, ValueError) as error:
+            # What h5py and numpy raise for damaged groups, attributes and chunks.
+            raise StoreError(f"{path} is damaged: {_first_line(error)}", remedy=remedy) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _text(value: Any) -> str:

@@ -151,6 +151,18 @@ def test_a_teacher_that_saw_the_test_cases_is_refused(cohort: Path, capsys: pyte
     assert not (cohort / "student" / "fold_1").exists()
 
 
+def test_seeds_share_a_run(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(cohort, "run", "-r", "5x", "--fold", 1, "--seed", 3, "--seed", 4)
+    assert sorted(p.name for p in run.glob("fold*")) == ["fold_1-seed_3", "fold_1-seed_4"]
+    logits = [[row["logit_tumour"] for row in rows_of(p / "predictions.csv")] for p in sorted(run.glob("fold*"))]
+    assert logits[0] != logits[1]
+    alone = trained(cohort, "alone", "-r", "5x", "--fold", 1, "--seed", 4)
+    assert [row["logit_tumour"] for row in rows_of(alone / "fold_1" / "predictions.csv")] == logits[1]
+    capsys.readouterr()
+    assert lrmil("compare", run, run, "--replicates", 20, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["delong_mean"] is None
+
+
 def test_split_and_pack(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     splits = cohort / "splits.csv"
     assert lrmil("split", "--labels", cohort / "labels.csv", "-o", splits, "--folds", 3, "--seed", 4) == 0

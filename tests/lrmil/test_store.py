@@ -179,6 +179,29 @@ def test_what_is_no_bag_is_refused_by_name(tmp_path: Path) -> None:
         find_bags(tmp_path / "none")
 
 
+def test_a_damaged_bag_is_refused_by_name(make_bag: MakeBag, tmp_path: Path) -> None:
+    array = random_bags([100], dim=256)[0]
+    whole = make_bag("whole", array).read_bytes()
+    for cut in (len(whole) // 2, len(whole) - 100):
+        (tmp_path / "cut.h5").write_bytes(whole[:cut])
+        with pytest.raises(StoreError, match=r"cut\.h5 is (not a readable|damaged)"):
+            FeatureStore.pack([tmp_path / "cut.h5"], "5x", None, tmp_path / "store")
+    for gone in ("cells", "coords", "features"):
+        path = make_bag(f"without-{gone}", array)
+        with h5py.File(path, "r+") as file:
+            del file[f"levels/5x/{gone}"]
+        if gone == "coords":  # a store can do without: they are NaN
+            assert np.isnan(FeatureStore.pack([path], "5x", None, tmp_path / "store").coords).all()
+            continue
+        with pytest.raises(StoreError, match=rf"without-{gone}\.h5 (is damaged|has 0 encoder)"):
+            FeatureStore.pack([path], "5x", None, tmp_path / "store")
+    path = make_bag("other-type", array)
+    with h5py.File(path, "r+") as file:
+        file["levels/5x/cells"].attrs["mpp"] = "fine"
+    with pytest.raises(StoreError, match=r"other-type\.h5 is damaged"):
+        inspect_bag(path)
+
+
 def test_nan_and_overflow_are_refused_by_name(tmp_path: Path) -> None:
     for name, value in (("nan", np.nan), ("inf", np.inf), ("big", 1e5)):
         folder = tmp_path / name
