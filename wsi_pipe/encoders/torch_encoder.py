@@ -306,11 +306,19 @@ class TorchEncoder:
             return tiles
         return np.concatenate([tiles, np.repeat(tiles[-1:], full - len(tiles), axis=0)])
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, D), not waited for, of normalised images (B, 3, S, S) that lie on the device."""
+        with torch.inference_mode(), self._autocast():
+            return self._forward(images)
+
+    def _autocast(self) -> torch.autocast:
+        half = self._dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self._dtype if half else None, enabled=half)
+
     def _compute(self, tiles: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
         """Features float32 (B, D), and CLS and patch tokens of ``layers``, of uint8 tiles on the device."""
         images = normalise(tiles, self.recipe.preprocessing)
-        half = self._dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self._dtype if half else None, enabled=half):
+        with self._autocast():
             if not layers:
                 return self._forward(images).float(), []
             blocks = block_indices(layers, self.depth, self.info.name)
