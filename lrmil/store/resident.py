@@ -18,6 +18,7 @@ __all__ = ["Gathered", "Placement", "ResidentStore"]
 
 Placement = Literal["device", "pinned", "mapped"]
 
+COPY_ROWS = 1 << 16
 DEVICE_SHARE = 0.6
 """Part of the free memory that features may take; the rest is for activations."""
 
@@ -75,9 +76,9 @@ class ResidentStore:
         placement = _placement(target, size, place)
         if placement == "device":
             # On a CPU the mapped file is copied too: training visits rows many times, in random order.
-            flat = stored.to(target, kind, copy=True)
+            flat = _copied(stored, torch.empty(stored.shape, dtype=kind, device=target))
         elif placement == "pinned":
-            flat = stored.to(kind).pin_memory()
+            flat = _copied(stored, torch.empty(stored.shape, dtype=kind, pin_memory=True))
         else:
             flat = stored
         parents = None
@@ -118,6 +119,13 @@ def as_tensor(store: FeatureStore) -> Tensor:
     if store.dtype == "bfloat16":
         return torch.from_numpy(np.asarray(store.flat).view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.asarray(store.flat))
+
+
+def _copied(source: Tensor, out: Tensor) -> Tensor:
+    """``out``, filled from ``source`` piece by piece: a copy that converts needs room for its piece twice."""
+    for start in range(0, len(source), COPY_ROWS):
+        out[start : start + COPY_ROWS].copy_(source[start : start + COPY_ROWS])
+    return out
 
 
 def _runs(offsets: NDArray[np.int64], indices: NDArray[np.int64]) -> list[tuple[int, int]]:
