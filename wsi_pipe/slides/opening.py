@@ -123,8 +123,11 @@ def _first(path: str | Path, readers: Sequence[_Reader], mpp: FloatPair | None, 
                 slide.info, reader_reason=f"{slide.info.reader_reason}; declined by {'; '.join(reasons)}"
             )
         return slide
+    said = "; ".join(reasons)
+    # Of a reader that was asked for by name, its own words are enough.
+    text = said.partition(": ")[2] if len(reasons) == 1 else f"no reader understands it ({said or 'none was asked'})"
     raise UnsupportedSlideError(
-        f"{name}: no reader understands it ({'; '.join(reasons) or 'none was asked'}){_hint(path)}",
+        f"{name}: {text}{_hint(path)}",
         remedy=remedy or "give a whole-slide image: SVS, TIFF, NDPI, MRXS, SCN, DICOM and so on, or a plain image",
     )
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from pathlib import Path
 
 __all__ = ["dicom_series", "is_dicom", "slide_files"]
+
+_WARNINGS = threading.Lock()
+"""Python keeps one set of warning filters for all threads."""
 
 
 def is_dicom(path: Path) -> bool:
@@ -46,10 +51,13 @@ def dicom_series(path: Path) -> list[Path]:
 
     def header(part: Path) -> tuple[str, str]:
         tags = ["SeriesInstanceUID", "SOPInstanceUID"]
-        found = pydicom.dcmread(part, stop_before_pixels=True, specific_tags=tags)
+        # pydicom warns of damage that it then raises an error for, or makes do with.
+        with _WARNINGS, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = pydicom.dcmread(part, stop_before_pixels=True, specific_tags=tags)
         return str(found.get("SeriesInstanceUID", "")), str(found.get("SOPInstanceUID", ""))
 
-    damaged = (OSError, ValueError, KeyError, AttributeError, pydicom.errors.InvalidDicomError)
+    damaged = (OSError, EOFError, ValueError, KeyError, AttributeError, pydicom.errors.InvalidDicomError)
     try:
         series, _ = header(path)
     except damaged:
