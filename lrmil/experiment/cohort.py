@@ -11,7 +11,7 @@ import numpy as np
 from lrmil.data import LabelTable, load_labels
 from lrmil.splits import FoldIndices, SplitTable
 from lrmil.store import FeatureStore
-from lrmil.store.flat import StoreDtype
+from lrmil.store.dtypes import StoreDtype
 
 __all__ = ["Cohort", "load_cohort", "open_features"]
 

@@ -13,34 +13,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lrmil.errors import BagMismatchError, StoreError
-from lrmil.store.formats import BagInfo, find_bags, inspect_bag, read_features, read_places
-from wsi_pipe.files import TEMPORARY_SUFFIX, output_error
+from lrmil.errors import StoreError
+from lrmil.store.dtypes import StoreDtype, decode_bfloat16, encode, storage_dtype
 
 if TYPE_CHECKING:
     import torch
 
     from lrmil.store.resident import ResidentStore
 
-__all__ = ["STORE_DTYPES", "BagRecord", "FeatureStore", "StoreDtype", "StoreMeta"]
+__all__ = ["STORE_VERSION", "BagRecord", "FeatureStore", "StoreMeta", "duplicates"]
 
-StoreDtype = Literal["float16", "bfloat16", "float32"]
-STORE_DTYPES: tuple[StoreDtype, ...] = ("float16", "bfloat16", "float32")
 STORE_VERSION = 1
-FLOAT16_OVERFLOW = 65520.0
-"""From here on rounding to float16 gives infinity: its greatest value is 65504, the next would be 65536."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +86,9 @@ class FeatureStore:
     ) -> None:
         if flat.ndim != 2 or len(offsets) != len(records) + 1 or offsets[-1] != len(flat):
             raise StoreError(f"features {flat.shape}, {len(offsets)} offsets and {len(records)} bags do not fit")
-        duplicates = _duplicates([r.slide_id for r in records])
-        if duplicates:
-            raise StoreError(f"two bags share the slide id {duplicates[0]!r}", remedy="rename one of them")
+        repeated = duplicates([r.slide_id for r in records])
+        if repeated:
+            raise StoreError(f"two bags share the slide id {repeated[0]!r}", remedy="rename one of them")
         self.flat = flat
         self.offsets = offsets
         self.records = tuple(records)
@@ -227,34 +219,19 @@ class FeatureStore:
         Raises StoreError for an unreadable bag, NaN, or a value that ``dtype`` cannot hold; BagMismatchError, naming
         the bag, when encoders, weights, resolutions or dimensions differ; OutputError when the disk is full.
         """
-        if dtype not in STORE_DTYPES:
-            raise StoreError(f"dtype {dtype!r} is not known", remedy=f"use {', '.join(STORE_DTYPES)}")
-        out = Path(out_dir)
-        infos = [inspect_bag(path, level, encoder, weights_sha256=weights_sha256) for path in find_bags(bag_paths)]
-        if not infos:
-            raise StoreError("no bags are given", remedy="give bag files or the folder that holds them")
-        meta, dim = _common(infos, parent_level)
-        records = [_record(info) for info in infos]
-        if reuse and (out / "store.json").is_file():
-            there = _reusable(cls, out, records, meta, dtype)
-            if there is not None:
-                return there
-        duplicates = _duplicates([r.slide_id for r in records])
-        if duplicates:
-            paths = [r.path for r in records if r.slide_id == duplicates[0]]
-            raise StoreError(f"slide id {duplicates[0]!r} is in {' and '.join(paths)}", remedy="rename one of them")
-        temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
-        try:
-            temporary.mkdir(parents=True)
-            _write(temporary, infos, records, meta, dim, dtype, progress)
-            _swap(temporary, out)
-        except OSError as error:
-            if error.errno is None:
-                raise
-            raise output_error(out, error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return cls.open(out)
+        from lrmil.store.pack import pack_bags
+
+        return pack_bags(
+            bag_paths,
+            level,
+            encoder,
+            Path(out_dir),
+            dtype,
+            parent_level=parent_level,
+            weights_sha256=weights_sha256,
+            reuse=reuse,
+            progress=progress,
+        )
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureStore:
@@ -292,41 +269,6 @@ class FeatureStore:
             raise StoreError(f"{folder} is no feature store: {error}", remedy="make it with lrmil pack") from error
 
 
-def storage_dtype(dtype: StoreDtype) -> np.dtype[Any]:
-    """The numpy type that a stored type lies in: bfloat16 in uint16."""
-    return np.dtype("<u2" if dtype == "bfloat16" else "<f2" if dtype == "float16" else "<f4")
-
-
-def encode(values: NDArray[Any], dtype: StoreDtype, name: str = "features") -> NDArray[Any]:
-    """Features in their stored type, rounded to nearest even. Raises StoreError when a value overflows it."""
-    if dtype == "bfloat16":
-        return encode_bfloat16(values, name)
-    if dtype == "float16" and values.dtype != np.float16 and values.size:
-        peak = max(float(values.max()), -float(values.min()))
-        if peak >= FLOAT16_OVERFLOW:
-            raise StoreError(f"{name}: a feature of {peak:g} is beyond float16", remedy="use --dtype bfloat16")
-    return values.astype(storage_dtype(dtype), copy=False)
-
-
-def encode_bfloat16(values: NDArray[Any], name: str = "features") -> NDArray[np.uint16]:
-    """The upper 16 bits of float32, rounded to nearest even."""
-    bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
-    rounded = bits >> 16
-    rounded &= 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    encoded = rounded.astype("<u2")
-    if encoded.size and int((encoded & 0x7FFF).max()) >= 0x7F80:
-        raise StoreError(f"{name}: a feature is beyond bfloat16, or not finite", remedy="use --dtype float32")
-    return cast(NDArray[np.uint16], encoded)
-
-
-def decode_bfloat16(values: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """bfloat16 held in uint16 as the equal float32."""
-    return (values.astype("<u4") << 16).view("<f4")
-
-
 def _hash(dtype: str, offsets: NDArray[np.int64], ids: Sequence[str], dim: int, chunks: Iterable[NDArray[Any]]) -> str:
     digest = hashlib.sha256(json.dumps([dtype, dim, list(ids)]).encode())
     digest.update(np.ascontiguousarray(offsets, "<i8").tobytes())
@@ -340,113 +282,7 @@ def _pair(value: Any) -> tuple[float, float] | None:
     return None if value is None else (float(value[0]), float(value[1]))
 
 
-def _duplicates(names: Sequence[str]) -> list[str]:
+def duplicates(names: Sequence[str]) -> list[str]:
+    """Names that occurred before, in their order."""
     seen: set[str] = set()
     return [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
-
-
-def _record(info: BagInfo) -> BagRecord:
-    return BagRecord(
-        info.slide_id,
-        info.case_id,
-        info.path,
-        info.format,
-        info.fingerprint,
-        info.tile_size_l0,
-        info.coords_unit,
-        info.empty_reason if info.empty_reason or info.rows else "no tiles",
-    )
-
-
-def _common(infos: Sequence[BagInfo], parent_level: str | None) -> tuple[StoreMeta, int]:
-    """What all bags share; the dimension is that of the bags with rows. Raises BagMismatchError where they differ."""
-    first = next((info for info in infos if info.rows), infos[0])
-    for info in infos:
-        # One set of weights may go by several names, such as paths on two machines.
-        by_weights = info.weights_sha256 and first.weights_sha256
-        facts = [
-            ("weights", info.weights_sha256[:12], first.weights_sha256[:12])
-            if by_weights
-            else ("encoder", info.encoder, first.encoder),
-            ("level", info.level, first.level),
-            ("resolution in um/px", info.mpp, first.mpp),
-            ("tile size in px", info.tile_px, first.tile_px),
-        ]
-        if info.rows:
-            facts.append(("dimension", info.dim, first.dim))
-        for what, mine, theirs in facts:
-            if mine != theirs:
-                raise BagMismatchError(
-                    f"{info.path}: {what} {mine or 'unknown'!s}, but {first.path} has {theirs or 'unknown'!s}",
-                    remedy="use bags of one encoder, one set of weights and one resolution",
-                )
-    meta = StoreMeta(first.encoder, first.weights_sha256, first.level, first.mpp, first.tile_px, parent_level)
-    return meta, first.dim
-
-
-def _reusable(
-    cls: type[FeatureStore], out: Path, records: Sequence[BagRecord], meta: StoreMeta, dtype: StoreDtype
-) -> FeatureStore | None:
-    try:
-        there = cls.open(out)
-    except StoreError:
-        return None
-    same = there.records == tuple(records) and there.meta == meta and there.dtype == dtype
-    return there if same else None
-
-
-def _write(
-    folder: Path,
-    infos: Sequence[BagInfo],
-    records: Sequence[BagRecord],
-    meta: StoreMeta,
-    dim: int,
-    dtype: StoreDtype,
-    progress: Callable[[int, int], object] | None,
-) -> None:
-    offsets = np.concatenate([[0], np.cumsum([info.rows for info in infos])]).astype(np.int64)
-    coords = np.empty((int(offsets[-1]), 2))
-    parents = None if meta.parent_level is None else np.empty(int(offsets[-1]), np.int32)
-    digest = hashlib.sha256(json.dumps([dtype, dim, [r.slide_id for r in records]]).encode())
-    digest.update(offsets.astype("<i8").tobytes())
-    with open(folder / "features.bin", "wb") as file:
-        for i, info in enumerate(infos):
-            rows = slice(int(offsets[i]), int(offsets[i + 1]))
-            if info.rows:
-                block = np.ascontiguousarray(encode(read_features(info), dtype, info.path))
-                digest.update(block.data)
-                file.write(block.data)
-            coords[rows], above = read_places(info, meta.parent_level)
-            if parents is not None and above is not None:
-                parents[rows] = above
-            if progress is not None:
-                progress(i + 1, len(infos))
-        file.flush()
-        os.fsync(file.fileno())
-    np.save(folder / "offsets.npy", offsets)
-    np.save(folder / "coords.npy", coords)
-    if parents is not None:
-        np.save(folder / "parents.npy", parents)
-    head = {
-        "store_version": STORE_VERSION,
-        "dtype": dtype,
-        "dim": dim,
-        "meta": asdict(meta),
-        "content_hash": digest.hexdigest(),
-        "bags": [asdict(record) for record in records],
-    }
-    (folder / "store.json").write_text(json.dumps(head, indent=1), encoding="utf-8")
-    FeatureStore.open(folder)
-
-
-def _swap(temporary: Path, out: Path) -> None:
-    """Put a finished folder in the place of ``out``; only a store is ever replaced."""
-    if out.exists():
-        if any(out.iterdir()) and not (out / "store.json").is_file():
-            raise StoreError(f"{out} is a folder with other files in it", remedy="give an empty or a new folder")
-        old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
-        os.replace(out, old)
-        os.replace(temporary, out)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(temporary, out)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lrmil.errors import BagMismatchError, StoreError
 from lrmil.store import FeatureStore, find_bags, inspect_bag
-from lrmil.store.flat import decode_bfloat16, encode_bfloat16
+from lrmil.store.dtypes import decode_bfloat16, encode_bfloat16
 
 MakeBag = Callable[..., Path]
 Array = NDArray[np.float32]
@@ -90,6 +90,18 @@ def test_parents_are_composed_through_the_levels_between(make_bag: MakeBag, tmp_
         assert np.array_equal(reopened.parents, store.parents)
     with pytest.raises(StoreError, match="not coarser"):
         FeatureStore.pack([path], "5x", None, tmp_path / "x", parent_level="20x")
+
+
+def test_other_parents_are_packed_again(make_bag: MakeBag, tmp_path: Path) -> None:
+    path = make_bag("s", random_bags([7])[0], deep=True)
+    before = FeatureStore.pack([path], "10x", None, tmp_path / "store", parent_level="5x").parents
+    assert before is not None
+    before = np.array(before)
+    with h5py.File(path, "r+") as file:
+        file["levels/10x/parent"][...] = 6 - file["levels/10x/parent"][...]
+    after = FeatureStore.pack([path], "10x", None, tmp_path / "store", parent_level="5x").parents
+    assert after is not None
+    assert np.array_equal(after, 6 - before)
 
 
 def test_trident_bags(tmp_path: Path) -> None:

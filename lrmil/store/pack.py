@@ -1,0 +1,175 @@
+"""Many bags into one store on disk: looked at, compared, copied, checked, and put in place at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from lrmil.errors import BagMismatchError, StoreError
+from lrmil.store.dtypes import STORE_DTYPES, StoreDtype, encode
+from lrmil.store.flat import STORE_VERSION, BagRecord, FeatureStore, StoreMeta, duplicates
+from lrmil.store.formats import BagInfo, find_bags, inspect_bag, read_features, read_places
+from wsi_pipe.files import TEMPORARY_SUFFIX, output_error
+
+__all__ = ["pack_bags"]
+
+
+def pack_bags(
+    bag_paths: Iterable[str | Path] | str | Path,
+    level: str | None,
+    encoder: str | None,
+    out: Path,
+    dtype: StoreDtype,
+    *,
+    parent_level: str | None,
+    weights_sha256: str,
+    reuse: bool,
+    progress: Callable[[int, int], object] | None,
+) -> FeatureStore:
+    """See ``FeatureStore.pack``."""
+    if dtype not in STORE_DTYPES:
+        raise StoreError(f"dtype {dtype!r} is not known", remedy=f"use {', '.join(STORE_DTYPES)}")
+    infos = [inspect_bag(path, level, encoder, weights_sha256=weights_sha256) for path in find_bags(bag_paths)]
+    if not infos:
+        raise StoreError("no bags are given", remedy="give bag files or the folder that holds them")
+    meta, dim = _common(infos, parent_level)
+    records = [_record(info, parent_level) for info in infos]
+    if reuse and (out / "store.json").is_file():
+        there = _reusable(out, records, meta, dtype)
+        if there is not None:
+            return there
+    repeated = duplicates([r.slide_id for r in records])
+    if repeated:
+        paths = [r.path for r in records if r.slide_id == repeated[0]]
+        raise StoreError(f"slide id {repeated[0]!r} is in {' and '.join(paths)}", remedy="rename one of them")
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, infos, records, meta, dim, dtype, progress)
+        _swap(temporary, out)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise output_error(out, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return FeatureStore.open(out)
+
+
+def _record(info: BagInfo, parent_level: str | None) -> BagRecord:
+    mark = info.fingerprint
+    if parent_level is not None:
+        # The coarser grid may change under features that stay: rows of parents are part of what is packed.
+        _, parents = read_places(info, parent_level)
+        assert parents is not None
+        mark = hashlib.sha256(mark.encode() + parents.tobytes()).hexdigest()
+    return BagRecord(
+        info.slide_id,
+        info.case_id,
+        info.path,
+        info.format,
+        mark,
+        info.tile_size_l0,
+        info.coords_unit,
+        info.empty_reason if info.empty_reason or info.rows else "no tiles",
+    )
+
+
+def _common(infos: Sequence[BagInfo], parent_level: str | None) -> tuple[StoreMeta, int]:
+    """What all bags share; the dimension is that of the bags with rows. Raises BagMismatchError where they differ."""
+    first = next((info for info in infos if info.rows), infos[0])
+    for info in infos:
+        # One set of weights may go by several names, such as paths on two machines.
+        by_weights = info.weights_sha256 and first.weights_sha256
+        facts = [
+            ("weights", info.weights_sha256[:12], first.weights_sha256[:12])
+            if by_weights
+            else ("encoder", info.encoder, first.encoder),
+            ("level", info.level, first.level),
+            ("resolution in um/px", info.mpp, first.mpp),
+            ("tile size in px", info.tile_px, first.tile_px),
+        ]
+        if info.rows:
+            facts.append(("dimension", info.dim, first.dim))
+        for what, mine, theirs in facts:
+            if mine != theirs:
+                raise BagMismatchError(
+                    f"{info.path}: {what} {mine or 'unknown'!s}, but {first.path} has {theirs or 'unknown'!s}",
+                    remedy="use bags of one encoder, one set of weights and one resolution",
+                )
+    meta = StoreMeta(first.encoder, first.weights_sha256, first.level, first.mpp, first.tile_px, parent_level)
+    return meta, first.dim
+
+
+def _reusable(out: Path, records: Sequence[BagRecord], meta: StoreMeta, dtype: StoreDtype) -> FeatureStore | None:
+    try:
+        there = FeatureStore.open(out)
+    except StoreError:
+        return None
+    same = there.records == tuple(records) and there.meta == meta and there.dtype == dtype
+    return there if same else None
+
+
+def _write(
+    folder: Path,
+    infos: Sequence[BagInfo],
+    records: Sequence[BagRecord],
+    meta: StoreMeta,
+    dim: int,
+    dtype: StoreDtype,
+    progress: Callable[[int, int], object] | None,
+) -> None:
+    offsets = np.concatenate([[0], np.cumsum([info.rows for info in infos])]).astype(np.int64)
+    coords = np.empty((int(offsets[-1]), 2))
+    parents = None if meta.parent_level is None else np.empty(int(offsets[-1]), np.int32)
+    digest = hashlib.sha256(json.dumps([dtype, dim, [r.slide_id for r in records]]).encode())
+    digest.update(offsets.astype("<i8").tobytes())
+    with open(folder / "features.bin", "wb") as file:
+        for i, info in enumerate(infos):
+            rows = slice(int(offsets[i]), int(offsets[i + 1]))
+            if info.rows:
+                block = np.ascontiguousarray(encode(read_features(info), dtype, info.path))
+                digest.update(block.data)
+                file.write(block.data)
+            coords[rows], above = read_places(info, meta.parent_level)
+            if parents is not None and above is not None:
+                parents[rows] = above
+            if progress is not None:
+                progress(i + 1, len(infos))
+        file.flush()
+        os.fsync(file.fileno())
+    np.save(folder / "offsets.npy", offsets)
+    np.save(folder / "coords.npy", coords)
+    if parents is not None:
+        np.save(folder / "parents.npy", parents)
+    head = {
+        "store_version": STORE_VERSION,
+        "dtype": dtype,
+        "dim": dim,
+        "meta": asdict(meta),
+        "content_hash": digest.hexdigest(),
+        "bags": [asdict(record) for record in records],
+    }
+    (folder / "store.json").write_text(json.dumps(head, indent=1), encoding="utf-8")
+    FeatureStore.open(folder)
+
+
+def _swap(temporary: Path, out: Path) -> None:
+    """Put a finished folder in the place of ``out``; only a store is ever replaced."""
+    if out.exists():
+        if any(out.iterdir()) and not (out / "store.json").is_file():
+            raise StoreError(f"{out} is a folder with other files in it", remedy="give an empty or a new folder")
+        old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+        os.replace(out, old)
+        os.replace(temporary, out)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(temporary, out)
