@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from wsi_pipe.encoders import hub, load_encoder
 from wsi_pipe.encoders.architectures import PooledNetwork, build, timm_recipe
 from wsi_pipe.encoders.base import Encoder, EncoderInfo, LayeredEncoder, NonFiniteFeaturesError
+from wsi_pipe.encoders.cuda_lane import CudaLane
 from wsi_pipe.encoders.devices import cpu_has_bfloat16, resolve_devices, resolve_precision
 from wsi_pipe.encoders.recipe import Preprocessing
 from wsi_pipe.encoders.torch_encoder import ReplicatedEncoder, TorchEncoder, normalise
@@ -274,6 +277,104 @@ def test_replicas_take_turns_and_agree(tiles: NDArray[np.uint8]) -> None:
     assert both.suggest_batch(96) == replicas[0].suggest_batch(96)
 
 
+# The order of copies on a GPU, with the GPU's parts replaced by ones that record and obey
+
+
+class Clock:
+    """Stands for torch.cuda: copies "end" when the test says so."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.log: list[str] = []
+
+    def event(self) -> Any:
+        clock = self
+
+        class Event:
+            recorded = False
+
+            def record(self, stream: Any) -> None:
+                self.recorded = True
+                clock.log.append(f"record {stream}")
+
+            def query(self) -> bool:
+                return not self.recorded or clock.ended
+
+            def synchronize(self) -> None:
+                clock.log.append("synchronize")
+
+        return Event()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    main = SimpleNamespace(wait_event=lambda event: made.log.append("wait"), __str__=lambda self: "main")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
+    monkeypatch.setattr(torch.cuda, "Event", made.event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: made.log.append("keep"))
+    plain = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **rest: plain(*size, **rest))
+    return made
+
+
+def test_a_pinned_buffer_is_not_written_to_while_it_is_copied(clock: Clock, tiles: NDArray[np.uint8]) -> None:
+    lane = CudaLane(CPU)
+    seen: list[NDArray[np.uint8]] = []
+
+    def compute(batch: Tensor) -> tuple[Tensor, list[Any]]:
+        seen.append(batch.numpy())  # no copy: what a transfer still under way would read
+        return batch.float().mean((1, 2)), []
+
+    first = lane.run(tiles[:4], 4, compute, "x")
+    second = lane.run(tiles[4:8], 4, compute, "x")
+    np.testing.assert_array_equal(seen[0], tiles[:4])
+    np.testing.assert_array_equal(seen[1], tiles[4:8])
+    assert len(lane.staging) == 2
+    clock.ended = True
+    third = lane.run(tiles[8:11], 3, compute, "x")
+    assert len(lane.staging) == 2
+    for pending, rows in ((first, tiles[:4]), (second, tiles[4:8]), (third, tiles[8:11])):
+        np.testing.assert_allclose(pending.wait().features, rows.mean((1, 2)), rtol=1e-5)
+    # Each batch: the side stream's copy is recorded, the main stream waits for it and keeps the memory, then computes.
+    assert [word.split()[0] for word in clock.log[:4]] == ["record", "wait", "keep", "record"]
+    assert clock.log[0] == "record side"
+
+
+def test_larger_batches_replace_smaller_buffers(clock: Clock, tiles: NDArray[np.uint8]) -> None:
+    lane = CudaLane(CPU)
+    clock.ended = True
+    for size in (2, 4, 8, 16, 3):
+        lane.run(tiles[:size], size, lambda batch: (batch.float().mean((1, 2)), []), "x")
+    assert len(lane.staging) == 1
+    assert lane.staging[0][0].numel() == tiles.size
+
+
+def test_an_encoder_on_a_gpu_shares_batches_and_tries_sizes(clock: Clock, tiles: NDArray[np.uint8]) -> None:
+    encoder = TorchEncoder(*network(), device=CPU, precision="float32")
+    plain = encoder.encode(tiles)
+    encoder._cuda = CudaLane(CPU)
+    assert encoder.shares_batches
+    assert encoder.in_flight > 1
+    np.testing.assert_allclose(encoder.encode(tiles), plain, atol=1e-5)
+    layered = encoder.encode_layers(tiles, [0, -1])
+    np.testing.assert_allclose(layered.features, plain, atol=1e-5)
+    assert encoder.suggest_batch(32) in (1, 16, 32, 64, 128, 256, 512)
+
+
+def test_the_trial_stops_where_memory_ends(clock: Clock) -> None:
+    encoder, small = small_encoder(40)
+    encoder._cuda = CudaLane(CPU)
+    assert encoder.suggest_batch(32) in (16, 32)
+    assert max(small.tried) == 64
+    tried = len(small.tried)
+    encoder.suggest_batch(32)
+    assert len(small.tried) == tried
+
+
 # Weights
 
 
@@ -363,6 +464,19 @@ def test_no_network_says_what_to_do() -> None:
         assert word in text
 
 
+def test_whether_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not hub.reachable()  # HF_HUB_OFFLINE
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+        assert hub.reachable()
+    assert not hub.reachable()
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy:3128"})
+    assert hub.reachable()
+
+
 def _refusing(error: Exception) -> Any:
     def download(*_: Any, **__: Any) -> str:
         raise error
@@ -387,6 +501,7 @@ def test_gated_weights(kind: str, token: bool, remedy: str, monkeypatch: pytest.
         "401": errors.HfHubHTTPError("401 Client Error", response=_response(401)),
     }
     monkeypatch.setattr("huggingface_hub.hf_hub_download", _refusing(made[kind]))
+    monkeypatch.setattr(hub, "reachable", lambda: True)
     monkeypatch.setattr(hub, "has_token", lambda: token)
     with pytest.raises(WeightsError, match=remedy) as caught:
         load_encoder("uni", device="cpu")
@@ -397,6 +512,7 @@ def test_gated_weights(kind: str, token: bool, remedy: str, monkeypatch: pytest.
 def test_a_file_that_the_hub_has_not_and_a_server_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import errors
 
+    monkeypatch.setattr(hub, "reachable", lambda: True)
     absent = errors.RemoteEntryNotFoundError("Entry Not Found", response=_response(404))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", _refusing(absent))
     with pytest.raises(WeightsError, match=r"has no file model\.safetensors or pytorch_model\.bin"):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 from wsi_pipe.encoders.base import encoder_slug
 from wsi_pipe.errors import WeightsError
 
-__all__ = ["WEIGHTS_FOLDER_VARIABLE", "download", "find_local", "has_token"]
+__all__ = ["WEIGHTS_FOLDER_VARIABLE", "download", "find_local", "has_token", "reachable"]
 
 WEIGHTS_FOLDER_VARIABLE = "WSI_PIPE_WEIGHTS"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -63,6 +66,8 @@ def download(
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+    if not reachable():
+        raise _no_network(name, page)
     for filename in filenames:
         try:
             return Path(hub.hf_hub_download(repo_id, filename, repo_type=repo_type))
@@ -74,10 +79,7 @@ def download(
                 raise _gated(name, page) from error
             raise WeightsError(f"encoder {name}: {page} does not exist", remedy=_by_hand(name, page)) from error
         except errors.LocalEntryNotFoundError as error:
-            raise WeightsError(
-                f"weights of encoder {name} are not on this machine, and {page} cannot be reached",
-                remedy=f"connect to the network (and unset HF_HUB_OFFLINE), or {_by_hand(name, page)}",
-            ) from error
+            raise _no_network(name, page) from error
         except errors.EntryNotFoundError:
             continue
         except (errors.HfHubHTTPError, OSError) as error:
@@ -90,6 +92,34 @@ def download(
                 remedy=f"try again later, or {_by_hand(name, page)}",
             ) from error
     raise WeightsError(f"encoder {name}: {page} has no file {' or '.join(filenames)}", remedy=_by_hand(name, page))
+
+
+def reachable(timeout_s: float = 10.0) -> bool:
+    """False where the hub's host does not answer, or HF_HUB_OFFLINE is set.
+
+    huggingface_hub tries for half a minute before it gives up; this finds out at once. Behind a proxy the host itself
+    cannot be asked, and True is returned.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True
+    address = urllib.parse.urlsplit(constants.ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        with socket.create_connection((address.hostname or "", port), timeout=timeout_s):
+            return True
+    except OSError:
+        return False
+
+
+def _no_network(name: str, page: str) -> WeightsError:
+    return WeightsError(
+        f"weights of encoder {name} are not on this machine, and {page} cannot be reached",
+        remedy=f"connect to the network (and unset HF_HUB_OFFLINE), or {_by_hand(name, page)}",
+    )
 
 
 def _gated(name: str, page: str) -> WeightsError:

@@ -6,7 +6,6 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from wsi_pipe.encoders.architectures import PooledNetwork
 from wsi_pipe.encoders.base import EncoderInfo, FeatureArray, LayerFeatures, TileArray, block_indices, check_finite
+from wsi_pipe.encoders.cuda_lane import Arriving, CudaLane
 from wsi_pipe.encoders.devices import PRECISIONS, is_out_of_memory, resolve_precision
 from wsi_pipe.encoders.recipe import Preprocessing, Recipe
 from wsi_pipe.errors import ConfigError, DeviceError
@@ -67,33 +67,10 @@ def to_mixed_precision(network: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-class _Pending:
-    """Results on their way from the device: the buffers they arrive in and the event that says they have."""
-
-    def __init__(
-        self, name: str, features: Tensor, layers: list[tuple[int, Tensor, Tensor]], rows: int, event: Any
-    ) -> None:
-        self._name = name
-        self._features = features
-        self._layers = layers
-        self._rows = rows
-        self._event = event
-
-    def wait(self) -> LayerFeatures:
-        if self._event is not None:
-            self._event.synchronize()
-        rows = self._rows
-        return LayerFeatures(
-            self._features[:rows].numpy(),
-            {block: cls[:rows].numpy() for block, cls, _ in self._layers},
-            {block: patches[:rows].numpy() for block, _, patches in self._layers},
-        )
-
-
 class _Result:
     """What submit gives: the parts of one batch, which may have been cut to fit the device."""
 
-    def __init__(self, name: str, parts: list[_Pending]) -> None:
+    def __init__(self, name: str, parts: list[Arriving]) -> None:
         self._name = name
         self._parts = parts
 
@@ -165,7 +142,7 @@ class TorchEncoder:
         self._suggested: dict[int, int] = {}
         self._largest = 0
         self._lock = threading.Lock()
-        self._cuda = _CudaLane(device) if device.type == "cuda" else None
+        self._cuda = CudaLane(device) if device.type == "cuda" else None
 
     @property
     def depth(self) -> int:
@@ -250,14 +227,14 @@ class TorchEncoder:
         best = max(speeds.values())
         return next(batch for batch, speed in speeds.items() if speed >= TRIAL_GAIN * best)
 
-    def _launch(self, tiles: TileArray, layers: tuple[int, ...]) -> list[_Pending]:
+    def _launch(self, tiles: TileArray, layers: tuple[int, ...]) -> list[Arriving]:
         """Start a batch, in halves (and their halves) where it does not fit; no tile is lost."""
         if tiles.ndim != 4 or tiles.shape[-1] != 3 or tiles.dtype != np.uint8:
             raise ConfigError(f"tiles must be uint8 (B, H, W, 3), not {tiles.dtype} {tiles.shape}")
         if len(tiles) == 0:
             return [self._empty(layers)]
         with self._lock:
-            parts: list[_Pending] = []
+            parts: list[Arriving] = []
             start = 0
             while start < len(tiles):
                 size = min(len(tiles) - start, self._limit or len(tiles))
@@ -281,11 +258,11 @@ class TorchEncoder:
         if self._cuda is not None:
             torch.cuda.empty_cache()
 
-    def _empty(self, layers: tuple[int, ...]) -> _Pending:
+    def _empty(self, layers: tuple[int, ...]) -> Arriving:
         none = torch.empty((0, self.info.dim))
-        return _Pending(self.info.name, none, [(block, none, none[:, None, None]) for block in layers], 0, None)
+        return Arriving(self.info.name, none, [(block, none, none[:, None, None]) for block in layers], 0, None)
 
-    def _launch_one(self, tiles: TileArray, layers: tuple[int, ...]) -> list[_Pending]:
+    def _launch_one(self, tiles: TileArray, layers: tuple[int, ...]) -> list[Arriving]:
         rows = len(tiles)
         if self._compile:
             tiles = self._filled(tiles)
@@ -296,7 +273,7 @@ class TorchEncoder:
         source = np.require(tiles, requirements=("C", "W"))
         with torch.inference_mode():
             features, found = self._compute(torch.from_numpy(source).to(self.device), layers)
-            return [_Pending(self.info.name, features.cpu(), [(k, c.cpu(), p.cpu()) for k, c, p in found], rows, None)]
+            return [Arriving(self.info.name, features.cpu(), [(k, c.cpu(), p.cpu()) for k, c, p in found], rows, None)]
 
     def _filled(self, tiles: TileArray) -> TileArray:
         """The batch filled up with copies of its last tile to the size that the compiled network knows."""
@@ -326,58 +303,6 @@ class TorchEncoder:
         return features.float(), [
             (asked, cls.float(), patches.float()) for asked, (cls, patches) in zip(layers, tokens, strict=True)
         ]
-
-
-class _CudaLane:
-    """One CUDA device's side stream, pinned buffers, and the order of copying and computing between them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
-
-    def run(
-        self,
-        tiles: TileArray,
-        rows: int,
-        compute: Callable[[Tensor], tuple[Tensor, list[tuple[int, Tensor, Tensor]]]],
-        name: str,
-    ) -> _Pending:
-        """Copy tiles to the device on the side stream, compute on the current one, start the way back."""
-        with torch.cuda.device(self.device):
-            main = torch.cuda.current_stream(self.device)
-            buffer, copied = self._buffer(tiles.size)
-            pinned = buffer[: tiles.size].view(tiles.shape)
-            np.copyto(pinned.numpy(), tiles)
-            with torch.cuda.stream(self._copies):
-                on_device = pinned.to(self.device, non_blocking=True)
-                copied.record(self._copies)
-            main.wait_event(copied)
-            # Without this the allocator could hand the memory to the next copy while the network still reads it.
-            on_device.record_stream(main)
-            features, layers = compute(on_device)
-            back = self._back(features)
-            layers_back = [(block, self._back(cls), self._back(patches)) for block, cls, patches in layers]
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(main)
-        return _Pending(name, back, layers_back, rows, done)
-
-    def _buffer(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
-        """A pinned buffer of at least ``size`` bytes whose last copy has ended, and the event of its next one."""
-        for place, (buffer, copied) in enumerate(self._staging):
-            if copied.query():  # type: ignore[no-untyped-call]
-                if buffer.numel() >= size:
-                    return self._staging[place]
-                del self._staging[place]
-                break
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._staging.append((torch.empty(size, dtype=torch.uint8, pin_memory=True), event))
-        return self._staging[-1]
-
-    @staticmethod
-    def _back(values: Tensor) -> Tensor:
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        return host.copy_(values, non_blocking=True)
 
 
 class ReplicatedEncoder:

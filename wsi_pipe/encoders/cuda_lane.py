@@ -1,0 +1,90 @@
+"""The way to a CUDA device and back: pinned buffers, a side stream for copies, results that arrive later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wsi_pipe.encoders.base import LayerFeatures, TileArray
+
+__all__ = ["Arriving", "CudaLane"]
+
+
+class Arriving:
+    """Results on their way from the device: the buffers they arrive in and the event that says they have."""
+
+    def __init__(
+        self, name: str, features: Tensor, layers: list[tuple[int, Tensor, Tensor]], rows: int, event: Any
+    ) -> None:
+        self._name = name
+        self._features = features
+        self._layers = layers
+        self._rows = rows
+        self._event = event
+
+    def wait(self) -> LayerFeatures:
+        """Wait until they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        rows = self._rows
+        return LayerFeatures(
+            self._features[:rows].numpy(),
+            {block: cls[:rows].numpy() for block, cls, _ in self._layers},
+            {block: patches[:rows].numpy() for block, _, patches in self._layers},
+        )
+
+
+class CudaLane:
+    """One CUDA device's side stream, pinned buffers, and the order of copying and computing between them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.staging: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def run(
+        self,
+        tiles: TileArray,
+        rows: int,
+        compute: Callable[[Tensor], tuple[Tensor, list[tuple[int, Tensor, Tensor]]]],
+        name: str,
+    ) -> Arriving:
+        """Copy tiles to the device on the side stream, compute on the current one, start the way back."""
+        with torch.cuda.device(self.device):
+            main = torch.cuda.current_stream(self.device)
+            buffer, copied = self._buffer(tiles.size)
+            pinned = buffer[: tiles.size].view(tiles.shape)
+            np.copyto(pinned.numpy(), tiles)
+            with torch.cuda.stream(self._copies):
+                on_device = pinned.to(self.device, non_blocking=True)
+                copied.record(self._copies)
+            main.wait_event(copied)
+            # Without this the allocator could hand the memory to the next copy while the network still reads it.
+            on_device.record_stream(main)
+            features, layers = compute(on_device)
+            back = self._back(features)
+            layers_back = [(block, self._back(cls), self._back(patches)) for block, cls, patches in layers]
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(main)
+        return Arriving(name, back, layers_back, rows, done)
+
+    def _buffer(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
+        """A pinned buffer of at least ``size`` bytes whose last copy has ended, and the event of its next one."""
+        for place, (buffer, copied) in enumerate(self.staging):
+            if copied.query():  # type: ignore[no-untyped-call]
+                if buffer.numel() >= size:
+                    return self.staging[place]
+                del self.staging[place]
+                break
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.staging.append((torch.empty(size, dtype=torch.uint8, pin_memory=True), event))
+        return self.staging[-1]
+
+    @staticmethod
+    def _back(values: Tensor) -> Tensor:
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        return host.copy_(values, non_blocking=True)
