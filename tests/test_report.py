@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from wsi_pipe.cli import group, run_group
 from wsi_pipe.config import ExtractSettings, JobSettings, TileSettings
 from wsi_pipe.errors import OutputError
+from wsi_pipe.job import append_outcome, open_job
 from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.pages import embed_json, render_page
-from wsi_pipe.report import Picture, Section, failures_csv, slides_csv, summarise, summary_table, write_report
+from wsi_pipe.report import Picture, Section, slides_csv, summarise, summary_table, write_report
 from wsi_pipe.report.page import report_data, settings_rows
 from wsi_pipe.report.summary import histogram_bars, labels_of, level_seconds, outlier_flags, stage_seconds
 
@@ -71,6 +73,13 @@ def test_figures_are_sums_over_slides() -> None:
     assert figures["seconds_by_level"] == {"20x": {"read": 3.0}, "5x": {"read": 1.0}}
 
 
+def test_figures_and_slides_are_written_beside_the_page(tmp_path: Path) -> None:
+    page = write_report(tmp_path, SOME, JobSettings())
+    figures = json.loads(page.with_suffix(".json").read_text())
+    assert {k: figures[k] for k in ("slides", "tiles")} == {k: summarise(SOME)[k] for k in ("slides", "tiles")}
+    assert page.with_suffix(".csv").read_text() == slides_csv(SOME)
+
+
 def test_no_slides_give_no_figures_and_no_error(tmp_path: Path) -> None:
     assert summarise([])["hr_per_lr"] is None
     assert summary_table([]) == "slides   0 done, 0 empty, 0 failed"
@@ -101,18 +110,7 @@ def test_the_table_names_failures_with_their_remedies() -> None:
     assert "and 10 more: see failures.csv" in summary_table(many)
 
 
-def test_csv_files_read_back() -> None:
-    rows = list(csv.DictReader(io.StringIO(failures_csv(SOME))))
-    assert rows == [
-        {
-            "slide_id": "bad",
-            "path": "/slides/bad.svs",
-            "stage": "open",
-            "error": "SlideOpenError",
-            "reason": "it is empty",
-            "remedy": 'copy it again, "whole"',
-        }
-    ]
+def test_the_csv_reads_back() -> None:
     slides = list(csv.DictReader(io.StringIO(slides_csv(SOME))))
     assert [row["slide_id"] for row in slides] == ["a", "b", "bad", "pale"]
     assert [row["tiles_20x"] for row in slides] == ["150", "310", "", "0"]
@@ -226,6 +224,22 @@ def test_ten_thousand_slides_stay_small(tmp_path: Path) -> None:
     outcomes = [done(f"slide-{i:05d}", 3000 + i % 700, 200 + i % 50, 50 + i % 13) for i in range(10_000)]
     page = write_report(tmp_path, outcomes, JobSettings())
     assert page.stat().st_size < 3_000_000
+
+
+def test_the_command_draws_a_job_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tmp_path / "job"
+    paths = open_job(job, JobSettings(), [])
+    for outcome in SOME:
+        append_outcome(paths, outcome)
+    assert run_group(group, "wsi-pipe", ["report", str(job)]) == 0
+    printed = capsys.readouterr().out
+    assert summary_table(SOME) in printed
+    assert str(job / "report.html") in printed
+    assert (job / "report.html").is_file()
+    assert run_group(group, "wsi-pipe", ["report", str(job), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["slides"]["total"] == 4
+    assert run_group(group, "wsi-pipe", ["report", str(tmp_path)]) == 2
+    assert "is not a job" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("wsi_pipe.cli.stages:run", "All four stages in one go; run again, it does what is missing."),
     "status": ("wsi_pipe.cli.care:status", "Show how far a job is."),
     "verify": ("wsi_pipe.cli.care:verify", "Check every bag of a job, or single bags."),
+    "report": ("wsi_pipe.cli.report:report", "Write the page of a job again, and print its figures."),
     "benchmark": ("wsi_pipe.cli.benchmark:benchmark", "Measure what low resolution saves, stage by stage."),
     "encoders": ("wsi_pipe.cli.encoders:encoders", "List encoders, and which can load now."),
     "demo": ("wsi_pipe.cli.demo:demo", "Make a small labelled cohort and run everything on it."),

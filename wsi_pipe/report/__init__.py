@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from wsi_pipe.report.page import Picture, Section, write_report
-from wsi_pipe.report.summary import failures_csv, slides_csv, summarise, summary_table
+from wsi_pipe.report.summary import slides_csv, summarise, summary_table
 
-__all__ = ["Picture", "Section", "failures_csv", "slides_csv", "summarise", "summary_table", "write_report"]
+__all__ = ["Picture", "Section", "slides_csv", "summarise", "summary_table", "write_report"]

@@ -19,7 +19,15 @@ from wsi_pipe.files import output_error, write_text_atomically
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.pages import asset, data_uri, render_page
-from wsi_pipe.report.summary import OUTLIER_RULE, histogram_bars, labels_of, outlier_flags, stage_seconds, summarise
+from wsi_pipe.report.summary import (
+    OUTLIER_RULE,
+    histogram_bars,
+    labels_of,
+    outlier_flags,
+    slides_csv,
+    stage_seconds,
+    summarise,
+)
 
 __all__ = ["EMBED_SLIDES", "Picture", "Section", "report_data", "write_report"]
 
@@ -63,9 +71,10 @@ def write_report(
     sections: Sequence[Section] = (),
     embed_slides: int = EMBED_SLIDES,
 ) -> Path:
-    """Write ``report.html`` into a job directory and return its path.
+    """Write ``report.html`` into a job directory and return its path; ``report.csv`` and ``report.json`` beside it.
 
-    outcomes: the last one of each slide. Pictures are ``thumbnails/<slide_id>.jpg`` (tissue contours) and
+    outcomes: the last one of each slide. The CSV has a row for each slide (``slides_csv``), the JSON the job's figures
+    (``summarise``). Pictures are ``thumbnails/<slide_id>.jpg`` (tissue contours) and
     ``.grid.jpg`` (grids), as far as they are there; they are embedded for up to ``embed_slides`` slides.
     Raises OutputError when the page cannot be written or a picture of a section cannot be read.
     """
@@ -84,6 +93,9 @@ def write_report(
     )
     path = JobPaths(job_dir).report
     write_text_atomically(path, page)
+    write_text_atomically(path.with_suffix(".csv"), slides_csv(listed))
+    figures = {"schema": "wsi-pipe report", "schema_version": 1, "created_utc": data["created_utc"], **data["summary"]}
+    write_text_atomically(path.with_suffix(".json"), json.dumps(figures, indent=1, allow_nan=False) + "\n")
     return path
 
 

@@ -16,7 +16,6 @@ from wsi_pipe.outcome import SlideOutcome
 __all__ = [
     "OUTLIER_RULE",
     "TIMED_STAGES",
-    "failures_csv",
     "histogram_bars",
     "labels_of",
     "level_seconds",
@@ -202,18 +201,6 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     writer.writerow(header)
     writer.writerows(rows)
     return out.getvalue()
-
-
-def failures_csv(outcomes: Iterable[SlideOutcome]) -> str:
-    """CSV of the slides that failed: slide_id, path, stage, error, reason, remedy."""
-    return _csv(
-        ("slide_id", "path", "stage", "error", "reason", "remedy"),
-        [
-            (o.slide_id, o.path, o.stage or "", o.error or "", o.reason or "", o.remedy or "")
-            for o in outcomes
-            if o.status == "failed"
-        ],
-    )
 
 
 def slides_csv(outcomes: Iterable[SlideOutcome]) -> str:
