@@ -131,7 +131,9 @@ def _tissue(spec: SlideSpec, shape: tuple[int, int], rng: np.random.Generator) -
     side = min(shape)
     wavelength = max(0.55 * side, 40.0)
     # Glass around the tissue, as on a real slide: the field falls off towards the borders.
-    bowl = 1.1 - 1.9 * np.maximum(np.abs(u), np.abs(v)) ** 4 - 0.5 * (u**2 + v**2)
+    turn, long = rng.uniform(0, np.pi), rng.uniform(1.0, 1.35)
+    a, b = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
+    bowl = 1.1 - 1.3 * ((a / long) ** 2 + (b * long) ** 2) - 1.2 * np.maximum(np.abs(u), np.abs(v)) ** 8
     height = 1.3 * bowl + 0.55 * field(shape, wavelength, rng) + 0.12 * field(shape, wavelength / 4, rng)
     height += 0.05 * field(shape, 10.0, rng)
     tissue = height > np.quantile(height, 1 - spec.tissue_fraction)

@@ -100,7 +100,7 @@ def _fibres(rng: np.random.Generator) -> tuple[Bytes, NDArray[np.float32]]:
     import cv2
 
     n = _BASE_PX
-    angle = 1.1 * _noise(n, 110.0, rng) + 0.30 * _noise(n, 22.0, rng) + rng.uniform(0, np.pi)
+    angle = 1.0 * _noise(n, 130.0, rng) + 0.28 * _noise(n, 24.0, rng) + rng.uniform(0, np.pi)
     dx, dy = np.cos(angle), np.sin(angle)
     xs, ys = np.meshgrid(np.arange(n, dtype=np.float32), np.arange(n, dtype=np.float32))
     source = 0.8 * _noise(n, 0.8, rng) + 0.9 * _noise(n, 2.2, rng)
