@@ -146,6 +146,7 @@ def bad_file(folder: Path, svs: Path, kind: str) -> Path:
             "TIFF header alone": b"II*\0",
             "TIFF without images": b"II*\0\0\0\0\0",
             "LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "DICOM header alone": bytes(128) + b"DICM" + b"\xff" * 50,
             "archive": b"PK\x03\x04" + bytes(50),
             "a tenth": data[: len(data) // 10],
         }
@@ -171,6 +172,7 @@ def bad_file(folder: Path, svs: Path, kind: str) -> Path:
         ("TIFF without images", "bad.svs"),
         ("LFS pointer", "a Git LFS pointer"),
         ("archive", "a ZIP archive"),
+        ("DICOM header alone", "bad.svs"),
         ("a tenth", "lie outside the file"),
     ],
 )

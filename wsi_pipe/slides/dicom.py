@@ -19,7 +19,7 @@ from wsi_pipe.geometry import FloatPair
 from wsi_pipe.slides.base import ReadStats, RGBArray, SlideInfo
 from wsi_pipe.slides.dicom_image import DicomImage, Instance, codec_name
 from wsi_pipe.slides.native import NativeSlide, build_pyramid, read_whole, user_mpp
-from wsi_pipe.slides.parts import dicom_series
+from wsi_pipe.slides.parts import dicom_series, without_warnings
 from wsi_pipe.slides.remote import list_folder
 from wsi_pipe.slides.source import SourceFile, is_url, open_source, slide_fingerprint
 
@@ -131,7 +131,8 @@ def _open_instance(path: str | Path, stats: ReadStats) -> Instance:
     try:
         handle = SourceFile(source, limit=MAX_HEADER_BYTES)
         try:
-            tags = pydicom.dcmread(handle, stop_before_pixels=True, defer_size=MAX_VALUE_BYTES)
+            with without_warnings():
+                tags = pydicom.dcmread(handle, stop_before_pixels=True, defer_size=MAX_VALUE_BYTES)
             syntax = str(tags.file_meta.get("TransferSyntaxUID", ""))
             kind = str(tags.get("SOPClassUID", ""))
         except (SlideError, MemoryError):

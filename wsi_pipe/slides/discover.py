@@ -44,12 +44,15 @@ def _one_of_each_series(files: list[Path]) -> list[Path]:
         return files
     import pydicom
 
+    from wsi_pipe.slides.parts import without_warnings
+
     best: dict[str, Path] = {}
     for path in files:
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
-            series = str(header.get("SeriesInstanceUID", path))
-        except (OSError, ValueError, pydicom.errors.InvalidDicomError):
+            with without_warnings():
+                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
+                series = str(header.get("SeriesInstanceUID", path))
+        except (OSError, EOFError, ValueError, pydicom.errors.InvalidDicomError):
             series = str(path)
         if series not in best or path.stat().st_size > best[series].stat().st_size:
             best[series] = path

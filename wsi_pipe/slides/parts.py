@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["dicom_series", "is_dicom", "slide_files"]
+__all__ = ["dicom_series", "is_dicom", "slide_files", "without_warnings"]
 
 _WARNINGS = threading.Lock()
 """Python keeps one set of warning filters for all threads."""
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep Python's warnings from the user: pydicom warns of damage that it then raises an error for, or makes do with.
+
+    Threads take turns, and one that warns meanwhile of something else is not heard; so hold it for one call only.
+    """
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def is_dicom(path: Path) -> bool:
@@ -51,11 +64,9 @@ def dicom_series(path: Path) -> list[Path]:
 
     def header(part: Path) -> tuple[str, str]:
         tags = ["SeriesInstanceUID", "SOPInstanceUID"]
-        # pydicom warns of damage that it then raises an error for, or makes do with.
-        with _WARNINGS, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with without_warnings():
             found = pydicom.dcmread(part, stop_before_pixels=True, specific_tags=tags)
-        return str(found.get("SeriesInstanceUID", "")), str(found.get("SOPInstanceUID", ""))
+            return str(found.get("SeriesInstanceUID", "")), str(found.get("SOPInstanceUID", ""))
 
     damaged = (OSError, EOFError, ValueError, KeyError, AttributeError, pydicom.errors.InvalidDicomError)
     try:
