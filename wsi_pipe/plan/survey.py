@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -97,12 +98,20 @@ def _plan(entry: SlideEntry, facts: SlideFacts, settings: JobSettings, kept: Map
 
 def _covering(pyramid: Pyramid, settings: TileSettings) -> dict[str, int]:
     """Tiles that cover the whole slide, by label. Raises MissingMppError or ResolutionError as laying grids does."""
-    nothing = TissueMask(np.zeros((1, 1), bool), (float(pyramid.size_l0[0]), float(pyramid.size_l0[1])))
-    counts = {}
-    for grid in plan_grids(pyramid, nothing, settings):
-        columns, rows = (math.ceil(s / stride) for s, stride in zip(pyramid.size_l0, grid.stride_l0, strict=True))
-        counts[grid.label] = columns * rows
-    return counts
+    width, height = pyramid.size_l0
+    return {
+        label: math.ceil(width / stride[0]) * math.ceil(height / stride[1])
+        for label, stride in _strides(pyramid.mpp, settings)
+    }
+
+
+@lru_cache(maxsize=4096)
+def _strides(mpp: FloatPair | None, settings: TileSettings) -> tuple[tuple[str, FloatPair], ...]:
+    """Label and stride of each grid on any slide of this resolution; an archive has few resolutions."""
+    pixel = Pyramid.from_sizes([(1, 1)], mpp)
+    return tuple(
+        (g.label, g.stride_l0) for g in plan_grids(pixel, TissueMask(np.zeros((1, 1), bool), (1.0, 1.0)), settings)
+    )
 
 
 def exact_tiles(entry: SlideEntry, plan: SlidePlan, settings: JobSettings) -> SlidePlan:

@@ -1,0 +1,260 @@
+#!/usr/bin/env python3
+"""What a batch survives: kills, mutated slides, thousands of slides, a plan of a hundred thousand.
+
+    python benchmarks/archive_trials.py kills   [--kills 50]
+    python benchmarks/archive_trials.py mutants [--slides DIR] [--mutants 500]
+    python benchmarks/archive_trials.py many    [--count 2000]
+    python benchmarks/archive_trials.py plan    [--rows 100000]
+
+Each makes what it needs in a temporary folder, prints a table, and with --json FILE writes the figures. Exit code 1
+when a trial found something wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from wsi_pipe.bag import check_bag, read_bag
+from wsi_pipe.job import read_outcomes
+from wsi_pipe.synthetic import make_cohort
+
+RUN = [sys.executable, "-m", "wsi_pipe", "run"]
+
+
+def features(job: Path) -> str:
+    """One hash over the features of all bags."""
+    digest = hashlib.sha256()
+    for path in sorted((job / "bags").glob("*.h5")):
+        for level in read_bag(path).levels:
+            digest.update(path.name.encode() + level.features["texture"].values.tobytes())
+    return digest.hexdigest()
+
+
+def watched(command: list[str], log: Path) -> dict[str, Any]:
+    """Run a command to its end; wall seconds, exit code and the peak of memory over all its processes."""
+    start, peak, samples = time.perf_counter(), 0, []
+    with log.open("wb") as handle:
+        process = psutil.Popen(command, stdout=handle, stderr=handle)
+        while process.poll() is None:
+            total = 0
+            for one in [process, *_children(process)]:
+                try:
+                    total += one.memory_info().rss
+                except psutil.Error:
+                    continue
+            peak = max(peak, total)
+            samples.append(total)
+            time.sleep(0.1)
+    return {
+        "seconds": time.perf_counter() - start,
+        "code": process.returncode,
+        "peak_mib": peak >> 20,
+        "samples": samples,
+    }
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.Error:
+        return []
+
+
+def kills(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """SIGKILL a run at random moments, each resumed, against a run that nobody disturbed."""
+    make_cohort(folder / "slides", 12, seed=1, size_px=(1536, 1536))
+    base = [*RUN, str(folder / "slides/slides.csv"), "--workers", str(arguments.workers)]
+    whole = watched([*base, "-o", str(folder / "whole")], folder / "whole.log")
+    expected = features(folder / "whole")
+    rng = np.random.default_rng(arguments.seed)
+    job, corrupt, killed, runs = folder / "job", 0, 0, 0
+    while killed < arguments.kills:
+        runs += 1
+        process = subprocess.Popen(
+            [*base, "-o", str(job), "--no-report"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        # From the first import to the last bag; a run that ends before its moment is done is no kill.
+        time.sleep(float(rng.uniform(0.2, whole["seconds"])))
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+        bags = sorted((job / "bags").glob("*.h5"))
+        corrupt += sum(bool(check_bag(path)) for path in bags)
+        if len(bags) == 12 and process.returncode == 0:
+            # All done: start over, so that the remaining kills meet work.
+            same = features(job) == expected
+            corrupt += not same
+            subprocess.run(["rm", "-rf", str(job)], check=True)
+    watched([*base, "-o", str(job)], folder / "last.log")
+    outcomes = read_outcomes(job)
+    return {
+        "kills": killed,
+        "runs": runs,
+        "corrupt bags seen": corrupt,
+        "slides lost": 12 - sum(o.status == "done" for o in outcomes.values()),
+        "features equal byte for byte": features(job) == expected,
+        "ok": corrupt == 0 and features(job) == expected,
+    }
+
+
+def mutate(data: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
+    """A truncated, bit-flipped, zeroed or lying copy."""
+    kind = ["truncated", "flipped", "zeroed", "header"][int(rng.integers(4))]
+    changed = bytearray(data)
+    if kind == "truncated":
+        return kind, data[: int(rng.integers(0, len(data)))]
+    if kind == "flipped":
+        for position in rng.integers(0, len(data), 64):
+            changed[position] ^= 1 << int(rng.integers(8))
+    elif kind == "zeroed":
+        start = int(rng.integers(0, len(data)))
+        changed[start : start + 4096] = bytes(len(changed[start : start + 4096]))
+    else:
+        # Tags and sizes lie near the start or near the end of a TIFF.
+        for _ in range(8):
+            near = int(rng.integers(0, 2048)) if rng.random() < 0.5 else len(data) - 1 - int(rng.integers(0, 4096))
+            changed[max(near, 0)] = int(rng.integers(256))
+    return kind, bytes(changed)
+
+
+def mutants(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Mutated slides in one batch with five good ones."""
+    rng = np.random.default_rng(arguments.seed)
+    make_cohort(folder / "in/good", 5, seed=2, size_px=(1024, 1024))
+    sources = [p for p in sorted(arguments.slides.glob("*")) if p.is_file()] if arguments.slides else []
+    sources = sources or sorted((folder / "in/good").glob("*.svs")) or sorted((folder / "in/good").glob("*.tif*"))
+    originals = {path: path.read_bytes() for path in sources}
+    kinds = Counter()
+    (folder / "in/bad").mkdir(parents=True)
+    for number in range(arguments.mutants):
+        path = sources[number % len(sources)]
+        kind, data = mutate(originals[path], rng)
+        kinds[kind] += 1
+        (folder / "in/bad" / f"m{number:03d}-{path.name}").write_bytes(data)
+    command = [*RUN, str(folder / "in"), "-o", str(folder / "job"), "-r", "1um", "-r", "4um", "--slide-mpp", "1.0"]
+    command += ["--workers", str(arguments.workers), "--timeout", "60", "--no-report", "--memory", "512"]
+    spent = watched(command, folder / "run.log")
+    outcomes = read_outcomes(folder / "job")
+    good = [o for o in outcomes.values() if not o.slide_id.startswith("m")]
+    bad = [o for o in outcomes.values() if o.slide_id.startswith("m")]
+    causes = Counter(o.error for o in bad if o.status == "failed")
+    unexplained = [o for o in bad if o.status == "failed" and not o.reason]
+    unforeseen = [o for o in bad if o.status == "failed" and " at " in str(o.error)]
+    for outcome in unforeseen[:10]:
+        print("unforeseen:", outcome.slide_id, outcome.reason, outcome.error)
+    return {
+        "mutants": dict(kinds),
+        "good done": sum(o.status == "done" for o in good),
+        "bad failed with a reason": len([o for o in bad if o.status == "failed"]) - len(unexplained),
+        "bad that still read (changed pixels only)": sum(o.status != "failed" for o in bad),
+        "causes": dict(causes),
+        "unforeseen errors": len(unforeseen),
+        "processes that died": causes.get("WorkerError", 0),
+        "timed out": causes.get("TaskTimeoutError", 0),
+        "peak MiB, all processes": spent["peak_mib"],
+        "seconds": spent["seconds"],
+        "ok": sum(o.status == "done" for o in good) == 5 and len(outcomes) == arguments.mutants + 5 and not unexplained,
+    }
+
+
+def many(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Thousands of small slides: memory over time, two workers against one, overhead a slide."""
+    make_cohort(folder / "slides", 20, seed=3, size_px=(768, 768))
+    slides = sorted((folder / "slides").glob("*.svs")) or sorted((folder / "slides").glob("*.tif*"))
+    rows = ["slide,slide_id"] + [f"{slides[i % 20]},s{i:05d}" for i in range(arguments.count)]
+    (folder / "all.csv").write_text("\n".join(rows) + "\n")
+    (folder / "half.csv").write_text("\n".join(rows[: 1 + arguments.count // 4]) + "\n")
+    options = ["-r", "5x", "--no-report", "--memory", "256"]
+    # One against two workers on a quarter of the slides, interleaved; memory on all of them.
+    ratios = []
+    for repeat in range(3):
+        spent = {}
+        for workers in (1, 2):
+            job = folder / f"job-{repeat}-{workers}"
+            command = [*RUN, "--slides", str(folder / "half.csv"), "-o", str(job), *options]
+            # The time-out makes a single worker a process of its own too: like is compared with like.
+            command += ["--workers", str(workers), "--timeout", "600"]
+            spent[workers] = watched(command, folder / "run.log")["seconds"]
+        ratios.append(spent[1] / spent[2])
+    job = folder / "job"
+    whole = watched(
+        [*RUN, "--slides", str(folder / "all.csv"), "-o", str(job), *options, "--workers", "2"], folder / "run.log"
+    )
+    outcomes = list(read_outcomes(job).values())
+    tenth = max(len(whole["samples"]) // 10, 1)
+    early, late = np.median(whole["samples"][tenth : 2 * tenth]), np.median(whole["samples"][-2 * tenth : -tenth])
+    inside = sum(sum(o.seconds.values()) for o in outcomes)
+    return {
+        "slides": len(outcomes),
+        "done": sum(o.status == "done" for o in outcomes),
+        "two workers over one (median of 3)": float(np.median(ratios)),
+        "memory late over early": float(late / early),
+        "peak MiB, all processes": whole["peak_mib"],
+        "overhead a slide, ms": 1000 * (2 * whole["seconds"] - inside) / len(outcomes),
+        "seconds": whole["seconds"],
+        "ok": len(outcomes) == arguments.count and late / early < 1.2,
+    }
+
+
+def plan(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A manifest of many rows against stub metadata: seconds and memory of planning itself."""
+    rows = (f"https://127.0.0.1/{i}.svs,s{i},case{i // 3}" for i in range(arguments.rows))
+    (folder / "all.csv").write_text("slide,slide_id,case_id\n" + "\n".join(rows) + "\n")
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from wsi_pipe.config import JobSettings\n"
+        "from wsi_pipe.manifest import read_manifest\n"
+        "from wsi_pipe.plan import MetadataCache, SlideFacts, survey, total\n"
+        "facts = SlideFacts(sizes_px=((100_000, 80_000), (25_000, 20_000)), mpp=(0.25, 0.25), mpp_source='stub')\n"
+        "with MetadataCache() as cache:\n"
+        "    entries = read_manifest(Path(sys.argv[1]))\n"
+        "    totals = total(survey(entries, JobSettings(), cache, describe=lambda entry, reader: facts))\n"
+        "print(totals.slides, totals.tiles)\n"
+    )
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code, str(folder / "all.csv")], check=True)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
+    return {"rows": arguments.rows, "seconds": seconds, "peak MiB": peak, "ok": seconds < 60 and peak < 500}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trial", choices=["kills", "mutants", "many", "plan"])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--mutants", type=int, default=500)
+    parser.add_argument("--slides", type=Path, help="slides to mutate; synthetic ones where none are given")
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = globals()[arguments.trial](Path(folder), arguments)
+    print(f"| {arguments.trial} | |\n|---|---|")
+    for name, value in result.items():
+        print(f"| {name} | {value:.3g} |" if isinstance(value, float) else f"| {name} | {value} |")
+    if arguments.json:
+        machine = {"cores": os.cpu_count(), "python": sys.version.split()[0]}
+        arguments.json.write_text(json.dumps({"trial": arguments.trial, "machine": machine, **result}, indent=2))
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
