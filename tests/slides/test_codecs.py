@@ -184,8 +184,25 @@ def test_damaged_streams_are_errors_and_not_grey_pixels(tissue: Picture) -> None
 def test_stray_bytes_before_the_end_marker_cost_no_pixel(tissue: Picture) -> None:
     stream = simplejpeg.encode_jpeg(tissue, 80)
     padded = stream[:-2] + b"\x00\x00\x00" + stream[-2:]
-    decoded = JpegDecoder((256, 256), 3, ycbcr=True).decode(padded)
-    assert np.array_equal(decoded, simplejpeg.decode_jpeg(stream))
+    decoder = JpegDecoder((256, 256), 3, ycbcr=True)
+    assert np.array_equal(decoder.decode(padded), simplejpeg.decode_jpeg(stream))
+    assert np.array_equal(decoder.decode(stream[:-2]), simplejpeg.decode_jpeg(stream))
+    with pytest.raises(CodecError, match="extraneous"):
+        decoder.decode(stream[:-2] + bytes(100) + stream[-2:])
+
+
+def test_some_flipped_bits_throw_the_decoder_off_and_are_errors(tissue: Picture) -> None:
+    stream = simplejpeg.encode_jpeg(tissue, 80)
+    decoder = JpegDecoder((256, 256), 3, ycbcr=True)
+    rng = np.random.default_rng(8)
+    errors = 0
+    for at in rng.integers(700, len(stream) - 2, 60).tolist():
+        try:
+            decoder.decode(stream[:at] + bytes((stream[at] ^ 1 << rng.integers(0, 8),)) + stream[at + 1 :])
+        except CodecError:
+            errors += 1
+    # The entropy code has no checksum, so most flips only change some coefficients, and cannot be told.
+    assert errors >= 4
 
 
 def test_progressive_streams_decode_unless_they_scan_without_end(tissue: Picture) -> None:

@@ -6,6 +6,7 @@ the container states, before a decoder allocates anything by it.
 
 from __future__ import annotations
 
+import re
 import zlib
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -34,6 +35,9 @@ Buffer: TypeAlias = bytes | memoryview
 JPEG_REDUCES = (1, 2, 4, 8)
 MAX_JPEG_SCANS = 64
 """A progressive JPEG may repeat scans without end at a few bytes each; encoders write about ten."""
+
+MAX_STRAY_BYTES = 8
+_STRAY = re.compile(r"(\d+) extraneous bytes before marker")
 
 _SOI, _EOI, _SOS, _DRI, _COM = 0xD8, 0xD9, 0xDA, 0xDD, 0xFE
 _FRAMES = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive"}
@@ -184,9 +188,12 @@ class JpegDecoder:
 
     def stream(self, data: Buffer) -> bytes:
         """A complete JPEG stream: tables merged, colour stated, other application data dropped."""
+        # Without an end marker libjpeg would warn of a truncated file, where the last block may well be complete; where
+        # it is not, that is another warning.
+        end = b"" if data[-2:] == b"\xff\xd9" else b"\xff\xd9"
         last = self._last
         if last is not None and bytes(data[: len(last[0])]) == last[0]:
-            return b"".join((last[1], memoryview(data)[len(last[0]) :]))
+            return b"".join((last[1], memoryview(data)[len(last[0]) :], end))
         head = read_jpeg_head(data)
         if head.size_px != self.size_px or head.components != self.components:
             raise CodecError(
@@ -201,10 +208,10 @@ class JpegDecoder:
         rewritten = jpeg_prefix(self.components, ycbcr=ycbcr) + self._tables + head.kept
         if head.progressive:
             # Not kept as the usual start: the check above must see every stream.
-            return b"".join((rewritten, memoryview(data)[head.scan_start :]))
+            return b"".join((rewritten, memoryview(data)[head.scan_start :], end))
         start = bytes(data[: head.scan_start])
         self._last = (start, rewritten)
-        return b"".join((rewritten, memoryview(data)[head.scan_start :]))
+        return b"".join((rewritten, memoryview(data)[head.scan_start :], end))
 
     def decode(self, data: Buffer, reduce: int = 1) -> NDArray[np.uint8]:
         """Pixels, uint8 (ceil(h / reduce), ceil(w / reduce), 3), or (..., 1) for grey; ``reduce`` is 1, 2, 4 or 8.
@@ -227,8 +234,10 @@ def decode_jpeg_stream(stream: bytes, size_px: IntPair, components: int, reduce:
         try:
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(stream, colorspace, **options)
         except ValueError as error:
-            # Some scanners pad tiles with a few stray bytes, which costs no pixel.
-            if "extraneous bytes before marker" not in str(error):
+            # Some scanners pad tiles with a few stray bytes, or state scan parameters that have no meaning in this
+            # process: that costs no pixel. Many stray bytes mean that decoding came off the track.
+            stray = _STRAY.search(str(error))
+            if not (stray and int(stray[1]) <= MAX_STRAY_BYTES) and "Invalid SOS parameters" not in str(error):
                 raise
             pixels = simplejpeg.decode_jpeg(stream, colorspace, strict=False, **options)
     except (ValueError, RuntimeError) as error:
