@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -220,6 +223,15 @@ def test_bootstrap_intervals_have_the_width_that_theory_gives() -> None:
     assert narrow is not None
     assert wide is not None
     assert narrow[2] - narrow[1] < 0.4 * (wide[2] - wide[1])
+
+
+def test_a_single_pass_has_no_interval() -> None:
+    record = record_of(slides=1, repeats=1)
+    for ratio in comparisons(record)[0].ratios:
+        assert ratio.low is None
+        assert ratio.high is None
+    assert "interval" not in headline(record)[0]
+    assert "1/16 reading" in headline(record)[0]
 
 
 def test_both_arms_get_the_same_draws() -> None:
@@ -488,6 +500,69 @@ def test_meters_see_what_happens(tmp_path: Path) -> None:
         gpu.wait()
     assert spent == []
     assert gpu.name is None
+
+
+class FakeCuda:
+    """As much of torch.cuda and NVML as the meters use: 50 J and a utilisation of 80 % meanwhile."""
+
+    NVMLError = RuntimeError
+
+    def __init__(self) -> None:
+        self.millijoules = 1_000
+        self.waits = 0
+
+    def is_available(self) -> bool:
+        return True
+
+    def get_device_name(self, index: int) -> str:
+        return "a GPU"
+
+    def get_device_properties(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(uuid="1234")
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+    def reset_peak_memory_stats(self) -> None:
+        pass
+
+    def max_memory_allocated(self) -> int:
+        return 123
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        assert uuid == "GPU-1234"
+        return "handle"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
+        self.millijoules += 50_000
+        return self.millijoules
+
+    def nvmlDeviceGetUtilizationRates(self, handle: str) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(gpu=80)
+
+
+def test_the_gpu_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda()
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=fake))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "pynvml", fake)  # type: ignore[arg-type]
+    gpu = Gpu(wanted=True)
+    assert gpu.name == "a GPU"
+    sampled = threading.Event()
+    monkeypatch.setattr(
+        fake, "nvmlDeviceGetUtilizationRates", lambda handle: (sampled.set(), SimpleNamespace(gpu=80))[1]
+    )
+    with gpu.watch() as spent:
+        assert sampled.wait(10)
+    (found,) = spent
+    assert found.energy_j == pytest.approx(50.0)
+    assert found.utilisation == pytest.approx(0.8)
+    assert found.busy_s is not None
+    assert found.busy_s > 0
+    assert found.peak_memory_bytes == 123
+    assert fake.waits == 2
 
 
 # The command

@@ -158,6 +158,16 @@ def test_an_archive_of_another_size_scales(browser: Browser, drawn: tuple[Path, 
     assert browser.errors == []
 
 
+def test_a_single_pass_is_drawn_without_intervals(browser: Browser, tmp_path: Path) -> None:
+    record = record_of((LR, HR))
+    one = tuple(m for m in record.measurements if m.repeat == 0 and m.slide == record.slides[0].slide_id)
+    record = dataclasses.replace(record, repeats=1, slides=record.slides[:1], measurements=one)
+    browser.open(write_outputs(tmp_path, record, Assumptions())[2])
+    assert browser.errors == []
+    assert "no interval: a single pass" in browser.evaluate("byId('cards').textContent")
+    assert "NaN" not in browser.evaluate("document.body.innerHTML")
+
+
 def test_one_resolution_gives_a_page_without_a_comparison(browser: Browser, tmp_path: Path) -> None:
     page = write_outputs(tmp_path, record_of((HR,)), Assumptions())[2]
     browser.open(page, width=390)

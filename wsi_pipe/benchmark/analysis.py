@@ -55,7 +55,7 @@ def stage_cpu(measurement: Measurement, stages: Sequence[str]) -> float:
 class Ratio:
     """``value`` = numerator / denominator, both summed over slides and averaged over repeats; None where that is 0.
 
-    low, high: 95 % interval by bootstrap over slides and, within each, repeats.
+    low, high: 95 % interval by bootstrap over slides and, within each, repeats; None where there was a single pass.
     """
 
     what: str
@@ -86,7 +86,8 @@ class Comparison:
 class ArmTotals:
     """One arm, summed over slides and averaged over repeats.
 
-    stages: name -> (wall seconds, processor seconds) of the stage passes. end_to_end_s, end_to_end_cpu_s: None for
+    stages: name -> (wall seconds, processor seconds) of the stage passes. run_stages: name -> wall seconds of the
+    end-to-end passes, as ``wsi-pipe run`` reports them; they overlap. end_to_end_s, end_to_end_cpu_s: None for
     arms that have no such passes. energy_j: of the GPU, end to end. peak_memory_bytes: the most of any pass.
     """
 
@@ -97,6 +98,7 @@ class ArmTotals:
     bytes_read: int
     bytes_written: int
     stages: dict[str, tuple[float, float]]
+    run_stages: dict[str, float]
     end_to_end_s: float | None
     end_to_end_cpu_s: float | None
     energy_j: float | None
@@ -159,6 +161,8 @@ def _ratio(
     above, below = (_table(record, arm, kind, quantity) for arm in (dear, cheap))
     found = bootstrap_ratio(above, below)
     value, low, high = found if found else (None, None, None)
+    if above.size < 2:
+        low = high = None
     return Ratio(what, unit, float(above.mean(1).sum()), float(below.mean(1).sum()), value, low, high)
 
 
@@ -246,6 +250,9 @@ def _totals(record: BenchmarkRecord, arm: Arm) -> ArmTotals:
         bytes_read=round(mean([m.bytes_read for m in staged])),
         bytes_written=round(mean([m.bytes_written for m in staged])),
         stages=stages,
+        run_stages={
+            s: mean([stage_wall(m, (s,)) for m in whole]) for s in dict.fromkeys(s for m in whole for s in m.stages)
+        },
         end_to_end_s=mean([m.wall_s for m in whole]) if whole else None,
         end_to_end_cpu_s=mean([m.cpu_s for m in whole]) if whole else None,
         energy_j=mean(energies) if energies else None,

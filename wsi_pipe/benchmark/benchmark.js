@@ -7,7 +7,7 @@ const armColours = {};
 arms.forEach((a, i) => { armColours[a.id] = head && a.id === head.dear ? "hr" : head && a.id === head.cheap ? "lr" : ["s3", "s4", "s2", "s6", "s7", "s8"][i % 6]; });
 const STAGE_COLOURS = { open: "s8", segment: "s2", plan: "s9", fetch: "s4", decode: "s5", resample: "s6", handle: "s7", read: "s4", transfer: "accent", encode: "s1", write: "s3" };
 const ratioOf = (c, what) => c.ratios.find(r => r.what === what);
-const several = new Set(arms.map(a => a.encoder)).size > 1;
+const limits = (r, prefix, to) => r.low === null || r.low === undefined ? "no interval: a single pass" : `${prefix}${number(r.low)}${to}${prefix}${number(r.high)}`;
 
 function simpleTable(place, heading, rows, sums = () => false) {
   fill(place, el("table", {}, el("thead", {}, el("tr", {}, heading.map((h, i) => el("th", { class: i ? "num" : null }, h)))),
@@ -26,7 +26,7 @@ if (head) {
     const r = ratioOf(head, what);
     if (!r || r.value === null) return null;
     return el("div", { class: "panel card answer", "data-what": what }, el("div", { class: "k" }, title), el("div", { class: "v" }, "1/" + number(r.value)),
-      el("div", { class: "d" }, `95 % interval 1/${number(r.low)} to 1/${number(r.high)}`), el("div", { class: "d" }, detail(r)));
+      el("div", { class: "d" }, (r.low ? "95 % interval " : "") + limits(r, "1/", " to ")), el("div", { class: "d" }, detail(r)));
   };
   const pair = r => [el("b", { class: "hr" }, seconds(r.numerator)), " against ", el("b", { class: "lr" }, seconds(r.denominator))];
   fill("cards", [card("end to end", "End to end", r => el("span", {}, pair(r))), card("reading", "Reading", r => el("span", {}, pair(r))), card("encoding", "Encoding", r => el("span", {}, pair(r))),
@@ -38,18 +38,18 @@ function forest(place, comparison) {
   const rows = comparison.ratios.filter(r => r.value !== null && r.value > 0);
   const tiles = ratioOf(comparison, "tiles").value, narrow = () => place.clientWidth < 560, height = 34 * rows.length + 44;
   drawn(place, height, (svg, width) => {
-    svg.setAttribute("aria-label", rows.map(r => `${r.what}: ${number(r.value)} (${number(r.low)} to ${number(r.high)})`).join("; "));
+    svg.setAttribute("aria-label", rows.map(r => `${r.what}: ${number(r.value)} (${limits(r, "", " to ")})`).join("; "));
     const left = narrow() ? 8 : 250, right = width - (narrow() ? 8 : 150);
-    const x = axisScale(rows.flatMap(r => [r.low, r.high, r.value]).concat(1).filter(v => v > 0), { log: true, from: left, to: right });
+    const x = axisScale(rows.flatMap(r => [r.low || r.value, r.high || r.value, r.value]).concat(1).filter(v => v > 0), { log: true, from: left, to: right });
     for (const t of x.ticks) svg.append(svgEl("line", { class: "grid", x1: x.at(t), x2: x.at(t), y1: 4, y2: height - 28 }), svgEl("text", { x: x.at(t), y: height - 10, "text-anchor": "middle" }, number(t)));
     if (tiles) svg.append(svgEl("line", { x1: x.at(tiles), x2: x.at(tiles), y1: 4, y2: height - 28, stroke: "var(--text)", "stroke-dasharray": "3 3" }));
     rows.forEach((r, i) => {
       const y = 22 + 34 * i, main = ["end to end", "reading", "encoding"].includes(r.what);
       svg.append(svgEl("text", { class: main ? "label" : null, x: narrow() ? left : left - 14, y: narrow() ? y - 8 : y + 4, "text-anchor": narrow() ? "start" : "end", "font-weight": main ? 600 : 400 }, narrow() ? `${r.what}: ${number(r.value)}` : r.what));
       const at = narrow() ? y + 4 : y;
-      svg.append(svgEl("line", { x1: x.at(r.low), x2: x.at(r.high), y1: at, y2: at, stroke: "var(--hr)", "stroke-width": 3, "stroke-linecap": "round", opacity: 0.55 }));
+      if (r.low) svg.append(svgEl("line", { x1: x.at(r.low), x2: x.at(r.high), y1: at, y2: at, stroke: "var(--hr)", "stroke-width": 3, "stroke-linecap": "round", opacity: 0.55 }));
       svg.append(svgEl("circle", { cx: x.at(r.value), cy: at, r: main ? 6 : 4.5, fill: "var(--hr)" }));
-      if (!narrow()) svg.append(svgEl("text", { class: "label", x: right + 12, y: y + 4 }, `${number(r.value)} (${number(r.low)} – ${number(r.high)})`));
+      if (!narrow()) svg.append(svgEl("text", { class: "label", x: right + 12, y: y + 4 }, r.low ? `${number(r.value)} (${limits(r, "", " – ")})` : number(r.value)));
     });
   });
 }
@@ -82,6 +82,12 @@ byId("stages-note").textContent = `Seconds for ${n === 1 ? "the slide" : `all ${
   simpleTable("stage-table", ["Wall seconds", ...ANS.totals.map(t => t.arm), ...(head ? ["ratio"] : [])], rows, row => row[0].startsWith("=") || row[0].startsWith("end"));
 })();
 
+(function runStages() {
+  const own = ANS.totals.filter(t => t.end_to_end_s !== null), stages = [...new Set(own.flatMap(t => Object.keys(t.run_stages)))];
+  byId("run-stages-note").textContent = DATA.run_stages_note;
+  simpleTable("run-stage-table", ["Wall seconds", ...own.map(t => t.arm)], [...stages.map(s => [s, ...own.map(t => number(t.run_stages[s]))]), ["= end to end", ...own.map(t => number(t.end_to_end_s))]], row => row[0].startsWith("="));
+})();
+
 /* Slides. */
 const passes = REC.measurements.filter(m => m.kind === "end_to_end");
 const native = arms.filter(a => a.method === "native" || !a.method);
@@ -110,7 +116,7 @@ if (others.length) {
   for (const c of others) {
     const place = el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": c.title, id: "other-" + others.indexOf(c) });
     byId("other-tables").append(el("div", {}, el("h3", {}, c.title[0].toUpperCase() + c.title.slice(1)), place));
-    simpleTable(place.id, ["", c.dear, c.cheap, "Ratio", "95 % interval"], c.ratios.filter(r => r.value !== null).map(r => { const show = r.unit === "s" ? seconds : r.unit === "B" ? bytes : number; return [r.what, show(r.numerator), show(r.denominator), number(r.value), `${number(r.low)} to ${number(r.high)}`]; }));
+    simpleTable(place.id, ["", c.dear, c.cheap, "Ratio", "95 % interval"], c.ratios.filter(r => r.value !== null).map(r => { const show = r.unit === "s" ? seconds : r.unit === "B" ? bytes : number; return [r.what, show(r.numerator), show(r.denominator), number(r.value), limits(r, "", " to ")]; }));
   }
 }
 for (const link of document.querySelectorAll("[data-if]")) link.hidden = byId(link.dataset.if).hidden;

@@ -42,6 +42,10 @@ GROUPS = (
     ("encoding", ENCODE_STAGES),
     ("writing", ("write",)),
 )
+RUN_STAGES_NOTE = (
+    "Wall seconds of the end-to-end passes. They overlap, and hold what only a run does: `segment` and `tile` draw "
+    "pictures and write mask and grids, `extract` stores features, `assemble` writes and checks the bag."
+)
 HEADLINE = (("end to end", "end to end"), ("reading", "reading"), ("encoding", "encoding"))
 
 
@@ -55,9 +59,9 @@ def figure(value: float | None, digits: int = 3) -> str:
 
 
 def interval(ratio: Ratio) -> str:
-    """A ratio and its interval: "14.2 (13.9 to 14.6)"."""
-    if ratio.value is None:
-        return "–"
+    """A ratio and its interval: "14.2 (13.9 to 14.6)"; just the ratio where there is no interval."""
+    if ratio.low is None:
+        return figure(ratio.value)
     return f"{figure(ratio.value)} ({figure(ratio.low)} to {figure(ratio.high)})"
 
 
@@ -72,9 +76,9 @@ def headline(record: BenchmarkRecord) -> list[str]:
         parts = []
         for what, words in HEADLINE:
             ratio = head.ratio(what)
-            if ratio is not None and ratio.value is not None and ratio.low is not None and ratio.high is not None:
-                bounds = f"1/{figure(ratio.low)} to 1/{figure(ratio.high)}"
-                parts.append(f"1/{figure(ratio.value)} {words} (95 % interval {bounds})")
+            if ratio is not None and ratio.value is not None:
+                bounds = f" (95 % interval 1/{figure(ratio.low)} to 1/{figure(ratio.high)})"
+                parts.append(f"1/{figure(ratio.value)} {words}{bounds if ratio.low is not None else ''}")
         tiles = head.ratio("tiles")
         dear, cheap = record.arm(head.dear), record.arm(head.cheap)
         sentences.append(
@@ -111,6 +115,15 @@ def stage_table(record: BenchmarkRecord) -> tuple[list[str], list[list[str]]]:
     return heading, rows
 
 
+def run_stage_table(record: BenchmarkRecord) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows: the stages that ``wsi-pipe run`` reports, in wall seconds of the end-to-end passes."""
+    arms = [arm for arm in totals(record) if arm.end_to_end_s is not None]
+    stages = dict.fromkeys(s for arm in arms for s in arm.run_stages)
+    rows = [[s, *(figure(arm.run_stages.get(s)) for arm in arms)] for s in stages]
+    rows.append(["end to end", *(figure(arm.end_to_end_s) for arm in arms)])
+    return ["stage", *(f"{arm.arm}, s" for arm in arms)], rows
+
+
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table, numbers to the right."""
     clean = [[cell.replace("|", "\\|") for cell in row] for row in rows]
@@ -140,6 +153,8 @@ def markdown(record: BenchmarkRecord, assumptions: Assumptions) -> str:
     lines += ["## Where the time goes", "", f"Seconds for {_slides(record)}, mean of {record.repeats} repeats.", ""]
     lines += [*_table(*stage_table(record)), ""]
     lines += ["Stages: " + "; ".join(f"*{s}*: {STAGE_MEANING[s]}" for s in _stages(record)) + ".", ""]
+    lines += ["### As `wsi-pipe run` reports it", "", RUN_STAGES_NOTE, ""]
+    lines += [*_table(*run_stage_table(record)), ""]
     for comparison in comparisons(record):
         dear, cheap = comparison.dear, comparison.cheap
         lines += [f"## {comparison.title[0].upper()}{comparison.title[1:]}", ""]
@@ -221,6 +236,7 @@ def write_outputs(folder: Path, record: BenchmarkRecord, assumptions: Assumption
             "answers": answers(record, assumptions),
             "groups": [{"name": name, "stages": list(stages)} for name, stages in GROUPS],
             "meaning": STAGE_MEANING,
+            "run_stages_note": RUN_STAGES_NOTE.replace("`", ""),
         },
         styles=[asset(package, "benchmark.css")],
         scripts=[asset(package, "benchmark.js")],
