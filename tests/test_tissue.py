@@ -19,6 +19,9 @@ from scipy import ndimage
 from wsi_pipe.config import SegmentSettings, from_mapping, to_mapping
 from wsi_pipe.errors import ConfigError, MaskError
 from wsi_pipe.geometry import TissueMask
+from wsi_pipe.overview import read_overview
+from wsi_pipe.slides import open_slide
+from wsi_pipe.slides.write import write_pyramid
 from wsi_pipe.synthetic import SlideSpec, SyntheticSlide
 from wsi_pipe.tissue import (
     fill_polygons,
@@ -252,6 +255,21 @@ def test_synthetic_truth(seed: int) -> None:
     assert iou(result.mask, truth) >= 0.95
 
 
+@pytest.mark.parametrize("seed", [50, 51])
+def test_synthetic_truth_through_a_file(seed: int, tmp_path: Path) -> None:
+    """JPEG at 20x, opened and averaged as a run does it."""
+    spec = SlideSpec(seed, (4096, 3584), 0.5, 1, pen=True, debris=True, pale=True, holes=True)
+    made = SyntheticSlide(spec)
+    write_pyramid(tmp_path / "slide.svs", made.levels((1, 4)), mpp=0.5)
+    slide = open_slide(tmp_path / "slide.svs")
+    overview = read_overview(slide, 8.0)
+    slide.close()
+    result = find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0)
+    truth = made.truth((overview.rgb.shape[1], overview.rgb.shape[0])).tissue
+    assert truth.scale_l0 == pytest.approx(overview.scale_l0)
+    assert iou(result.mask, truth.mask) >= 0.95
+
+
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -472,8 +490,6 @@ def test_without_any_scale_the_error_says_so() -> None:
 
 def real_overview(path: Path, um_per_px: float, mpp: float) -> tuple[Picture, tuple[float, float], tuple[float, float]]:
     import cv2
-
-    from wsi_pipe.slides import open_slide
 
     slide = open_slide(path, mpp=mpp)
     width, height = slide.pyramid.size_l0
