@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipe.encoders.base import EncoderInfo, FeatureArray, PendingFeatures, TileArray
+from wsi_pipe.encoders.base import EncoderInfo, FeatureArray, PendingFeatures, TileArray, check_finite
 from wsi_pipe.encoders.texture_measures import (
     BLOB_NAMES,
     EDGE_NAMES,
@@ -43,7 +43,7 @@ from wsi_pipe.encoders.texture_measures import (
     RawMeasures,
     measure,
 )
-from wsi_pipe.errors import EncoderError, EncoderOutputError
+from wsi_pipe.errors import EncoderError
 
 __all__ = ["MIN_TILE_PX", "TextureEncoder"]
 
@@ -183,10 +183,7 @@ def _features(tiles: TileArray) -> FeatureArray:
         ],
         axis=1,
     ).astype(np.float32)
-    if not np.isfinite(features).all():
-        bad = [FEATURE_NAMES[i] for i in np.flatnonzero(~np.isfinite(features).all(0))]
-        raise EncoderOutputError(f"texture features {', '.join(bad)} are not finite")
-    return features
+    return check_finite(features, "texture")
 
 
 def _stain(raw: Sequence[RawMeasures]) -> Float64:
