@@ -6,12 +6,13 @@ Features, in order (``TextureEncoder.feature_names``); sources are in ``texture_
   ``stain_h_share`` is haematoxylin's share of both, ``stain_correlation`` the correlation of the two over the tile,
   ``stain_tissue`` the fraction of pixels with a sum of both above 0.15 (soft at the edge).
 - ``colour_<r|g|b|l|a|b*>_<mean|std|skew>``: colour moments, in units of the full range.
-- ``lbp_<y|h>_<1|2|4>_<0..9>``: square root of the share of each riu2 pattern (0 to 8 neighbours brighter, 9 is
-  "not uniform"), of luminance (y) and haematoxylin (h), at each scale.
-- ``glcm_<y|h>_<1|2|4>_<statistic>``: contrast and dissimilarity (log1p), homogeneity, energy, entropy (of 8 bits),
+- ``lbp_<place>_<0..9>``: square root of the share of each riu2 pattern (0 to 8 neighbours brighter, 9 is "not
+  uniform"). A place is a channel and a scale: luminance of the tile as it is, halved and quartered (``y_1``, ``y_2``,
+  ``y_4``), haematoxylin of the halved and the quartered tile (``h_2``, ``h_4``).
+- ``glcm_<place>_<statistic>``: contrast and dissimilarity (log1p), homogeneity, energy, entropy (of 8 bits),
   correlation, all of the four directions together; ``anisotropy`` is the spread of contrast over directions,
   relative to its mean, ``shade`` the cube root of the cluster shade.
-- ``band_<y|h>_<1|2|4>``: log1p of the standard deviation in each band of the pyramid.
+- ``band_<place>``: log1p of the standard deviation in each band of the pyramid.
 - ``blob_...``: nucleus-like blobs of haematoxylin: energy, skewness and density of peaks by size, then area fraction,
   count, areas, extent in the bounding box, elongation, and stain inside against outside.
 - ``edge_...``: gradients of luminance and the coherence of their orientation, over the tile and locally.
@@ -112,7 +113,7 @@ class TextureEncoder:
     in_flight = 2
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads if threads is not None else len(os.sched_getaffinity(0))
+        self.threads = threads if threads is not None else _cores()
         if self.threads < 1:
             raise ValueError(f"threads {self.threads} must be at least 1")
         self._pool: ThreadPoolExecutor | None = None
@@ -155,6 +156,12 @@ class TextureEncoder:
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="texture")
         step = min(CHUNK_TILES, -(-len(tiles) // self.threads))
         return _Pending([self._pool.submit(_features, tiles[i : i + step]) for i in range(0, len(tiles), step)])
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _check(tiles: TileArray) -> None:
