@@ -7,7 +7,6 @@ the whole slide, so a pixel is the same whichever block or tile it is asked for 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,21 @@ from numpy.typing import NDArray
 
 from wsi_pipe.synthetic.chance import uniform
 from wsi_pipe.synthetic.nuclei import sprites, stamp
+from wsi_pipe.synthetic.paint import (
+    EDGE,
+    EPITHELIUM,
+    FAT_EOSIN,
+    FAT_HAEMA,
+    FIBRE_EOSIN,
+    FIBRE_HAEMA,
+    GLAND_EOSIN,
+    GLAND_HAEMA,
+    LUMEN,
+    as_bytes,
+    blend,
+    grains,
+    outline,
+)
 from wsi_pipe.synthetic.plan import MAP_UM, SlidePlan, draw_marks, sample_map
 from wsi_pipe.synthetic.textures import Textures, textures, window
 
@@ -24,7 +38,6 @@ BLOCK_PX = 1024
 _COARSE_UM = 2.0
 _FIELD_OF_VIEW_UM = 620.0
 _LARGEST_NUCLEUS_UM = 12.0
-_FINE_UM = 2.0
 _FINE_GREY = 26
 
 # cv2 states no pixel type of what it returns; within this module the names say it.
@@ -56,6 +69,7 @@ class _Block:
         self.x, self.y = column * self.side, row * self.side
         self.step = _step_px(self.mpp)
         self.textures: Textures = textures(self.mpp)
+        self.haema: Bytes | None = None  # where tissue was drawn: what the fine signal goes by
 
     # -- grids ------------------------------------------------------------------------------------------------------
 
@@ -114,8 +128,8 @@ class _Block:
         noisy = cv2.add(rgb, cv2.merge([noise, noise, noise]), dtype=cv2.CV_8U)
         if self.spec.stitching:
             self._unscanned(noisy)
-        if self._has_fine:
-            self._add_fine(noisy)
+        if self.haema is not None and self.spec.signal == "fine" and self.spec.label == 1:
+            self._add_fine(noisy, self.haema)
         return np.asarray(noisy, np.uint8)
 
     def _tissue(self, edge: Floats) -> Bytes:
@@ -127,36 +141,36 @@ class _Block:
         coarse = self.spec.strength if self.spec.signal == "coarse" else 0.0
         tumour = lesion * self.coarse(plan.nest) * coarse
         fat = self.coarse(plan.fat)
-        mix = self.pixels(_bytes(self.coarse(plan.mix) * 255))
+        mix = self.pixels(as_bytes(self.coarse(plan.mix) * 255))
         rho = self._gland_radius(tumour, fat)
 
         # Stroma: two directions of fibres, one fading into the other.
-        fibres = _blend(self.texture(t.fibres[0], 1), self.texture(t.fibres[1], 2), mix)
+        fibres = blend(self.texture(t.fibres[0], 1), self.texture(t.fibres[1], 2), mix)
         grain = self.texture(t.grain, 3)
-        eosin = cv2.LUT(fibres, _FIBRE_EOSIN)
-        haema = cv2.LUT(fibres, _FIBRE_HAEMA)
+        eosin = cv2.LUT(fibres, FIBRE_EOSIN)
+        haema = cv2.LUT(fibres, FIBRE_HAEMA)
         # Epithelium around lumens.
         radius = self.pixels(rho)
-        weight = cv2.LUT(radius, _EPITHELIUM)
-        eosin = _blend(cv2.multiply(cv2.LUT(radius, _GLAND_EOSIN), grain, scale=1 / 128), eosin, weight)
-        haema = _blend(cv2.multiply(cv2.LUT(radius, _GLAND_HAEMA), grain, scale=1 / 128), haema, weight)
-        lumen = cv2.LUT(radius, _LUMEN)
+        weight = cv2.LUT(radius, EPITHELIUM)
+        eosin = blend(cv2.multiply(cv2.LUT(radius, GLAND_EOSIN), grain, scale=1 / 128), eosin, weight)
+        haema = blend(cv2.multiply(cv2.LUT(radius, GLAND_HAEMA), grain, scale=1 / 128), haema, weight)
+        lumen = cv2.LUT(radius, LUMEN)
         if tumour.any():
-            much = self.pixels(_bytes(tumour * 255))
-            eosin = _blend(cv2.multiply(np.full_like(eosin, 44), grain, scale=1 / 128), eosin, much)
-            haema = _blend(cv2.multiply(np.full_like(haema, 27), grain, scale=1 / 128), haema, much)
+            much = self.pixels(as_bytes(tumour * 255))
+            eosin = blend(cv2.multiply(np.full_like(eosin, 44), grain, scale=1 / 128), eosin, much)
+            haema = blend(cv2.multiply(np.full_like(haema, 27), grain, scale=1 / 128), haema, much)
         nuclei = self._nuclei(edge, lesion, tumour, fat, rho)
         haema = np.maximum(haema, nuclei)
         if fat.max() > 0.02:
             cells = self.texture(t.fat, 5)
-            much = self.pixels(_bytes(fat * 255))
-            eosin = _blend(cv2.LUT(cells, _FAT_EOSIN), eosin, much)
-            haema = _blend(np.maximum(cv2.LUT(cells, _FAT_HAEMA), nuclei), haema, much)
+            much = self.pixels(as_bytes(fat * 255))
+            eosin = blend(cv2.LUT(cells, FAT_EOSIN), eosin, much)
+            haema = blend(np.maximum(cv2.LUT(cells, FAT_HAEMA), nuclei), haema, much)
         # The section: its thickness, lumens, and an edge that frays along the fibres.
-        edge8 = self.pixels(_bytes(edge * 4 + 128))
+        edge8 = self.pixels(as_bytes(edge * 4 + 128))
         frayed = cv2.addWeighted(edge8, 1.0, fibres, 0.07, -0.07 * 128)
-        cover = cv2.multiply(cv2.LUT(frayed, _EDGE), lumen, scale=1 / 255)
-        thick = self.pixels(_bytes(self.coarse(plan.thick) * 128))
+        cover = cv2.multiply(cv2.LUT(frayed, EDGE), lumen, scale=1 / 255)
+        thick = self.pixels(as_bytes(self.coarse(plan.thick) * 128))
         cover = cv2.multiply(cover, thick, scale=1 / 128)
         eosin = cv2.multiply(eosin, cover, scale=1 / 255)
         haema = cv2.multiply(haema, cover, scale=1 / 255)
@@ -168,8 +182,8 @@ class _Block:
         glass = self.plan.stain.glass
         by_haema = np.power(10.0, -levels * plan.stain.haematoxylin) * 255
         by_eosin = np.power(10.0, -levels * plan.stain.eosin) * glass
-        first = cv2.LUT(cv2.merge([haema, haema, haema]), _bytes(by_haema)[None])
-        second = cv2.LUT(cv2.merge([eosin, eosin, eosin]), _bytes(by_eosin)[None])
+        first = cv2.LUT(cv2.merge([haema, haema, haema]), as_bytes(by_haema)[None])
+        second = cv2.LUT(cv2.merge([eosin, eosin, eosin]), as_bytes(by_eosin)[None])
         return np.asarray(cv2.multiply(first, second, scale=1 / 255))
 
     def _gland_radius(self, tumour: Floats, fat: Floats) -> Bytes:
@@ -187,7 +201,7 @@ class _Block:
             c1, r1 = (min(n, int((p + reach[i] - o) / pitch) + 2) for p, o in ((g.x[i], x0), (g.y[i], y0)))
             dx = x0 + (np.arange(c0, c1, dtype=np.float32)[None] + 0.5) * pitch - np.float32(g.x[i])
             dy = y0 + (np.arange(r0, r1, dtype=np.float32)[:, None] + 0.5) * pitch - np.float32(g.y[i])
-            rho = np.hypot(dx, dy) / _outline(np.arctan2(dy, dx), g.radius[i], g.sizes[i], g.phases[i])
+            rho = np.hypot(dx, dy) / outline(np.arctan2(dy, dx), g.radius[i], g.sizes[i], g.phases[i])
             # Each gland has its own lumen: stretch so that the lumen's border is at 64 and the outer one at 128.
             low = g.lumen[i]
             level = np.where(rho < low, rho / low * 64, 64 + (rho - low) / (1 - low) * 64)
@@ -290,7 +304,7 @@ class _Block:
             # Depth is the share of the way from the lumen's border to the gland's.
             low = g.lumen[gland]
             rho = low + (1 - low) * (depth + 0.14 * (u[3] - 0.5))
-            radius = rho * _outline(theta, g.radius[gland], g.sizes[gland], g.phases[gland])
+            radius = rho * outline(theta, g.radius[gland], g.sizes[gland], g.phases[gland])
             keep = u[4] < (1.0, 0.55)[layer]
             x = (g.x[gland] + radius * np.cos(theta)) / self.mpp
             y = (g.y[gland] + radius * np.sin(theta)) / self.mpp
@@ -307,13 +321,15 @@ class _Block:
 
         if not self.spec.stitching:
             return rgb
-        gains, steps = [], []
+        gains, views, indices = [], [], []
         for start in (self.x, self.y):
             position = (start + np.arange(self.side) + 0.5) * self.mpp / _FIELD_OF_VIEW_UM
-            gains.append(1 - 0.012 * (2 * (position % 1) - 1) ** 2)
-            steps.append(np.floor(position).astype(np.int64))
-        step = 1 - 0.022 * uniform(self.spec.seed, 601, steps[0][None], steps[1][:, None])
-        gain = (255 * gains[1][:, None] * gains[0][None] * step).astype(np.uint8)
+            gains.append((1 - 0.012 * (2 * (position % 1) - 1) ** 2).astype(np.float32))
+            view, index = np.unique(np.floor(position).astype(np.int64), return_inverse=True)
+            views.append(view)
+            indices.append(index)
+        step = 255 * (1 - 0.022 * uniform(self.spec.seed, 601, views[0][None], views[1][:, None])).astype(np.float32)
+        gain = (gains[1][:, None] * gains[0][None] * step[indices[1]][:, indices[0]]).astype(np.uint8)
         return np.asarray(cv2.multiply(rgb, cv2.merge([gain, gain, gain]), scale=1 / 255))
 
     def _unscanned(self, rgb: Bytes) -> None:
@@ -331,85 +347,23 @@ class _Block:
                     width = size / self.mpp
                     rgb[max(0, round(y)) : max(0, round(y + width)), max(0, round(x)) : max(0, round(x + width))] = 255
 
-    @property
-    def _has_fine(self) -> bool:
-        return bool(
-            self.spec.signal == "fine" and self.spec.label and self.spec.strength > 0 and hasattr(self, "haema")
-        )
-
-    def _add_fine(self, rgb: Bytes) -> None:
+    def _add_fine(self, rgb: Bytes, haema: Bytes) -> None:
         """Grains of chromatin in the nuclei of lesions that sum to exactly nothing over cells of about 2 um."""
         cell = self.step
         grain = max(1, round(0.5 / self.mpp))
         if cell < 2 * grain:
             return
-        inside = self.pixels(_bytes(np.clip(self.coarse(self.plan.lesion_um) / 4 + 0.5, 0, 1) * 255)) > 127
+        inside = self.pixels(as_bytes(np.clip(self.coarse(self.plan.lesion_um) / 4 + 0.5, 0, 1) * 255)) > 127
         n = self.side // cell
         amount = round(_FINE_GREY * self.spec.strength)
         # Only cells that are nucleus throughout, and have room for the change on both sides.
-        fit = (self.haema > 62) & inside
+        fit = (haema > 62) & inside
         for channel in range(3):
             fit &= (rgb[..., channel] >= amount) & (rgb[..., channel] <= 255 - amount)
         whole = np.logical_and.reduce(fit.reshape(n, cell, self.side), axis=1).reshape(n, n, cell).all(axis=2)
         columns, rows = np.arange(n) + self.x // cell, np.arange(n) + self.y // cell
-        bank = _grains(cell, grain)
+        bank = grains(cell, grain)
         which = (uniform(self.spec.seed, 701, columns[None], rows[:, None]) * len(bank)).astype(np.int64)
         change = bank[which] * (whole * amount).astype(np.int16)[..., None, None]
         change = change.swapaxes(1, 2).reshape(self.side, self.side, 1)
         rgb[:] = (rgb.astype(np.int16) + change).astype(np.uint8)
-
-
-@lru_cache(maxsize=8)
-def _grains(cell: int, grain: int) -> NDArray[np.int16]:
-    """Random patterns of light and dark grains, int16 (64, cell, cell) of -1, 0 and 1, each with the sum 0."""
-    rng = np.random.default_rng(90)
-    n = cell // grain
-    signs = np.zeros((64, n * n), np.int16)
-    half = n * n // 2
-    signs[:, :half], signs[:, half : 2 * half] = 1, -1
-    square = rng.permuted(signs, axis=1).reshape(64, n, n).repeat(grain, axis=1).repeat(grain, axis=2)
-    return np.pad(square, ((0, 0), (0, cell - n * grain), (0, cell - n * grain)))
-
-
-def _outline(
-    theta: NDArray[Any],
-    radius: NDArray[Any] | float,
-    sizes: NDArray[Any],
-    phases: NDArray[Any],
-) -> NDArray[Any]:
-    """Radius of a gland in a direction: a circle with three harmonics."""
-    waves: NDArray[Any] = np.zeros_like(theta)
-    for k in range(3):
-        waves = waves + sizes[..., k] * np.cos((k + 2) * theta + phases[..., k])
-    return radius * (1 + waves)
-
-
-def _bytes(values: NDArray[Any]) -> Bytes:
-    return np.asarray(np.clip(np.rint(values), 0, 255), np.uint8)
-
-
-def _blend(first: Bytes, second: Bytes, weight: Bytes) -> Bytes:
-    """``first`` where the weight is 255, ``second`` where it is 0."""
-    import cv2
-
-    a = cv2.multiply(first, weight, scale=1 / 255)
-    b = cv2.multiply(second, cv2.bitwise_not(weight), scale=1 / 255)
-    return np.asarray(cv2.add(a, b))
-
-
-def _table(points: list[tuple[float, float]]) -> Bytes:
-    """A lookup table through (level, value) points."""
-    x, y = zip(*points, strict=True)
-    return _bytes(np.interp(np.arange(256), x, y))
-
-
-_FIBRE_EOSIN = _table([(0, 2), (50, 14), (90, 42), (150, 60), (255, 82)])
-_FIBRE_HAEMA = _table([(0, 0), (90, 3), (255, 9)])
-# Levels of a gland: 64 is the lumen's border, 128 the outer one; a cleft parts it from the stroma.
-_EPITHELIUM = _table([(0, 255), (128, 255), (133, 0), (255, 0)])
-_GLAND_EOSIN = _table([(0, 0), (62, 0), (66, 62), (80, 46), (128, 40), (255, 40)])
-_GLAND_HAEMA = _table([(0, 0), (62, 0), (66, 16), (100, 20), (128, 26), (255, 26)])
-_LUMEN = _table([(0, 6), (58, 14), (66, 255), (126, 255), (131, 190), (137, 255), (255, 255)])
-_EDGE = _table([(0, 0), (122, 0), (134, 255), (255, 255)])
-_FAT_EOSIN = _table([(0, 58), (3, 54), (7, 8), (11, 0), (255, 0)])
-_FAT_HAEMA = _table([(0, 10), (4, 8), (9, 0), (255, 0)])
