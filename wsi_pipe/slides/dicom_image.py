@@ -153,7 +153,7 @@ class DicomImage:
         return self._decoder.decode(join_fragments(raw) if fragments else raw, reduce)
 
     def probe(self) -> None:
-        """Decode one frame. Raises UnsupportedSlideError when it does not decode."""
+        """See ProbedImage.probe."""
         cell = next(iter(self._frames), None)
         if cell is None:
             return

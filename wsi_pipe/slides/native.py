@@ -17,7 +17,7 @@ from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 from wsi_pipe.slides.base import WHITE, BaseSlide, Plane, ReadStats, RGBArray, SlideInfo, paste
 from wsi_pipe.slides.codecs import CodecError, reduce_by_mean
 
-__all__ = ["NativeImage", "NativeSlide", "build_pyramid", "read_whole", "user_mpp"]
+__all__ = ["NativeImage", "NativeSlide", "ProbedImage", "build_pyramid", "read_whole", "user_mpp"]
 
 MAX_SIDE_PX = 1 << 24
 MAX_BLOCK_BYTES = 1 << 28
@@ -47,6 +47,16 @@ class NativeImage(Protocol):
         """Pixels of a block, uint8 (h, w, 3): the whole block, or at least what lies in the image. Raises CodecError.
 
         Each side is the block's over ``reduce``, rounded up.
+        """
+
+
+class ProbedImage(NativeImage, Protocol):
+    """An image whose structure this package read by itself, and proves on opening."""
+
+    def probe(self) -> None:
+        """Decode one block, so that a misunderstanding shows on opening and not in the middle of a run.
+
+        Raises UnsupportedSlideError when it does not decode, SlideOpenError or SlideReadError when the file lacks it.
         """
 
 

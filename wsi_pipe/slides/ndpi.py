@@ -166,7 +166,7 @@ class NdpiImage:
         return to_rgb(decode_jpeg_stream(b"".join(parts), size, self._head.components, reduce))
 
     def probe(self) -> None:
-        """Decode one block. Raises UnsupportedSlideError when that fails, SlideReadError outside the file."""
+        """See ProbedImage.probe."""
         rows = 1 if self._pieces is None else -(-self._pieces[1] // self._rows)
         cell = (0, rows // 2)
         try:
@@ -198,8 +198,6 @@ def read_ndpi(source: Source, directories: Sequence[Directory]) -> TiffLayout:
     if not levels or levels[0] is not first:
         raise UnsupportedSlideError(f"{source.name}: the first image of the NDPI file is not its finest level")
     images = [NdpiImage(source, d) for d in levels]
-    for image in images:
-        image.probe()
     mpp, mpp_source = resolution_mpp(first)
     lens = float(first.array(LENS)[0])
     return TiffLayout(

@@ -59,6 +59,10 @@ class OffsetImage:
         found = [[(tile, part) for tile in group if (part := next(data)) is not None] for group in tiles]
         return [group or None for group in found]
 
+    def probe(self) -> None:
+        """See ProbedImage.probe."""
+        self.image.probe()
+
     def decode(self, cell: IntPair, data: Any, reduce: int) -> RGBArray:
         """See NativeImage.decode."""
         out = np.full((self.block_px[1], self.block_px[0], 3), WHITE, np.uint8)

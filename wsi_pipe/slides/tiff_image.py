@@ -162,11 +162,7 @@ class TiffImage:
         return [tuple(next(data) for _ in range(planes)) if found else None for found in present]
 
     def probe(self) -> None:
-        """Decode one tile, so that a misunderstanding shows on opening and not in the middle of a run.
-
-        Of a local file, all tiles' places are checked too; of a remote one that would fetch megabytes. Raises
-        UnsupportedSlideError when the tile does not decode, SlideOpenError when a tile lies outside the file.
-        """
+        """See ProbedImage.probe; of a local file the places of all tiles are checked, remotely that costs too much."""
         total = self._grid[0] * self._grid[1]
         if self._source.local:
             offsets, counts = self.table()

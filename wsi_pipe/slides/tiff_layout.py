@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from wsi_pipe.errors import UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair
-from wsi_pipe.slides.native import NativeImage
+from wsi_pipe.slides.native import ProbedImage
 from wsi_pipe.slides.tiff_ifd import Directory
 
 __all__ = ["TiffLayout", "icc_profile", "parse_xml", "positive", "resolution_mpp"]
@@ -35,7 +35,7 @@ class TiffLayout:
 
     vendor: str
     description: str
-    images: Sequence[NativeImage]
+    images: Sequence[ProbedImage]
     mpp: FloatPair | None = None
     mpp_source: str = "none"
     objective_power: float | None = None

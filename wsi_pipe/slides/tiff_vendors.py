@@ -12,7 +12,7 @@ from xml.etree.ElementTree import Element
 from wsi_pipe.errors import UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair
 from wsi_pipe.slides.ndpi import read_ndpi
-from wsi_pipe.slides.scn import SCN_NAMESPACE, OffsetImage, read_scn
+from wsi_pipe.slides.scn import SCN_NAMESPACE, read_scn
 from wsi_pipe.slides.source import Source
 from wsi_pipe.slides.tiff_ifd import SUB_IFDS, Directory, read_directory
 from wsi_pipe.slides.tiff_image import TILE_WIDTH, TiffImage
@@ -42,22 +42,15 @@ def read_layout(source: Source, directories: Sequence[Directory]) -> TiffLayout:
     if first.is_ndpi:
         return read_ndpi(source, directories)
     if text.startswith("Aperio"):
-        layout = _aperio(source, directories, text)
-    elif software.startswith("Philips") and "DPUfsImport" in text[:4096]:
-        layout = _philips(source, directories, text)
-    elif OME_NAMESPACE in text[:4096]:
-        layout = _ome(source, first, text)
-    elif SCN_NAMESPACE in text[:4096]:
-        layout = read_scn(source, directories, text)
-    else:
-        _refuse_overlaps(source, directories, software)
-        layout = _generic(source, directories)
-    for image in layout.images:
-        if isinstance(image, OffsetImage):
-            image.image.probe()
-        elif isinstance(image, TiffImage):
-            image.probe()
-    return layout
+        return _aperio(source, directories, text)
+    if software.startswith("Philips") and "DPUfsImport" in text[:4096]:
+        return _philips(source, directories, text)
+    if OME_NAMESPACE in text[:4096]:
+        return _ome(source, first, text)
+    if SCN_NAMESPACE in text[:4096]:
+        return read_scn(source, directories, text)
+    _refuse_overlaps(source, directories, software)
+    return _generic(source, directories)
 
 
 def _refuse_overlaps(source: Source, directories: Sequence[Directory], software: str) -> None:
