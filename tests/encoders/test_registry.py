@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+from click.testing import CliRunner
 
 from wsi_pipe import encoders
+from wsi_pipe.cli import main
 from wsi_pipe.encoders import list_encoders, load_encoder
 from wsi_pipe.encoders.architectures import build
 from wsi_pipe.encoders.loading import normalised_state
@@ -266,6 +269,17 @@ def test_listing_says_what_is_lacking() -> None:
         assert word in listed["uni"].lacks
     assert "login" not in listed["phikon"].lacks
     assert "download" in listed["phikon"].lacks
+
+
+def test_the_command_lists_them() -> None:
+    said = CliRunner().invoke(main, ["encoders"])
+    assert said.exit_code == 0
+    lines = {line.split()[0]: line for line in said.output.splitlines() if line.strip()}
+    assert "yes" in lines["texture"]
+    for word in ("2560", "224 px", "CC-BY-NC-ND-4.0", "licence accepted at", "login", "download"):
+        assert word in lines["virchow2"]
+    told = json.loads(CliRunner().invoke(main, ["encoders", "--json"]).output)
+    assert {item["name"] for item in told} == {"texture", *PUBLISHED}
 
 
 def test_an_entry_that_could_not_be_checked_says_so() -> None:

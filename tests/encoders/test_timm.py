@@ -170,6 +170,19 @@ def test_compiled_batches_are_filled_up(tiles: NDArray[np.uint8], monkeypatch: p
     assert seen == [16, 16]
 
 
+def test_a_compiler_that_fails_says_what_to_do(tiles: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failed(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def refuse(images: Tensor) -> Tensor:
+        raise Failed("InvalidCxxCompiler: No working C++ compiler found\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", lambda module: refuse)
+    encoder = TorchEncoder(*network(), device=CPU, precision="float32", compile=True)
+    with pytest.raises(ConfigError, match=r"No working C\+\+ compiler found; run without compiling"):
+        encoder.encode(tiles)
+
+
 # A device that is too small
 
 

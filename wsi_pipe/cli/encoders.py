@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from wsi_pipe.cli.display import print_json
+from wsi_pipe.cli.display import print_json, print_table
 
 __all__ = ["encoders"]
 
@@ -21,4 +21,26 @@ def encoders(as_json: bool) -> None:
     if as_json:
         print_json([dataclasses.asdict(item) for item in found])
         return
-    raise SystemExit(0)
+    columns = {
+        "encoder": "left",
+        "dim": "right",
+        "input": "right",
+        "um/px": "right",
+        "licence": "left",
+        "loads now, or needs": "left",
+    }
+    print_table(
+        columns,
+        (
+            [
+                item.name,
+                str(item.dim),
+                f"{item.input_px} px" if item.input_px else "any",
+                f"{item.mpp:g}" if item.mpp else "any",
+                item.licence,
+                "yes" if item.loads else item.lacks,
+            ]
+            for item in found
+        ),
+    )
+    click.echo("\nalso timm:MODEL, timm:MODEL@FILE, NAME@FILE, and the path of an LR encoder (.safetensors)")

@@ -62,10 +62,10 @@ def _listing(entry: RegistryEntry, token: bool) -> EncoderListing:
         found = hub.find_local(entry.name, entry.hub_id, entry.files, repo_type=entry.hub_type)
         steps = []
         if entry.gated:
-            steps.append(f"its licence accepted at {entry.page}")
+            steps.append(f"licence accepted at {entry.page}")
             if not token:
-                steps.append("a login ('hf auth login')")
-        steps.append("a download, which the first use makes")
+                steps.append("login (hf auth login)")
+        steps.append("download (at first use)")
         lacks = ", ".join(steps)
     return EncoderListing(
         entry.name,

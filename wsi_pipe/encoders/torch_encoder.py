@@ -242,6 +242,8 @@ class TorchEncoder:
                     parts += self._launch_one(tiles[start : start + size], layers)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
+                        if self._compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                            raise _compile_error(self.info.name, error) from error
                         raise
                     if size == 1:
                         raise DeviceError(
@@ -303,6 +305,14 @@ class TorchEncoder:
         return features.float(), [
             (asked, cls.float(), patches.float()) for asked, (cls, patches) in zip(layers, tokens, strict=True)
         ]
+
+
+def _compile_error(name: str, error: Exception) -> ConfigError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ConfigError(
+        f"torch.compile does not work here with encoder {name}: {first}",
+        remedy="run without compiling, or install a C++ compiler",
+    )
 
 
 class ReplicatedEncoder:
