@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner
 
 from wsi_pipe import encoders
-from wsi_pipe.cli import main
+from wsi_pipe.cli import group
 from wsi_pipe.encoders import list_encoders, load_encoder
 from wsi_pipe.encoders.architectures import build
 from wsi_pipe.encoders.loading import normalised_state
@@ -272,13 +272,13 @@ def test_listing_says_what_is_lacking() -> None:
 
 
 def test_the_command_lists_them() -> None:
-    said = CliRunner().invoke(main, ["encoders"])
+    said = CliRunner().invoke(group, ["encoders"])
     assert said.exit_code == 0
     lines = {line.split()[0]: line for line in said.output.splitlines() if line.strip()}
     assert "yes" in lines["texture"]
     for word in ("2560", "224 px", "CC-BY-NC-ND-4.0", "licence accepted at", "login", "download"):
         assert word in lines["virchow2"]
-    told = json.loads(CliRunner().invoke(main, ["encoders", "--json"]).output)
+    told = json.loads(CliRunner().invoke(group, ["encoders", "--json"]).output)
     assert {item["name"] for item in told} == {"texture", *PUBLISHED}
 
 

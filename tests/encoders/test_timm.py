@@ -171,11 +171,11 @@ def test_compiled_batches_are_filled_up(tiles: NDArray[np.uint8], monkeypatch: p
 
 
 def test_a_compiler_that_fails_says_what_to_do(tiles: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failed(RuntimeError):
+    class FailedError(RuntimeError):
         __module__ = "torch._inductor.exc"
 
     def refuse(images: Tensor) -> Tensor:
-        raise Failed("InvalidCxxCompiler: No working C++ compiler found\nand a long trace")
+        raise FailedError("InvalidCxxCompiler: No working C++ compiler found\nand a long trace")
 
     monkeypatch.setattr(torch, "compile", lambda module: refuse)
     encoder = TorchEncoder(*network(), device=CPU, precision="float32", compile=True)
