@@ -18,8 +18,9 @@ from wsi_pipe.slides.parts import dicom_series, is_dicom, slide_files
 def ome(attributes: str, before: str = "") -> str:
     return (
         f'<?xml version="1.0" encoding="UTF-8"?>{before}<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
-        f'<Image ID="Image:0"><Pixels ID="Pixels:0" {attributes}/></Image>'
-        f'<Image ID="Image:1"><Pixels ID="Pixels:1" PhysicalSizeX="9" PhysicalSizeY="8"/></Image></OME>'
+        f'<Image ID="Image:0"><Pixels ID="Pixels:0" SizeX="600" SizeY="400" {attributes}/></Image>'
+        '<Image ID="Image:1"><Pixels ID="Pixels:1" SizeX="60" SizeY="40" PhysicalSizeX="9" PhysicalSizeY="8"/>'
+        "</Image></OME>"
     )
 
 
@@ -41,19 +42,20 @@ def ome(attributes: str, before: str = "") -> str:
     ],
 )
 def test_ome(attributes: str, mpp: tuple[float, float] | None) -> None:
-    assert ome_mpp(ome(attributes)) == (None if mpp is None else pytest.approx(mpp))
+    assert ome_mpp(ome(attributes), (600, 400)) == (None if mpp is None else pytest.approx(mpp))
 
 
 def test_ome_of_another_image_or_none() -> None:
-    assert ome_mpp(ome(""), image=1) == (9, 8)
-    assert ome_mpp(ome(""), image=2) is None
-    assert ome_mpp("<OME") is None
-    assert ome_mpp("") is None
+    label = ome('PhysicalSizeX="0.25" PhysicalSizeY="0.25"')
+    assert ome_mpp(label, (60, 40)) == (9, 8)
+    assert ome_mpp(label, (600, 399)) is None
+    assert ome_mpp("<OME", (600, 400)) is None
+    assert ome_mpp("", (600, 400)) is None
 
 
 def test_xml_that_declares_entities_is_not_read() -> None:
     bomb = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>'
-    assert ome_mpp(ome('PhysicalSizeX="0.25" PhysicalSizeY="0.25"', bomb)) is None
+    assert ome_mpp(ome('PhysicalSizeX="0.25" PhysicalSizeY="0.25"', bomb), (600, 400)) is None
 
 
 @pytest.mark.parametrize(

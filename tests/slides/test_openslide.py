@@ -40,6 +40,9 @@ class Library:
         self.fail: Callable[[tuple[int, int]], bool] = lambda corner: False
         self.alpha = 255
         self.calls: list[tuple[tuple[int, int], int, tuple[int, int]]] = []
+        self.properties: dict[str, str] = {"openslide.vendor": "test"} | {
+            f"openslide.{key.replace('_', '-')}": value for key, value in properties.items()
+        }
         library = self
 
         class Handle:
@@ -50,9 +53,7 @@ class Library:
 
             def __init__(self, path: str) -> None:
                 library.opened += 1
-                self.properties = {"openslide.vendor": "test"} | {
-                    f"openslide.{key.replace('_', '-')}": value for key, value in properties.items()
-                }
+                self.properties = library.properties
                 self.broken = self.gone = False
 
             def read_region(self, corner: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
@@ -127,6 +128,19 @@ def test_mpp_is_what_the_file_states_and_plausible(
     with closing(open_openslide(path)) as slide:
         assert slide.pyramid.mpp == mpp
         assert slide.info.mpp_source == ("none" if mpp is None else "openslide.mpp-x")
+
+
+def test_a_property_whose_name_is_damaged_is_left_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties(dict[str, str]):
+        def __getitem__(self, name: str) -> str:
+            if name == "aperio.\ufffd":
+                raise KeyError
+            return super().__getitem__(name)
+
+    library = Library(monkeypatch, [(1000, 800)])
+    library.properties = Properties({"aperio.\ufffd": "?", "openslide.vendor": "aperio"})
+    with closing(open_openslide(path)) as slide:
+        assert slide.info.properties == {"openslide.vendor": "aperio"}
 
 
 def test_level_coordinates_are_asked_for_at_the_nearest_level_0_pixel(

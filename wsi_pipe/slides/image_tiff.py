@@ -126,7 +126,7 @@ def _is_whole_fraction(main: Any, page: Any) -> bool:
 
 def _stated_mpp(tiff: Any, page: Any) -> tuple[FloatPair | None, str]:
     if tiff.is_ome:
-        stated = ome_mpp(tiff.ome_metadata or "")
+        stated = ome_mpp(tiff.ome_metadata or "", (page.imagewidth, page.imagelength))
         return stated, "none" if stated is None else "ome.PhysicalSize"
     x, y = (_rational(page.tags.get(code)) for code in (282, 283))
     if x is None or y is None:

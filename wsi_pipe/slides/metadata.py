@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 from wsi_pipe.errors import MissingMppError, UnsupportedSlideError
-from wsi_pipe.geometry import FloatPair
+from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.tiff_layout import PLAUSIBLE_MPP, parse_xml
 
 __all__ = ["missing_mpp_error", "ome_mpp", "plausible_mpp", "resolution_tags_mpp"]
@@ -44,25 +44,28 @@ def resolution_tags_mpp(x: float, y: float, unit: int) -> FloatPair | None:
     return plausible_mpp(length / x, length / y)
 
 
-def ome_mpp(xml: str, image: int = 0) -> FloatPair | None:
-    """(x, y) um/px from PhysicalSizeX and PhysicalSizeY of one image of OME-XML, in their units (um by default).
+def ome_mpp(xml: str, size_px: IntPair) -> FloatPair | None:
+    """(x, y) um/px from PhysicalSizeX and PhysicalSizeY of OME-XML, in their units (um by default).
 
+    A file may hold a label and a macro image as well: those of the first image of ``size_px`` (width, height) count.
     None where they are absent, damaged, in no unit of length, or not what a microscope can have.
     """
     try:
         root = parse_xml("OME-XML", xml)
     except UnsupportedSlideError:
         return None
-    pixels = [element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"]
-    if image >= len(pixels):
+    stated = {"SizeX": str(size_px[0]), "SizeY": str(size_px[1])}
+    elements = (element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels")
+    pixels = next((e for e in elements if stated.items() <= e.attrib.items()), None)
+    if pixels is None:
         return None
     sizes = []
     for axis in ("X", "Y"):
         try:
-            value = float(pixels[image].attrib[f"PhysicalSize{axis}"])
+            value = float(pixels.attrib[f"PhysicalSize{axis}"])
         except (KeyError, ValueError):
             return None
-        unit = _UM_PER_UNIT.get(pixels[image].attrib.get(f"PhysicalSize{axis}Unit", "µm"))
+        unit = _UM_PER_UNIT.get(pixels.attrib.get(f"PhysicalSize{axis}Unit", "µm"))
         if unit is None:
             return None
         sizes.append(value * unit)

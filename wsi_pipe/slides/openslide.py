@@ -65,7 +65,7 @@ class OpenSlideSlide(BaseSlide):
             raise
 
     def _describe(self, handle: Any, given: FloatPair | None, reason: str) -> None:
-        properties = {str(key): str(value) for key, value in handle.properties.items()}
+        properties = _properties(handle)
         sizes: list[IntPair] = [(int(w), int(h)) for w, h in handle.level_dimensions]
         stated, source = _mpp(properties)
         self._downsamples = tuple(float(d) for d in handle.level_downsamples)
@@ -213,8 +213,10 @@ def _open(path: str) -> Any:
         # "Unsupported TIFF compression: 34712" and the like: another reader may know it.
         if "nsupported" in str(error) or "not supported" in str(error):
             raise UnsupportedSlideError(f"{path}: OpenSlide: {error}") from error
+        many = path.lower().endswith((".mrxs", ".vms", ".vmu", ".dcm"))
+        beside = ", with the files and the folder that belong to it" if many else ""
         raise SlideOpenError(
-            f"{path}: OpenSlide: {error}", remedy="the file is truncated or damaged: copy it again"
+            f"{path}: OpenSlide: {error}", remedy=f"the file is truncated or damaged: copy it again{beside}"
         ) from error
     except (OSError, ValueError, UnicodeError) as error:
         raise SlideOpenError(f"{path}: OpenSlide: {error}", remedy="check the path and its permissions") from error
@@ -238,6 +240,15 @@ def flatten(rgba: NDArray[np.uint8]) -> RGBArray:
     # 255 * 255 fits 16 bits, and so does the sum, which is a weighted mean times 255.
     mixed = rgba[..., :3].astype(np.uint32) * weight + (255 - weight).astype(np.uint32) * WHITE
     return ((mixed + 127) // 255).astype(np.uint8)
+
+
+def _properties(handle: Any) -> dict[str, str]:
+    found = {}
+    for name in handle.properties:
+        # A damaged name is listed and then not found.
+        with suppress(KeyError, UnicodeError):
+            found[str(name)] = str(handle.properties[name])
+    return found
 
 
 def _mpp(properties: Mapping[str, str]) -> tuple[FloatPair | None, str]:
