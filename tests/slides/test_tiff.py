@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -518,4 +519,18 @@ def test_a_truncated_file_shows_on_opening(tmp_path: Path, picture: Picture) -> 
         assert max(file.pages[0].tags[324].value) > 5000
     os.truncate(path, path.stat().st_size - 1000)
     with pytest.raises(SlideOpenError, match=r"1 of 30 tiles lie outside the file, the first at column 5, row 4"):
+        open_tiff(path)
+
+
+@pytest.mark.parametrize("side", [5000, 65536])
+def test_tiles_larger_than_any_scanner_writes_are_declined(tmp_path: Path, picture: Picture, side: int) -> None:
+    path = tmp_path / "slide.tif"
+    write_plain(path, picture)
+    with tifffile.TiffFile(path) as file:
+        places = [file.pages[0].tags[tag].offset for tag in (322, 323)]
+    with open(path, "r+b") as handle:
+        for place in places:
+            handle.seek(place + 2)
+            handle.write(struct.pack("<HII", 4, 1, side))
+    with pytest.raises(UnsupportedSlideError, match=rf"tiles of {side} x {side} px is out of bounds"):
         open_tiff(path)

@@ -40,12 +40,12 @@ class DicomSlide(NativeSlide):
     def __init__(self, path: str, instances: Sequence[Instance], mpp: FloatPair | None, stats: ReadStats) -> None:
         levels, self._associated = _sort_instances(path, instances)
         images = sorted((DicomImage(level) for level in levels), key=lambda image: -image.size_px[0] * image.size_px[1])
-        for image in images:
-            image.probe()
         finest = next(level[0] for level in levels if level[0].size_px == images[0].size_px)
         stated = _spacing(finest)
         pyramid = build_pyramid(path, images, stated if mpp is None else mpp)
-        by_size = sorted((i for level in levels for i in level), key=lambda i: (-i.size_px[0], i.source.size))
+        for image in images:
+            image.probe()
+        files = [i.source for i in sorted(instances, key=lambda i: str(i.tags.get("SOPInstanceUID", "")))]
         optical = (finest.tags.get("OpticalPathSequence") or [None])[0]
         power = None if optical is None else optical.get("ObjectiveLensPower")
         icc = None if optical is None else optical.get("ICCProfile")
@@ -54,7 +54,7 @@ class DicomSlide(NativeSlide):
             vendor="dicom",
             reader="tiff",
             reader_reason=f"DICOM series with {codec_name(finest.syntax)} frames, read by its own structure",
-            fingerprint=slide_fingerprint([i.source for i in by_size], [image.size_px for image in images]),
+            fingerprint=slide_fingerprint(files, [image.size_px for image in images]),
             mpp_source="user" if mpp is not None else "none" if stated is None else "dicom.PixelSpacing",
             objective_power=None if power is None or float(power) <= 0 else float(power),
             icc=bytes(icc) if icc else None,

@@ -15,6 +15,7 @@ from wsi_pipe.slides.base import RGBArray
 from wsi_pipe.slides.codecs import JPEG_REDUCES, CodecError, Decoder, JpegDecoder, PlainDecoder
 from wsi_pipe.slides.dicom_frames import Frame, frame_table, join_fragments
 from wsi_pipe.slides.jpeg2000 import Jpeg2000Decoder
+from wsi_pipe.slides.native import MAX_TILE_BYTES
 from wsi_pipe.slides.source import Source
 
 __all__ = ["DicomImage", "Instance", "codec_name"]
@@ -67,7 +68,7 @@ class DicomImage:
         self._name = first.source.name
         self.size_px = first.size_px
         self.block_px = (first.number("Columns"), first.number("Rows"))
-        if min(*self.size_px, *self.block_px) < 1 or max(self.block_px) > 1 << 14:
+        if min(*self.size_px, *self.block_px) < 1 or self.block_px[0] * self.block_px[1] * 3 > MAX_TILE_BYTES:
             raise UnsupportedSlideError(
                 f"{self._name}: {self.size_px[0]} x {self.size_px[1]} px in frames of {self.block_px[0]} x "
                 f"{self.block_px[1]} px is out of bounds"

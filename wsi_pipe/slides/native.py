@@ -21,7 +21,10 @@ __all__ = ["NativeImage", "NativeSlide", "ProbedImage", "build_pyramid", "read_w
 
 MAX_SIDE_PX = 1 << 24
 MAX_BLOCK_BYTES = 1 << 28
-"""What one decoded block may take: an NDPI row of blocks on a wide slide is the largest seen, below 100 MiB."""
+"""What one block may take decoded, of any format."""
+
+MAX_TILE_BYTES = 1 << 26
+"""What a tile of a scanner's file may take decoded: 4,700 px a side; the largest seen have 4,096."""
 
 MAX_WHOLE_PX = 1 << 26
 """Pixels of an associated image; the largest macro images seen have a twentieth of that."""

@@ -41,7 +41,7 @@ BLOCK_PX = 1 << 19
 """Pixels of a block, about: enough rows that the header costs little, few enough that a tile needs little else."""
 
 MIN_ROWS_PX, MAX_ROWS_PX = 64, 512
-MAX_WHOLE_BYTES, MAX_WHOLE_PX = 1 << 24, 1 << 25
+MAX_WHOLE_BYTES, MAX_WHOLE_PX = 1 << 24, 1 << 24
 """A level without restart markers is decoded as one block, if it is no larger than this."""
 
 

@@ -27,9 +27,9 @@ class TiffSlide(NativeSlide):
     """A slide in a TIFF file; see ``open_tiff``."""
 
     def __init__(self, source: Source, layout: TiffLayout, mpp: FloatPair | None) -> None:
+        pyramid = build_pyramid(source.name, layout.images, layout.mpp if mpp is None else mpp)
         for image in layout.images:
             image.probe()
-        pyramid = build_pyramid(source.name, layout.images, layout.mpp if mpp is None else mpp)
         info = SlideInfo(
             path=source.name,
             vendor=layout.vendor,

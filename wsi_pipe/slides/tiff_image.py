@@ -14,7 +14,7 @@ from wsi_pipe.geometry import IntPair
 from wsi_pipe.slides.base import RGBArray
 from wsi_pipe.slides.codecs import JPEG_REDUCES, CodecError, Decoder, JpegDecoder, PlainDecoder
 from wsi_pipe.slides.jpeg2000 import Jpeg2000Decoder
-from wsi_pipe.slides.native import MAX_BLOCK_BYTES, to_rgb
+from wsi_pipe.slides.native import MAX_TILE_BYTES, to_rgb
 from wsi_pipe.slides.source import Source
 from wsi_pipe.slides.tiff_ifd import Directory
 
@@ -55,7 +55,7 @@ class TiffImage:
             self.block_px = (directory.number(TILE_WIDTH), directory.number(TILE_HEIGHT))
         else:
             self.block_px = (stored[0], min(directory.number(ROWS_PER_STRIP, stored[1]), stored[1]))
-        if min(*stored, *self.block_px) < 1 or self.block_px[0] * self.block_px[1] * 3 > MAX_BLOCK_BYTES:
+        if min(*stored, *self.block_px) < 1 or self.block_px[0] * self.block_px[1] * 3 > MAX_TILE_BYTES:
             raise UnsupportedSlideError(
                 f"{self._name}: {stored[0]} x {stored[1]} px in tiles of {self.block_px[0]} x {self.block_px[1]} px "
                 "is out of bounds"
