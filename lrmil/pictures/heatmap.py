@@ -13,6 +13,8 @@ __all__ = ["attention_layer", "draw_attention"]
 
 LONGEST_PX = 1600
 LEAST_PX = 800
+TILE_PX = 32
+"""Sides in pixels: of a picture at most; of one with an overview at least; of a tile without an overview at most."""
 OPACITY = 0.55
 
 
@@ -58,31 +60,30 @@ def draw_attention(
     ``extent`` (width, height) in the unit of the coordinates. Without an overview the tiles' own bounding box is shown.
     Raises OutputError when it cannot be written.
     """
+    import cv2
     from matplotlib import colormaps
     from matplotlib.image import imsave
 
     size = np.asarray(tile_size, np.float64)
     if overview is None or extent is None:
-        corner = coords.min(axis=0)
-        coords = coords - corner
+        coords = coords - coords.min(axis=0)
         span = coords.max(axis=0) + size
-        # At least a pixel a tile, at most the usual size.
-        scale = max(span.max() / LONGEST_PX, 1e-9)
+        scale = max(span.max() / LONGEST_PX, size.max() / TILE_PX, 1e-9)
         width, height = np.maximum(np.rint(span / scale).astype(int), 1).tolist()
-        base = np.full((height, width, 3), 255.0)
+        grey = np.full((height, width), 255, np.uint8)
         scales = (scale, scale)
     else:
-        # A small slide's overview is enlarged by a whole factor, so that tiles have sharp edges.
+        # Grey, so that no colour of the stain is taken for attention. A small slide's overview is enlarged by a whole
+        # factor, so that tiles have sharp edges.
         factor = max(LEAST_PX // max(overview.shape[:2]), 1)
-        overview = overview.repeat(factor, axis=0).repeat(factor, axis=1)
-        height, width = overview.shape[:2]
+        grey = cv2.cvtColor(overview, cv2.COLOR_RGB2GRAY).repeat(factor, axis=0).repeat(factor, axis=1)
+        height, width = grey.shape
         scales = (extent[0] / width, extent[1] / height)
-        # Grey, so that no colour of the stain is taken for attention.
-        luma = overview.astype(np.float64) @ (0.299, 0.587, 0.114)
-        base = np.repeat(luma[..., None], 3, axis=2)
     layer = attention_layer(coords, (float(size[0]), float(size[1])), attention, (width, height), scales)
+    palette = np.rint(colormaps["viridis"](np.arange(256))[:, :3] * 255).astype(np.float32)
+    picture = np.repeat(grey[..., None], 3, axis=2)
     there = np.isfinite(layer)
-    colours = colormaps["viridis"](np.where(there, layer, 0.0))[..., :3] * 255
-    base[there] = (1 - OPACITY) * base[there] + OPACITY * colours[there]
+    colours = palette[np.rint(layer[there] * 255).astype(np.uint8)]
+    picture[there] = np.rint((1 - OPACITY) * picture[there] + OPACITY * colours).astype(np.uint8)
     with atomic_path(path) as temporary:
-        imsave(temporary, np.clip(np.rint(base), 0, 255).astype(np.uint8), format="png")
+        imsave(temporary, picture, format="png")
