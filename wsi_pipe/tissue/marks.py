@@ -52,6 +52,8 @@ def find_marks(od: Floats, um_per_px: FloatPair, settings: SegmentSettings) -> M
         blue = (r > b) & ((strong & (r > 1.25 * g)) | ((r > 2 * settings.pen_od) & (r > 1.05 * g)))
         green = strong & (r > 1.35 * g) & (b > 1.05 * g)
         red = strong & (g > 2 * settings.pen_od) & (b > 0.72 * g) & (b < 1.3 * g) & (r < 0.10 * g)
+        # Over tissue: denser than pools of blood, which absorb more red for it.
+        red |= (g > 4 * settings.pen_od) & (b > 0.62 * g) & (b < 1.3 * g) & (r < 0.18 * g)
         kinds.append((blue, (r > 1.05 * g)))
         kinds.append((green, (r > 1.05 * g)))
         kinds.append((red, (b > 0.6 * g) & (r < 0.25 * g)))
