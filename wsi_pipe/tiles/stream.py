@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.cores import available_cores
 from wsi_pipe.errors import SlideError, SlideReadError
-from wsi_pipe.geometry import FloatPair, IntPair, TileGrid
+from wsi_pipe.geometry import FloatPair, TileGrid
 from wsi_pipe.slides.base import WHITE, RGBArray, Slide
 from wsi_pipe.tiles.plan import Cut, choose_cut, plan_blocks
 from wsi_pipe.tiles.resample import Resampler
@@ -38,6 +38,8 @@ GROUP_TILES = 16
 
 JOB_PIXELS = 1 << 24
 """Stored pixels under a group, at most, where that is more than one tile."""
+
+STAGES = ("fetch", "decode", "copy", "resample")
 
 NEAR_GROUPS = 4
 """Blocks that only this many groups more need are not worth spilling."""
@@ -82,26 +84,40 @@ class StreamStats:
 
     def add(self, clock: _Stopwatch, blocks: int) -> None:
         """Add a job's times."""
+        cpu = clock.cpu()
         with self._lock:
             self.blocks += blocks
-            for stage in ("fetch", "decode", "copy", "resample"):
-                wall, cpu = clock.spent.get(stage, (0.0, 0.0))
+            for stage, wall in clock.wall.items():
                 setattr(self, f"{stage}_s", getattr(self, f"{stage}_s") + wall)
-                setattr(self, f"{stage}_cpu_s", getattr(self, f"{stage}_cpu_s") + cpu)
+                setattr(self, f"{stage}_cpu_s", getattr(self, f"{stage}_cpu_s") + cpu[stage])
 
 
 class _Stopwatch:
-    """Time of one job by stage: each lap goes to the stage that it ends."""
+    """Time of one job by stage: each lap goes to the stage that it ends.
+
+    Laps are many, and the processor's clock is a system call: it is read after the fetch, which waits, and at the end;
+    what lies between is work and is divided as the time on the clock.
+    """
 
     def __init__(self) -> None:
-        self.spent: dict[str, tuple[float, float]] = {}
-        self._wall, self._cpu = time.perf_counter(), time.thread_time()
+        self.wall = dict.fromkeys(STAGES, 0.0)
+        self._fetch_cpu = 0.0
+        self._begin_cpu = time.thread_time()
+        self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        wall, cpu = time.perf_counter(), time.thread_time()
-        before = self.spent.get(stage, (0.0, 0.0))
-        self.spent[stage] = (before[0] + wall - self._wall, before[1] + cpu - self._cpu)
-        self._wall, self._cpu = wall, cpu
+        now = time.perf_counter()
+        self.wall[stage] += now - self._last
+        self._last = now
+        if stage == "fetch":
+            self._fetch_cpu = time.thread_time() - self._begin_cpu
+
+    def cpu(self) -> dict[str, float]:
+        """Processor seconds by stage, up to now."""
+        worked = time.thread_time() - self._begin_cpu - self._fetch_cpu
+        wall = sum(self.wall.values()) - self.wall["fetch"]
+        shares = {stage: worked * spent / wall if wall else 0.0 for stage, spent in self.wall.items()}
+        return shares | {"fetch": self._fetch_cpu}
 
 
 def stream_tiles(
@@ -289,6 +305,8 @@ class _Stream:
         begin, end = int(plan.job_start[job]), int(plan.job_start[job + 1])
         cells = [(c, r) for c, r in plan.cells[begin:end].tolist()]
         first_tiles = plan.first_tile[begin:end].tolist()
+        # Where each block lies in its first tile.
+        places = (plan.cells[begin:end] * self.block_px - self.patch_corners[plan.first_tile[begin:end]]).tolist()
         straight = (plan.uses[begin:end] == 1).tolist() if self.direct else [False] * len(cells)
         pixels = self.live[self._batch_of(self.group_start[job])]
         i = 0
@@ -306,7 +324,7 @@ class _Stream:
                     block = shrink(block, self.cut.shrink)
                     clock.lap("resample")
                 if straight[i]:
-                    self._paste(block, cell, first_tiles[i], pixels[first_tiles[i] % self.batch_size])
+                    self._paste(block, places[i], pixels[first_tiles[i] % self.batch_size])
                     clock.lap("copy")
                 else:
                     self.shelf.put(begin + i, block)
@@ -329,15 +347,15 @@ class _Stream:
         x, y = (self.corners[tile] * np.asarray(self.cut.sample_l0)).tolist()
         return f"tile {tile} at level-0 x {x:.0f}, y {y:.0f}"
 
-    def _paste(self, block: RGBArray | None, cell: IntPair, tile: int, patch: RGBArray) -> None:
-        """Copy what a block has of a tile's patch; white where the block is missing."""
-        left = cell[0] * self.block_px[0] - int(self.patch_corners[tile, 0])
-        top = cell[1] * self.block_px[1] - int(self.patch_corners[tile, 1])
+    def _paste(self, block: RGBArray | None, place: Sequence[int], patch: RGBArray) -> None:
+        """Copy what a block whose corner is at ``place`` (x, y) of a patch has of it; white where it is missing."""
+        left, top = place
         height, width = (self.block_px[1], self.block_px[0]) if block is None else block.shape[:2]
         x0, y0 = max(left, 0), max(top, 0)
         x1, y1 = min(left + width, patch.shape[1]), min(top + height, patch.shape[0])
-        if x0 < x1 and y0 < y1:
-            patch[y0:y1, x0:x1] = WHITE if block is None else block[y0 - top : y1 - top, x0 - left : x1 - left]
+        if x0 >= x1 or y0 >= y1:
+            return
+        patch[y0:y1, x0:x1] = WHITE if block is None else block[y0 - top : y1 - top, x0 - left : x1 - left]
 
     def _completed(self, job: int) -> list[int]:
         """Groups for which this was the last job; each is named to one job only."""
@@ -353,21 +371,25 @@ class _Stream:
         """Make a group's tiles of the blocks on the shelf."""
         plan = self.plan
         first, end = self.group_start[group], self.group_start[group + 1]
-        numbers = plan.tile_block[plan.tile_start[first] : plan.tile_start[end]]
-        if self.direct:
-            numbers = numbers[plan.uses[numbers] > 1]
-            if not len(numbers):
-                return
+        if (
+            self.direct
+            and plan.uses[plan.tile_block[plan.tile_start[first] : plan.tile_start[end]]].max(initial=1) == 1
+        ):
+            return
+        taken: list[int] = []
         pixels = self.live[self._batch_of(first)]
         for tile in range(first, end):
             if self.stopped.is_set():
                 return
             out = pixels[tile % self.batch_size]
             patch = out if self.direct else self._patch(white=bool(self.off_slide[tile]))
-            for number in plan.tile_block[plan.tile_start[tile] : plan.tile_start[tile + 1]].tolist():
-                if not self.direct or plan.uses[number] > 1:
-                    column, row = plan.cells[number].tolist()
-                    self._paste(self.shelf.get(number), (column, row), tile, patch)
+            numbers = plan.tile_block[plan.tile_start[tile] : plan.tile_start[tile + 1]]
+            if self.direct:
+                numbers = numbers[plan.uses[numbers] > 1]
+            places = (plan.cells[numbers] * self.block_px - self.patch_corners[tile]).tolist()
+            for number, place in zip(numbers.tolist(), places, strict=True):
+                self._paste(self.shelf.get(number), place, patch)
+            taken += numbers.tolist()
             clock.lap("copy")
             if self.resampler is not None:
                 across, down = (self.resampler.axis_filter(float(self.corners[tile, axis]), axis) for axis in (0, 1))
@@ -376,7 +398,7 @@ class _Stream:
             elif not self.direct:
                 out[:] = shrink(patch, self.cut.shrink)
                 clock.lap("resample")
-        self.shelf.release(numbers.tolist())
+        self.shelf.release(taken)
 
     def _patch(self, white: bool) -> RGBArray:
         """Room of the calling thread for one tile's patch."""
