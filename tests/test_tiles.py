@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -18,7 +19,8 @@ from PIL import Image
 
 from wsi_pipe.errors import SlideReadError
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid, TileGrid, TileSpec
-from wsi_pipe.slides.base import BaseSlide, Plane, SlideInfo
+from wsi_pipe.slides import open_slide
+from wsi_pipe.slides.base import BaseSlide, Plane, Slide, SlideInfo
 from wsi_pipe.tiles import StreamStats, read_tiles, stream_tiles
 
 RGBArray = NDArray[np.uint8]
@@ -104,7 +106,7 @@ def tissue_like(width: int, height: int, seed: int = 0) -> RGBArray:
     return np.tile(pattern, (-(-height // 1024), -(-width // 1024), 1))[:height, :width].copy()
 
 
-def full_grid(slide: DrawnSlide, scale: float, size_px: int = 256, overlap_px: int = 0) -> TileGrid:
+def full_grid(slide: Slide, scale: float, size_px: int = 256, overlap_px: int = 0) -> TileGrid:
     """All tiles that begin on the slide, at ``scale`` level-0 pixels to a tile pixel."""
     step = (size_px - overlap_px) * scale
     width, height = slide.pyramid.size_l0
@@ -121,7 +123,7 @@ def full_grid(slide: DrawnSlide, scale: float, size_px: int = 256, overlap_px: i
     )
 
 
-def collect(slide: DrawnSlide, grid: TileGrid, **options: Any) -> RGBArray:
+def collect(slide: Slide, grid: TileGrid, **options: Any) -> RGBArray:
     batches = list(stream_tiles(slide, grid, **options))
     assert [i for b in batches for i in b.index.tolist()] == list(range(len(grid)))
     if not batches:
@@ -520,7 +522,7 @@ def test_memory_stays_within_the_budget_on_a_wide_slide(
     width = 100_000 if size_px > 200 and scale > 1 else 30_000
     height = round((2 * size_px - overlap_px) * scale)
     slide = EndlessSlide((width, height), block)
-    grid = full_grid(slide, scale, size_px, overlap_px)  # type: ignore[arg-type]
+    grid = full_grid(slide, scale, size_px, overlap_px)
     rows = grid.cells[:, 1].max() + 1
     assert rows >= 2
     stats = StreamStats()
@@ -583,3 +585,49 @@ def test_tiles_at_a_grids_corners_are_the_grids() -> None:
     for scale in (2.0, 2.3):
         grid = full_grid(slide, scale)
         assert np.array_equal(read_tiles(slide, grid.corners_l0, grid.tile_size_l0, 256), collect(slide, grid))
+
+
+# Real slides ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_picture(shared_slides: Path) -> RGBArray:
+    """All of a small real slide."""
+    with open_slide(shared_slides / "CMU-1-Small-Region.svs", reader="openslide") as slide:
+        return slide.read_region(0, 0, 0, *slide.pyramid.size_l0)
+
+
+@pytest.mark.parametrize("reader", ["tiff", "openslide"])
+@pytest.mark.parametrize("mpp", [0.2312, 0.2428, 0.2, 0.13])
+def test_real_tissue_keeps_its_detail_when_resampled(
+    shared_slides: Path, real_picture: RGBArray, reader: str, mpp: float
+) -> None:
+    with open_slide(shared_slides / "CMU-1-Small-Region.svs", reader=reader, mpp=mpp) as slide:
+        grid = full_grid(slide, 0.5 / mpp)
+        size = slide.pyramid.size_l0
+        tiles = collect(slide, grid)
+    got, wanted = [], []
+    for tile, corner in zip(tiles, grid.corners_l0, strict=True):
+        x, y = corner.tolist()
+        if x + grid.tile_size_l0[0] <= size[0] and y + grid.tile_size_l0[1] <= size[1]:
+            reference = pillow(real_picture, x, y, grid.scale_l0)
+            if detail(reference) > 10:
+                assert psnr(tile, reference) >= 34
+                got.append(detail(tile))
+                wanted.append(detail(reference))
+    assert len(got) >= 5
+    assert np.mean(got) == pytest.approx(np.mean(wanted), rel=0.03)
+
+
+def test_real_tissue_at_half_scale_is_the_mean_of_boxes(shared_slides: Path, real_picture: RGBArray) -> None:
+    """Whether the codec halves (tiff) or boxes are averaged (openslide), the tiles are the same but for rounding."""
+    height, width = (side // 2 * 2 for side in real_picture.shape[:2])
+    expected = boxes(real_picture[:height, :width], 2)
+    for reader, most in (("tiff", 1.5), ("openslide", 0.5)):
+        with open_slide(shared_slides / "CMU-1-Small-Region.svs", reader=reader, mpp=0.2527) as slide:
+            grid = full_grid(slide, 2.0)
+            tiles = collect(slide, grid)
+        for tile, (column, row) in zip(tiles, grid.cells.tolist(), strict=True):
+            part = expected[row * 256 : (row + 1) * 256, column * 256 : (column + 1) * 256]
+            if part.shape == (256, 256, 3):
+                assert np.abs(tile.astype(int) - part).mean() <= most
