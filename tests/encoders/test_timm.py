@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
@@ -378,14 +379,32 @@ def test_an_encoder_on_a_gpu_shares_batches_and_tries_sizes(clock: Clock, tiles:
     assert encoder.suggest_batch(32) in (1, 16, 32, 64, 128, 256, 512)
 
 
-def test_the_trial_stops_where_memory_ends(clock: Clock) -> None:
+def test_the_trial_stops_where_memory_ends(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()  # every batch takes one tick, so larger ones are faster
+    monkeypatch.setattr("wsi_pipe.encoders.torch_encoder.time.perf_counter", lambda: float(next(ticks)))
     encoder, small = small_encoder(40)
     encoder._cuda = CudaLane(CPU)
-    assert encoder.suggest_batch(32) in (16, 32)
-    assert max(small.tried) == 64
-    tried = len(small.tried)
-    encoder.suggest_batch(32)
-    assert len(small.tried) == tried
+    assert encoder.suggest_batch(32) == 32
+    assert small.tried == [16, 16, 16, 32, 32, 32, 64]
+    assert encoder.suggest_batch(32) == 32
+    assert len(small.tried) == 7
+
+
+def test_the_trial_takes_the_smallest_of_equals(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, done = [0.0], [0]
+    monkeypatch.setattr("wsi_pipe.encoders.torch_encoder.time.perf_counter", lambda: now[0])
+    encoder, small = small_encoder(10_000)
+    encoder._cuda = CudaLane(CPU)
+    inner = small.forward
+
+    def timed(images: Tensor) -> Tensor:  # full speed from 64 tiles on
+        now[0] += max(len(images), 64) / 1000
+        done[0] += 1
+        return inner(images)
+
+    monkeypatch.setattr(small, "forward", timed)
+    assert encoder.suggest_batch(32) == 64
+    assert done[0] == 18
 
 
 # Weights

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from wsi_pipe.encoders.pathology import BUILDERS
 from wsi_pipe.encoders.recipe import INTERPOLATIONS, Preprocessing, Recipe
-from wsi_pipe.errors import ConfigError, UnknownEncoderError
+from wsi_pipe.errors import ConfigError, UnknownEncoderError, WsiPipeError
 
-__all__ = ["PooledNetwork", "build", "timm_recipe"]
+__all__ = ["PooledNetwork", "build", "build_unfilled", "timm_recipe"]
 
 
 class PooledNetwork(nn.Module):
@@ -116,6 +116,25 @@ def build(recipe: Recipe, *, name: str, input_px: int | None = None, **overrides
     return network.requires_grad_(False)
 
 
+def build_unfilled(recipe: Recipe, *, name: str, input_px: int | None = None) -> PooledNetwork:
+    """The network of a recipe, without weights where that works, for ``weights.load_into`` to fill.
+
+    Drawing a ViT-g's initial weights only to overwrite them takes longer than reading its file. Networks with buffers
+    that no checkpoint holds, or that cannot be built without data, are built in full.
+    """
+    try:
+        with torch.device("meta"):
+            network = build(recipe, name=name, input_px=input_px)
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, WsiPipeError):
+            raise
+        return build(recipe, name=name, input_px=input_px)
+    held = network.trunk.state_dict()
+    if all(buffer in held for buffer, _ in network.trunk.named_buffers()):
+        return network
+    return build(recipe, name=name, input_px=input_px)
+
+
 def _build_timm(architecture: str, args: Mapping[str, Any], name: str) -> nn.Module:
     import timm
 
@@ -152,7 +171,12 @@ def timm_recipe(model: str) -> tuple[Recipe, dict[str, Any]]:
     from timm.models.vision_transformer import VisionTransformer
 
     # On the meta device nothing is drawn: a ViT-g is described in an instant.
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            network = _build_timm(model, {}, f"timm:{model}")
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, WsiPipeError):
+            raise
         network = _build_timm(model, {}, f"timm:{model}")
     config: dict[str, Any] = getattr(network, "pretrained_cfg", {})
     interpolation = config.get("interpolation", "bilinear")

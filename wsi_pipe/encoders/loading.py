@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from wsi_pipe.encoders import hub
-from wsi_pipe.encoders.architectures import PooledNetwork, build, timm_recipe
+from wsi_pipe.encoders.architectures import PooledNetwork, build, build_unfilled, timm_recipe
 from wsi_pipe.encoders.base import EncoderInfo, encoder_slug
 from wsi_pipe.encoders.devices import resolve_devices
 from wsi_pipe.encoders.recipe import Recipe
@@ -152,7 +152,7 @@ def _network(
     if random_weights:
         return build_random(recipe, info.slug, input_px=input_px), random_weights_id(info.slug)
     path = source.path or hub.download(name, source.hub_id, source.files, gated=source.gated, repo_type=source.hub_type)
-    network = build(recipe, name=name, input_px=input_px)
+    network = build_unfilled(recipe, name=name, input_px=input_px)
     state = normalised_state(network, read_state(path, source.nested), name, str(path), source.prefix, source.keys)
     load_into(network.trunk, state, name, str(path), ignore=source.ignore)
     check_dimension(network, recipe, name, str(path))

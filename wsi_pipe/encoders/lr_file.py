@@ -128,7 +128,7 @@ def write_lr_encoder(
     import torch
     from safetensors.torch import save_file
 
-    from wsi_pipe.encoders.architectures import PooledNetwork, build
+    from wsi_pipe.encoders.architectures import PooledNetwork, build_unfilled
     from wsi_pipe.encoders.loading import check_dimension
     from wsi_pipe.encoders.weights import load_into
 
@@ -142,7 +142,7 @@ def write_lr_encoder(
         for key, value in given.items()
     }
     label = name or path.stem
-    built = build(recipe, name=label)
+    built = build_unfilled(recipe, name=label)
     load_into(built.trunk, state, label, "the network")
     check_dimension(built, recipe, label, "these weights")
     header = LrHeader(recipe, tile, licence, label, dict(training or {}), tensors_sha256(state))
@@ -199,7 +199,7 @@ def load_lr_network(
     path: Path, name: str, *, random_weights: bool = False
 ) -> tuple[PooledNetwork, Recipe, EncoderInfo]:
     """Network, recipe and facts of an LR encoder's file. Raises WeightsError when it is damaged."""
-    from wsi_pipe.encoders.architectures import build
+    from wsi_pipe.encoders.architectures import build_unfilled
     from wsi_pipe.encoders.loading import build_random, check_dimension
     from wsi_pipe.encoders.weights import file_sha256, load_into, random_weights_id
 
@@ -208,7 +208,7 @@ def load_lr_network(
     if random_weights:
         network, weights = build_random(header.recipe, slug), random_weights_id(slug)
     else:
-        network, weights = build(header.recipe, name=name), file_sha256(path)
+        network, weights = build_unfilled(header.recipe, name=name), file_sha256(path)
         load_into(network.trunk, _check_tensors(path, header), name, str(path))
         check_dimension(network, header.recipe, name, str(path))
     info = EncoderInfo(

@@ -81,7 +81,7 @@ def without_prefix(state: State, prefix: str) -> State:
 
 
 def load_into(network: nn.Module, state: State, name: str, source: str, *, ignore: Iterable[str] = ()) -> None:
-    """Load ``state`` into ``network``, every key and shape of both matched.
+    """Load ``state`` into ``network``, every key and shape of both matched; a network on the meta device is filled.
 
     ignore: patterns (whole keys) of surplus entries that are known to be of no use, such as a classifier's head.
     Raises WeightsError that names the first missing, surplus and misshapen keys.
@@ -107,7 +107,13 @@ def load_into(network: nn.Module, state: State, name: str, source: str, *, ignor
             f"{source} does not fit encoder {name}: {'; '.join(problems)}",
             remedy="check that the file belongs to this encoder and is complete",
         )
-    network.load_state_dict({key: state[key] for key in own}, strict=True)
+    if any(parameter.is_meta for parameter in network.parameters()):
+        # Nothing to copy into: the tensors become the network's own, in its number formats.
+        filled = {key: state[key].to(value.dtype) for key, value in own.items()}
+        network.load_state_dict(filled, strict=True, assign=True)
+        network.requires_grad_(False)
+    else:
+        network.load_state_dict({key: state[key] for key in own}, strict=True)
 
 
 def _few(items: list[str], limit: int = 8) -> str:
