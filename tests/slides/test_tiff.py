@@ -225,11 +225,14 @@ def test_a_whole_number_is_exact_whatever_the_sizes_say(tmp_path: Path, picture:
         assert 699 / 349 != 2.0
 
 
-@pytest.mark.parametrize("planar", [False, True])
-def test_ome_tiff_with_sub_images(tmp_path: Path, picture: Picture, half: Picture, planar: bool) -> None:
+@pytest.mark.parametrize(("planar", "compression"), [(False, "jpeg"), (True, "jpeg"), (False, "jpeg2000")])
+def test_ome_tiff_with_sub_images(
+    tmp_path: Path, picture: Picture, half: Picture, planar: bool, compression: Literal["jpeg", "jpeg2000"]
+) -> None:
     path = tmp_path / "slide.ome.tif"
     options: dict[str, Any] = {"jpeg_colour": "rgb", "subsampling": "444"} if planar else {}
-    write_pyramid(path, [picture, half], mpp=(0.25, 0.24), style="ome", planar=planar, quality=95, **options)
+    options |= {"compression": compression, "quality": 95 if compression == "jpeg" else 45}
+    write_pyramid(path, [picture, half], mpp=(0.25, 0.24), style="ome", planar=planar, **options)
     with open_tiff(path) as slide, tifffile.TiffFile(path) as file:
         assert slide.info.vendor == "ome"
         assert slide.pyramid.mpp == pytest.approx((0.25, 0.24))

@@ -205,14 +205,18 @@ class Jpeg2000Decoder:
         if planes is None or len(planes) != self.components:
             raise CodecError("the JPEG 2000 stream is damaged")
         height, width = -(-self.size_px[1] >> discard), -(-self.size_px[0] >> discard)
-        out = np.empty((height, width, self.components), np.uint8)
-        for i, (plane, (x, y)) in enumerate(zip(planes, head.sampling, strict=True)):
+        whole = []
+        for plane, (x, y) in zip(planes, head.sampling, strict=True):
             if (x, y) != (1, 1):
                 plane = plane.repeat(y, axis=0).repeat(x, axis=1)[:height, :width]
             if plane.shape != (height, width):
                 raise CodecError("the JPEG 2000 components have unequal sizes")
-            out[:, :, i] = plane
-        return out
+            whole.append(plane)
+        if len(whole) == 1:
+            return whole[0][:, :, None]
+        import cv2
+
+        return np.asarray(cv2.merge(whole), np.uint8)
 
     def _in_full(self, stream: bytes) -> NDArray[np.uint8]:
         import imagecodecs
