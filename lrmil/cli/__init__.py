@@ -18,6 +18,7 @@ __all__ = ["group", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "split": ("lrmil.cli.prepare:split", "Divide cases into stratified folds; write them as CSV."),
     "pack": ("lrmil.cli.prepare:pack", "Copy features of many bags into one store that trains fast."),
+    "distill": ("lrmil.cli.distill:distill", "Distil a low-resolution encoder from a high-resolution one (stage 1)."),
     "train": ("lrmil.cli.train:train", "Train a MIL model, a teacher or a student, on one fold or all."),
     "evaluate": ("lrmil.cli.evaluate:evaluate", "Figures with intervals, of a run or of a model on other bags."),
     "compare": ("lrmil.cli.evaluate:compare", "Compare two runs on the same slides: bootstrap and DeLong."),

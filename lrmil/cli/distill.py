@@ -1,0 +1,136 @@
+"""``lrmil distill``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lrmil.cli.options import EXISTING
+from wsi_pipe.cli.display import print_json, print_table
+from wsi_pipe.cli.options import RESOLUTION
+from wsi_pipe.errors import ConfigError
+
+__all__ = ["distill"]
+
+
+@click.command()
+@click.option("--bags", type=EXISTING, required=True, metavar="DIR", help="Bags with both resolutions.")
+@click.option("--slides", type=EXISTING, metavar="CSV", help="Where the slides lie, if not where the bags say.")
+@click.option("--teacher", required=True, metavar="NAME", help="Encoder of the HR tiles; any of wsi-pipe encoders.")
+@click.option(
+    "--student", default="copy", show_default=True, metavar="NAME", help="copy (of the teacher), or another network."
+)
+@click.option(
+    "-r", "--resolution", "resolutions", type=RESOLUTION, multiple=True, metavar="RES", help="HR and LR.  [20x, 5x]"
+)
+@click.option("--splits", type=EXISTING, required=True, metavar="CSV", help="Folds, as of lrmil split.")
+@click.option("--fold", required=True, metavar="K", help="Whose training cases the student sees.")
+@click.option("--mil-teacher", type=EXISTING, metavar="FILE", help="Weigh children by this HR model's attention.")
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE")
+@click.option(
+    "--targets",
+    type=click.Choice(["bags", "compute"]),
+    default="bags",
+    show_default=True,
+    help="Teacher's features and layers: as the bags hold them, or computed now.",
+)
+@click.option("--layers", metavar="N,N|none", help="Teacher's blocks to learn; none for the final features.  [0,1,-2]")
+@click.option("--layer-variance/--no-layer-variance", default=None, help="Divide each layer by its variance.  [on]")
+@click.option("--patch", type=float, help="Weight of the layers' loss.  [1]")
+@click.option("--final", type=float, help="Weight of the final features' loss.  [1]")
+@click.option("--standardise", type=click.Choice(["auto", "yes", "no"]), help="Each dimension of the targets.  [auto]")
+@click.option("--epochs", type=click.IntRange(1), help="At most.  [30]")
+@click.option("--patience", type=click.IntRange(1), help="Epochs without a better validation loss.  [8]")
+@click.option("--batch-size", type=click.IntRange(1), help="LR tiles a step.  [64]")
+@click.option("--lr", "lr", type=float, help="Learning rate.  [3e-4]")
+@click.option("--weight-decay", type=float, help="[0.05]")
+@click.option("--val-fraction", type=float, help="Of the training cases, to stop by.  [0.15]")
+@click.option("--stain", type=float, help="Strength of stain augmentation.  [0.1]")
+@click.option("--flips/--no-flips", default=None, help="Turn and mirror tiles with their children.  [on]")
+@click.option("--student-px", type=click.IntRange(8), help="Side of the student's input.  [the tiles' own]")
+@click.option("--random-teacher", is_flag=True, help="Draw the teacher's weights anew: for tests.")
+@click.option("--random-student", is_flag=True, help="Draw the student's weights anew rather than load them.")
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="Of training.  [auto]")
+@click.option("--device", help="[auto]")
+@click.option("--seed", type=int, help="[0]")
+@click.option("--cache-mib", type=click.IntRange(0), help="Keep decoded tiles when they fit.  [2048]")
+@click.option("--threads", type=click.IntRange(1), help="Reading threads.  [2]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def distill(**values: Any) -> int:
+    """Distil an LR encoder for one fold; the file runs in wsi-pipe extract.
+
+    The student starts fresh, trains on the fold's training cases alone, and stops by some of these. Run again after
+    an interruption, it goes on where it was.
+
+    \b
+    lrmil distill --bags job/bags --teacher uni --student timm:vit_small_patch16_224 \\
+        -r 20x -r 5x --splits splits.csv --fold 1 --out lr-fold1.safetensors
+    wsi-pipe extract slides/ -o job -e 20x=uni -e 5x=lr-fold1.safetensors
+    """
+    from lrmil.distill import DistillRequest, run_distillation
+    from lrmil.pictures.distill import draw_distillation
+    from lrmil.splits import read_splits
+    from wsi_pipe.geometry import level_label
+    from wsi_pipe.manifest import read_manifest
+
+    resolutions = sorted(values["resolutions"] or (0.5, 2.0))
+    if len(resolutions) != 2:
+        raise ConfigError(f"{len(resolutions)} resolutions are given", remedy="give HR and LR, such as -r 20x -r 5x")
+    request = DistillRequest(
+        bags=values["bags"],
+        teacher=values["teacher"],
+        student=values["student"],
+        lr=level_label(resolutions[1]),
+        hr=level_label(resolutions[0]),
+        splits=read_splits(values["splits"]),
+        fold=values["fold"],
+        out=values["out"],
+        settings=_settings(values),
+        slides={entry.slide_id: entry.path for entry in read_manifest(values["slides"])} if values["slides"] else {},
+        mil_teacher=values["mil_teacher"],
+        compute=values["targets"] == "compute",
+        random_teacher=values["random_teacher"],
+        random_student=values["random_student"],
+        student_px=values["student_px"],
+    )
+    result = run_distillation(request, None if values["as_json"] else lambda text: click.echo(text, err=True))
+    picture = values["out"].with_name(f"{values['out'].stem}.png")
+    draw_distillation(picture, result.history, result.baseline)
+    if values["as_json"]:
+        print_json(
+            {
+                "path": str(result.path),
+                "best_epoch": result.history.best,
+                "figures": dict(result.figures),
+                "linear_baseline": {k: dataclasses.asdict(v) for k, v in result.baseline.items()},
+            }
+        )
+        return 0
+    rows = []
+    for name in [key.removesuffix("_cosine") for key in result.figures if key.endswith("_cosine")]:
+        base = result.baseline.get(name)
+        student = [f"{result.figures[f'{name}_{what}']:.3f}" for what in ("explained_variance", "cosine")]
+        linear = [f"{base.explained_variance:.3f}", f"{base.cosine:.3f}"] if base else ["-", "-"]
+        rows.append([name, *student, *linear])
+    if rows:
+        columns = {"of HR features": "left", "explained": "right", "cosine": "right"}
+        print_table(columns | {"linear: explained": "right", "linear: cosine": "right"}, rows)
+    click.echo(f"best epoch {result.history.best}: {result.path}, {picture}")
+    return 0
+
+
+def _settings(values: Mapping[str, Any]) -> Any:
+    from lrmil.distill import DistillSettings
+
+    changes = {f.name: values[f.name] for f in dataclasses.fields(DistillSettings) if values.get(f.name) is not None}
+    if "layers" in changes:
+        text = changes["layers"]
+        try:
+            changes["layers"] = () if text == "none" else tuple(int(part) for part in text.split(","))
+        except ValueError as error:
+            raise ConfigError(f"--layers {text!r} is not a list of numbers", remedy="write 0,1,-2 or none") from error
+    return DistillSettings(**changes)

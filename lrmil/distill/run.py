@@ -1,0 +1,318 @@
+"""From bags, slides and a fold to an LR encoder file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from lrmil.checkpoint import load_model
+from lrmil.distill.evaluate import Agreement, linear_baseline
+from lrmil.distill.settings import DistillSettings
+from lrmil.distill.student import Student, relative_blocks
+from lrmil.distill.targets import (
+    DistillSlide,
+    TargetStats,
+    attention_weights,
+    compute_targets,
+    load_slide,
+    target_stats,
+)
+from lrmil.distill.train import DistillHistory, distill
+from lrmil.errors import BagMismatchError, SettingsError
+from lrmil.splits import SplitTable
+from wsi_pipe.bag import BagAttrs, read_attrs
+from wsi_pipe.config import fingerprint, to_mapping
+from wsi_pipe.encoders import load_encoder
+from wsi_pipe.encoders.architectures import PooledNetwork
+from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
+from wsi_pipe.encoders.lr_file import write_lr_encoder
+from wsi_pipe.encoders.recipe import Recipe
+from wsi_pipe.encoders.torch_encoder import TorchEncoder
+from wsi_pipe.errors import ConfigError
+from wsi_pipe.files import write_text_atomically
+
+__all__ = ["COPY", "DistillRequest", "DistillResult", "run_distillation"]
+
+COPY = "copy"
+"""The student is a copy of the teacher, as in the paper."""
+
+
+@dataclass(frozen=True)
+class DistillRequest:
+    """What to distil. bags: folder of bags with both levels. slides: slide id -> file, where a bag's own path no longer
+    holds. teacher, student: encoder names; "copy" for the student. mil_teacher: model file whose attention weighs the
+    children, or None for equal weights. out: the LR encoder to write. compute: run the teacher now rather than read its
+    features and layers from the bags. random_teacher, random_student: weights drawn anew instead of loaded.
+    student_px: side that tiles are resized to for the student, None for its own (a timm ViT: the tiles' own).
+    """
+
+    bags: Path
+    teacher: str
+    student: str
+    lr: str
+    hr: str
+    splits: SplitTable
+    fold: str
+    out: Path
+    settings: DistillSettings = field(default_factory=DistillSettings)
+    slides: Mapping[str, str] = field(default_factory=dict)
+    mil_teacher: Path | None = None
+    compute: bool = False
+    random_teacher: bool = False
+    random_student: bool = False
+    student_px: int | None = None
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """The written file, the history, figures of the best epoch on the inner validation cases, and what a linear map
+    from undistilled LR features reaches there."""
+
+    path: Path
+    history: DistillHistory
+    figures: Mapping[str, float]
+    baseline: Mapping[str, Agreement]
+    train_slides: tuple[str, ...]
+    val_slides: tuple[str, ...]
+
+
+def run_distillation(request: DistillRequest, progress: Callable[[str], object] | None = None) -> DistillResult:
+    """Distil an LR encoder for one fold and write it; a run that was interrupted goes on where it stopped.
+
+    The student starts fresh and sees the fold's training cases only; stopping is decided on some of these. Raises
+    LeakageError or SplitError for bad folds, BagMismatchError when bags lack what is needed, SettingsError for options
+    that do not fit together, and what reading a slide raises.
+    """
+    say = progress or (lambda text: None)
+    settings = request.settings
+    device = _device(settings.device)
+    bags = _training_bags(request)
+    teacher = load_encoder(request.teacher, device=str(device), precision="auto", random_weights=request.random_teacher)
+    layers, depth = _layers(teacher, settings)
+    files: dict[str, Path] = {}
+    if request.compute:
+        say(f"teacher {teacher.info.name} over the tiles at {request.hr} of {len(bags)} slides")
+        paths = [request.slides.get(attrs.slide_id, "") for attrs in bags.values()]
+        folder = request.out.parent / f"{request.out.stem}.targets"
+        files = compute_targets(list(bags), paths, request.hr, teacher, layers, folder)
+    slides = [slide for bag, attrs in bags.items() if (slide := _load(request, bag, attrs, layers, depth, files))]
+    if not slides:
+        raise SettingsError("no training slide has an LR tile with children", remedy="check splits and resolutions")
+    if request.mil_teacher is not None:
+        slides = _weighted(slides, request, teacher)
+    train, val = _inner_split(slides, settings)
+    stats = target_stats(
+        train, standardise=settings.standardise == "yes" or (settings.standardise == "auto" and not layers)
+    )
+    student, recipe, licence = _student(request, teacher, train[0], layers, depth)
+    run = _fingerprint(request, teacher, slides, stats)
+    say(f"{len(train)} slides to train, {len(val)} to stop by; {sum(map(len, train)):,} LR tiles")
+
+    def epoch_done(figures: Mapping[str, float], epoch: int) -> None:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if "cosine" not in name)
+        say(f"epoch {epoch}/{settings.epochs}: {shown}")
+
+    precision = torch.bfloat16 if _half(settings, device) else torch.float32
+    history = distill(
+        student, recipe.preprocessing, train, val, stats, settings,
+        device=device, precision=precision, state=_state_path(request.out), run=run, progress=epoch_done,
+    )  # fmt: skip
+    baseline = linear_baseline(train, val, stats, settings.seed) if val else {}
+    best = history.epochs[history.best - 1] if history.best else {}
+    names = tuple(s.slide_id for s in train), tuple(s.slide_id for s in val)
+    lr_grid = train[0].lr
+    write_lr_encoder(
+        request.out,
+        student.network.cpu(),
+        recipe=recipe,
+        tile=dataclasses.replace(lr_grid.spec, overlap_px=0),
+        licence=licence,
+        training={
+            "method": "LRMIL stage 1",
+            "teacher": teacher.info.name,
+            "teacher_weights_sha256": teacher.info.weights_sha256,
+            "layers": list(layers),
+            "fold": request.fold,
+            "train_slides": list(names[0]),
+            "val_slides": list(names[1]),
+            "settings": to_mapping(settings),
+            "best_epoch": history.best,
+            "figures": _finite(best),
+        },
+    )
+    _write_history(request.out, history, best, baseline)
+    return DistillResult(request.out, history, best, baseline, *names)
+
+
+def _device(name: str) -> torch.device:
+    from wsi_pipe.encoders.devices import resolve_devices
+
+    return resolve_devices(name)[0]
+
+
+def _half(settings: DistillSettings, device: torch.device) -> bool:
+    if settings.precision != "auto":
+        return settings.precision == "bfloat16"
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _training_bags(request: DistillRequest) -> dict[Path, BagAttrs]:
+    """Bags of the fold's training slides, sorted. Raises BagMismatchError when the folder holds none."""
+    paths = sorted(request.bags.glob("*.h5"))
+    if not paths:
+        raise BagMismatchError(f"{request.bags}: holds no bags", remedy="give JOB/bags of wsi-pipe run")
+    attrs = [read_attrs(path) for path in paths]
+    indices = request.splits.indices(request.fold, [a.slide_id for a in attrs], [a.case_id for a in attrs])
+    return {paths[i]: attrs[i] for i in indices.train if attrs[i].status == "done"}
+
+
+def _layers(teacher: Encoder, settings: DistillSettings) -> tuple[tuple[int, ...], int]:
+    """Blocks of the teacher counted from 0, and its depth; none for a teacher without blocks."""
+    depth = teacher.depth if isinstance(teacher, LayeredEncoder) else 0
+    if not depth or not settings.layers:
+        return (), depth
+    return tuple(dict.fromkeys(block_indices(settings.layers, depth, teacher.info.name))), depth
+
+
+def _load(
+    request: DistillRequest, bag: Path, attrs: BagAttrs, layers: Sequence[int], depth: int, files: Mapping[str, Path]
+) -> DistillSlide | None:
+    return load_slide(
+        bag,
+        request.slides.get(attrs.slide_id, ""),
+        request.lr,
+        request.hr,
+        request.teacher,
+        layers,
+        depth,
+        files.get(bag.stem),
+    )
+
+
+def _weighted(slides: Sequence[DistillSlide], request: DistillRequest, teacher: Encoder) -> list[DistillSlide]:
+    """Slides whose children weigh as a MIL teacher of the same fold attends to them."""
+    assert request.mil_teacher is not None
+    model, card = load_model(request.mil_teacher)
+    path = request.mil_teacher
+    wanted = {"fold": request.splits.fold_name(request.fold), "level": request.hr, "encoder": request.teacher}
+    found = {"fold": card.fold, "level": card.level, "encoder": card.encoder}
+    for name, value in wanted.items():
+        if found[name] and found[name] != value:
+            raise BagMismatchError(
+                f"{path}: is a model of {name} {found[name]}, not of {value}",
+                remedy="give the HR teacher that was trained on this very fold",
+            )
+    weighted = []
+    with torch.inference_mode():
+        for slide in slides:
+            features = torch.from_numpy(np.asarray(slide.final, np.float32))
+            output = model(features, torch.tensor([0, len(features)]))
+            if output.attention_logits is None:
+                raise SettingsError(f"{path}: has no attention per tile", remedy="give an attention model")
+            attention = output.attention_logits.float().softmax(0).numpy()
+            weighted.append(dataclasses.replace(slide, weights=attention_weights(slide.children, attention)))
+    return weighted
+
+
+def _inner_split(
+    slides: Sequence[DistillSlide], settings: DistillSettings
+) -> tuple[list[DistillSlide], list[DistillSlide]]:
+    """Training and validation slides, whole cases, about ``val_fraction`` of the cases; none for a single case."""
+    cases = sorted({slide.case_id for slide in slides})
+    count = min(math.ceil(settings.val_fraction * len(cases)), len(cases) - 1) if settings.val_fraction else 0
+    order = np.random.default_rng(settings.seed).permutation(len(cases))
+    held = {cases[i] for i in order[:count]}
+    return [s for s in slides if s.case_id not in held], [s for s in slides if s.case_id in held]
+
+
+def _student(
+    request: DistillRequest, teacher: Encoder, slide: DistillSlide, layers: Sequence[int], depth: int
+) -> tuple[Student, Recipe, str]:
+    """A fresh student, the recipe to export it by, and the licence of its weights."""
+    side = request.student_px
+    if request.student == COPY:
+        if not isinstance(teacher, TorchEncoder):
+            raise SettingsError(
+                f"teacher {teacher.info.name} is no network that could be copied", remedy="give --student timm:MODEL"
+            )
+        source = load_encoder(
+            request.teacher, device="cpu", precision="float32", random_weights=request.random_teacher, input_px=side
+        )
+    else:
+        source = _load_student(request, side or slide.lr.spec.size_px)
+    encoder = cast(TorchEncoder, source)
+    recipe = encoder.recipe
+    if encoder.network.depth and (side or request.student != COPY):
+        # The network interpolates its position embeddings to another input than it was built for.
+        recipe = dataclasses.replace(recipe, args={**recipe.args, "dynamic_img_size": True})
+    network: PooledNetwork = encoder.network
+    blocks = relative_blocks(layers, depth, network.depth) if layers and network.depth else []
+    if layers and not network.depth:
+        raise SettingsError(
+            f"student {request.student} has no blocks to match the teacher's layers with",
+            remedy="distil the final features alone with --layers none",
+        )
+    torch.manual_seed(request.settings.seed)
+    pixels = recipe.preprocessing.input_px or slide.lr.spec.size_px
+    student = Student(
+        network,
+        blocks=blocks,
+        layer_dims=[layer.shape[1] for layer in slide.layers],
+        final_dim=slide.final.shape[1],
+        k=slide.children.k,
+        side_px=pixels,
+    )
+    licence = f"{teacher.info.licence} (distilled from {teacher.info.name})"
+    return student, recipe, licence
+
+
+def _load_student(request: DistillRequest, side: int) -> Encoder:
+    options = {"device": "cpu", "precision": "float32", "random_weights": request.random_student}
+    if not request.student.startswith("timm:"):
+        return load_encoder(request.student, **options, input_px=request.student_px)  # type: ignore[arg-type]
+    try:
+        return load_encoder(request.student, **options, input_px=side)  # type: ignore[arg-type]
+    except ConfigError:
+        # A ConvNet takes any side as it is; only its preprocessing names one.
+        encoder = cast(TorchEncoder, load_encoder(request.student, **options))  # type: ignore[arg-type]
+        pre = dataclasses.replace(encoder.recipe.preprocessing, input_px=side, resize_px=None)
+        encoder.recipe = dataclasses.replace(encoder.recipe, preprocessing=pre)
+        return encoder
+
+
+def _fingerprint(request: DistillRequest, teacher: Encoder, slides: Sequence[DistillSlide], stats: TargetStats) -> str:
+    deciding = dataclasses.replace(request.settings, device="", cache_mib=0, threads=1)
+    return fingerprint(
+        to_mapping(deciding), teacher.info.weights_sha256, request.student, request.lr, request.hr, request.fold,
+        [slide.slide_id for slide in slides], [len(slide) for slide in slides], stats.variance.tolist(),
+        [float(slide.weights.sum()) for slide in slides], [float(slide.weights.max()) for slide in slides],
+    )  # fmt: skip
+
+
+def _state_path(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.state.safetensors")
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def _write_history(
+    out: Path, history: DistillHistory, best: Mapping[str, float], baseline: Mapping[str, Agreement]
+) -> None:
+    values: dict[str, Any] = {
+        "best_epoch": history.best,
+        "best": _finite(best),
+        "linear_baseline": {name: _finite(dataclasses.asdict(a)) for name, a in baseline.items()},
+        "mean_baseline": {"explained_variance": 0.0, "cosine": 0.0},
+        "epochs": [_finite(figures) for figures in history.epochs],
+    }
+    write_text_atomically(out.with_name(f"{out.stem}.history.json"), json.dumps(values, indent=1))

@@ -1,0 +1,103 @@
+"""The student: a network whose token maps and final feature learn from the teacher, with projections that stay here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrmil.errors import SettingsError
+from wsi_pipe.encoders.architectures import PooledNetwork
+
+__all__ = ["Student", "StudentOutput", "relative_blocks"]
+
+
+class StudentOutput(NamedTuple):
+    """feature: (B, D), what the exported encoder gives. final: (B, D_teacher). patches: one (B, k*k, C_l) a layer."""
+
+    feature: Tensor
+    final: Tensor
+    patches: tuple[Tensor, ...]
+
+
+def relative_blocks(teacher_blocks: Sequence[int], teacher_depth: int, student_depth: int) -> list[int]:
+    """The student's blocks at the same relative depth as the teacher's, both counted from 0.
+
+    ``round((block + 1) / teacher_depth * student_depth) - 1``: the last goes to the last, whatever the depths.
+    """
+    return [
+        min(max(round((block + 1) / teacher_depth * student_depth) - 1, 0), student_depth - 1)
+        for block in teacher_blocks
+    ]
+
+
+class Student(nn.Module):
+    """A network with a projection to the teacher's width for each layer that is learnt, and one for the final feature.
+
+    network: the encoder that is exported. blocks: its blocks for the layers, or empty for one layer taken from its last
+    map (the last block of a ViT, the last feature map of a ConvNet). layer_dims: the teacher's widths. final_dim: D of
+    the teacher. k: side of the child map. A projection is the identity where the widths agree, so that a copy of the
+    teacher starts as the paper's does. Raises SettingsError when the network has neither blocks nor a map.
+    """
+
+    def __init__(
+        self,
+        network: PooledNetwork,
+        *,
+        blocks: Sequence[int],
+        layer_dims: Sequence[int],
+        final_dim: int,
+        k: int,
+        side_px: int,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.k = k
+        self.from_last = not blocks
+        self.blocks = tuple(blocks) if blocks else (network.depth - 1,)
+        with torch.inference_mode():
+            feature, maps = self._maps(torch.zeros(1, 3, side_px, side_px))
+        self.dim = int(feature.shape[-1])
+        smallest = min(min(m.shape[1:3]) for m in maps)
+        if smallest < k:
+            raise SettingsError(
+                f"the student's map at {side_px} px, {smallest} x {smallest}, is coarser than {k} x {k} HR tiles",
+                remedy="give the student larger inputs or a smaller patch",
+            )
+        self.layer_projections = nn.ModuleList(
+            _projection(int(m.shape[-1]), dim) for m, dim in zip(maps, layer_dims, strict=True)
+        )
+        self.final_projection = _projection(self.dim, final_dim)
+
+    def forward(self, images: Tensor) -> StudentOutput:
+        """Features and projected token maps of normalised images (B, 3, S, S)."""
+        feature, maps = self._maps(images)
+        patches = tuple(
+            projection(pool_to(m, self.k)) for projection, m in zip(self.layer_projections, maps, strict=True)
+        )
+        return StudentOutput(feature, self.final_projection(feature), patches)
+
+    def _maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The pooled feature, and token maps (B, h, w, C)."""
+        if self.network.depth:
+            feature, layers = self.network.forward_layers(images, self.blocks)
+            return feature, [patches for _, patches in layers]
+        if not hasattr(self.network.trunk, "forward_features"):
+            raise SettingsError("this network gives no map of features", remedy="choose a ViT or a ConvNet of timm")
+        features = self.network.trunk.forward_features(images)
+        if features.ndim != 4:
+            raise SettingsError("this network's features form no map", remedy="choose a ViT or a ConvNet of timm")
+        return self.network.pool(features), [features.permute(0, 2, 3, 1)]
+
+
+def _projection(width: int, wanted: int) -> nn.Module:
+    return nn.Identity() if width == wanted else nn.Linear(width, wanted)
+
+
+def pool_to(tokens: Tensor, k: int) -> Tensor:
+    """Token maps (B, h, w, C) averaged by area to (B, k * k, C), in reading order."""
+    pooled = F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), k)
+    return pooled.flatten(2).transpose(1, 2)

@@ -1,0 +1,254 @@
+"""What the student learns: the teacher's layers and final features on HR tiles, and the weights of the children.
+
+They come out of the bags where extraction stored them (``wsi-pipe extract --layers``), or are computed once, slide by
+slide, into files beside the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrmil.distill.children import ChildMap, child_map
+from lrmil.errors import BagMismatchError, SettingsError
+from wsi_pipe.bag import (
+    Features,
+    read_attrs,
+    read_feature_file,
+    read_feature_header,
+    read_grids,
+    read_level,
+    write_feature_file,
+)
+from wsi_pipe.config import fingerprint
+from wsi_pipe.encoders.base import Encoder
+from wsi_pipe.errors import BagError
+from wsi_pipe.extract import ExtractItem, SlideFailure, extract_features
+from wsi_pipe.geometry import TileGrid
+from wsi_pipe.slides import open_slide
+
+__all__ = ["DistillSlide", "TargetStats", "compute_targets", "load_slide", "target_stats", "uniform_weights"]
+
+
+@dataclass(frozen=True)
+class DistillSlide:
+    """One slide as distillation needs it.
+
+    path: the slide's file. mpp: its (x, y). lr: the grid of LR tiles that have children, in the order of ``children``.
+    children: rows into the HR tiles. layers: teacher's layers, each (N_hr, C_l) float; final: (N_hr, D). weights:
+    float32 (M, k * k), 0 where there is no child, summing to 1 over a tile. baseline: the undistilled LR features of
+    the same tiles (M, D_b), or None.
+    """
+
+    slide_id: str
+    case_id: str
+    path: str
+    mpp: tuple[float, float]
+    lr: TileGrid
+    children: ChildMap
+    layers: tuple[NDArray[np.floating[Any]], ...]
+    final: NDArray[np.floating[Any]]
+    weights: NDArray[np.float32]
+    baseline: NDArray[np.floating[Any]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.lr)
+
+
+def uniform_weights(children: ChildMap) -> NDArray[np.float32]:
+    """1 / number of children for each child, (M, k * k) float32."""
+    present = (children.children >= 0).astype(np.float32)
+    return np.asarray(present / np.maximum(present.sum(1, keepdims=True), 1), np.float32)
+
+
+def attention_weights(children: ChildMap, attention: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """The slide's softmax attention over HR tiles (N_hr,), renormalised over the children of each LR tile.
+
+    Uniform over a tile whose children have no attention at all.
+    """
+    present = children.children >= 0
+    weights = np.where(present, np.asarray(attention, np.float64)[np.maximum(children.children, 0)], 0.0)
+    total = weights.sum(1, keepdims=True)
+    even = present / np.maximum(present.sum(1, keepdims=True), 1)
+    return np.where(total > 0, weights / np.where(total > 0, total, 1), even).astype(np.float32)
+
+
+def load_slide(
+    bag: Path,
+    slide_path: str,
+    lr_label: str,
+    hr_label: str,
+    encoder: str,
+    layers: Sequence[int],
+    depth: int,
+    targets: Path | None,
+) -> DistillSlide | None:
+    """One slide's grids and targets; None where no LR tile has a child.
+
+    targets: file of ``compute_targets`` to use instead of what the bag holds. Raises BagError or BagMismatchError when
+    the bag lacks a level, the encoder's features or its layers.
+    """
+    grids = {grid.label: grid for grid in read_grids(bag)}
+    for label in (lr_label, hr_label):
+        if label not in grids:
+            raise BagError(f"{bag}: has no level {label}", remedy=f"its levels are {', '.join(grids)}")
+    lr, hr = grids[lr_label], grids[hr_label]
+    children = child_map(lr, hr, bag.stem)
+    if not len(children.rows):
+        return None
+    if targets is not None:
+        stored = read_feature_file(targets)
+        held, final, attrs = dict(stored.layers), stored.values, read_attrs(bag)
+    else:
+        view = read_level(bag, hr_label, encoder, layers=True)
+        held, final, attrs = view.layers, view.features, view.attrs
+    # Bags name blocks as they were asked for, which may have been from the end.
+    held = {str(int(name) % depth) if depth else name: values for name, values in held.items()}
+    missing = [layer for layer in layers if str(layer) not in held]
+    if missing:
+        raise BagMismatchError(
+            f"{bag}: holds no layers {', '.join(map(str, missing))} of {encoder} at {hr_label}",
+            remedy=f"extract with --layers {','.join(map(str, layers))}, or distil with --targets compute",
+        )
+    chosen = [np.asarray(held[str(layer)]) for layer in layers] or [np.asarray(final)]
+    return DistillSlide(
+        slide_id=attrs.slide_id,
+        case_id=attrs.case_id,
+        path=slide_path or attrs.slide_path,
+        mpp=attrs.mpp_l0,
+        lr=subset(lr, children.rows),
+        children=children,
+        layers=tuple(chosen),
+        final=np.asarray(final),
+        weights=uniform_weights(children),
+        baseline=_baseline(bag, lr_label, encoder, children),
+    )
+
+
+def _baseline(bag: Path, lr_label: str, encoder: str, children: ChildMap) -> NDArray[np.floating[Any]] | None:
+    try:
+        return np.asarray(read_level(bag, lr_label, encoder).features)[children.rows]
+    except BagError:
+        return None
+
+
+def subset(grid: TileGrid, rows: NDArray[np.int64]) -> TileGrid:
+    """Some tiles of a grid, in the order of ``rows``; without parents."""
+    return TileGrid(
+        spec=grid.spec,
+        mpp_effective=grid.mpp_effective,
+        origin_l0=grid.origin_l0,
+        stride_l0=grid.stride_l0,
+        tile_size_l0=grid.tile_size_l0,
+        cells=grid.cells[rows],
+        tissue=grid.tissue[rows],
+        upsampled=grid.upsampled,
+        min_tissue=grid.min_tissue,
+    )
+
+
+def compute_targets(
+    bags: Sequence[Path], paths: Sequence[str], hr_label: str, encoder: Encoder, layers: Sequence[int], folder: Path
+) -> dict[str, Path]:
+    """Run the teacher once over the HR tiles of every bag; files by bag stem, those that fit are kept.
+
+    Raises what a slide's reading raises: a training slide that cannot be read is the user's to know.
+    """
+    info = encoder.info
+    out = {bag.stem: folder / f"{bag.stem}.h5" for bag in bags}
+    todo: list[ExtractItem] = []
+    stamps: dict[str, str] = {}
+    for bag, path in zip(bags, paths, strict=True):
+        attrs = read_attrs(bag)
+        grid = next((g for g in read_grids(bag) if g.label == hr_label), None)
+        if grid is None:
+            raise BagError(f"{bag}: has no level {hr_label}")
+        stamps[bag.stem] = fingerprint(attrs.fingerprint_tile, info.weights_sha256, info.precision, tuple(layers))
+        try:
+            if read_feature_header(out[bag.stem]).fingerprint == stamps[bag.stem]:
+                continue
+        except BagError:
+            pass
+        opener = partial(open_slide, path or attrs.slide_path, mpp=attrs.mpp_l0)
+        todo.append(ExtractItem(bag.stem, opener, [grid], {hr_label: [info.name]}))
+    for result in extract_features(todo, {info.name: encoder}, layers=layers):
+        if isinstance(result, SlideFailure):
+            raise result.error
+        values = result.features[hr_label][info.slug]
+        blocks = result.layers.get(hr_label, {}).get(info.slug, {})
+        features = Features(
+            encoder=info.name,
+            values=values,
+            weights_sha256=info.weights_sha256,
+            licence=info.licence,
+            precision=info.precision,
+            transform="{}",
+            fingerprint=stamps[result.slide_id],
+            layers={str(block): data for block, data in blocks.items()},
+        )
+        write_feature_file(out[result.slide_id], result.slide_id, hr_label, info.slug, features)
+    return out
+
+
+@dataclass(frozen=True)
+class TargetStats:
+    """Mean and standard deviation of each dimension on the children of training tiles, layer by layer and final.
+
+    variance: (L,) of each layer as a whole, the mean over its dimensions, after standardising where that is on.
+    """
+
+    layer_mean: tuple[NDArray[np.float32], ...]
+    layer_std: tuple[NDArray[np.float32], ...]
+    final_mean: NDArray[np.float32]
+    final_std: NDArray[np.float32]
+    variance: NDArray[np.float32]
+
+
+def target_stats(slides: Sequence[DistillSlide], *, standardise: bool) -> TargetStats:
+    """Statistics over all children of training tiles, one pass, in float64.
+
+    Without ``standardise`` means are 0 and deviations 1. Raises SettingsError when there is no child.
+    """
+    layers = [_moments([s.layers[i] for s in slides], slides) for i in range(len(slides[0].layers))] if slides else []
+    if not layers:
+        raise SettingsError("no training slide has an LR tile with children", remedy="check the splits and resolutions")
+    final_mean, final_std = _moments([s.final for s in slides], slides)
+    if standardise:
+        variance = np.array([float(np.mean(std > 0)) for _, std in layers], np.float32)
+        safe = [(mean, np.where(std > 0, std, 1.0)) for mean, std in layers]
+        return TargetStats(
+            tuple(m.astype(np.float32) for m, _ in safe),
+            tuple(s.astype(np.float32) for _, s in safe),
+            final_mean.astype(np.float32),
+            np.where(final_std > 0, final_std, 1.0).astype(np.float32),
+            np.maximum(variance, 1e-6),
+        )
+    return TargetStats(
+        tuple(np.zeros_like(m, np.float32) for m, _ in layers),
+        tuple(np.ones_like(s, np.float32) for _, s in layers),
+        np.zeros_like(final_mean, np.float32),
+        np.ones_like(final_std, np.float32),
+        np.array([max(float(np.mean(std**2)), 1e-12) for _, std in layers], np.float32),
+    )
+
+
+def _moments(
+    values: Sequence[NDArray[np.floating[Any]]], slides: Sequence[DistillSlide]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    total = np.zeros(values[0].shape[1])
+    squares = np.zeros(values[0].shape[1])
+    count = 0
+    for data, slide in zip(values, slides, strict=True):
+        rows = slide.children.children
+        kept = np.asarray(data[rows[rows >= 0]], np.float64)
+        total += kept.sum(0)
+        squares += (kept**2).sum(0)
+        count += len(kept)
+    mean = total / max(count, 1)
+    return mean, np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0.0))
