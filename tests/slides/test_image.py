@@ -18,6 +18,7 @@ from wsi_pipe.errors import SlideError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.slides import image as image_module
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.base import RGBArray
+from wsi_pipe.slides.write import write_pyramid
 
 Pixels = NDArray[Any]
 
@@ -285,6 +286,14 @@ def test_mpp_of_plain_tiffs(
     with closing(open_slide(path, reader="image")) as slide:
         assert slide.pyramid.mpp == (None if mpp is None else pytest.approx(mpp, rel=1e-6))
         assert slide.info.mpp_source == source
+
+
+def test_mpp_of_an_svs(tmp_path: Path, rgb: RGBArray) -> None:
+    for mpp, source in ((0.2527, "aperio.MPP"), (None, "none")):
+        write_pyramid(tmp_path / "a.svs", [rgb], mpp=mpp)
+        with closing(open_slide(tmp_path / "a.svs", reader="image")) as slide:
+            assert slide.pyramid.mpp == (None if mpp is None else (mpp, mpp))
+            assert slide.info.mpp_source == source
 
 
 @pytest.mark.parametrize("form", ["png", "jpg", "jp2", "tif"])

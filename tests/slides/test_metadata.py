@@ -12,7 +12,7 @@ import pytest
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.array import ArraySlide
 from wsi_pipe.slides.metadata import ome_mpp, plausible_mpp, resolution_tags_mpp
-from wsi_pipe.slides.parts import dicom_series, is_dicom, slide_files
+from wsi_pipe.slides.parts import dicom_series, folder_series, is_dicom, slide_files
 
 
 def ome(attributes: str, before: str = "") -> str:
@@ -115,13 +115,14 @@ def dicom(path: Path, series: str, instance: str) -> Path:
 def test_a_dicom_series_is_its_instances_whatever_their_names(tmp_path: Path) -> None:
     second = dicom(tmp_path / "a.dcm", "1.2.3", "1.2.3.2")
     first = dicom(tmp_path / "z.dcm", "1.2.3", "1.2.3.1")
-    dicom(tmp_path / "other.dcm", "1.2.4", "1.2.4.1")
+    other = dicom(tmp_path / "without extension", "1.2.4", "1.2.4.1")
     (tmp_path / "notes.txt").write_text("not DICOM")
     (tmp_path / "broken.dcm").write_bytes(bytes(128) + b"DICM" + b"\xff" * 50)
     (tmp_path / "folder.dcm").mkdir()
     assert is_dicom(first)
     assert not is_dicom(tmp_path / "notes.txt")
     assert dicom_series(first) == dicom_series(second) == [first, second] == slide_files(second)
+    assert folder_series(tmp_path) == [[first, second], [other]]
     assert dicom_series(tmp_path / "broken.dcm") == [tmp_path / "broken.dcm"]
 
 

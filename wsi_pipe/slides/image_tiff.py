@@ -7,6 +7,7 @@ that threads share it. Sixteen-bit pictures are refused: what microscopes call w
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.base import WHITE, RGBArray, SlideInfo
 from wsi_pipe.slides.codecs import CodecError
 from wsi_pipe.slides.image import ImageSlide, WholeImage, check_whole, colours
-from wsi_pipe.slides.metadata import ome_mpp, resolution_tags_mpp
+from wsi_pipe.slides.metadata import ome_mpp, plausible_mpp, resolution_tags_mpp
 from wsi_pipe.slides.native import MAX_ANISOTROPY, NativeImage
 from wsi_pipe.slides.source import FileSource, slide_fingerprint
 
@@ -128,6 +129,10 @@ def _stated_mpp(tiff: Any, page: Any) -> tuple[FloatPair | None, str]:
     if tiff.is_ome:
         stated = ome_mpp(tiff.ome_metadata or "", (page.imagewidth, page.imagelength))
         return stated, "none" if stated is None else "ome.PhysicalSize"
+    if tiff.is_svs:
+        value = re.search(r"\|\s*MPP\s*=\s*([0-9]*\.?[0-9]+)\s*(\||$)", page.description)
+        stated = None if value is None else plausible_mpp(float(value[1]), float(value[1]))
+        return stated, "none" if stated is None else "aperio.MPP"
     x, y = (_rational(page.tags.get(code)) for code in (282, 283))
     if x is None or y is None:
         return None, "none"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from wsi_pipe.errors import ConfigError, SlideOpenError, UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair
 from wsi_pipe.slides.base import BaseSlide, Slide
 from wsi_pipe.slides.native import user_mpp
-from wsi_pipe.slides.parts import is_dicom
+from wsi_pipe.slides.parts import folder_series, is_dicom
 from wsi_pipe.slides.source import is_url
 
 __all__ = ["READERS", "open_slide"]
@@ -63,12 +62,14 @@ def open_slide(
     reader: str = "auto",
     mpp: float | FloatPair | None = None,
     cache_dir: Path | None = None,
+    cache_bytes: int | None = None,
 ) -> Slide:
     """Open a slide: a file, a folder that holds one DICOM series, or a URL that fsspec understands.
 
     reader: "auto" asks the fast reader, OpenSlide and the image reader in turn; a name asks that one only. mpp: what
     the user states as micrometres per level-0 pixel, one value or (x, y); it goes before the file's own. cache_dir:
     where a URL is copied to when its format cannot be read by byte ranges; by default the user's cache folder.
+    cache_bytes: what all such copies together may take; the least recently used go first.
     ``info.reader`` and ``info.reader_reason`` say who reads it and why.
 
     Raises SlideOpenError when the file is not there, not readable, empty or damaged, UnsupportedSlideError when no
@@ -82,15 +83,17 @@ def open_slide(
         raise ConfigError(str(error)) from error
     readers = [entry for entry in _TABLE if reader in ("auto", entry.name)]
     if is_url(path):
-        return _open_url(str(path), readers, given, cache_dir)
+        return _open_url(str(path), readers, given, cache_dir, cache_bytes)
     found = _existing(Path(path))
     slide = _first(found, [entry for entry in readers if entry.takes(found)], given)
     slide.info = replace(slide.info, path=str(path))
     return slide
 
 
-def _open_url(url: str, readers: Sequence[_Reader], mpp: FloatPair | None, cache_dir: Path | None) -> Slide:
-    from wsi_pipe.slides.staging import stage
+def _open_url(
+    url: str, readers: Sequence[_Reader], mpp: FloatPair | None, cache_dir: Path | None, cache_bytes: int | None
+) -> Slide:
+    from wsi_pipe.slides.staging import LIMIT_BYTES, stage
 
     declined = ""
     by_range = [entry for entry in readers if entry.urls and entry.takes(url)]
@@ -99,7 +102,7 @@ def _open_url(url: str, readers: Sequence[_Reader], mpp: FloatPair | None, cache
             return _first(url, by_range, mpp)
         except UnsupportedSlideError as error:
             declined = f"not read by byte ranges ({_reason(error, url)}), so "
-    staged = stage(url, cache_dir)
+    staged = stage(url, cache_dir, limit_bytes=LIMIT_BYTES if cache_bytes is None else cache_bytes)
     slide = _first(staged.path, [entry for entry in readers if entry.takes(staged.path)], mpp, shown=url)
     note = f"{declined}copied to {staged.path}" if staged.fetched else f"{declined}found at {staged.path}"
     slide.info = replace(slide.info, path=url, reader_reason=f"{slide.info.reader_reason}; {note}")
@@ -184,15 +187,12 @@ def _text(error: OSError | ValueError) -> str:
 
 
 def _in_folder(folder: Path) -> Path:
-    from wsi_pipe.slides.discover import find_slide_files
-
     try:
-        os.listdir(folder)
+        series = folder_series(folder)
     except OSError as error:
         raise SlideOpenError(f"{folder}: {_text(error)}", remedy=_remedy(error.errno)) from error
-    series = [path for path in find_slide_files(folder) if path.parent == folder and path.suffix.lower() == ".dcm"]
     if len(series) == 1:
-        return series[0]
+        return series[0][0]
     cause = f"{len(series)} DICOM series" if series else "no DICOM series"
     raise SlideOpenError(
         f"{folder} is a folder with {cause} in it, not a slide", remedy="give a slide file, or a folder of one series"

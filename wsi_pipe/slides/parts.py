@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["dicom_series", "is_dicom", "slide_files", "without_warnings"]
+__all__ = ["dicom_series", "folder_series", "is_dicom", "slide_files", "without_warnings"]
 
 _WARNINGS = threading.Lock()
 """Python keeps one set of warning filters for all threads."""
@@ -60,26 +60,36 @@ def _vms_parts(path: Path) -> list[Path]:
 
 def dicom_series(path: Path) -> list[Path]:
     """All files beside ``path`` of the same DICOM series, by instance; ``path`` alone where its header is damaged."""
+    own = _header(path)
+    if own is None:
+        return [path]
+    return next((files for files in folder_series(path.parent) if path in files), [path])
+
+
+def folder_series(folder: Path) -> list[list[Path]]:
+    """The DICOM series in a folder, whatever its files are called: the files of each, by instance; none of subfolders.
+
+    Raises OSError when the folder cannot be listed.
+    """
+    found: dict[str, list[tuple[str, Path]]] = {}
+    for part in folder.iterdir():
+        header = _header(part)
+        if header is not None:
+            found.setdefault(header[0], []).append((header[1], part))
+    return [[part for _, part in sorted(parts)] for _, parts in sorted(found.items())]
+
+
+def _header(path: Path) -> tuple[str, str] | None:
+    """The UIDs of a file's series and instance; None for what is no DICOM file, or a damaged one."""
     import pydicom
 
-    def header(part: Path) -> tuple[str, str]:
-        tags = ["SeriesInstanceUID", "SOPInstanceUID"]
-        with without_warnings():
-            found = pydicom.dcmread(part, stop_before_pixels=True, specific_tags=tags)
-            return str(found.get("SeriesInstanceUID", "")), str(found.get("SOPInstanceUID", ""))
-
-    damaged = (OSError, EOFError, ValueError, KeyError, AttributeError, pydicom.errors.InvalidDicomError)
+    tags = ["SeriesInstanceUID", "SOPInstanceUID"]
     try:
-        series, _ = header(path)
-    except damaged:
-        return [path]
-    parts: list[tuple[str, Path]] = []
-    for part in path.parent.iterdir():
-        try:
-            if part.is_file() and is_dicom(part):
-                other, instance = header(part)
-                if other == series:
-                    parts.append((instance, part))
-        except damaged:
-            continue
-    return [part for _, part in sorted(parts, key=lambda item: item[0])] or [path]
+        if not path.is_file() or not is_dicom(path):
+            return None
+        with without_warnings():
+            found = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+            series, instance = str(found.get("SeriesInstanceUID", "")), str(found.get("SOPInstanceUID", ""))
+        return (series, instance) if series else None
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, pydicom.errors.InvalidDicomError):
+        return None
