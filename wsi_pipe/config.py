@@ -22,6 +22,7 @@ from wsi_pipe.errors import ConfigError
 from wsi_pipe.geometry import TileSpec, parse_resolution
 
 __all__ = [
+    "CacheSettings",
     "ExtractSettings",
     "JobSettings",
     "SegmentSettings",
@@ -161,13 +162,29 @@ class ExtractSettings:
 
 
 @dataclass(frozen=True)
+class CacheSettings:
+    """Where remote slides are copied to when their format cannot be read by byte ranges.
+
+    folder: None for the user's cache folder. gib: the copies together take no more; the least recently used go first.
+    """
+
+    folder: str | None = None
+    gib: float = 64.0
+
+    def __post_init__(self) -> None:
+        if not self.gib > 0:
+            raise ConfigError(f"a cache of {self.gib} GiB holds nothing", remedy="give a size above zero")
+
+
+@dataclass(frozen=True)
 class JobSettings:
-    """Everything that decides a job's results; ``config.toml`` of a job directory."""
+    """Settings of a job; ``config.toml`` of a job directory. cache changes no result."""
 
     segment: SegmentSettings = SegmentSettings()
     tile: TileSettings = TileSettings()
     extract: ExtractSettings = field(default_factory=ExtractSettings)
     reader: str = "auto"
+    cache: CacheSettings = CacheSettings()
 
 
 def fingerprint(*parts: object) -> str:

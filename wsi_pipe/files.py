@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wsi_pipe.errors import OutputError
 
-__all__ = ["TEMPORARY_SUFFIX", "atomic_path", "output_error", "write_text_atomically"]
+__all__ = ["TEMPORARY_SUFFIX", "atomic_path", "output_error", "remove_partial_files", "write_text_atomically"]
 
 TEMPORARY_SUFFIX = ".partial"
 
@@ -57,6 +57,14 @@ def atomic_path(path: Path, check: Callable[[Path], object] | None = None) -> It
         # Where the folder is a file, or gone, removing fails too: the error that says so is already on its way.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> list[Path]:
+    """Delete what interrupted writes left below ``folder``; only for who knows that nobody writes there now."""
+    found = sorted(folder.rglob(f".*{TEMPORARY_SUFFIX}"))
+    for path in found:
+        path.unlink(missing_ok=True)
+    return found
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wsi_pipe.bag import check_bag, check_feature_file
 from wsi_pipe.care.verify import verify_job
-from wsi_pipe.files import TEMPORARY_SUFFIX, output_error
+from wsi_pipe.files import output_error, remove_partial_files
 from wsi_pipe.job import JobPaths, load_slides, utc_now
 from wsi_pipe.job.lock import hold_job
 
@@ -37,9 +37,8 @@ def repair_job(root: Path) -> list[Repair]:
         wrong = [(Path(f.path), f.problems) for f in verify_job(root) if f.problems and Path(f.path).is_file()]
         wrong += list(_broken_stage_files(paths))
         repairs = [_put_aside(root, path, problems) for path, problems in wrong]
-        for path in sorted(root.rglob(f".*{TEMPORARY_SUFFIX}")):
-            path.unlink(missing_ok=True)
-            repairs.append(Repair(str(path), "", ("left by an interrupted write",)))
+        left = ("left by an interrupted write",)
+        repairs += [Repair(str(path), "", left) for path in remove_partial_files(root)]
     return repairs
 
 

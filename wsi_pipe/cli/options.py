@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from wsi_pipe.config import ExtractSettings, JobSettings, SegmentSettings, TileSettings, load_toml
+from wsi_pipe.config import CacheSettings, ExtractSettings, JobSettings, SegmentSettings, TileSettings, load_toml
 from wsi_pipe.errors import ConfigError, ManifestError
 from wsi_pipe.execute import Where
 from wsi_pipe.geometry import level_label, parse_resolution
@@ -130,7 +130,10 @@ def where_options(function: F) -> F:
             "cache_dir",
             type=click.Path(path_type=Path, file_okay=False),
             metavar="DIR",
-            help="Where remote slides are staged when their format cannot be read by ranges.",
+            help="Where remote slides are copied when their format cannot be read by ranges.  [the user's cache]",
+        ),
+        click.option(
+            "--cache-size", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="Of --cache.  [64]"
         ),
         click.option(
             "--log-json", metavar="FILE", help="Write what happens as JSON lines into FILE, or - for standard error."
@@ -294,11 +297,17 @@ def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | No
             tile=_replaced(base.tile, parts["tile"]),
             extract=_replaced(base.extract, parts["extract"]),
             reader=values.get("reader") or base.reader,
+            cache=_cache(base.cache, values),
         )
     except TypeError as error:
         raise ConfigError(f"options: {error}") from error
     _check_encoder_levels(settings)
     return settings
+
+
+def _cache(base: CacheSettings, values: Mapping[str, Any]) -> CacheSettings:
+    folder = values.get("cache_dir")
+    return CacheSettings(str(folder.absolute()) if folder else base.folder, values.get("cache_size") or base.gib)
 
 
 T = TypeVar("T", SegmentSettings, TileSettings, ExtractSettings)

@@ -24,6 +24,7 @@ from wsi_pipe.cli.options import (
 )
 from wsi_pipe.config import JobSettings, to_mapping
 from wsi_pipe.errors import EncoderError, JobError, WsiPipeError
+from wsi_pipe.files import remove_partial_files
 from wsi_pipe.job import JobPaths, open_job, read_outcomes, utc_now, write_failures
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import SlideOutcome, Stage
@@ -64,7 +65,6 @@ def _run_until(
                 until=until,
                 encoders=encoders,
                 keep_features=values.get("keep_features", True),
-                cache_dir=values["cache_dir"],
                 progress=display.progress,
             )
             try:
@@ -74,8 +74,12 @@ def _run_until(
                     log.event("slide", **outcome.to_json())
             except (JobError, EncoderError) as error:
                 stopped = error
+            except KeyboardInterrupt:
+                # Ends workers and reading threads now, not when the garbage collector comes by.
+                results.close()
+                remove_partial_files(job)
+                raise
             finally:
-                # Ctrl-C ends workers and reading threads here, not when the garbage collector comes by.
                 results.close()
         if not stopped:
             write_failures(paths)

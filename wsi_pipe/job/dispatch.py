@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -16,16 +19,19 @@ from wsi_pipe.errors import DeviceError, EncoderError, OutputError, WsiPipeError
 from wsi_pipe.execute import Done, Failed, Where, run
 from wsi_pipe.files import output_error
 from wsi_pipe.job.paths import JobPaths
+from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.job.record import append_outcome, utc_now
 from wsi_pipe.job.run import Progress, process
 from wsi_pipe.job.task import slide_task
-from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
 
 __all__ = ["MIN_FREE_BYTES", "dispatch"]
 
 MIN_FREE_BYTES = 64 << 20
 """Less free space than this ends a run before the next slide, while what is under way can still be written."""
+
+STAGED_AHEAD = 2
 
 
 def dispatch(
@@ -37,7 +43,6 @@ def dispatch(
     until: Stage = "assemble",
     keep_features: bool = False,
     encoders: Mapping[str, Encoder] | None = None,
-    cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Generator[SlideOutcome, None, None]:
     """Take slides to ``until`` where ``where`` says; outcomes come, and are noted in the job, as slides finish.
@@ -49,6 +54,8 @@ def dispatch(
     EncoderError when no worker can encode, WorkerError when a scheduler goes away.
     """
     feed = _while_space(entries, paths.root)
+    if where.scheduler is None:
+        feed = _staged_ahead(feed, settings)
     if where.here:
         yield from process(
             feed,
@@ -58,7 +65,6 @@ def dispatch(
             encoders=encoders,
             keep_features=keep_features,
             progress=progress,
-            cache_dir=cache_dir,
         )
         return
     # A worker's tiles and features come out of one budget of this machine.
@@ -70,11 +76,10 @@ def dispatch(
             settings, extract=dataclasses.replace(extract, memory_mib=memory, read_threads=extract.read_threads or 1)
         )
     task = partial(slide_task, share, str(paths.root.absolute()))
-    rest = (keep_features, str(cache_dir) if cache_dir else None)
     if where.resources and until in ("extract", "assemble"):
-        results = _in_two_phases(task, rest, feed, where, until)
+        results = _in_two_phases(task, keep_features, feed, where, until)
     else:
-        results = _outcomes(run(partial(task, until, *rest), feed, where))
+        results = _outcomes(run(partial(task, until, keep_features), feed, where))
     for outcome in results:
         append_outcome(paths, outcome)
         if progress:
@@ -96,6 +101,31 @@ def _while_space(entries: Iterable[SlideEntry], root: Path) -> Iterator[SlideEnt
                 remedy="free some space or give another output folder, then run again: finished slides are kept",
             )
         yield entry
+
+
+def _staged_ahead(entries: Iterable[SlideEntry], settings: JobSettings) -> Iterator[SlideEntry]:
+    """The entries, those behind URLs copied to the cache (where their format needs that) before they are asked for."""
+    waiting: deque[tuple[SlideEntry, Future[None] | None]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="stage") as pool:
+        for entry in entries:
+            waiting.append((entry, pool.submit(_stage, entry, settings) if is_url(entry.path) else None))
+            # Local slides cost nothing to have at hand; of remote ones a few are copied ahead.
+            while waiting and (waiting[0][1] is None or len(waiting) > STAGED_AHEAD):
+                yield _landed(*waiting.popleft())
+        while waiting:
+            yield _landed(*waiting.popleft())
+
+
+def _stage(entry: SlideEntry, settings: JobSettings) -> None:
+    # What goes wrong here goes wrong again where the slide is opened in earnest, and is told there.
+    with contextlib.suppress(WsiPipeError):
+        open_entry(entry, settings.reader, settings.cache).close()
+
+
+def _landed(entry: SlideEntry, staged: Future[None] | None) -> SlideEntry:
+    if staged is not None:
+        staged.result()
+    return entry
 
 
 def _outcomes(results: Iterable[Done[SlideEntry, SlideOutcome] | Failed[SlideEntry]]) -> Iterator[SlideOutcome]:
@@ -126,7 +156,7 @@ def failed_outcome(entry: SlideEntry, error: Exception) -> SlideOutcome:
 
 def _in_two_phases(
     task: Callable[..., SlideOutcome],
-    rest: tuple[bool, str | None],
+    keep_features: bool,
     entries: Iterable[SlideEntry],
     where: Where,
     until: Stage,
@@ -144,7 +174,7 @@ def _in_two_phases(
     def lay_grids() -> None:
         try:
             anywhere = dataclasses.replace(where, resources=None)
-            for outcome in _outcomes(run(partial(task, "tile", *rest), note(entries), anywhere)):
+            for outcome in _outcomes(run(partial(task, "tile", keep_features), note(entries), anywhere)):
                 entry = by_id.pop(outcome.slide_id)
                 ready.put(outcome if outcome.status == "failed" else entry)
         except BaseException as error:
@@ -165,7 +195,7 @@ def _in_two_phases(
 
     thread = threading.Thread(target=lay_grids, name="lay-grids", daemon=True)
     thread.start()
-    for outcome in _outcomes(run(partial(task, until, *rest), with_grids(), where)):
+    for outcome in _outcomes(run(partial(task, until, keep_features), with_grids(), where)):
         while failed:
             yield failed.pop()
         yield outcome

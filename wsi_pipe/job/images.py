@@ -23,7 +23,7 @@ def save_tile_images(entry: SlideEntry, settings: JobSettings, paths: JobPaths, 
     be written.
     """
     count = 0
-    slide = open_entry(entry, settings.reader)
+    slide = open_entry(entry, settings.reader, settings.cache)
     try:
         for grid in read_grids(paths.tiles(entry.slide_id)):
             some = spread(grid, most)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe import __version__
 from wsi_pipe.bag import Bag, BagAttrs, BagLevel, read_attrs, read_grids, write_bag
-from wsi_pipe.config import JobSettings, SegmentSettings, TileSettings, fingerprint
+from wsi_pipe.config import CacheSettings, JobSettings, SegmentSettings, TileSettings, fingerprint
 from wsi_pipe.errors import BagError, MaskError, MissingMppError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.geometry import FloatPair, TileGrid, TissueMask
@@ -76,9 +76,16 @@ class Prepared:
     counts: dict[str, float] = field(default_factory=dict)
 
 
-def open_entry(entry: SlideEntry, reader: str, cache_dir: Path | None = None) -> Slide:
+def open_entry(entry: SlideEntry, reader: str, cache: CacheSettings | None = None) -> Slide:
     """The entry's slide, with the entry's mpp where it gives one."""
-    return open_slide(entry.path, reader=reader, mpp=entry.mpp, cache_dir=cache_dir)
+    place = cache or CacheSettings()
+    return open_slide(
+        entry.path,
+        reader=reader,
+        mpp=entry.mpp,
+        cache_dir=Path(place.folder) if place.folder else None,
+        cache_bytes=int(place.gib * 2**30),
+    )
 
 
 def prepare(
@@ -88,7 +95,6 @@ def prepare(
     clock: StageClock,
     *,
     tile: bool = True,
-    cache_dir: Path | None = None,
 ) -> Prepared | None:
     """Segment and tile one slide, as far as that is not done yet; None when only the mask was asked for.
 
@@ -96,7 +102,7 @@ def prepare(
     """
     segment_settings, tile_settings = settings_of(entry, settings.segment, settings.tile)
     with clock("open"):
-        slide = open_entry(entry, settings.reader, cache_dir)
+        slide = open_entry(entry, settings.reader, settings.cache)
     try:
         with clock("segment"):
             mask, segment_fingerprint, segment_cached = _segment(entry, slide, segment_settings, settings, paths)

@@ -65,7 +65,6 @@ def process(
     keep_features: bool = False,
     progress: Progress | None = None,
     record: bool = True,
-    cache_dir: Path | None = None,
 ) -> Iterator[SlideOutcome]:
     """Take slides through the stages up to ``until``, doing just what is missing or stale; one outcome each.
 
@@ -74,7 +73,7 @@ def process(
     when the job's folder cannot be written any more and DeviceError when the device fails, both after what was done
     is on disk.
     """
-    run = _Run(settings, paths, until, encoders, keep_features, progress, record, cache_dir)
+    run = _Run(settings, paths, until, encoders, keep_features, progress, record)
     if STAGES.index(until) < STAGES.index("extract"):
         yield from run.without_features(entries)
     else:
@@ -93,13 +92,11 @@ class _Run:
         keep_features: bool,
         progress: Progress | None,
         record: bool,
-        cache_dir: Path | None,
     ) -> None:
         self.settings, self.paths, self.until = settings, paths, until
         self.encoders = encoders
         self.keep_features = keep_features
         self.record = record
-        self.cache_dir = cache_dir
         self.progress = progress or (lambda slide_id, what, amount: None)
         self.finished: deque[SlideOutcome] = deque()
         self.under_way: dict[str, _Work] = {}
@@ -133,9 +130,7 @@ class _Run:
         """Segment and tile; False where the slide failed."""
         self.progress(work.entry.slide_id, "segment", 1)
         try:
-            work.prepared = prepare(
-                work.entry, self.settings, self.paths, work.clock, tile=tile, cache_dir=self.cache_dir
-            )
+            work.prepared = prepare(work.entry, self.settings, self.paths, work.clock, tile=tile)
         except OutputError:
             raise
         except Exception as error:
@@ -160,7 +155,7 @@ class _Run:
             self.under_way[entry.slide_id] = work
             yield ExtractItem(
                 slide_id=entry.slide_id,
-                open=partial(open_entry, entry, settings.reader, self.cache_dir),
+                open=partial(open_entry, entry, settings.reader, settings.cache),
                 grids=grids,
                 encoders={grid.label: self._names(work, grid) for grid in grids},
             )

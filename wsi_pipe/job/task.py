@@ -21,9 +21,7 @@ _encoders: dict[str, dict[str, Encoder]] = {}
 """Encoders of this process, by settings: loaded once, kept for the next slide."""
 
 
-def slide_task(
-    settings: JobSettings, root: str, until: Stage, keep_features: bool, cache_dir: str | None, entry: SlideEntry
-) -> SlideOutcome:
+def slide_task(settings: JobSettings, root: str, until: Stage, keep_features: bool, entry: SlideEntry) -> SlideOutcome:
     """Take one slide to ``until`` in the job at ``root``; the caller notes the outcome.
 
     Raises OutputError, DeviceError and EncoderError, which concern the whole job; all else is in the outcome.
@@ -48,6 +46,5 @@ def slide_task(
         encoders=encoders,
         keep_features=keep_features,
         record=False,
-        cache_dir=Path(cache_dir) if cache_dir else None,
     )
     return outcome

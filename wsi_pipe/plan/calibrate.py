@@ -66,7 +66,7 @@ def calibrate(
         try:
             start = time.perf_counter()
             segment, tile = settings_of(entry, settings.segment, settings.tile)
-            slide = open_entry(entry, settings.reader)
+            slide = open_entry(entry, settings.reader, settings.cache)
             try:
                 overview = read_overview(slide, segment.mpp)
                 mask = find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, segment)
@@ -79,7 +79,9 @@ def calibrate(
         found.slides += 1
         for grid in (spread(g, tiles) for g in grids if len(g)):
             names = settings.extract.encoders_of(grid.label)
-            item = ExtractItem(entry.slide_id, partial(open_entry, entry, settings.reader), [grid], {grid.label: names})
+            item = ExtractItem(
+                entry.slide_id, partial(open_entry, entry, settings.reader, settings.cache), [grid], {grid.label: names}
+            )
             # The first batch pays for warming up (kernels, batch size): it is not counted.
             for counted in (False, True):
                 start = time.perf_counter()

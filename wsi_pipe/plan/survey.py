@@ -118,7 +118,7 @@ def exact_tiles(entry: SlideEntry, plan: SlidePlan, settings: JobSettings) -> Sl
     """The plan with its tiles counted: the slide's tissue is found, as a run would, and nothing is written."""
     segment, tile = settings_of(entry, settings.segment, settings.tile)
     try:
-        slide = open_entry(entry, settings.reader)
+        slide = open_entry(entry, settings.reader, settings.cache)
         try:
             overview = read_overview(slide, segment.mpp)
             mask = find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, segment)
