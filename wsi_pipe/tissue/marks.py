@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from wsi_pipe.config import SegmentSettings
 from wsi_pipe.geometry import FloatPair
-from wsi_pipe.tissue.shapes import components, extremes, grow
+from wsi_pipe.tissue.shapes import close_gaps, components, extremes, grow
 
 __all__ = ["Marks", "find_marks"]
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
+
+_PORE_UM = 16.0
 
 
 class Marks(NamedTuple):
@@ -59,7 +61,8 @@ def find_marks(od: Floats, um_per_px: FloatPair, settings: SegmentSettings) -> M
         kinds.append((red, (b > 0.6 * g) & (r < 0.25 * g)))
     pixel_um2 = um_per_px[0] * um_per_px[1]
     for sure, alike in kinds:
-        labels, stats = components(sure)
+        # Noise in what is nearly black leaves pores: one mark is one piece.
+        labels, stats = components(close_gaps(sure, um_per_px, _PORE_UM))
         large = stats[:, cv2.CC_STAT_AREA] * pixel_um2 >= settings.mark_area_um2
         large[0] = False
         if not large.any():
