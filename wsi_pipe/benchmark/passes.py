@@ -8,6 +8,7 @@ import math
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -65,6 +66,7 @@ class Passes:
         self, settings: JobSettings, encoders: Mapping[str, Encoder], gpu: Gpu, cache: str, scratch: Path
     ) -> None:
         self.settings, self.encoders, self.gpu, self.cache, self.scratch = settings, encoders, gpu, cache, scratch
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="benchmark-encode")
 
     def survey(
         self, entries: Sequence[SlideEntry], arms: Sequence[Arm]
@@ -100,7 +102,7 @@ class Passes:
         few = _part(grid, slice(0, arm.batch_size))
         with closing(open_entry(entry, arm.reader)) as slide:
             for tiles in self._batches(slide, few, arm, StreamStats()):
-                self.encoders[arm.encoder].encode(tiles)
+                self._worker.submit(self._encode_all, [tiles], self.encoders[arm.encoder]).result()
 
     def _before(self, entry: SlideEntry) -> None:
         if self.cache == "cold" and not is_url(entry.path):
@@ -201,10 +203,20 @@ class Passes:
         return batches
 
     def _encode(self, batches: list[NDArray[np.uint8]], arm: Arm, stages: _Stages) -> list[NDArray[np.float32]]:
-        encoder = self.encoders[arm.encoder]
-        ahead = max(int(getattr(encoder, "in_flight", 1)), 1)
         transfer = self._transfer(batches, arm)
         meter = Meter()
+        # As in the engine, not in the main thread: OpenMP gives that one a team that waits by spinning, which on a
+        # machine with other work costs several times the processor time.
+        features = self._worker.submit(self._encode_all, batches, self.encoders[arm.encoder]).result()
+        spent = meter.spent()
+        if transfer is not None:
+            stages.add("transfer", transfer)
+        stages.add("encode", spent)
+        return features
+
+    def _encode_all(self, batches: list[NDArray[np.uint8]], encoder: Encoder) -> list[NDArray[np.float32]]:
+        """Features of batches, with as many under way at once as the encoder likes."""
+        ahead = max(int(getattr(encoder, "in_flight", 1)), 1)
         pending: deque[Any] = deque()
         features: list[Any] = []
         for tiles in batches:
@@ -212,13 +224,8 @@ class Passes:
             while len(pending) >= ahead:
                 features.append(pending.popleft().result())
         features += [p.result() for p in pending]
-        features = [f.features if isinstance(f, LayerFeatures) else f for f in features]
         self.gpu.wait()
-        spent = meter.spent()
-        if transfer is not None:
-            stages.add("transfer", transfer)
-        stages.add("encode", spent)
-        return features
+        return [f.features if isinstance(f, LayerFeatures) else f for f in features]
 
     def _submit(self, encoder: Encoder, tiles: NDArray[np.uint8]) -> Any:
         layers = self.settings.extract.layers
