@@ -169,15 +169,15 @@ def slide(case: Case) -> Iterator[Slide]:
     opened.close()
 
 
-MANY_PX = 2_000_000
-"""Of a plane larger than this, only the blocks in its corners and a few others are tested."""
+MANY_BLOCKS = 12
+"""Of a plane with more blocks than this, those in its corners and a few others are tested."""
 
 
 def blocks_of(slide: Slide, plane: Plane) -> Iterator[tuple[int, int, RGBArray]]:
     """(x, y, pixels) of blocks, all of them or a sample, each of the size that it must have."""
     columns, rows = plane.blocks
     cells = list(itertools.product(range(columns), range(rows)))
-    if plane.size_px[0] * plane.size_px[1] > MANY_PX:
+    if len(cells) > MANY_BLOCKS:
         corners = {(0, 0), (columns - 1, 0), (0, rows - 1), (columns - 1, rows - 1)}
         cells = sorted(corners | set(cells[len(cells) // 5 :: max(1, len(cells) // 5)]))
     for cell, data in zip(cells, slide.fetch(plane, cells), strict=True):
