@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
+import tifffile
 from numpy.typing import NDArray
 
 from wsi_pipe.errors import SlideOpenError, UnsupportedSlideError
@@ -48,30 +49,42 @@ def jpeg_with_restarts(pixels: Picture, interval: int, subsampling: str = "444")
         at += 2
 
 
-def write_ndpi(path: Path, pages: list[dict[int, tuple[int, list[Any]]]], streams: list[bytes]) -> Path:
-    """An NDPI file: little-endian TIFF whose directories end in an offset of 8 bytes."""
+def write_ndpi(
+    path: Path, pages: list[dict[int, tuple[int, list[Any]]]], streams: list[bytes], start: int = 16
+) -> Path:
+    """An NDPI file: little-endian TIFF whose directories end in an offset of 8 bytes and the values' upper halves.
+
+    ``start``: where the pixels begin; what lies before is a hole.
+    """
     formats = {SHORT: "H", LONG: "I", RATIONAL: "II", FLOAT: "f", SLONG: "i"}
-    body = bytearray(b"II*\0" + bytes(8))
-    link = 4
-    for tags, stream in zip(pages, streams, strict=True):
-        at = len(body)
-        body += stream + bytes(-len(stream) % 8)
-        tags = {**tags, 273: (LONG, [at]), 279: (LONG, [len(stream)]), 65420: (LONG, [1])}
-        entries = bytearray()
-        for tag in sorted(tags):
-            kind, values = tags[tag]
-            data = b"".join(struct.pack("<" + formats[kind], *(v if isinstance(v, tuple) else (v,))) for v in values)
-            if len(data) > 4:
-                where = struct.pack("<I", len(body))
-                body += data + bytes(-len(data) % 8)
-            else:
-                where = data.ljust(4, b"\0")
-            entries += struct.pack("<HHI", tag, kind, len(values)) + where
-        struct.pack_into("<Q", body, link, len(body))
-        body += struct.pack("<H", len(tags)) + entries
-        link = len(body)
-        body += bytes(8)
-    path.write_bytes(body)
+    links: list[int] = []
+    with open(path, "wb") as file:
+
+        def append(data: bytes) -> int:
+            file.seek(max(file.seek(0, 2), start))
+            at = file.tell()
+            file.write(data + bytes(-len(data) % 8))
+            return at
+
+        file.write(b"II*\0" + bytes(12))
+        links.append(4)
+        for tags, stream in zip(pages, streams, strict=True):
+            at = append(stream)
+            tags = {**tags, 273: (LONG, [at & 0xFFFFFFFF]), 279: (LONG, [len(stream)]), 65420: (LONG, [1])}
+            entries, upper = b"", b""
+            for tag in sorted(tags):
+                kind, values = tags[tag]
+                data = b"".join(
+                    struct.pack("<" + formats[kind], *(v if isinstance(v, tuple) else (v,))) for v in values
+                )
+                where = append(data) if len(data) > 4 else 0
+                low = struct.pack("<I", where & 0xFFFFFFFF) if where else data.ljust(4, b"\0")
+                entries += struct.pack("<HHI", tag, kind, len(values)) + low
+                upper += struct.pack("<I", at >> 32 if tag == 273 else where >> 32)
+            directory = append(struct.pack("<H", len(tags)) + entries + bytes(8) + upper)
+            file.seek(links[-1])
+            file.write(struct.pack("<Q", directory))
+            links.append(directory + 2 + len(entries))
     return path
 
 
@@ -86,14 +99,16 @@ def page(pixels: Picture, stream: bytes, starts: list[int] | None, lens: float =
     return tags
 
 
-def build(path: Path, picture: Picture, interval: int, subsampling: str = "444", **changes: Any) -> Path:
+def build(
+    path: Path, picture: Picture, interval: int, subsampling: str = "444", start: int = 16, **changes: Any
+) -> Path:
     """Two levels: restart markers in the first, none in the second, and a macro image."""
     stream, starts, _ = jpeg_with_restarts(picture, interval, subsampling)
     half = cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA).astype(np.uint8)
     small, macro = simplejpeg.encode_jpeg(half, 95), simplejpeg.encode_jpeg(picture[:40, :96].copy(), 95)
     first = {**page(picture, stream, starts), **changes.get("tags", {})}
     pages = [first, page(half, small, None, 20.0), page(picture[:40, :96], macro, None, -1.0)]
-    return write_ndpi(path, pages, [stream, small, macro])
+    return write_ndpi(path, pages, [stream, small, macro], start)
 
 
 @pytest.mark.parametrize("subsampling", ["444", "422"])
@@ -136,6 +151,20 @@ def test_facts_levels_and_macro(tmp_path: Path, picture: Picture) -> None:
         assert np.abs(slide.read_region(1, 0, 0, 250, 215).astype(int) - half).mean() < 4
         assert set(slide.associated_images()) == {"macro"}
         assert slide.associated_images()["macro"].shape == (40, 96, 3)
+
+
+def test_a_file_beyond_4_gib(tmp_path: Path, picture: Picture) -> None:
+    small = build(tmp_path / "small.ndpi", picture, 21)
+    large = build(tmp_path / "large.ndpi", picture, 21, start=(5 << 30) + 48)
+    assert large.stat().st_size > 5 << 30
+    with open_tiff(small) as a, open_tiff(large) as b:
+        assert a.pyramid == b.pyramid
+        for level, found in enumerate(a.pyramid.levels):
+            x, y = (s.read_region(level, 0, 0, *found.size_px) for s in (a, b))
+            assert np.array_equal(x, y)
+        assert np.array_equal(a.associated_images()["macro"], b.associated_images()["macro"])
+    with tifffile.TiffFile(large) as file:
+        assert file.pages[0].dataoffsets[0] > 5 << 30
 
 
 def test_only_the_focal_plane_zero_is_a_level(tmp_path: Path, picture: Picture) -> None:

@@ -32,6 +32,7 @@ _TYPES = {
     13: "u4", 16: "u8", 17: "i8", 18: "u8",
 }  # fmt: skip
 _RATIONAL = (5, 10)
+_LONG, _LONG8 = (4, 9, 13), 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class _Entry:
     count: int
     bytes_count: int
     offset: int
+    literal: bytes = b""
+    """The value itself where it does not lie in one piece in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ class Directory:
         entry = self._entries.get(tag)
         if entry is None or entry.bytes_count == 0:
             return b""
+        if entry.literal:
+            return entry.literal
         if entry.bytes_count > MAX_VALUE_BYTES or entry.offset + entry.bytes_count > self._source.size:
             raise SlideOpenError(
                 f"{self._source.name}: TIFF tag {tag} of image {self.index} declares {entry.bytes_count} bytes at "
@@ -95,6 +100,8 @@ class Directory:
         dtype = np.dtype(_TYPES[entry.kind]).newbyteorder(self._form.order)
         if dtype.kind not in "ui" or entry.kind in _RATIONAL or not 0 <= index < entry.count:
             raise SlideOpenError(f"{self._source.name}: TIFF tag {tag} of image {self.index} is damaged")
+        if entry.literal:
+            return int(np.frombuffer(entry.literal, dtype)[index])
         at = entry.offset + index * dtype.itemsize
         if at + dtype.itemsize > self._source.size:
             raise SlideOpenError(
@@ -222,11 +229,16 @@ def _read_entries(source: Source, form: _Format, offset: int) -> tuple[dict[int,
         (length,) = struct.unpack_from(order + ("Q" if form.big else "I"), table, at + 4)
         width = np.dtype(_TYPES[kind]).itemsize * (2 if kind in _RATIONAL else 1)
         value_at, inline = (at + 12, 8) if form.big else (at + 8, 4)
-        if length * width <= inline:
-            where = start + value_at
-        else:
+        upper = high[4 * i : 4 * i + 4]
+        if length * width > inline:
             (where,) = struct.unpack_from(order + ("Q" if form.big else "I"), table, value_at)
-            if high:
-                where += struct.unpack_from("<I", high, 4 * i)[0] << 32
+            if upper:
+                where += int.from_bytes(upper, "little") << 32
+        elif length == 1 and kind in _LONG and any(upper):
+            # A single number that needs the upper half too: where the pixels of a level begin.
+            entries.setdefault(tag, _Entry(_LONG8, 1, 8, 0, table[value_at : value_at + 4] + upper))
+            continue
+        else:
+            where = start + value_at
         entries.setdefault(tag, _Entry(kind, length, length * width, where))
     return entries, following
