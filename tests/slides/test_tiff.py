@@ -24,6 +24,7 @@ from wsi_pipe.slides.base import Plane, Slide
 from wsi_pipe.slides.source import open_source
 from wsi_pipe.slides.tiff import open_tiff
 from wsi_pipe.slides.tiff_ifd import read_directories
+from wsi_pipe.slides.tiff_layout import positive
 from wsi_pipe.slides.write import write_pyramid
 
 Picture = NDArray[np.uint8]
@@ -387,6 +388,15 @@ def test_what_is_not_understood_is_declined_with_the_reason(
     with pytest.raises(UnsupportedSlideError, match=reason) as caught:
         open_tiff(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0.25", 0.25), (" 0,2498 ", 0.2498), ("4e-1", 0.4), ("", None), ("0", None), ("-1", None), ("1.2.3", None)]
+    + [("1,000.5", None), ("nan", None), ("1e999", None), ("20x", None)],
+)
+def test_numbers_in_descriptions(text: str, value: float | None) -> None:
+    assert positive(text) == value
 
 
 def test_levels_of_another_shape_are_declined(tmp_path: Path, picture: Picture) -> None:

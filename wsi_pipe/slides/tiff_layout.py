@@ -56,8 +56,8 @@ def resolution_mpp(directory: Directory) -> tuple[FloatPair | None, str]:
 
 
 def positive(text: str | None) -> float | None:
-    """A decimal number above zero from text, or None."""
-    match = re.match(r"\s*\+?([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*$", text or "")
+    """A decimal number above zero from text, or None. Some scanners write the comma of their computer's locale."""
+    match = re.match(r"\s*\+?([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*$", (text or "").replace(",", "."))
     value = float(match.group(1)) if match else 0.0
     return value if math.isfinite(value) and value > 0 else None
 
