@@ -141,7 +141,7 @@ def test_processor_seconds_are_a_click_away(browser: Browser, drawn: tuple[Path,
     after = browser.evaluate("document.querySelector('#bars .bars').getAttribute('aria-label')")
     assert before != after
     cpu = sum(c for _, c in totals(record)[1].stages.values())
-    assert f"20x texture {shown(cpu)}" in after.replace("\u202f", " ") or f"{shown(cpu / 60)}" in after
+    assert f"20x {shown(cpu)}" in after.replace("\u202f", " ") or f"{shown(cpu / 60)}" in after
 
 
 def test_an_archive_of_another_size_scales(browser: Browser, drawn: tuple[Path, BenchmarkRecord]) -> None:

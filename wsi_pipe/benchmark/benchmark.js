@@ -7,6 +7,9 @@ const armColours = {};
 arms.forEach((a, i) => { armColours[a.id] = head && a.id === head.dear ? "hr" : head && a.id === head.cheap ? "lr" : ["s3", "s4", "s2", "s6", "s7", "s8"][i % 6]; });
 const STAGE_COLOURS = { open: "s8", segment: "s2", plan: "s9", fetch: "s4", decode: "s5", resample: "s6", handle: "s7", read: "s4", transfer: "accent", encode: "s1", write: "s3" };
 const ratioOf = (c, what) => c.ratios.find(r => r.what === what);
+/* With one encoder the resolution says it all. */
+const oneEncoder = new Set(arms.map(a => a.encoder)).size === 1;
+const nameOf = id => oneEncoder && (armOf(id).method || "native") === "native" ? armOf(id).label : id;
 const limits = (r, prefix, to) => r.low === null || r.low === undefined ? "no interval: a single pass" : `${prefix}${number(r.low)}${to}${prefix}${number(r.high)}`;
 
 function simpleTable(place, heading, rows, sums = () => false) {
@@ -62,8 +65,8 @@ function drawStages() {
   const parts = t => allStages.filter(s => t.stages[s]).map(s => ({ name: s, value: t.stages[s][clock], colour: STAGE_COLOURS[s] }));
   const sum = t => parts(t).reduce((a, p) => a + p.value, 0);
   const ordered = ANS.totals.slice().sort((a, b) => armOf(a.arm).mpp - armOf(b.arm).mpp);
-  stackedBars(byId("bars"), { label: "Seconds by stage", format: seconds, rows: ordered.map(t => ({ label: t.arm, parts: parts(t) })) });
-  stackedBars(byId("shares"), { label: "Shares by stage", format: percent, max: 1, legend: false, rows: ordered.map(t => ({ label: t.arm, note: seconds(sum(t)), parts: parts(t).map(p => ({ ...p, tip: `${percent(p.value / sum(t))}, ${seconds(p.value)}`, value: p.value / sum(t) })) })) });
+  stackedBars(byId("bars"), { label: "Seconds by stage", format: seconds, rows: ordered.map(t => ({ label: nameOf(t.arm), parts: parts(t) })) });
+  stackedBars(byId("shares"), { label: "Shares by stage", format: percent, max: 1, legend: false, rows: ordered.map(t => ({ label: nameOf(t.arm), note: seconds(sum(t)), parts: parts(t).map(p => ({ ...p, tip: `${percent(p.value / sum(t))}, ${seconds(p.value)}`, value: p.value / sum(t) })) })) });
 }
 drawStages();
 byId("stages-note").textContent = `Seconds for ${n === 1 ? "the slide" : `all ${n} slides`}, mean of ${REC.repeats} repeats. Stages are timed one after the other with nothing else going on. End to end is less than their sum where stages overlap, and holds what only a whole run does: pictures, masks, checks.`;
@@ -79,13 +82,13 @@ byId("stages-note").textContent = `Seconds for ${n === 1 ? "the slide" : `all ${
   }
   rows.push(withRatio("= one after the other", ANS.totals.map(t => wall(t, allStages))));
   rows.push(withRatio("end to end, overlapped", ANS.totals.map(t => t.end_to_end_s)));
-  simpleTable("stage-table", ["Wall seconds", ...ANS.totals.map(t => t.arm), ...(head ? ["ratio"] : [])], rows, row => row[0].startsWith("=") || row[0].startsWith("end"));
+  simpleTable("stage-table", ["Wall seconds", ...ANS.totals.map(t => nameOf(t.arm)), ...(head ? ["ratio"] : [])], rows, row => row[0].startsWith("=") || row[0].startsWith("end"));
 })();
 
 (function runStages() {
   const own = ANS.totals.filter(t => t.end_to_end_s !== null), stages = [...new Set(own.flatMap(t => Object.keys(t.run_stages)))];
   byId("run-stages-note").textContent = DATA.run_stages_note;
-  simpleTable("run-stage-table", ["Wall seconds", ...own.map(t => t.arm)], [...stages.map(s => [s, ...own.map(t => number(t.run_stages[s]))]), ["= end to end", ...own.map(t => number(t.end_to_end_s))]], row => row[0].startsWith("="));
+  simpleTable("run-stage-table", ["Wall seconds", ...own.map(t => nameOf(t.arm))], [...stages.map(s => [s, ...own.map(t => number(t.run_stages[s]))]), ["= end to end", ...own.map(t => number(t.end_to_end_s))]], row => row[0].startsWith("="));
 })();
 
 /* Slides. */
@@ -94,8 +97,8 @@ const native = arms.filter(a => a.method === "native" || !a.method);
 const groupsOf = Object.fromEntries(native.map(a => [a.id, { colour: armColours[a.id], size: 8 }]));
 const spread = values => Math.max(...values) / Math.min(...values) > 20;
 scatter(byId("cost"), { label: "Seconds end to end against tiles, one dot a pass", logX: spread(passes.map(m => m.tiles)), logY: spread(passes.map(m => m.wall_s)), xLabel: "tiles" + (spread(passes.map(m => m.tiles)) ? " (log)" : ""), yLabel: "seconds end to end" + (spread(passes.map(m => m.wall_s)) ? " (log)" : ""), groups: groupsOf,
-  points: passes.map(m => ({ x: m.tiles, y: m.wall_s, group: m.arm, text: `${m.slide}\n${m.arm}: ${grouped(m.tiles)} tiles, ${seconds(m.wall_s)}` })) });
-fill("cost-legend", native.map(a => el("span", { style: `--c:var(--${armColours[a.id]})` }, a.id)));
+  points: passes.map(m => ({ x: m.tiles, y: m.wall_s, group: m.arm, text: `${m.slide}\n${nameOf(m.arm)}: ${grouped(m.tiles)} tiles, ${seconds(m.wall_s)}` })) });
+fill("cost-legend", native.map(a => el("span", { style: `--c:var(--${armColours[a.id]})` }, nameOf(a.id))));
 const mean = (arm, slide, value) => { const own = passes.filter(m => m.arm === arm && m.slide === slide); return own.reduce((a, m) => a + value(m), 0) / own.length; };
 if (head) {
   const rows = REC.slides.map(s => {
@@ -116,7 +119,7 @@ if (others.length) {
   for (const c of others) {
     const place = el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": c.title, id: "other-" + others.indexOf(c) });
     byId("other-tables").append(el("div", {}, el("h3", {}, c.title[0].toUpperCase() + c.title.slice(1)), place));
-    simpleTable(place.id, ["", c.dear, c.cheap, "Ratio", "95 % interval"], c.ratios.filter(r => r.value !== null).map(r => { const show = r.unit === "s" ? seconds : r.unit === "B" ? bytes : number; return [r.what, show(r.numerator), show(r.denominator), number(r.value), limits(r, "", " to ")]; }));
+    simpleTable(place.id, ["", nameOf(c.dear), nameOf(c.cheap), "Ratio", "95 % interval"], c.ratios.filter(r => r.value !== null).map(r => { const show = r.unit === "s" ? seconds : r.unit === "B" ? bytes : number; return [r.what, show(r.numerator), show(r.denominator), number(r.value), limits(r, "", " to ")]; }));
   }
 }
 for (const link of document.querySelectorAll("[data-if]")) link.hidden = byId(link.dataset.if).hidden;
@@ -130,8 +133,8 @@ for (const link of document.querySelectorAll("[data-if]")) link.hidden = byId(li
   function draw() {
     const factor = (+inputs.slides.value || 0) / given.slides, hour = +inputs.hour.value || 0, kwh = +inputs.kwh.value || 0, priced = hour > 0 || kwh > 0;
     const rows = ANS.projections.map(p => ({ ...p, hours: p.hours * factor, kwh: p.kwh * factor, read: p.gigabytes_read * factor, written: p.gigabytes_written * factor, cost: priced ? p.hours * factor * hour + p.kwh * factor * kwh : null }));
-    stackedBars(byId("archive-bars"), { label: "Machine hours a year", legend: false, format: v => number(v) + THIN + "h", rows: rows.map(r => ({ label: r.arm, parts: [{ name: "hours", value: r.hours, colour: armColours[r.arm] }] })) });
-    simpleTable("archive-table", ["", "Hours", "GB read", "GB written", "kWh", ...(priced ? [given.currency] : [])], rows.map(r => [r.arm, number(r.hours), number(r.read), number(r.written), number(r.kwh), ...(priced ? [number(r.cost)] : [])]));
+    stackedBars(byId("archive-bars"), { label: "Machine hours a year", legend: false, format: v => number(v) + THIN + "h", rows: rows.map(r => ({ label: nameOf(r.arm), parts: [{ name: "hours", value: r.hours, colour: armColours[r.arm] }] })) });
+    simpleTable("archive-table", ["", "Hours", "GB read", "GB written", "kWh", ...(priced ? [given.currency] : [])], rows.map(r => [nameOf(r.arm), number(r.hours), number(r.read), number(r.written), number(r.kwh), ...(priced ? [number(r.cost)] : [])]));
   }
   draw();
 })();
