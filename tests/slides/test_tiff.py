@@ -392,8 +392,8 @@ def test_what_is_not_understood_is_declined_with_the_reason(
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("0.25", 0.25), (" 0,2498 ", 0.2498), ("4e-1", 0.4), ("", None), ("0", None), ("-1", None), ("1.2.3", None)]
-    + [("1,000.5", None), ("nan", None), ("1e999", None), ("20x", None)],
+    [("0.25", 0.25), (" 0,2498 ", 0.2498), ("4e-1", 0.4)]
+    + [(text, None) for text in ("", "0", "-1", "1.2.3", "1,000.5", "nan", "1e999", "20x")],
 )
 def test_numbers_in_descriptions(text: str, value: float | None) -> None:
     assert positive(text) == value
