@@ -45,6 +45,10 @@ class Overview:
     um_per_px: FloatPair
 
 
+EXACT_PX = 0.125
+"""A level this near to level 0's size over its downsample was neither cropped nor squeezed to speak of."""
+
+
 def read_overview(slide: Slide, mpp: float = 8.0, *, threads: int | None = None) -> Overview:
     """The whole slide at about ``mpp`` um/px, each pixel the mean over its area.
 
@@ -77,10 +81,21 @@ def overview_scale(wanted: float) -> int:
 
 
 def cheapest_plane(slide: Slide, scale: FloatPair) -> Plane:
-    """The plane that costs least to decode among those at least as fine as ``scale``; the finest if none is."""
-    fine = [
-        p for p in slide.planes if all(d <= s * (1 + SCALE_EPSILON) for d, s in zip(p.downsample, scale, strict=True))
-    ]
+    """The plane that costs least to decode among those fine enough for ``scale``; the finest if none is.
+
+    Fine enough is at least as fine, for a level whose size is level 0's over a whole number without a rest. Another
+    may have been cropped or squeezed by up to a pixel of its own when it was written, no one knows which: it has to be
+    twice as fine, so that two files of one slide give the same tissue.
+    """
+    size_l0 = slide.pyramid.size_l0
+
+    def is_fine(plane: Plane) -> bool:
+        level = slide.pyramid.levels[plane.level]
+        rests = (abs(w / d - s) for w, d, s in zip(size_l0, level.downsample, level.size_px, strict=True))
+        slack = 1.0 if max(rests) < EXACT_PX else 2.0
+        return all(d * slack <= s * (1 + SCALE_EPSILON) for d, s in zip(plane.downsample, scale, strict=True))
+
+    fine = [plane for plane in slide.planes if is_fine(plane)]
 
     def cost(plane: Plane) -> float:
         size = slide.pyramid.levels[plane.level].size_px
