@@ -1,4 +1,4 @@
-"""The main job on real slides: two encodings of one image, no resolution, fluorescence, a file that OpenSlide rejects."""
+"""The main job on real slides: two encodings of one image, none of resolution, fluorescence, an unusual OME-TIFF."""
 
 from __future__ import annotations
 
