@@ -9,7 +9,8 @@
 All in one process, on the same tiles, repeats interleaved in turning order. Ratios are medians of the ratios within
 each repeat, tiles a second are medians over the repeats. With --precisions bfloat16,float32 the model is also run
 alone in each, interleaved, and the ratio of the first to the last is shown. Weights are random: speed does not depend
-on them.
+on them. On a CPU that others use too, set OMP_WAIT_POLICY=PASSIVE: OpenMP's threads wait busily, and the longer the
+less else their process does, so that the model alone looks far too slow.
 
     python benchmarks/extraction.py                                   # makes a slide of its own first
     python benchmarks/extraction.py --slide S.svs --slide-mpp 0.2527 --json figures.json
@@ -38,7 +39,8 @@ from tile_reading import make_slide, openslide_tile
 
 from wsi_pipe.config import SegmentSettings, TileSettings
 from wsi_pipe.encoders import load_encoder
-from wsi_pipe.encoders.torch_encoder import TorchEncoder, normalise
+from wsi_pipe.encoders.pixels import normalise
+from wsi_pipe.encoders.torch_encoder import TorchEncoder
 from wsi_pipe.extract import ExtractItem, SlideFeatures, extract_features
 from wsi_pipe.geometry import TileGrid, parse_resolution
 from wsi_pipe.overview import read_overview

@@ -14,8 +14,9 @@ from torch import Tensor
 from wsi_pipe.encoders import load_encoder
 from wsi_pipe.encoders.architectures import PooledNetwork, build
 from wsi_pipe.encoders.base import EncoderInfo
+from wsi_pipe.encoders.pixels import normalise
 from wsi_pipe.encoders.recipe import Preprocessing, Recipe
-from wsi_pipe.encoders.torch_encoder import TorchEncoder, normalise
+from wsi_pipe.encoders.torch_encoder import TorchEncoder
 from wsi_pipe.errors import ConfigError
 
 CPU = torch.device("cpu")

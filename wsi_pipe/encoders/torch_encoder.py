@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsi_pipe.encoders.architectures import PooledNetwork
 from wsi_pipe.encoders.base import EncoderInfo, FeatureArray, LayerFeatures, TileArray, block_indices, check_finite
 from wsi_pipe.encoders.cuda_lane import Arriving, CudaLane
 from wsi_pipe.encoders.devices import PRECISIONS, is_out_of_memory, resolve_precision
-from wsi_pipe.encoders.recipe import Preprocessing, Recipe
+from wsi_pipe.encoders.pixels import Normaliser, normalise
+from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.errors import ConfigError, DeviceError
 
 __all__ = ["ReplicatedEncoder", "TorchEncoder", "normalise", "to_mixed_precision"]
@@ -27,33 +27,6 @@ CPU_BATCH = 16
 TRIAL_BATCHES = (16, 32, 64, 128, 256, 512)
 TRIAL_GAIN = 0.97
 """The smallest batch that gives this part of the best throughput is taken: larger ones only cost memory."""
-
-
-def normalise(tiles: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Network inputs float32 (B, 3, S, S), in channels-last order, of uint8 tiles (B, H, W, 3) on the same device.
-
-    Resizing is antialiased and rounded to whole grey values, as PIL's is, so that features agree with those of
-    pipelines that resize images before they normalise them.
-    """
-    # (B, H, W, 3) seen as (B, 3, H, W) is channels-last already: nothing is moved.
-    images = tiles.permute(0, 3, 1, 2)
-    side = preprocessing.scaled_px
-    if side is not None and images.shape[-2:] != (side, side):
-        # torch resizes uint8 with SIMD on the CPU only.
-        on_cpu = images.device.type == "cpu"
-        source = images if on_cpu else images.float()
-        images = F.interpolate(source, (side, side), mode=preprocessing.interpolation, antialias=True)
-        if not on_cpu:
-            images = images.round_().clamp_(0, 255)
-    crop = preprocessing.input_px
-    if crop is not None and images.shape[-1] != crop:
-        start = round((images.shape[-1] - crop) / 2)
-        images = images[:, :, start : start + crop, start : start + crop]
-    device = images.device
-    mean = torch.tensor(preprocessing.mean, dtype=torch.float32, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing.std, dtype=torch.float32, device=device).view(1, 3, 1, 1)
-    out: Tensor = images.to(torch.float32, memory_format=torch.channels_last)
-    return out.mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def to_mixed_precision(network: nn.Module, dtype: torch.dtype) -> None:
@@ -136,6 +109,7 @@ class TorchEncoder:
             raise DeviceError(
                 f"encoder {info.name} does not fit into the memory of {device}", remedy="use a smaller encoder or cpu"
             ) from error
+        self._normalise = Normaliser(recipe.preprocessing, device)
         self._compile = compile
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.network) if compile else self.network
         self._limit: int | None = None
@@ -296,7 +270,7 @@ class TorchEncoder:
 
     def _compute(self, tiles: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
         """Features float32 (B, D), and CLS and patch tokens of ``layers``, of uint8 tiles on the device."""
-        images = normalise(tiles, self.recipe.preprocessing)
+        images = self._normalise(tiles)
         with self._autocast():
             if not layers:
                 return self._forward(images).float(), []
