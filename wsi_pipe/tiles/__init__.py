@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from wsi_pipe.tiles.stream import DEFAULT_MEMORY_BYTES, StreamStats, TileBatch, read_tiles, stream_tiles
+from wsi_pipe.tiles.stream import DEFAULT_MEMORY_BYTES, TileBatch, read_tiles, stream_tiles
+from wsi_pipe.tiles.timing import StreamStats
 
 __all__ = ["DEFAULT_MEMORY_BYTES", "StreamStats", "TileBatch", "read_tiles", "stream_tiles"]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.base import Plane
 
-__all__ = ["BlockPlan", "Cut", "choose_cut", "plan_blocks"]
+__all__ = ["BlockPlan", "Cut", "alike", "choose_cut", "plan_blocks"]
 
 SCALE_TOLERANCE = 1e-9
 """Relative distance within which two scales are one."""
@@ -80,9 +80,23 @@ def choose_cut(planes: tuple[Plane, ...], scale_l0: FloatPair, corners_l0: NDArr
     return Cut(plane, shrink, True, (ratio[0] / shrink, ratio[1] / shrink))
 
 
+def alike(planes: tuple[Plane, ...], scale_l0: FloatPair, corners_l0: NDArray[np.float64]) -> list[NDArray[np.int64]]:
+    """Corners sorted into sets that are cut in one way: rows of ``corners_l0``, each in one set."""
+    scales = dict.fromkeys([*(plane.downsample for plane in planes), scale_l0])
+    meets = np.stack([_meets(corners_l0, scale) for scale in scales], axis=1)
+    _, kind = np.unique(meets, axis=0, return_inverse=True)
+    return [np.flatnonzero(kind.ravel() == k) for k in range(int(kind.max(initial=-1)) + 1)]
+
+
+def _meets(corners_l0: NDArray[np.float64], pixel_l0: FloatPair) -> NDArray[np.bool_]:
+    """Which corners lie on corners of pixels of that size."""
+    corners = corners_l0 / pixel_l0
+    on: NDArray[np.bool_] = np.abs(corners - np.rint(corners)) <= CORNER_TOLERANCE
+    return np.logical_and(on[:, 0], on[:, 1])
+
+
 def _aligned(corners_l0: NDArray[np.float64], plane: Plane, shrink: int = 1) -> bool:
-    corners = corners_l0 / (np.asarray(plane.downsample) * shrink)
-    return bool(np.all(np.abs(corners - np.rint(corners)) <= CORNER_TOLERANCE))
+    return bool(_meets(corners_l0, (plane.downsample[0] * shrink, plane.downsample[1] * shrink)).all())
 
 
 def _power_of_two(scale: FloatPair) -> int | None:

@@ -12,11 +12,10 @@ Where a tile's pixels come from depends on the tile alone, so neither threads no
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +24,12 @@ from wsi_pipe.cores import available_cores
 from wsi_pipe.errors import SlideError, SlideReadError
 from wsi_pipe.geometry import FloatPair, TileGrid
 from wsi_pipe.slides.base import WHITE, RGBArray, Slide
-from wsi_pipe.tiles.plan import Cut, choose_cut, plan_blocks
+from wsi_pipe.tiles.plan import Cut, alike, choose_cut, plan_blocks
 from wsi_pipe.tiles.resample import Resampler
 from wsi_pipe.tiles.shelf import BlockShelf
+from wsi_pipe.tiles.timing import Stopwatch, StreamStats
 
-__all__ = ["DEFAULT_MEMORY_BYTES", "StreamStats", "TileBatch", "read_tiles", "stream_tiles"]
+__all__ = ["DEFAULT_MEMORY_BYTES", "TileBatch", "read_tiles", "stream_tiles"]
 
 DEFAULT_MEMORY_BYTES = 512 * 1024 * 1024
 
@@ -38,8 +38,6 @@ GROUP_TILES = 16
 
 JOB_PIXELS = 1 << 24
 """Stored pixels under a group, at most, where that is more than one tile."""
-
-STAGES = ("fetch", "decode", "copy", "resample")
 
 NEAR_GROUPS = 4
 """Blocks that only this many groups more need are not worth spilling."""
@@ -57,67 +55,6 @@ class TileBatch:
 
     pixels: RGBArray
     index: NDArray[np.int64]
-
-
-@dataclass
-class StreamStats:
-    """Where a stream's time went, summed over its threads, in seconds; the streams that share it add to it.
-
-    ``*_s`` is time on the clock, ``*_cpu_s`` processor time of the reading threads. decode covers decompressing blocks,
-    copy putting them where they belong, resample averaging and filtering. peak_bytes: the most that decoded pixels
-    took. spilled_bytes: what went to a temporary file to stay within the budget.
-    """
-
-    fetch_s: float = 0.0
-    fetch_cpu_s: float = 0.0
-    decode_s: float = 0.0
-    decode_cpu_s: float = 0.0
-    copy_s: float = 0.0
-    copy_cpu_s: float = 0.0
-    resample_s: float = 0.0
-    resample_cpu_s: float = 0.0
-    tiles: int = 0
-    blocks: int = 0
-    peak_bytes: int = 0
-    spilled_bytes: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, clock: _Stopwatch, blocks: int) -> None:
-        """Add a job's times."""
-        cpu = clock.cpu()
-        with self._lock:
-            self.blocks += blocks
-            for stage, wall in clock.wall.items():
-                setattr(self, f"{stage}_s", getattr(self, f"{stage}_s") + wall)
-                setattr(self, f"{stage}_cpu_s", getattr(self, f"{stage}_cpu_s") + cpu[stage])
-
-
-class _Stopwatch:
-    """Time of one job by stage: each lap goes to the stage that it ends.
-
-    Laps are many, and the processor's clock is a system call: it is read after the fetch, which waits, and at the end;
-    what lies between is work and is divided as the time on the clock.
-    """
-
-    def __init__(self) -> None:
-        self.wall = dict.fromkeys(STAGES, 0.0)
-        self._fetch_cpu = 0.0
-        self._begin_cpu = time.thread_time()
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.wall[stage] += now - self._last
-        self._last = now
-        if stage == "fetch":
-            self._fetch_cpu = time.thread_time() - self._begin_cpu
-
-    def cpu(self) -> dict[str, float]:
-        """Processor seconds by stage, up to now."""
-        worked = time.thread_time() - self._begin_cpu - self._fetch_cpu
-        wall = sum(self.wall.values()) - self.wall["fetch"]
-        shares = {stage: worked * spent / wall if wall else 0.0 for stage, spent in self.wall.items()}
-        return shares | {"fetch": self._fetch_cpu}
 
 
 def stream_tiles(
@@ -169,16 +106,15 @@ def read_tiles(
     corners = np.asarray(corners_l0, dtype=np.float64).reshape(-1, 2)
     out = np.empty((len(corners), size_px, size_px, 3), np.uint8)
     # Corners that meet the pixels of the best plane are cut from it; the others, each in the way that suits it.
-    ways: dict[Cut, list[int]] = {}
-    for i in range(len(corners)):
-        ways.setdefault(choose_cut(slide.planes, scale, corners[i : i + 1]), []).append(i)
-    for cut, rows in ways.items():
+    ways: dict[Cut, list[NDArray[np.int64]]] = {}
+    for rows in alike(slide.planes, scale, corners):
+        ways.setdefault(choose_cut(slide.planes, scale, corners[rows]), []).append(rows)
+    for cut, parts in ways.items():
+        rows = np.concatenate(parts)
         # Neighbours together, so that blocks are not kept longer than needed.
-        order = np.asarray(sorted(rows, key=lambda i: (corners[i, 1] // size[1], corners[i, 0])), np.int64)
-        stream = _Stream(
-            slide, cut, corners[order] / np.asarray(cut.sample_l0), size_px, 64, threads, memory_bytes, None
-        )
-        for batch in stream.batches():
+        order = rows[np.lexsort((corners[rows, 0], corners[rows, 1] // size[1]))]
+        at = corners[order] / np.asarray(cut.sample_l0)
+        for batch in _Stream(slide, cut, at, size_px, 64, threads, memory_bytes, None).batches():
             out[order[batch.index]] = batch.pixels
     return out
 
@@ -301,7 +237,7 @@ class _Stream:
     def _run(self, job: int) -> None:
         """Fetch and decode a job's blocks, then put together the groups whose blocks are all there."""
         plan, plane = self.plan, self.cut.plane
-        clock = _Stopwatch()
+        clock = Stopwatch()
         begin, end = int(plan.job_start[job]), int(plan.job_start[job + 1])
         cells = [(c, r) for c, r in plan.cells[begin:end].tolist()]
         first_tiles = plan.first_tile[begin:end].tolist()
@@ -367,7 +303,7 @@ class _Stream:
                     complete.append(group)
         return complete
 
-    def _assemble(self, group: int, clock: _Stopwatch) -> None:
+    def _assemble(self, group: int, clock: Stopwatch) -> None:
         """Make a group's tiles of the blocks on the shelf."""
         plan = self.plan
         first, end = self.group_start[group], self.group_start[group + 1]
