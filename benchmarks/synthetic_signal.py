@@ -1,8 +1,8 @@
 """How well features that were not trained on it tell the lesions of synthetic slides, at 20x and at 5x.
 
 For each signal: a cohort, ``texture`` features of 64 px tiles with a quarter of tissue, pooled over the slide (mean,
-standard deviation, 90th percentile), logistic regression at one fixed strength, 5 folds by case. Prints the area under the
-ROC curve of the pooled out-of-fold scores, with a 95 % interval from 1,000 resamplings of cases.
+standard deviation, 90th percentile), logistic regression at one fixed strength, 5 folds by case. Prints the area under
+the ROC curve of the pooled out-of-fold scores, with a 95 % interval from 1,000 resamplings of cases.
 
     python benchmarks/synthetic_signal.py --slides 120
 """
@@ -43,7 +43,7 @@ def pooled(item: CohortSlide, encoder: TextureEncoder) -> dict[str, NDArray[np.f
 def interval(labels: NDArray[Any], scores: NDArray[Any], cases: NDArray[Any]) -> tuple[float, float]:
     rng = np.random.default_rng(0)
     members = [np.flatnonzero(cases == case) for case in np.unique(cases)]
-    values = []
+    values: list[float] = []
     while len(values) < 1000:
         rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
         if 0 < labels[rows].mean() < 1:
