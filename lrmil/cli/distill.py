@@ -38,6 +38,12 @@ __all__ = ["distill"]
     show_default=True,
     help="Teacher's features and layers: as the bags hold them, or computed now.",
 )
+@click.option(
+    "--targets-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where computed targets go; folds may share it.  [beside --out]",
+)
 @click.option("--layers", metavar="N,N|none", help="Teacher's blocks to learn; none for the final features.  [0,1,-2]")
 @click.option("--layer-variance/--no-layer-variance", default=None, help="Divide each layer by its variance.  [on]")
 @click.option("--patch", type=float, help="Weight of the layers' loss.  [1]")
@@ -93,6 +99,7 @@ def distill(**values: Any) -> int:
         slides={entry.slide_id: entry.path for entry in read_manifest(values["slides"])} if values["slides"] else {},
         mil_teacher=values["mil_teacher"],
         compute=values["targets"] == "compute",
+        targets_dir=values["targets_dir"],
         random_teacher=values["random_teacher"],
         random_student=values["random_student"],
         student_px=values["student_px"],

@@ -47,11 +47,14 @@ COPY = "copy"
 
 @dataclass(frozen=True)
 class DistillRequest:
-    """What to distil. bags: folder of bags with both levels. slides: slide id -> file, where a bag's own path no longer
-    holds. teacher, student: encoder names; "copy" for the student. mil_teacher: model file whose attention weighs the
-    children, or None for equal weights. out: the LR encoder to write. compute: run the teacher now rather than read its
-    features and layers from the bags. random_teacher, random_student: weights drawn anew instead of loaded.
-    student_px: side that tiles are resized to for the student, None for its own (a timm ViT: the tiles' own).
+    """What to distil.
+
+    bags: folder of bags with both levels. slides: slide id -> file, where a bag's own path no longer holds. teacher,
+    student: encoder names; "copy" for the student. mil_teacher: model file whose attention weighs the children, or None
+    for equal weights. out: the LR encoder to write. compute: run the teacher now rather than read its features and
+    layers from the bags; into targets_dir, which folds may share, by default one beside ``out``. random_teacher,
+    random_student: weights drawn anew instead of loaded. student_px: side that tiles are resized to for the student,
+    None for its own (a timm ViT: the tiles' own).
     """
 
     bags: Path
@@ -66,6 +69,7 @@ class DistillRequest:
     slides: Mapping[str, str] = field(default_factory=dict)
     mil_teacher: Path | None = None
     compute: bool = False
+    targets_dir: Path | None = None
     random_teacher: bool = False
     random_student: bool = False
     student_px: int | None = None
@@ -101,7 +105,7 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
     if request.compute:
         say(f"teacher {teacher.info.name} over the tiles at {request.hr} of {len(bags)} slides")
         paths = [request.slides.get(attrs.slide_id, "") for attrs in bags.values()]
-        folder = request.out.parent / f"{request.out.stem}.targets"
+        folder = request.targets_dir or request.out.parent / f"{request.out.stem}.targets"
         files = compute_targets(list(bags), paths, request.hr, teacher, layers, folder)
     slides = [slide for bag, attrs in bags.items() if (slide := _load(request, bag, attrs, layers, depth, files))]
     if not slides:

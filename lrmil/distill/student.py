@@ -38,9 +38,10 @@ class Student(nn.Module):
     """A network with a projection to the teacher's width for each layer that is learnt, and one for the final feature.
 
     network: the encoder that is exported. blocks: its blocks for the layers, or empty for one layer taken from its last
-    map (the last block of a ViT, the last feature map of a ConvNet). layer_dims: the teacher's widths. final_dim: D of
-    the teacher. k: side of the child map. A projection is the identity where the widths agree, so that a copy of the
-    teacher starts as the paper's does. Raises SettingsError when the network has neither blocks nor a map.
+    map (the last block of a ViT, the last feature map of a ConvNet that is not coarser than k x k). layer_dims: the
+    teacher's widths. final_dim: D of the teacher. k: side of the child map. A projection is the identity where the
+    widths agree, so that a copy of the teacher starts as the paper's does. Raises SettingsError when the network has
+    neither blocks nor a map.
     """
 
     def __init__(
@@ -56,7 +57,6 @@ class Student(nn.Module):
         super().__init__()
         self.network = network
         self.k = k
-        self.from_last = not blocks
         self.blocks = tuple(blocks) if blocks else (network.depth - 1,)
         with torch.inference_mode():
             feature, maps = self._maps(torch.zeros(1, 3, side_px, side_px))
@@ -85,12 +85,12 @@ class Student(nn.Module):
         if self.network.depth:
             feature, layers = self.network.forward_layers(images, self.blocks)
             return feature, [patches for _, patches in layers]
-        if not hasattr(self.network.trunk, "forward_features"):
+        if not hasattr(self.network.trunk, "forward_intermediates"):
             raise SettingsError("this network gives no map of features", remedy="choose a ViT or a ConvNet of timm")
-        features = self.network.trunk.forward_features(images)
-        if features.ndim != 4:
-            raise SettingsError("this network's features form no map", remedy="choose a ViT or a ConvNet of timm")
-        return self.network.pool(features), [features.permute(0, 2, 3, 1)]
+        features, maps = self.network.trunk.forward_intermediates(images, output_fmt="NCHW")
+        # The last map is the best, if it is not coarser than the children.
+        fine = [m for m in maps if min(m.shape[2:]) >= self.k] or maps[:1]
+        return self.network.pool(features), [fine[-1].permute(0, 2, 3, 1)]
 
 
 def _projection(width: int, wanted: int) -> nn.Module:

@@ -29,7 +29,9 @@ class PooledNetwork(nn.Module):
         self.trunk: Any = trunk
         self.pooling = pooling
         blocks = getattr(trunk, "blocks", None)
-        self.depth = len(blocks) if blocks is not None and hasattr(trunk, "forward_intermediates") else 0
+        # EfficientNets call their stages blocks too, but have no tokens.
+        tokens = hasattr(trunk, "forward_intermediates") and hasattr(trunk, "patch_embed")
+        self.depth = len(blocks) if blocks is not None and tokens else 0
         self.prefix_tokens = int(getattr(trunk, "num_prefix_tokens", 0))
         if pooling in ("cls", "cls+mean") and self.prefix_tokens == 0:
             raise ConfigError(f"pooling {pooling!r} needs a network with a CLS token")

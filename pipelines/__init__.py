@@ -1,0 +1,1 @@
+"""End-to-end experiments over wsi_pipe and lrmil; neither imports them."""

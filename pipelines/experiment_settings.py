@@ -1,0 +1,107 @@
+"""Settings of the LRMIL experiment, as presets hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lrmil.config import LossSettings, TrainSettings
+from lrmil.distill import DistillSettings
+from wsi_pipe.config import ExtractSettings, JobSettings, TileSettings
+from wsi_pipe.errors import ConfigError
+from wsi_pipe.geometry import level_label
+from wsi_pipe.synthetic import SIGNALS
+
+__all__ = ["ABLATIONS", "CohortSettings", "ExperimentSettings"]
+
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "no final loss": {"final": 0.0},
+    "no patch loss": {"patch": 0.0},
+    "layers by their size": {"layer_variance": False},
+    "no stain augmentation": {"stain": 0.0},
+    "no turns": {"flips": False},
+}
+"""What each ablation changes in ``DistillSettings``."""
+
+
+@dataclass(frozen=True)
+class CohortSettings:
+    """A synthetic cohort, where no slides are given. See ``wsi_pipe.synthetic.SlideSpec`` for the signals."""
+
+    signal: str = "middle"
+    slides: int = 300
+    size_px: int = 1024
+    mpp: float = 0.5
+    tissue_fraction: float = 0.7
+    seed: int = 11
+
+    def __post_init__(self) -> None:
+        if self.signal not in SIGNALS:
+            raise ConfigError(f"signal {self.signal!r} must be one of {', '.join(SIGNALS)}")
+
+
+@dataclass(frozen=True)
+class ExperimentSettings:
+    """The whole experiment.
+
+    hr_mpp, lr_mpp, tile_px: of the two grids. teacher: HR encoder, and that of the plain LR arm. student: network that
+    is distilled, or "copy". random_teacher, random_student: draw weights rather than load them. student_px: side of
+    its input, None for the tiles' own. compute_targets: run the teacher for its layers once, into a folder that all
+    folds share, rather than read its final features from the bags. precision: of extraction. attention_weights: weigh
+    children by the fold's HR teacher in L_final. folds, split_seed, val_fraction: of the splits. mil: of every
+    classifier. student_loss: of the last arm. cost_slides, cost_repeats: of the benchmark. replicates: of the
+    bootstrap.
+    """
+
+    cohort: CohortSettings = CohortSettings()
+    hr_mpp: float = 0.5
+    lr_mpp: float = 2.0
+    tile_px: int = 64
+    teacher: str = "texture"
+    student: str = "timm:test_resnet"
+    random_teacher: bool = False
+    random_student: bool = True
+    student_px: int | None = None
+    compute_targets: bool = False
+    precision: str = "auto"
+    attention_weights: bool = False
+    folds: int = 5
+    split_seed: int = 0
+    val_fraction: float = 0.15
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    mil: TrainSettings = field(default_factory=TrainSettings)
+    student_loss: LossSettings = field(default_factory=LossSettings)
+    cost_slides: int = 5
+    cost_repeats: int = 3
+    replicates: int = 2000
+
+    def __post_init__(self) -> None:
+        if not self.hr_mpp < self.lr_mpp:
+            raise ConfigError(f"hr_mpp {self.hr_mpp:g} must be finer than lr_mpp {self.lr_mpp:g}")
+        if self.folds < 2:
+            raise ConfigError(f"{self.folds} folds do not test every case", remedy="give 2 or more")
+
+    @property
+    def hr(self) -> str:
+        """Label of the HR level."""
+        return level_label(self.hr_mpp)
+
+    @property
+    def lr(self) -> str:
+        """Label of the LR level."""
+        return level_label(self.lr_mpp)
+
+    def job(self, lr_encoders: tuple[str, ...] = ()) -> JobSettings:
+        """Settings of the wsi-pipe job: the teacher at both levels, and LR encoders at theirs."""
+        encoders = {self.hr: (self.teacher,), self.lr: (self.teacher, *lr_encoders)}
+        return JobSettings(
+            tile=TileSettings(resolutions=(self.hr_mpp, self.lr_mpp), tile_px=self.tile_px),
+            extract=ExtractSettings(encoders=encoders, precision=self.precision),
+        )
+
+    def mil_settings(self, loss: LossSettings | None = None) -> TrainSettings:
+        """Of a classifier with a teacher's loss, or with the labels alone."""
+        plain = LossSettings(ce=1.0, bag=0.0, soft=0.0, hard=0.0)
+        return dataclasses.replace(self.mil, loss=loss or plain)

@@ -1,0 +1,291 @@
+"""The whole LRMIL experiment: slides and labels in; one table, one JSON and one picture out.
+
+    python -m pipelines.lrmil_experiment pipelines/presets/cpu.toml -o out
+    python -m pipelines.lrmil_experiment PRESET -o out --slides slides.csv --labels labels.csv
+
+Run again, it goes on where it stopped: every stage keeps what is done and still fits the settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrmil.config import LossSettings
+from lrmil.distill import DistillRequest, DistillResult, run_distillation
+from lrmil.errors import LeakageError
+from lrmil.experiment import Cohort, TeacherSource, evaluate_run, load_cohort, train_folds
+from lrmil.experiment.cohort import open_features
+from lrmil.experiment.folds import SPLITS_NAME
+from lrmil.pictures.distill import draw_distillation
+from lrmil.splits import SplitTable, make_splits, read_splits
+from lrmil.store import FeatureStore
+from pipelines.experiment_results import Arm, Results, measure_cost, summarise, write_results
+from pipelines.experiment_settings import ABLATIONS, ExperimentSettings
+from wsi_pipe.config import fingerprint, load_toml, to_mapping
+from wsi_pipe.encoders import load_encoder
+from wsi_pipe.encoders.lr_file import read_lr_header
+from wsi_pipe.errors import ConfigError, JobError, WsiPipeError
+from wsi_pipe.execute import Where
+from wsi_pipe.files import write_text_atomically
+from wsi_pipe.job import open_job
+from wsi_pipe.job.dispatch import dispatch
+from wsi_pipe.manifest import read_manifest
+from wsi_pipe.synthetic import make_cohort
+
+__all__ = ["Experiment", "main"]
+
+HR, LR, STAGE1, STAGE2 = "HR", "LR", "LR, stage 1", "LR, stages 1 and 2"
+FOLDERS = {HR: "hr", LR: "lr", STAGE1: "lr-stage1", STAGE2: "lr-stage2"}
+
+
+def say(text: str) -> None:
+    """One line of progress, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Experiment:
+    """Settings, folder, slides and labels of one experiment; each method is a stage."""
+
+    settings: ExperimentSettings
+    out: Path
+    slides: Path | None = None
+    labels: Path | None = None
+    splits: SplitTable | None = None
+
+    def run(self, *, ablation: str | None = None, progress: Callable[[str], object] = say) -> Results:
+        """Every stage in turn; ``ablation``: a fold on which the loss terms are left out one by one as well.
+
+        Raises LeakageError when a case is in two parts of a fold or a fold's student saw its test slides, and what the
+        stages raise.
+        """
+        self.say = progress
+        self.prepare_slides()
+        self.extract(())
+        cohort = self.cohort(self.settings.teacher, self.settings.lr, "lr")
+        hr_cohort = self.cohort(self.settings.teacher, self.settings.hr, "hr", parents=True)
+        splits = self.make_folds(cohort)
+        folds = list(splits.folds)
+        train = self.settings.mil_settings
+        progress("HR classifiers")
+        train_folds(hr_cohort, splits, folds, train(), self.run_folder(HR))
+        progress("LR classifiers on the undistilled encoder")
+        train_folds(cohort, splits, folds, train(), self.run_folder(LR))
+        students = {fold: self.distil(fold, splits) for fold in folds}
+        self.extract([result.path for result in students.values()])
+        for fold, result in students.items():
+            self.train_student(fold, result.path, splits, hr_cohort.store, self.run_folder(STAGE1), None)
+            loss = self.settings.student_loss
+            self.train_student(fold, result.path, splits, hr_cohort.store, self.run_folder(STAGE2), loss)
+        arms = [
+            Arm(HR, self.settings.hr, self.settings.teacher, self.run_folder(HR)),
+            Arm(LR, self.settings.lr, self.settings.teacher, self.run_folder(LR)),
+            Arm(STAGE1, self.settings.lr, self.settings.student, self.run_folder(STAGE1)),
+            Arm(STAGE2, self.settings.lr, self.settings.student, self.run_folder(STAGE2)),
+        ]
+        results = summarise(self.settings, arms, students, cohort)
+        # Written before the dear parts, so that an interrupted run leaves its figures.
+        write_results(self.out, results)
+        results = dataclasses.replace(
+            results, cost=self.cost(students[folds[0]].path, cohort.fold(splits, folds[0]).test.tolist(), cohort)
+        )
+        write_results(self.out, results)
+        if ablation is not None:
+            results = dataclasses.replace(results, ablation=self.ablate(splits.fold_name(ablation), splits, hr_cohort))
+            write_results(self.out, results)
+        return results
+
+    def run_folder(self, arm: str) -> Path:
+        """Where the classifiers of an arm are."""
+        return self.out / "runs" / FOLDERS[arm]
+
+    def prepare_slides(self) -> None:
+        """The given slides, or a synthetic cohort. Raises ConfigError when only one of slides and labels is given."""
+        if (self.slides is None) != (self.labels is None):
+            raise ConfigError("slides and labels go together", remedy="give --slides and --labels, or neither")
+        if self.slides is not None:
+            return
+        folder = self.out / "slides"
+        self.slides, self.labels = folder / "slides.csv", folder / "labels.csv"
+        c = self.settings.cohort
+        mark, stamp = folder / "cohort.txt", fingerprint(to_mapping(c))
+        if mark.is_file() and mark.read_text(encoding="utf-8") == stamp and self.labels.is_file():
+            return
+        self.say(f"cohort: {c.slides} slides of {c.size_px} px, signal {c.signal}")
+        make_cohort(
+            folder,
+            c.slides,
+            seed=c.seed,
+            signal=c.signal,  # type: ignore[arg-type]
+            size_px=(c.size_px, c.size_px),
+            mpp=c.mpp,
+            tissue_fraction=c.tissue_fraction,
+        )
+        write_text_atomically(mark, stamp)
+
+    def extract(self, lr_encoders: Sequence[Path]) -> None:
+        """Bags with the teacher at both levels, and LR encoders at theirs. Raises JobError naming slides that fail."""
+        assert self.slides is not None
+        settings = self.settings.job(tuple(str(path) for path in lr_encoders))
+        entries = read_manifest(self.slides)
+        teacher = load_encoder(
+            self.settings.teacher, precision=self.settings.precision, random_weights=self.settings.random_teacher
+        )
+        encoders = {self.settings.teacher: teacher}
+        encoders |= {str(path): load_encoder(str(path), precision=self.settings.precision) for path in lr_encoders}
+        self.say(f"features of {len(entries)} slides by {', '.join(e.info.slug for e in encoders.values())}")
+        paths = open_job(self.out / "job", settings, entries)
+        results = dispatch(entries, settings, paths, Where(), encoders=encoders)
+        failed = [outcome for outcome in results if outcome.status == "failed"]
+        if failed:
+            raise JobError(
+                f"{len(failed)} of {len(entries)} slides failed, first {failed[0].slide_id}: {failed[0].reason}",
+                remedy=failed[0].remedy or "mend or leave out these slides, then run again",
+            )
+
+    def cohort(self, encoder: str, level: str, store: str, *, parents: bool = False) -> Cohort:
+        """Features of an encoder at a level, with the labels."""
+        assert self.labels is not None
+        features = open_features(
+            self.out / "job" / "bags",
+            level=level,
+            encoder=encoder,
+            store_dir=self.out / "stores" / store,
+            parent_level=self.settings.lr if parents else None,
+        )
+        return load_cohort(features, self.labels)
+
+    def make_folds(self, cohort: Cohort) -> SplitTable:
+        """The given folds or new ones by case, checked."""
+        s = self.settings
+        splits = self.splits or make_splits(cohort.table.case_labels(), s.folds, s.split_seed, s.val_fraction)
+        splits.check_leakage(cohort.store.slide_ids, cohort.table.case_ids)
+        splits.write(self.out / SPLITS_NAME)
+        return splits
+
+    def distil(self, fold: str, splits: SplitTable, *, name: str = "", **changes: object) -> DistillResult:
+        """An LR encoder of one fold."""
+        s = self.settings
+        number = fold.removeprefix("fold_")
+        out = self.out / "encoders" / f"lr-{name + '-' if name else ''}fold{number}.safetensors"
+        request = DistillRequest(
+            bags=self.out / "job" / "bags",
+            teacher=s.teacher,
+            student=s.student,
+            lr=s.lr,
+            hr=s.hr,
+            splits=splits,
+            fold=fold,
+            out=out,
+            settings=dataclasses.replace(s.distill, **changes),  # type: ignore[arg-type]
+            mil_teacher=self.run_folder(HR) / fold / "model.safetensors" if s.attention_weights else None,
+            compute=s.compute_targets,
+            targets_dir=self.out / "targets",
+            random_teacher=s.random_teacher,
+            random_student=s.random_student,
+            student_px=s.student_px,
+        )
+        self.say(f"distilling {out.stem}")
+        result = run_distillation(request, self.say)
+        draw_distillation(out.with_suffix(".png"), result.history, result.baseline)
+        return result
+
+    def train_student(
+        self, fold: str, encoder: Path, splits: SplitTable, hr: FeatureStore, out: Path, loss: LossSettings | None
+    ) -> None:
+        """The classifier of a fold on its own LR encoder, with a teacher where there is a loss for it."""
+        cohort = self.cohort(str(encoder), self.settings.lr, encoder.stem)
+        check_student(encoder, fold, splits, cohort)
+        self.say(f"{out.name}: {fold}")
+        teacher = TeacherSource(self.run_folder(HR)) if loss else None
+        settings = self.settings.mil_settings(loss)
+        train_folds(cohort, splits, [fold], settings, out, teacher=teacher, hr_store=hr if loss else None)
+
+    def cost(self, encoder: Path, test: Sequence[int], cohort: Cohort) -> Mapping[str, Mapping[str, object]]:
+        """What inference costs on some test slides, HR and LR."""
+        assert self.slides is not None
+        wanted = [cohort.store.slide_ids[i] for i in test][: self.settings.cost_slides]
+        entries = [entry for entry in read_manifest(self.slides) if entry.slide_id in wanted]
+        self.say(f"cost of {len(entries)} slides at {self.settings.hr} and {self.settings.lr}")
+        return measure_cost(self.settings, str(encoder), entries)
+
+    def ablate(self, fold: str, splits: SplitTable, hr: Cohort) -> Mapping[str, Mapping[str, float]]:
+        """Figures of one fold with each part of the losses left out: of the encoder, and AUC of the LR classifier."""
+        found: dict[str, dict[str, float]] = {}
+        results = {"full": self.distil(fold, splits)}
+        for name, changes in ABLATIONS.items():
+            if any(getattr(self.settings.distill, key) != value for key, value in changes.items()):
+                results[name] = self.distil(fold, splits, name=name.replace(" ", "-"), **changes)
+        number = self.settings.folds
+        every = [self.out / "encoders" / f"lr-fold{n + 1}.safetensors" for n in range(number)]
+        self.extract([*every, *(r.path for n, r in results.items() if n != "full")])
+        for name, result in results.items():
+            out = self.out / "ablation" / name.replace(" ", "-")
+            self.train_student(fold, result.path, splits, hr.store, out, None)
+            found[name] = ablation_figures(out, fold, self.settings) | dict(result.figures)
+        parts = {"labels and probabilities": {"soft": 0.0, "hard": 0.0}, "no attention": {"soft": 0.0}}
+        parts |= {"all of stage 2": {}, "no instances": {"hard": 0.0}, "no probabilities": {"bag": 0.0}}
+        for name, changes in parts.items():
+            out = self.out / "ablation" / f"stage2-{name.replace(' ', '-')}"
+            loss = dataclasses.replace(self.settings.student_loss, **changes)  # type: ignore[arg-type]
+            self.train_student(fold, results["full"].path, splits, hr.store, out, loss)
+            found[f"stage 2: {name}"] = ablation_figures(out, fold, self.settings)
+        return found
+
+
+def ablation_figures(out: Path, fold: str, settings: ExperimentSettings) -> dict[str, float]:
+    """Test AUC of one fold and its interval."""
+    estimate = evaluate_run(out / fold, replicates=settings.replicates, pictures=False).folds[0].estimates["auc"]
+    return {"auc": estimate.value, "auc_low": estimate.low, "auc_high": estimate.high}
+
+
+def check_student(encoder: Path, fold: str, splits: SplitTable, cohort: Cohort) -> None:
+    """Raise LeakageError when an LR encoder saw slides of cases that its fold tests or validates on.
+
+    Known from the encoder's own file, not from what this run believes.
+    """
+    training = read_lr_header(encoder).training
+    case_of = dict(zip(cohort.store.slide_ids, cohort.table.case_ids, strict=True))
+    seen = {case_of[slide] for key in ("train_slides", "val_slides") for slide in training.get(key, ())}
+    parts = splits.indices(fold, cohort.store.slide_ids, cohort.table.case_ids)
+    held = {cohort.table.case_ids[i] for part in (parts.val, parts.test) for i in part.tolist()}
+    torn = sorted(seen & held)
+    if torn:
+        raise LeakageError(
+            f"{encoder} of {fold} was distilled on {len(torn)} cases that are held out: {', '.join(torn[:5])}",
+            remedy="delete it and run again",
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, print the table; 2 for the user's mistakes."""
+    parser = argparse.ArgumentParser(prog="lrmil_experiment", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("preset", type=Path, help="TOML settings, such as pipelines/presets/cpu.toml")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the experiment")
+    parser.add_argument("--slides", type=Path, help="CSV of slides, as wsi-pipe takes it  [a synthetic cohort]")
+    parser.add_argument("--labels", type=Path, help="CSV of labels, as lrmil takes it")
+    parser.add_argument("--splits", type=Path, help="CSV of folds, as lrmil split writes it  [made anew]")
+    parser.add_argument("--signal", help="signal of the synthetic cohort, over the preset's")
+    parser.add_argument("--ablation", metavar="FOLD", help="leave out the losses one by one on this fold")
+    given = parser.parse_args(arguments)
+    try:
+        settings = load_toml(ExperimentSettings, given.preset)
+        if given.signal:
+            settings = dataclasses.replace(settings, cohort=dataclasses.replace(settings.cohort, signal=given.signal))
+        splits = read_splits(given.splits) if given.splits else None
+        experiment = Experiment(settings, given.out, given.slides, given.labels, splits)
+        experiment.run(ablation=given.ablation)
+    except WsiPipeError as error:
+        print(f"lrmil_experiment: error: {error}", file=sys.stderr)
+        return 2
+    print((given.out / "results.md").read_text(encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
