@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import threading
 import time
@@ -17,11 +18,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsi_pipe.errors import SlideReadError
+from wsi_pipe.errors import OutputError, SlideReadError
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid, TileGrid, TileSpec
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.base import BaseSlide, Plane, Slide, SlideInfo
 from wsi_pipe.tiles import StreamStats, read_tiles, stream_tiles
+from wsi_pipe.tiles.shelf import BlockShelf
 
 RGBArray = NDArray[np.uint8]
 
@@ -631,3 +633,55 @@ def test_real_tissue_at_half_scale_is_the_mean_of_boxes(shared_slides: Path, rea
             part = expected[row * 256 : (row + 1) * 256, column * 256 : (column + 1) * 256]
             if part.shape == (256, 256, 3):
                 assert np.abs(tile.astype(int) - part).mean() <= most
+
+
+# The shelf ------------------------------------------------------------------------------------------------------
+
+
+def test_the_shelf_keeps_blocks_as_long_as_they_are_needed_and_spills_what_is_too_much() -> None:
+    blocks = [np.full((20, 10 + i, 3), i, np.uint8) for i in range(6)]
+    shelf = BlockShelf([1, 2, 3, 1, 1, 2], limit_bytes=2_000)
+    for number, block in enumerate(blocks[:5]):
+        shelf.put(number, block)
+    shelf.put(5, None)
+    assert shelf.nbytes == sum(block.nbytes for block in blocks[:5])
+    shelf.spill([2, 4, 5])
+    assert shelf.spilled_bytes == blocks[2].nbytes + blocks[4].nbytes
+    shelf.spill([0, 1, 3])
+    assert shelf.nbytes <= 2_000
+    for number, block in enumerate(blocks[:5]):
+        got = shelf.get(number)
+        assert got is not None
+        assert np.array_equal(got, block)
+    assert shelf.get(5) is None
+    shelf.release([0, 1, 2, 2, 3, 5])
+    assert shelf.get(1) is not None
+    with pytest.raises(KeyError):
+        shelf.get(0)
+    shelf.release([1, 2, 4, 5])
+    assert shelf.nbytes == 0
+    shelf.close()
+
+
+def test_a_full_disk_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("wsi_pipe.tiles.shelf.os.pwrite", full)
+    slide = DrawnSlide(tissue_like(4_000, 900), block_px=(512, 512))
+    with pytest.raises(
+        OutputError, match=r"do not fit into .*No space left on device; give more memory, or set TMPDIR"
+    ):
+        collect(slide, full_grid(slide, 1.7, 96, 24), batch_size=8, memory_bytes=1 << 20)
+    assert not reading_threads()
+
+
+def test_times_add_up() -> None:
+    slide = DrawnSlide(tissue_like(2_000, 1_500))
+    stats = StreamStats()
+    for scale in (2.3, 2.0):
+        collect(slide, full_grid(slide, scale), stats=stats, threads=1)
+    assert min(stats.fetch_s, stats.decode_s, stats.copy_s, stats.resample_s) > 0
+    assert min(stats.decode_cpu_s, stats.copy_cpu_s, stats.resample_cpu_s) > 0
+    assert stats.tiles == sum(len(full_grid(slide, scale)) for scale in (2.3, 2.0))
+    assert stats.peak_bytes > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import threading
@@ -86,7 +87,9 @@ class BlockShelf:
                     if self._file is None:
                         # Unlinked at once: nothing is left behind, however the process ends.
                         self._file = tempfile.TemporaryFile(prefix="wsi-pipe-blocks-", buffering=0)  # noqa: SIM115
-                    os.pwrite(self._file.fileno(), np.ascontiguousarray(block).data, self._end)
+                    written = os.pwrite(self._file.fileno(), np.ascontiguousarray(block).data, self._end)
+                    if written != block.nbytes:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 except OSError as error:
                     raise OutputError(
                         f"decoded blocks do not fit into {tempfile.gettempdir()}: {error.strerror or error}",
