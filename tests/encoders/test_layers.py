@@ -88,6 +88,15 @@ def test_patches_lie_in_image_order(tiles: NDArray[np.uint8]) -> None:
     assert np.unravel_index(moved.argmax(), moved.shape) == (3, 0)
 
 
+def test_cls_alone_where_patches_are_not_wanted(tiles: NDArray[np.uint8]) -> None:
+    under_test = encoder()
+    lean = under_test.submit_layers(tiles, [0, -1], patches=False).result()
+    full = under_test.encode_layers(tiles, [0, -1])
+    assert lean.patches == {}
+    for block in (0, -1):
+        np.testing.assert_array_equal(lean.cls[block], full.cls[block])
+
+
 def test_one_pass_gives_it_all(tiles: NDArray[np.uint8]) -> None:
     under_test = encoder()
     calls: list[int] = []

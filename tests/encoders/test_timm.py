@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from wsi_pipe.encoders import hub, load_encoder
 from wsi_pipe.encoders.architectures import PooledNetwork, build, timm_recipe
 from wsi_pipe.encoders.base import Encoder, EncoderInfo, LayeredEncoder, NonFiniteFeaturesError
-from wsi_pipe.encoders.cuda_lane import CudaLane
+from wsi_pipe.encoders.cuda_lane import Arriving, CudaLane
 from wsi_pipe.encoders.devices import cpu_has_bfloat16, resolve_devices, resolve_precision
 from wsi_pipe.encoders.pixels import Normaliser, normalise, resize_matrix
 from wsi_pipe.encoders.recipe import Preprocessing, Recipe
@@ -369,13 +369,13 @@ def test_a_pinned_buffer_is_not_written_to_while_it_is_copied(clock: Clock, tile
         seen.append(batch.numpy())  # no copy: what a transfer still under way would read
         return batch.float().mean((1, 2)), []
 
-    first = lane.run(tiles[:4], 4, compute, "x")
-    second = lane.run(tiles[4:8], 4, compute, "x")
+    first = lane.run(tiles[:4], 4, compute)
+    second = lane.run(tiles[4:8], 4, compute)
     np.testing.assert_array_equal(seen[0], tiles[:4])
     np.testing.assert_array_equal(seen[1], tiles[4:8])
     assert len(lane.staging) == 2
     clock.ended = True
-    third = lane.run(tiles[8:11], 3, compute, "x")
+    third = lane.run(tiles[8:11], 3, compute)
     assert len(lane.staging) == 2
     for pending, rows in ((first, tiles[:4]), (second, tiles[4:8]), (third, tiles[8:11])):
         np.testing.assert_allclose(pending.wait().features, rows.mean((1, 2)), rtol=1e-5)
@@ -388,9 +388,19 @@ def test_larger_batches_replace_smaller_buffers(clock: Clock, tiles: NDArray[np.
     lane = CudaLane(CPU)
     clock.ended = True
     for size in (2, 4, 8, 16, 3):
-        lane.run(tiles[:size], size, lambda batch: (batch.float().mean((1, 2)), []), "x")
+        lane.run(tiles[:size], size, lambda batch: (batch.float().mean((1, 2)), []))
     assert len(lane.staging) == 1
     assert lane.staging[0][0].numel() == tiles.size
+
+
+def test_a_gpu_that_fails_is_a_device_error(clock: Clock, tiles: NDArray[np.uint8]) -> None:
+    class Broken:
+        def synchronize(self) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ...")
+
+    arriving = Arriving(torch.device("cuda:1"), torch.zeros(1, 2), [], 1, Broken())
+    with pytest.raises(DeviceError, match=r"cuda:1 failed: CUDA error: an illegal memory access .*; check"):
+        arriving.wait()
 
 
 def test_an_encoder_on_a_gpu_shares_batches_and_tries_sizes(clock: Clock, tiles: NDArray[np.uint8]) -> None:

@@ -154,8 +154,8 @@ class LayeredEncoder(Encoder, Protocol):
         layers: 0 is the first block, -1 the last. Raises ConfigError for a block that does not exist.
         """
 
-    def submit_layers(self, tiles: TileArray, layers: Sequence[int]) -> PendingLayers:
-        """Start ``encode_layers`` and return at once where the device allows."""
+    def submit_layers(self, tiles: TileArray, layers: Sequence[int], *, patches: bool = True) -> PendingLayers:
+        """Start ``encode_layers`` and return at once where the device allows; without ``patches``, CLS alone."""
 
 
 def batch_of(encoder: Encoder, tile_px: int, batch_size: int | None = None) -> int:

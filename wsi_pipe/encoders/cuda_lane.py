@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,31 +10,39 @@ import torch
 from torch import Tensor
 
 from wsi_pipe.encoders.base import LayerFeatures, TileArray
+from wsi_pipe.errors import DeviceError
 
-__all__ = ["Arriving", "CudaLane"]
+__all__ = ["Arriving", "CudaLane", "Tokens"]
+
+Tokens = tuple[int, Tensor, Tensor | None]
+"""A block as it was asked for, its CLS (B, C), and its patch tokens (B, h, w, C) where they are wanted."""
 
 
 class Arriving:
     """Results on their way from the device: the buffers they arrive in and the event that says they have."""
 
-    def __init__(
-        self, name: str, features: Tensor, layers: list[tuple[int, Tensor, Tensor]], rows: int, event: Any
-    ) -> None:
-        self._name = name
+    def __init__(self, device: torch.device, features: Tensor, tokens: Sequence[Tokens], rows: int, event: Any) -> None:
+        self._device = device
         self._features = features
-        self._layers = layers
+        self._tokens = tokens
         self._rows = rows
         self._event = event
 
     def wait(self) -> LayerFeatures:
-        """Wait until they are there."""
+        """Wait until they are there. Raises DeviceError when the device failed on the way."""
         if self._event is not None:
-            self._event.synchronize()
+            try:
+                self._event.synchronize()
+            except RuntimeError as error:
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise DeviceError(
+                    f"{self._device} failed: {first}", remedy="check the device and its driver, then run again"
+                ) from error
         rows = self._rows
         return LayerFeatures(
             self._features[:rows].numpy(),
-            {block: cls[:rows].numpy() for block, cls, _ in self._layers},
-            {block: patches[:rows].numpy() for block, _, patches in self._layers},
+            {block: cls[:rows].numpy() for block, cls, _ in self._tokens},
+            {block: maps[:rows].numpy() for block, _, maps in self._tokens if maps is not None},
         )
 
 
@@ -46,13 +54,7 @@ class CudaLane:
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
-    def run(
-        self,
-        tiles: TileArray,
-        rows: int,
-        compute: Callable[[Tensor], tuple[Tensor, list[tuple[int, Tensor, Tensor]]]],
-        name: str,
-    ) -> Arriving:
+    def run(self, tiles: TileArray, rows: int, compute: Callable[[Tensor], tuple[Tensor, list[Tokens]]]) -> Arriving:
         """Copy tiles to the device on the side stream, compute on the current one, start the way back."""
         with torch.cuda.device(self.device):
             main = torch.cuda.current_stream(self.device)
@@ -65,12 +67,14 @@ class CudaLane:
             main.wait_event(copied)
             # Without this the allocator could hand the memory to the next copy while the network still reads it.
             on_device.record_stream(main)
-            features, layers = compute(on_device)
+            features, tokens = compute(on_device)
             back = self._back(features)
-            layers_back = [(block, self._back(cls), self._back(patches)) for block, cls, patches in layers]
+            tokens_back = [
+                (block, self._back(cls), None if maps is None else self._back(maps)) for block, cls, maps in tokens
+            ]
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(main)
-        return Arriving(name, back, layers_back, rows, done)
+        return Arriving(self.device, back, tokens_back, rows, done)
 
     def _buffer(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
         """A pinned buffer of at least ``size`` bytes whose last copy has ended, and the event of its next one."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wsi_pipe.encoders.architectures import PooledNetwork
 from wsi_pipe.encoders.base import EncoderInfo, FeatureArray, LayerFeatures, TileArray, block_indices, check_finite
-from wsi_pipe.encoders.cuda_lane import Arriving, CudaLane
+from wsi_pipe.encoders.cuda_lane import Arriving, CudaLane, Tokens
 from wsi_pipe.encoders.devices import PRECISIONS, is_out_of_memory, resolve_precision
 from wsi_pipe.encoders.pixels import Normaliser, normalise
 from wsi_pipe.encoders.recipe import Recipe
@@ -38,6 +38,17 @@ def to_mixed_precision(network: nn.Module, dtype: torch.dtype) -> None:
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What is wanted beside the features: tokens of these blocks, CLS and, if so, patches."""
+
+    layers: tuple[int, ...] = ()
+    patches: bool = False
+
+
+_NO_LAYERS = _Wanted()
 
 
 class _Result:
@@ -147,16 +158,16 @@ class TorchEncoder:
 
     def submit(self, tiles: TileArray) -> _PendingFeatures:
         """See Encoder.submit."""
-        return _PendingFeatures(self.info.name, self._launch(tiles, ()))
+        return _PendingFeatures(self.info.name, self._launch(tiles, _NO_LAYERS))
 
     def encode_layers(self, tiles: TileArray, layers: Sequence[int]) -> LayerFeatures:
         """See LayeredEncoder.encode_layers."""
         return self.submit_layers(tiles, layers).result()
 
-    def submit_layers(self, tiles: TileArray, layers: Sequence[int]) -> _PendingLayers:
+    def submit_layers(self, tiles: TileArray, layers: Sequence[int], *, patches: bool = True) -> _PendingLayers:
         """See LayeredEncoder.submit_layers."""
         block_indices(layers, self.depth, self.info.name)
-        return _PendingLayers(self.info.name, self._launch(tiles, tuple(layers)))
+        return _PendingLayers(self.info.name, self._launch(tiles, _Wanted(tuple(layers), patches)))
 
     def suggest_batch(self, tile_px: int) -> int:
         """The batch size for tiles of ``tile_px``: a constant on a CPU, found by trial on a GPU, once per tile size."""
@@ -183,17 +194,19 @@ class TorchEncoder:
         speeds: dict[int, float] = {}
         for batch in TRIAL_BATCHES:
             tiles = np.zeros((batch, tile_px, tile_px, 3), np.uint8)
-            try:
-                for repeat in range(3):
-                    if repeat == 1:  # the first run pays for kernels and memory
-                        started = time.perf_counter()
-                    self._launch_one(tiles, ())[0].wait()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
+            spent = 0.0
+            for repeat in range(3):
+                started = time.perf_counter()
+                arriving = self._unless_full(tiles, _NO_LAYERS)
+                if arriving is None:
+                    break
+                arriving.wait()
+                if repeat:  # the first run pays for kernels and memory
+                    spent += time.perf_counter() - started
+            if arriving is None:
                 self._free()
                 break
-            speeds[batch] = 2 * batch / (time.perf_counter() - started)
+            speeds[batch] = 2 * batch / spent
             if speeds[batch] < 0.9 * max(speeds.values()):
                 break
         if not speeds:
@@ -201,55 +214,67 @@ class TorchEncoder:
         best = max(speeds.values())
         return next(batch for batch, speed in speeds.items() if speed >= TRIAL_GAIN * best)
 
-    def _launch(self, tiles: TileArray, layers: tuple[int, ...]) -> list[Arriving]:
+    def _launch(self, tiles: TileArray, wanted: _Wanted) -> list[Arriving]:
         """Start a batch, in halves (and their halves) where it does not fit; no tile is lost."""
         if tiles.ndim != 4 or tiles.shape[-1] != 3 or tiles.dtype != np.uint8:
             raise ConfigError(f"tiles must be uint8 (B, H, W, 3), not {tiles.dtype} {tiles.shape}")
         if len(tiles) == 0:
-            return [self._empty(layers)]
+            return [self._empty(wanted)]
         with self._lock:
             parts: list[Arriving] = []
             start = 0
             while start < len(tiles):
                 size = min(len(tiles) - start, self._limit or len(tiles))
-                try:
-                    parts += self._launch_one(tiles[start : start + size], layers)
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        if self._compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                            raise _compile_error(self.info.name, error) from error
-                        raise
-                    if size == 1:
-                        raise DeviceError(
-                            f"{self.device} is out of memory with encoder {self.info.name} on a single tile",
-                            remedy="free the device of other programs, use a smaller encoder, or --devices cpu",
-                        ) from error
+                part = self._unless_full(tiles[start : start + size], wanted)
+                if part is not None:
+                    parts.append(part)
+                    start += size
+                elif size > 1:
                     self._limit = size // 2
                     self._free()
-                    continue
-                start += size
+                else:
+                    raise DeviceError(
+                        f"{self.device} is out of memory with encoder {self.info.name} on a single tile",
+                        remedy="free the device of other programs, use a smaller encoder, or --devices cpu",
+                    )
             return parts
+
+    def _unless_full(self, tiles: TileArray, wanted: _Wanted) -> Arriving | None:
+        """Start a batch; None where the device has no memory for it.
+
+        By the time that this returns, the error is gone and with it what its traceback held in memory.
+        """
+        try:
+            return self._launch_one(tiles, wanted)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                return None
+            if self._compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise _compile_error(self.info.name, error) from error
+            raise
 
     def _free(self) -> None:
         if self._cuda is not None:
             torch.cuda.empty_cache()
 
-    def _empty(self, layers: tuple[int, ...]) -> Arriving:
+    def _empty(self, wanted: _Wanted) -> Arriving:
         none = torch.empty((0, self.info.dim))
-        return Arriving(self.info.name, none, [(block, none, none[:, None, None]) for block in layers], 0, None)
+        maps = none[:, None, None] if wanted.patches else None
+        return Arriving(self.device, none, [(block, none, maps) for block in wanted.layers], 0, None)
 
-    def _launch_one(self, tiles: TileArray, layers: tuple[int, ...]) -> list[Arriving]:
+    def _launch_one(self, tiles: TileArray, wanted: _Wanted) -> Arriving:
         rows = len(tiles)
         if self._compile:
             tiles = self._filled(tiles)
         if self._cuda is not None:
             with torch.inference_mode():
-                return [self._cuda.run(tiles, rows, lambda batch: self._compute(batch, layers), self.info.name)]
+                return self._cuda.run(tiles, rows, lambda batch: self._compute(batch, wanted))
         # torch takes no negative strides, and warns about arrays that cannot be written to.
         source = np.require(tiles, requirements=("C", "W"))
         with torch.inference_mode():
-            features, found = self._compute(torch.from_numpy(source).to(self.device), layers)
-            return [Arriving(self.info.name, features.cpu(), [(k, c.cpu(), p.cpu()) for k, c, p in found], rows, None)]
+            features, found = self._compute(torch.from_numpy(source).to(self.device), wanted)
+            tokens = [(block, cls.cpu(), None if maps is None else maps.cpu()) for block, cls, maps in found]
+            return Arriving(self.device, features.cpu(), tokens, rows, None)
 
     def _filled(self, tiles: TileArray) -> TileArray:
         """The batch filled up with copies of its last tile to the size that the compiled network knows."""
@@ -268,16 +293,17 @@ class TorchEncoder:
         half = self._dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self._dtype if half else None, enabled=half)
 
-    def _compute(self, tiles: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
-        """Features float32 (B, D), and CLS and patch tokens of ``layers``, of uint8 tiles on the device."""
+    def _compute(self, tiles: Tensor, wanted: _Wanted) -> tuple[Tensor, list[Tokens]]:
+        """Features float32 (B, D), and the wanted tokens, of uint8 tiles on the device."""
         images = self._normalise(tiles)
         with self._autocast():
-            if not layers:
+            if not wanted.layers:
                 return self._forward(images).float(), []
-            blocks = block_indices(layers, self.depth, self.info.name)
+            blocks = block_indices(wanted.layers, self.depth, self.info.name)
             features, tokens = self.network.forward_layers(images, blocks)
         return features.float(), [
-            (asked, cls.float(), patches.float()) for asked, (cls, patches) in zip(layers, tokens, strict=True)
+            (asked, cls.float(), maps.float() if wanted.patches else None)
+            for asked, (cls, maps) in zip(wanted.layers, tokens, strict=True)
         ]
 
 
@@ -339,6 +365,6 @@ class ReplicatedEncoder:
         """See LayeredEncoder.encode_layers."""
         return self.submit_layers(tiles, layers).result()
 
-    def submit_layers(self, tiles: TileArray, layers: Sequence[int]) -> _PendingLayers:
+    def submit_layers(self, tiles: TileArray, layers: Sequence[int], *, patches: bool = True) -> _PendingLayers:
         """See LayeredEncoder.submit_layers."""
-        return self._next().submit_layers(tiles, layers)
+        return self._next().submit_layers(tiles, layers, patches=patches)

@@ -128,7 +128,7 @@ class Encoding:
         try:
             if self._layers:
                 assert isinstance(encoder, LayeredEncoder)
-                pending: Any = encoder.submit_layers(pixels, self._layers)
+                pending: Any = encoder.submit_layers(pixels, self._layers, patches=False)
             else:
                 pending = encoder.submit(pixels)
         except EncoderOutputError as error:
