@@ -98,14 +98,13 @@ def simulate(seconds: NDArray[np.float64], a: Assumptions) -> dict[str, float]:
             through_scheduler(now)
         feed(worker, now)
         begin(worker, now)
-        if not waiting:
+        if not waiting and running[worker] < 0:
             # Another worker's queue may be the only work left: an idle one takes from it, as Dask steals.
-            if running[worker] < 0:
-                full = max(range(a.workers), key=lambda w: len(queues[w]))
-                if queues[full]:
-                    queues[worker].append(queues[full].pop())
-                    through_scheduler(now)
-                    begin(worker, now)
+            full = max(range(a.workers), key=lambda w: len(queues[w]))
+            if queues[full]:
+                queues[worker].append(queues[full].pop())
+                through_scheduler(now)
+                begin(worker, now)
     return {
         "hours": now / 3600,
         "efficiency": float(work.sum() / (a.workers * now)),

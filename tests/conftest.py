@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from wsi_pipe.slides.write import write_pyramid
 
 
