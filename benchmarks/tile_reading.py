@@ -331,6 +331,7 @@ def measure(path: Path, mpp: float, grid: TileGrid, args: argparse.Namespace, co
         "b/c": ratio("b", "c"),
         "b/a cpu": ratio("b", "a", cpu_times),
         "b/c cpu": ratio("b", "c", cpu_times),
+        "b/cu cpu": ratio("b", "cu", cpu_times),
         "b'/a'": ratio("b'", "a'"),
         "b/cu": ratio("b", "cu"),
         "threads_gain_b": gain_b,
@@ -484,9 +485,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slide", type=Path, help="a tiled TIFF slide (default: one is made)")
     parser.add_argument("--slide-mpp", type=float, action="append", help="um per level-0 pixel; may be repeated")
-    parser.add_argument("--size", type=int, default=16384, help="side of the slide that is made (default 16384)")
+    parser.add_argument("--size", type=int, default=32768, help="side of the slide that is made (default 32768)")
     parser.add_argument("--codec", choices=("jpeg", "jpeg2000"), default="jpeg", help="of the slide")
-    parser.add_argument("--tiles", type=int, default=512, help="at most this many tiles of a grid (default 512)")
+    parser.add_argument("--tiles", type=int, default=1024, help="at most this many tiles of a grid (default 1024)")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats (default 5)")
     parser.add_argument("--no-loader", action="store_true", help="leave out the DataLoader")
     parser.add_argument("--memory", action="store_true", help="measure memory on a slide of 100,000 px instead")
@@ -512,7 +513,8 @@ def main() -> None:
         else:
             path = args.slide
             if path is None:
-                size = args.size if args.codec == "jpeg" else min(args.size, 8192)
+                # JPEG 2000 takes long to write, and as long a tile to read.
+                size = args.size if args.codec == "jpeg" else min(args.size, 4096)
                 path = folder / f"mosaic-{args.codec}-{size}.svs"
                 if not path.exists():
                     print(f"writing {path}", flush=True)
