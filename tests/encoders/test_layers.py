@@ -118,6 +118,19 @@ def test_blocks_that_are_not_there(tiles: NDArray[np.uint8]) -> None:
         flat.encode_layers(tiles, [0])
 
 
+def test_networks_with_blocks_but_no_cls_have_no_layers() -> None:
+    for name in ("test_efficientnet", "test_resnet"):
+        encoder_of: Any = load_encoder(f"timm:{name}", device="cpu", random_weights=True)
+        assert encoder_of.depth == 0
+
+
+def test_other_input_sides(tiles: NDArray[np.uint8]) -> None:
+    convolutional: Any = load_encoder("timm:test_resnet", device="cpu", random_weights=True, input_px=96)
+    assert convolutional.encode(tiles).shape == (3, convolutional.info.dim)
+    with pytest.raises(ConfigError, match="cannot work on images of 100 px"):
+        load_encoder("timm:test_vit", device="cpu", random_weights=True, input_px=100)
+
+
 def test_positions_are_interpolated_to_another_input_side(tiles: NDArray[np.uint8]) -> None:
     """The same weights at 96 px: as if their 4 x 4 positions had been resampled to 6 x 6 and stored."""
     small: Any = load_encoder("timm:test_vit", device="cpu", precision="float32", random_weights=True)

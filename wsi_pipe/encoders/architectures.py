@@ -28,11 +28,10 @@ class PooledNetwork(nn.Module):
         # timm's networks share methods that nn.Module's type does not know.
         self.trunk: Any = trunk
         self.pooling = pooling
-        blocks = getattr(trunk, "blocks", None)
-        # EfficientNets call their stages blocks too, but have no tokens.
-        tokens = hasattr(trunk, "forward_intermediates") and hasattr(trunk, "patch_embed")
-        self.depth = len(blocks) if blocks is not None and tokens else 0
         self.prefix_tokens = int(getattr(trunk, "num_prefix_tokens", 0))
+        # EfficientNets call their stages blocks too, but have no CLS to take from them.
+        blocks = getattr(trunk, "blocks", ()) if self.prefix_tokens and hasattr(trunk, "forward_intermediates") else ()
+        self.depth = len(blocks)
         if pooling in ("cls", "cls+mean") and self.prefix_tokens == 0:
             raise ConfigError(f"pooling {pooling!r} needs a network with a CLS token")
 
@@ -103,9 +102,15 @@ def build(recipe: Recipe, *, name: str, input_px: int | None = None, **overrides
     does not take or for an input side that it cannot work on.
     """
     args = {**recipe.args, **overrides}
-    if input_px is not None:
-        args["dynamic_img_size"] = True
+    if input_px is not None and "dynamic_img_size" not in args:
+        try:
+            return _build(recipe, {**args, "dynamic_img_size": True}, name)
+        except ConfigError:  # a network that takes no such argument; whether it takes another side shows later
+            return _build(recipe, args, name)
+    return _build(recipe, args, name)
 
+
+def _build(recipe: Recipe, args: Mapping[str, Any], name: str) -> PooledNetwork:
     def timm_model(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         return _build_timm(architecture, arguments, name)
 

@@ -180,10 +180,20 @@ def normalised_state(
 
 
 def check_dimension(network: PooledNetwork, recipe: Recipe, name: str, source: str) -> None:
-    """Raise WeightsError when the network gives features of another dimension than its recipe says."""
+    """Raise WeightsError when the network gives features of another dimension than its recipe says.
+
+    Raises ConfigError when it cannot work on the input side of its recipe.
+    """
     side = recipe.preprocessing.input_px or 224
-    with torch.inference_mode():
-        dim = network(torch.zeros(1, 3, side, side)).shape[-1]
+    try:
+        with torch.inference_mode():
+            dim = network(torch.zeros(1, 3, side, side)).shape[-1]
+    except (AssertionError, RuntimeError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"encoder {name} cannot work on images of {side} px: {first}",
+            remedy="give an input side that its architecture takes, such as a multiple of its patch",
+        ) from error
     if dim != recipe.dim:
         raise WeightsError(
             f"encoder {name} with {source} gives {dim} features, not the {recipe.dim} that are stated",

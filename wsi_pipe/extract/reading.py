@@ -97,7 +97,7 @@ class Reading:
             started = time.perf_counter()
             tiles = next(stream, None)
             level.read_s += time.perf_counter() - started
-            if tiles is None:
+            if tiles is None or level.slide.settled:  # settled before its end: it has failed in encoding
                 break
             self._lines.waiting.put((level, tiles), tiles.pixels.nbytes)
         self._lines.waiting.put((level, None))
