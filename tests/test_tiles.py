@@ -245,7 +245,7 @@ def test_resampling_from_full_resolution_is_pillows(scale: float) -> None:
 
 @pytest.mark.parametrize("scale", [0.5 / 0.2312, 2.05, 2.5, 3.3, 0.5 / 0.13])
 def test_resampling_from_a_reduced_plane_keeps_detail(scale: float) -> None:
-    """From means over boxes, as the codec's half scale is, a cubic alone would lose 7 % at 0.2312."""
+    """From means over boxes, as the codec's half scale is, a cubic alone would lose 8 % at 0.2312."""
     picture = tissue_like(round(128 * 3.1 * scale), round(128 * 3.1 * scale))
     check_quality(DrawnSlide(picture, reduces=(1, 2, 4, 8)), picture, scale, 38, 0.03, size_px=128)
 

@@ -4,7 +4,7 @@ The target is what Pillow's bicubic gives from full resolution: Keys' cubic with
 that it averages as it shrinks (R. Keys, "Cubic convolution interpolation for digital image processing", IEEE Trans.
 ASSP 29, 1981).
 Tiles are resampled from a plane that may already be a reduced one, whose pixels are means over boxes of level 0. A
-cubic of the remaining scale on top of that would blur twice: 7 % of the fine detail at 0.2312 -> 0.5 um/px. So the
+cubic of the remaining scale on top of that would blur twice: 8 % of the fine detail at 0.2312 -> 0.5 um/px. So the
 filter is the one that comes nearest to the target given such pixels: least squares over pictures whose neighbouring
 pixels differ as those of natural pictures do, with weights that sum to 1.
 """
