@@ -170,10 +170,9 @@ class _AttentionPool(torch.autograd.Function):
             # Zero where the ReLU was 0 or the mask dropped it: in both cases the saved tile is 0.
             to_h = torch.ops.aten.threshold_backward(to_h, h, 0)
             x = features[a:b].to(dtype)
-            # Each block is rounded as one product in this type is; the sum over blocks is wide.
-            to_w1 += to_h.T @ x
+            _add_product(to_w1, to_h.T, x)
             to_b1 += to_h.sum(0, dtype=wide)
-            to_w2 += inner_grad.T @ h
+            _add_product(to_w2, inner_grad.T, h)
             to_b2 += inner_grad.sum(0, dtype=wide)
             if to_features is not None:
                 to_features[a:b] = to_h @ w1
@@ -190,6 +189,14 @@ class _AttentionPool(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``; a block of 16-bit factors is rounded as one product is, the sum over blocks is wide."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _mask_(values: Tensor, mask: Tensor) -> None:
