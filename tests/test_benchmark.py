@@ -248,7 +248,7 @@ def test_encoders_side_by_side_and_the_peers_way_are_compared_too() -> None:
     assert [c.headline for c in found] == [True, False, False, False]
     assert found[0].dear == HR.id  # like against like leads
     assert "vit against texture" in titles[1]
-    assert titles[2] == "texture against vit at 20x"
+    assert titles[2] == "encoders at 20x: texture against vit"
     reading = found[3].ratio("reading")
     assert reading is not None
     assert reading.value == pytest.approx(10.0)
@@ -272,7 +272,7 @@ def test_totals_and_the_table_add_up() -> None:
     assert lr.peak_memory_bytes == 1 << 30
     heading, rows = stage_table(record)
     by_name = {row[0]: row for row in rows}
-    column = heading.index("20x texture, s")
+    column = heading.index("20x, s")
     assert by_name["= reading"][column] == "6"
     assert by_name["read"][column] == "–"
     assert float(by_name["= all stages, one after the other"][column]) == pytest.approx(20.25, rel=0.01)

@@ -27,6 +27,7 @@ __all__ = [
     "Balance",
     "Comparison",
     "Ratio",
+    "arm_name",
     "balance",
     "comparisons",
     "stage_wall",
@@ -49,6 +50,13 @@ def stage_wall(measurement: Measurement, stages: Sequence[str]) -> float:
 def stage_cpu(measurement: Measurement, stages: Sequence[str]) -> float:
     """Processor seconds of some stages of a pass."""
     return math.fsum(measurement.stages[s].cpu_s for s in stages if s in measurement.stages)
+
+
+def arm_name(record: BenchmarkRecord, arm_id: str) -> str:
+    """An arm's name for people: with one encoder the resolution says it all."""
+    arm = record.arm(arm_id)
+    one = len({a.encoder for a in record.arms}) == 1
+    return arm.label if one and arm.method == "native" else arm_id
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,9 @@ def comparisons(record: BenchmarkRecord) -> list[Comparison]:
             found.append(_compare(record, title, dear, cheap, headline=(dear, cheap) == head))
     for label in dict.fromkeys(arm.label for arm in native):
         for a, b in itertools.combinations([arm for arm in native if arm.label == label], 2):
-            found.append(_compare(record, f"{a.encoder} against {b.encoder} at {label}", a, b, headline=False))
+            found.append(
+                _compare(record, f"encoders at {label}: {a.encoder} against {b.encoder}", a, b, headline=False)
+            )
     for peer in (arm for arm in record.arms if arm.method != "native"):
         own = next(arm for arm in native if arm.label == peer.label)
         ratio = _ratio(record, "reading", "s", peer.id, own.id, STAGED, lambda m: stage_wall(m, READ_STAGES))

@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wsi_pipe.benchmark.analysis import ArmTotals, Balance, Comparison, Ratio, balance, comparisons, totals, warnings_of
+from wsi_pipe.benchmark.analysis import (
+    ArmTotals,
+    Balance,
+    Comparison,
+    Ratio,
+    arm_name,
+    balance,
+    comparisons,
+    totals,
+    warnings_of,
+)
 from wsi_pipe.benchmark.projection import Assumptions, assumptions_in_words, project
 from wsi_pipe.benchmark.records import (
     ENCODE_STAGES,
@@ -46,7 +56,12 @@ RUN_STAGES_NOTE = (
     "Wall seconds of the end-to-end passes. They overlap, and hold what only a run does: `segment` and `tile` draw "
     "pictures and write mask and grids, `extract` stores features, `assemble` writes and checks the bag."
 )
-HEADLINE = (("end to end", "end to end"), ("reading", "reading"), ("encoding", "encoding"))
+HEADLINE = (
+    ("end to end", "end to end"),
+    ("reading", "reading"),
+    ("encoding", "encoding"),
+    ("end to end, processor", "processor time"),
+)
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -99,7 +114,7 @@ def headline(record: BenchmarkRecord) -> list[str]:
 def stage_table(record: BenchmarkRecord) -> tuple[list[str], list[list[str]]]:
     """Heading and rows: stage, then wall and processor seconds of each arm, all slides, mean over repeats."""
     arms = totals(record)
-    heading = ["stage", *(f"{arm.arm}, {unit}" for arm in arms for unit in ("s", "CPU s"))]
+    heading = ["stage", *(f"{arm_name(record, arm.arm)}, {unit}" for arm in arms for unit in ("s", "CPU s"))]
     rows = []
     for name, stages in GROUPS:
         present = [s for s in stages if any(s in arm.stages for arm in arms)]
@@ -121,7 +136,7 @@ def run_stage_table(record: BenchmarkRecord) -> tuple[list[str], list[list[str]]
     stages = dict.fromkeys(s for arm in arms for s in arm.run_stages)
     rows = [[s, *(figure(arm.run_stages.get(s)) for arm in arms)] for s in stages]
     rows.append(["end to end", *(figure(arm.end_to_end_s) for arm in arms)])
-    return ["stage", *(f"{arm.arm}, s" for arm in arms)], rows
+    return ["stage", *(f"{arm_name(record, arm.arm)}, s" for arm in arms)], rows
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -156,13 +171,20 @@ def markdown(record: BenchmarkRecord, assumptions: Assumptions) -> str:
     lines += ["### As `wsi-pipe run` reports it", "", RUN_STAGES_NOTE, ""]
     lines += [*_table(*run_stage_table(record)), ""]
     for comparison in comparisons(record):
-        dear, cheap = comparison.dear, comparison.cheap
+        dear, cheap = (arm_name(record, arm) for arm in (comparison.dear, comparison.cheap))
         lines += [f"## {comparison.title[0].upper()}{comparison.title[1:]}", ""]
         lines += [*_table(["", "unit", dear, cheap, "ratio (95 % interval)"], _ratio_rows(comparison)), ""]
     lines += ["## An archive", ""]
     heading = ["", "hours", "GB read", "GB written", "kWh", f"cost, {assumptions.currency}"]
     rows = [
-        [p.arm, figure(p.hours), figure(p.gigabytes_read), figure(p.gigabytes_written), figure(p.kwh), figure(p.cost)]
+        [
+            arm_name(record, p.arm),
+            figure(p.hours),
+            figure(p.gigabytes_read),
+            figure(p.gigabytes_written),
+            figure(p.kwh),
+            figure(p.cost),
+        ]
         for p in project(record, assumptions)
     ]
     lines += [*_table(heading, rows), "", *(f"- {word}" for word in assumptions_in_words(record, assumptions)), ""]

@@ -134,7 +134,7 @@ def _show(done: int, total: int, what: str) -> None:
 
 
 def _print(record: BenchmarkRecord, assumptions: Assumptions, written: list[Path]) -> None:
-    from wsi_pipe.benchmark.analysis import warnings_of
+    from wsi_pipe.benchmark.analysis import arm_name, warnings_of
     from wsi_pipe.benchmark.projection import assumptions_in_words, project
     from wsi_pipe.benchmark.render import figure, headline, stage_table
 
@@ -150,7 +150,10 @@ def _print(record: BenchmarkRecord, assumptions: Assumptions, written: list[Path
     print_table(
         {name: "right" if i else "left" for i, name in enumerate(columns)},
         [
-            [p.arm, *(figure(v) for v in (p.hours, p.gigabytes_read, p.gigabytes_written, p.kwh, p.cost))]
+            [
+                arm_name(record, p.arm),
+                *(figure(v) for v in (p.hours, p.gigabytes_read, p.gigabytes_written, p.kwh, p.cost)),
+            ]
             for p in project(record, assumptions)
         ],
     )
