@@ -71,6 +71,13 @@ def test_a_file_runs_like_any_other_encoder(written: Path) -> None:
     assert loaded.info.weights_sha256 == hashlib.sha256(written.read_bytes()).hexdigest()
 
 
+def test_a_path_with_an_at_sign(written: Path) -> None:
+    folder = written.parent / "me@here"
+    folder.mkdir()
+    moved = written.rename(folder / "lr.safetensors")
+    assert load_encoder(str(moved), device="cpu").info.slug == "lr"
+
+
 def test_the_header_says_all_and_is_read_without_tensors(written: Path) -> None:
     header = read_lr_header(written)
     _, recipe = student()

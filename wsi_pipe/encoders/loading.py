@@ -61,10 +61,12 @@ def load_torch_encoder(
     """See ``wsi_pipe.encoders.load_encoder``; everything but "texture"."""
     devices = resolve_devices(device)
     base, at, checkpoint = name.partition("@")
+    # A folder's name may hold an "@" too.
+    distilled = name.endswith(".safetensors") and not base.startswith("timm:") and (not at or Path(name).is_file())
     if at and not checkpoint:
         raise ConfigError(f"encoder {name!r} names no file after '@'", remedy=f"write {base}@FILE")
     preferred = "auto"
-    if base.endswith(".safetensors") and not base.startswith("timm:"):
+    if distilled:
         from wsi_pipe.encoders.lr_file import load_lr_network
 
         if input_px is not None:
