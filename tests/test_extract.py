@@ -265,6 +265,21 @@ def test_encoding_goes_on_while_the_caller_is_busy_with_a_slide() -> None:
     assert len(list(results)) == 3
 
 
+def test_a_finished_slide_does_not_wait_for_the_next_to_be_read() -> None:
+    taken = threading.Event()
+
+    def opening() -> ArraySlide:
+        assert taken.wait(30), "the first slide was not handed out before the second was opened"
+        return slide(2, 8)
+
+    late = ExtractItem("late", opening, [row_of_tiles(8)], {"5x": ["sums"]})
+    results = extract_features(iter([item("early", 1, 8), late]), {"sums": Sums(in_flight=3)}, dtype="float32")
+    assert next(results).slide_id == "early"
+    taken.set()
+    second = next(results)
+    assert isinstance(second, SlideFeatures)
+
+
 def test_progress_counts_every_tile() -> None:
     seen: list[tuple[str, str, int]] = []
     run([item("a", 1, 5), item("b", 2, 12)], {"sums": Sums()}, progress=lambda *step: seen.append(step))

@@ -60,6 +60,10 @@ class Encoding:
     def run(self) -> None:
         """Encode until the queue ends; hand out END after the last slide."""
         while True:
+            # While nothing is there to encode, bring home what is under way, so that finished slides do not wait for
+            # the next one to be read.
+            while self._lines.waiting.empty and any(self._flights.values()):
+                self._land(next(name for name, flights in self._flights.items() if flights))
             entry = self._lines.waiting.get()
             if entry is END:
                 break

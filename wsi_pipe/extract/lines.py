@@ -52,6 +52,12 @@ class ByteQueue:
             self._change.notify_all()
             return item
 
+    @property
+    def empty(self) -> bool:
+        """True where ``get`` would wait."""
+        with self._change:
+            return not self._items
+
     def _wait(self) -> None:
         if self._stopped.is_set():
             raise StoppedError
