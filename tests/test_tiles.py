@@ -15,6 +15,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -383,6 +385,39 @@ def test_each_block_is_decoded_once_and_threads_and_batches_change_nothing(
         assert stats.blocks == len(slide.decoded)
         assert slide.stats.blocks_decoded == len(slide.decoded)
     assert all(np.array_equal(results[0], other) for other in results[1:])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    block=st.tuples(st.integers(16, 300), st.integers(16, 300)),
+    scale=st.sampled_from([1.0, 2.0, 4.0, 1.21, 2.1626, 3.9]),
+    size_px=st.integers(8, 90),
+    overlap=st.floats(0, 0.9),
+    threads=st.integers(1, 4),
+    batch_size=st.integers(1, 40),
+    memory_bytes=st.sampled_from([1 << 14, 1 << 20, 1 << 28]),
+    picked=st.integers(0, 2**32 - 1),
+)
+def test_tiles_do_not_depend_on_how_the_file_is_cut_into_blocks(
+    block: IntPair,
+    scale: float,
+    size_px: int,
+    overlap: float,
+    threads: int,
+    batch_size: int,
+    memory_bytes: int,
+    picked: int,
+) -> None:
+    picture = tissue_like(430, 370)
+    one = DrawnSlide(picture, block_px=(430, 370))
+    many = DrawnSlide(picture, block_px=block)
+    full = full_grid(one, scale, size_px, int(size_px * overlap))
+    rows = np.flatnonzero(np.random.default_rng(picked).random(len(full)) < 0.5)[:300]
+    fields = {name: getattr(full, name) for name in full.__dataclass_fields__}
+    grid = TileGrid(**{**fields, "cells": full.cells[rows], "tissue": full.tissue[rows]})
+    got = collect(many, grid, threads=threads, batch_size=batch_size, memory_bytes=memory_bytes)
+    assert np.array_equal(got, collect(one, grid, threads=1))
+    assert set(many.decoded.values()) <= {1}
 
 
 def test_a_scattered_grid_reads_only_what_it_needs() -> None:
