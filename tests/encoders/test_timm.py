@@ -594,6 +594,21 @@ def test_a_file_that_the_hub_has_not_and_a_server_that_fails(monkeypatch: pytest
         load_encoder("phikon", device="cpu")
 
 
+def test_timms_own_weights_from_the_cache_without_their_head(tmp_path: Path, tiles: NDArray[np.uint8]) -> None:
+    made, recipe, info = network()
+    _, facts = timm_recipe("test_vit")
+    assert facts["hub_id"].startswith("timm/test_vit")
+    folder = tmp_path / "hub" / f"models--{facts['hub_id'].replace('/', '--')}"
+    (folder / "snapshots" / ("b" * 40)).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("b" * 40)
+    state = {**made.trunk.state_dict(), "head.weight": torch.zeros(1000, 64), "head.bias": torch.zeros(1000)}
+    save_file(state, folder / "snapshots" / ("b" * 40) / "model.safetensors")
+    loaded = load_encoder("timm:test_vit", device="cpu", precision="float32")
+    direct = TorchEncoder(made, recipe, info, device=CPU, precision="float32")
+    np.testing.assert_array_equal(loaded.encode(tiles), direct.encode(tiles))
+
+
 def test_weights_lie_in_the_folder_or_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WSI_PIPE_WEIGHTS", str(tmp_path))
     assert hub.find_local("uni", "MahmoodLab/UNI", ["pytorch_model.bin"]) is None

@@ -118,7 +118,7 @@ def _from_timm(model: str, name: str) -> tuple[Recipe, EncoderInfo, _Source]:
     heads = [classifier] if isinstance(classifier, str) else list(classifier or ())
     return recipe, info, _Source(
         hub_id=facts["hub_id"],
-        files=("model.safetensors", "pytorch_model.bin"),
+        files=(facts["file"],) if facts["file"] else ("model.safetensors", "pytorch_model.bin"),
         ignore=tuple(rf"{head.replace('.', chr(92) + '.')}\..*" for head in heads),
     )  # fmt: skip
 
