@@ -172,8 +172,9 @@ def _triple(values: Sequence[float]) -> tuple[float, float, float]:
 def timm_recipe(model: str) -> tuple[Recipe, dict[str, Any]]:
     """The recipe of a timm model as its own pretrained configuration states it, and the facts around it.
 
-    model: a name, also with a pretrained tag (``resnet50.tv_in1k``). Facts: licence, hub_id, file (on the hub, where it is not the usual one), classifier. ViTs take
-    any input side that is a multiple of their patch. Raises UnknownEncoderError.
+    model: a name, also with a pretrained tag (``resnet50.tv_in1k``). Facts: licence, hub_id, file (on the hub, where
+    it is not the usual one), classifier. ViTs take any input side that is a multiple of their patch. Raises
+    UnknownEncoderError.
     """
     from timm.models.vision_transformer import VisionTransformer
 
