@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -234,6 +236,34 @@ def test_an_interrupted_write_leaves_the_old_file(bag_path: Path, monkeypatch: p
         write_bag(bag_path, make_bag([(1, 1)]))
     assert bag_path.read_bytes() == before
     assert [p.name for p in bag_path.parent.iterdir()] == ["S 1.h5"]
+
+
+def test_a_disk_that_fills_up_is_an_error_and_no_crash(bag_path: Path) -> None:
+    code = (
+        "import resource, sys\nfrom dataclasses import replace\nfrom pathlib import Path\n"
+        "from wsi_pipe.bag import read_bag, write_attention, write_bag\nfrom wsi_pipe.errors import OutputError\n"
+        "import numpy as np\npath = Path(sys.argv[1])\nbag = read_bag(path)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))\n"
+        "for write in (lambda: write_bag(path, bag), lambda: write_attention(path, '5x', 'm', np.ones(3) / 3)):\n"
+        "    try:\n        write()\n    except OutputError as error:\n        print(error)\n"
+    )
+    before = bag_path.read_bytes()
+    done = subprocess.run([sys.executable, "-c", code, str(bag_path)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("cannot write") == 2
+    assert bag_path.read_bytes() == before
+    assert [p.name for p in bag_path.parent.iterdir()] == [bag_path.name]
+
+
+@pytest.mark.parametrize("value", [0.25, "many", [0.25]], ids=["scalar", "text", "one"])
+def test_an_attribute_that_makes_no_sense_is_damage(bag_path: Path, value: object) -> None:
+    """Readers raise BagError whatever a file holds: another error would end a whole run in place of one slide."""
+    with h5py.File(bag_path, "r+") as file:
+        file.attrs["mpp_l0"] = value
+    assert "is damaged" in check_bag(bag_path)[0]
+    for read in (read_attrs, read_bag):
+        with pytest.raises(BagError, match="is damaged"):
+            read(bag_path)
 
 
 def test_attention_is_added_and_replaced(bag_path: Path) -> None:

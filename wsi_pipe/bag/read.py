@@ -40,7 +40,7 @@ def open_bag(path: Path, schema: str = SCHEMA) -> Iterator[Any]:
     except FileNotFoundError as error:
         raise BagError(f"{path}: no such file") from error
     except OSError as error:
-        raise BagError(f"{path}: not a readable HDF5 file ({str(error).splitlines()[0]})") from error
+        raise BagError(f"{path}: not a readable HDF5 file ({_first_line(error)})") from error
     with file:
         try:
             found, version = file.attrs.get("schema"), int(file.attrs.get("schema_version", 0))
@@ -52,9 +52,19 @@ def open_bag(path: Path, schema: str = SCHEMA) -> Iterator[Any]:
                     remedy="update wsi-pipe",
                 )
             yield file
-        except (KeyError, RuntimeError, OSError) as error:
-            # h5py raises these three for damaged groups, links and chunks.
-            raise BagError(f"{path}: is damaged ({str(error).splitlines()[0]})") from error
+        except BagError:
+            raise
+        except _DAMAGE as error:
+            raise BagError(f"{path}: is damaged ({_first_line(error)})") from error
+
+
+_DAMAGE = (KeyError, RuntimeError, OSError, ValueError, TypeError, IndexError, AttributeError, MemoryError)
+"""What flipped bits give: h5py's own errors for damaged groups, links and chunks; attributes and shapes that make no
+sense; sizes that no memory holds."""
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def read_attrs(path: Path) -> BagAttrs:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,7 @@ def write_bag(path: Path, bag: Bag) -> None:
 
     Raises OutputError when it cannot be written, BagError when what was written does not hold together.
     """
-    with (
-        atomic_path(path, check=_refuser(path, check_bag)) as temporary,
-        h5py.File(temporary, "w", libver="v110") as file,
-    ):
+    with atomic_path(path, check=_refuser(path, check_bag)) as temporary, _file_at(temporary) as file:
         file.attrs["schema"] = SCHEMA
         file.attrs["schema_version"] = SCHEMA_VERSION
         for name in (f.name for f in fields(bag.attrs)):
@@ -41,6 +39,19 @@ def write_bag(path: Path, bag: Bag) -> None:
         file["coords"] = h5py.SoftLink(f"{primary}/coords")
         if bag.attrs.primary_encoder:
             file["features"] = h5py.SoftLink(f"{primary}/features/{bag.attrs.primary_encoder}")
+
+
+@contextmanager
+def _file_at(path: Path, mode: str = "w") -> Iterator[Any]:
+    """An HDF5 file, new ("w") or as it is at ``path`` ("r+"), that is written to ``path`` in one piece on leaving.
+
+    Put together in memory: HDF5 that meets a full disk while it closes a file crashes the process.
+    """
+    with h5py.File(path, mode, driver="core", backing_store=False, libver="v110") as file:
+        yield file
+        file.flush()
+        image = file.id.get_file_image()
+    path.write_bytes(image)
 
 
 def _write_level(group: Any, bag: Bag, level: BagLevel) -> None:
@@ -108,10 +119,7 @@ def write_feature_file(path: Path, slide_id: str, label: str, slug: str, feature
 
     Raises OutputError when it cannot be written.
     """
-    with (
-        atomic_path(path, check=_refuser(path, check_feature_file)) as temporary,
-        h5py.File(temporary, "w", libver="v110") as file,
-    ):
+    with atomic_path(path, check=_refuser(path, check_feature_file)) as temporary, _file_at(temporary) as file:
         file.attrs["schema"] = f"{SCHEMA}-features"
         file.attrs["schema_version"] = SCHEMA_VERSION
         file.attrs["slide_id"] = slide_id
@@ -134,7 +142,7 @@ def write_attention(path: Path, label: str, model: str, values: NDArray[np.float
             shutil.copyfile(path, temporary)
         except OSError as error:
             raise output_error(path, error) from error
-        with h5py.File(temporary, "r+") as file:
+        with _file_at(temporary, "r+") as file:
             level = file.get(f"levels/{label}")
             if level is None:
                 known = ", ".join(file["levels"]) if "levels" in file else "none"
