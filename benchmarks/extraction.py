@@ -185,7 +185,7 @@ def measure(name: str, path: Path, args: argparse.Namespace, grid: TileGrid) -> 
     if not isinstance(chosen, TorchEncoder):
         raise SystemExit("several devices: choose one with --device")
     batch = args.batch_size or chosen.suggest_batch(grid.spec.size_px)
-    total = args.tiles - args.tiles % batch
+    total = max(batch, args.tiles - args.tiles % batch)
     grids = shares(grid, total)
     kept = list(on_device(path, args.slide_mpp, first(grid, 4 * batch), chosen, batch))
     kept = [images for images in kept if len(images) == batch] or kept
