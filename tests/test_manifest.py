@@ -44,6 +44,60 @@ def test_slides_of_one_name_get_different_ids(tmp_path: Path) -> None:
     assert sorted(ids(collect_slides([str(tmp_path)]))) == ["1--s", "p--2--s", "q--2--s", "t"]
 
 
+def test_ids_differ_by_more_than_case(tmp_path: Path) -> None:
+    for name in ("a/S.svs", "b/s.svs"):
+        touch(tmp_path / name)
+    assert sorted(ids(collect_slides([str(tmp_path)]))) == ["a--S", "b--s"]
+
+
+def test_a_name_too_long_for_an_id_is_cut_and_stays_unique(tmp_path: Path) -> None:
+    for end in "ab":
+        touch(tmp_path / f"{'ä' * 110}{end}.svs")
+    first, second = ids(collect_slides([str(tmp_path)]))
+    assert first != second
+    assert max(len(first.encode()), len(second.encode())) <= 180
+
+
+def test_slides_of_a_job_keep_their_ids_and_nobody_takes_them(tmp_path: Path) -> None:
+    old = touch(tmp_path / "a" / "s.svs")
+    job = collect_slides([str(old)])
+    new = touch(tmp_path / "b" / "s.svs")
+    assert ids(collect_slides([str(tmp_path)], job=job)) == ["s", "b--s"]
+    assert ids(collect_slides([str(new)], job=job)) == ["b--s"]
+    old.unlink()
+    assert ids(collect_slides([str(new)], job=job)) == ["s"], "it was moved"
+
+
+def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "in/a.svs")
+    (tmp_path / "in/slides.csv").write_text("slide,mask\na.svs,m.geojson\n")
+    monkeypatch.chdir(tmp_path)
+    found = collect_slides(["in/a.svs", "./in/a.svs"])
+    assert [entry.path for entry in found] == [str(tmp_path / "in/a.svs")]
+    (listed,) = collect_slides([], Path("in/slides.csv"))
+    assert (listed.path, listed.mask) == (str(tmp_path / "in/a.svs"), str(tmp_path / "in/m.geojson"))
+
+
+def test_a_name_that_is_not_utf8_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    import os
+
+    (tmp_path / "in").mkdir()
+    os.close(os.open(os.fsencode(tmp_path / "in") + b"/M\xfcller.svs", os.O_CREAT | os.O_WRONLY))
+    with pytest.raises(ManifestError, match="not UTF-8; rename it"):
+        collect_slides([str(tmp_path / "in")])
+
+
+def test_rows_are_counted_as_an_editor_does_and_settings_that_bound_each_other_may_both_be_given(
+    tmp_path: Path,
+) -> None:
+    (entry,) = read_manifest(write_csv(tmp_path, "slide,stain_min,stain_seed\na.svs,0.05,0.1\n"))
+    assert entry.overrides == {"stain_min": 0.05, "stain_seed": 0.1}
+    with pytest.raises(ManifestError, match="row 4: mpp"):
+        read_manifest(write_csv(tmp_path, "slide,mpp\na.svs,1\n\nb.svs,x\n"))
+    with pytest.raises(ManifestError, match="give a CSV"):
+        read_manifest(write_csv(tmp_path, "slide\n" + "x" * 200_000 + "\n"))
+
+
 def test_slides_that_differ_in_extension_alone_keep_it(tmp_path: Path) -> None:
     for name in ("q/t.svs", "q/t.ndpi", "q/u.svs"):
         touch(tmp_path / name)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
+import os
 import re
 import typing
 from collections import Counter
@@ -81,11 +83,14 @@ def settings_of(
     )
 
 
-def collect_slides(sources: Sequence[str], manifest: Path | None = None) -> list[SlideEntry]:
+def collect_slides(
+    sources: Sequence[str], manifest: Path | None = None, *, job: Iterable[SlideEntry] = ()
+) -> list[SlideEntry]:
     """The slides of a command line: files, folders (searched through), URLs and CSV files, and a ``--slides`` CSV.
 
-    Ids come from file names; two slides of one name get their folders' names in front. Raises ManifestError when
-    nothing is found, a source does not exist, or ids in a CSV repeat.
+    Local paths become absolute. Ids come from file names; two slides of one name get their folders' names in front.
+    job: slides of earlier runs, which keep their ids; a slide elsewhere takes such an id only where the other is gone
+    (it was moved). Raises ManifestError when nothing is found, a source does not exist, or ids in a CSV repeat.
     """
     from wsi_pipe.slides.discover import find_slide_files
 
@@ -99,6 +104,8 @@ def collect_slides(sources: Sequence[str], manifest: Path | None = None) -> list
         if path.suffix.lower() == ".csv" and path.is_file():
             listed += read_manifest(path)
         elif path.is_dir() and path.suffix.lower() not in (".svs", ".ndpi", ".mrxs", ".scn"):
+            if not os.access(path, os.R_OK | os.X_OK):
+                raise ManifestError(f"{path}: permission denied", remedy="ask for read permission on the folder")
             inside = [str(p) for p in find_slide_files(path)]
             if not inside:
                 raise ManifestError(f"{path}: no slides in this folder", remedy="give slide files, or another folder")
@@ -107,15 +114,36 @@ def collect_slides(sources: Sequence[str], manifest: Path | None = None) -> list
             found.append(source)
         else:
             raise ManifestError(f"{source}: no such file or folder", remedy="check the path")
-    unique = list(dict.fromkeys(found))
-    entries = listed + [
-        SlideEntry(slide_id=name, path=path, case_id=name)
-        for path, name in zip(unique, _unique_names(unique, {e.slide_id for e in listed}), strict=True)
-    ]
+    unique = list(dict.fromkeys(_absolute(path) for path in found))
+    _refuse_undecodable(unique)
+    entries = listed + _named(unique, {entry.slide_id for entry in listed}, list(job))
     if not entries:
         raise ManifestError("no slides are given", remedy="name slide files, folders or a CSV")
     _refuse_repeats(entries, "the slides given")
     return entries
+
+
+def _refuse_undecodable(paths: Iterable[str]) -> None:
+    for path in paths:
+        if any("\ud800" <= character <= "\udfff" for character in path):
+            shown = path.encode("utf-8", "backslashreplace").decode()
+            raise ManifestError(f"{shown}: its name is not UTF-8", remedy="rename it (convmv -f latin1 -t utf8)")
+
+
+def _named(paths: Sequence[str], taken: set[str], job: Sequence[SlideEntry]) -> list[SlideEntry]:
+    """Entries of files that state no id: the job's own where it has the file, else one by its name."""
+    here = set(paths)
+    kept = {entry.path: entry.slide_id for entry in job if entry.path in here and entry.slide_id not in taken}
+    new = [path for path in paths if path not in kept]
+    wished = {part[-1].casefold() for part in map(_name_parts, new)}
+    others = {
+        entry.slide_id
+        for entry in job
+        if entry.path in kept
+        or (entry.slide_id.casefold() in wished and (is_url(entry.path) or os.path.exists(entry.path)))
+    }
+    names = kept | dict(zip(new, _unique_names(new, taken | others), strict=True))
+    return [SlideEntry(slide_id=names[path], path=path, case_id=names[path]) for path in paths]
 
 
 def _name_parts(path: str) -> list[str]:
@@ -140,9 +168,12 @@ def _unique_names(paths: Sequence[str], taken: set[str]) -> list[str]:
         if places[tuple(part)] > 1:
             part[-1] = PurePosixPath(path).name
     names = [_clean(part[-1]) for part in parts]
+    # Some file systems do not tell case apart: ids must differ by more.
+    reserved = {name.casefold() for name in taken}
     for depth in range(2, 2 + max((len(part) for part in parts), default=0)):
-        counts = Counter(names)
-        clashing = [i for i, name in enumerate(names) if counts[name] > 1 or name in taken]
+        folded = [name.casefold() for name in names]
+        counts = Counter(folded)
+        clashing = [i for i, name in enumerate(folded) if counts[name] > 1 or name in reserved]
         if not clashing:
             break
         for i in clashing:
@@ -150,10 +181,18 @@ def _unique_names(paths: Sequence[str], taken: set[str]) -> list[str]:
     return names
 
 
+LONGEST_ID = 180
+"""Bytes: file systems take names of 255, and an id gets endings."""
+
+
 def _clean(name: str) -> str:
-    """``name`` as a file name: no slash, no control character, no leading dot."""
+    """``name`` as a file name: no slash, no control character, no leading dot, not too long."""
     cleaned = re.sub(r"[/\\\x00-\x1f:*?\"<>|]", "_", name).strip()
-    return ("_" + cleaned[1:] if cleaned.startswith(".") else cleaned) or "slide"
+    cleaned = ("_" + cleaned[1:] if cleaned.startswith(".") else cleaned) or "slide"
+    if len(cleaned.encode()) <= LONGEST_ID:
+        return cleaned
+    digest = hashlib.sha256(cleaned.encode()).hexdigest()[:8]
+    return f"{cleaned.encode()[: LONGEST_ID - 9].decode(errors='ignore')}-{digest}"
 
 
 def _refuse_repeats(entries: Iterable[SlideEntry], where: str) -> None:
@@ -181,7 +220,10 @@ def read_manifest(path: Path) -> list[SlideEntry]:
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path}: cannot be read ({error})", remedy="give a CSV in UTF-8") from error
     reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
-    columns = [name.strip() for name in reader.fieldnames or []]
+    try:
+        columns = [name.strip() for name in reader.fieldnames or []]
+    except csv.Error as error:
+        raise ManifestError(f"{path}: {error}", remedy="give a CSV in UTF-8") from error
     reader.fieldnames = columns
     known = (*BASE_COLUMNS, *SETTING_COLUMNS)
     if "slide" not in columns:
@@ -193,7 +235,10 @@ def read_manifest(path: Path) -> list[SlideEntry]:
             raise ManifestError(f"{path}: unknown column {name!r}", remedy=f"known columns are {', '.join(known)}")
         if columns.count(name) > 1:
             raise ManifestError(f"{path}: column {name!r} stands twice")
-    entries = [_entry(path, line, row) for line, row in enumerate(reader, start=2)]
+    try:
+        entries = [_entry(path, reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ManifestError(f"{path}: row {reader.line_num}: {error}", remedy="give a CSV in UTF-8") from error
     if not entries:
         raise ManifestError(f"{path}: lists no slides")
     unnamed = [i for i, entry in enumerate(entries) if not entry.slide_id]
@@ -231,7 +276,7 @@ def _entry(manifest: Path, line: int, row: Mapping[str | None, Any]) -> SlideEnt
 
 
 def _beside(manifest: Path, cell: str) -> str:
-    return cell if is_url(cell) or Path(cell).is_absolute() else str(manifest.parent / cell)
+    return cell if is_url(cell) else str(manifest.absolute().parent / cell)
 
 
 def _mpp(where: str, cell: str) -> tuple[float, float] | None:
@@ -249,6 +294,10 @@ def _mpp(where: str, cell: str) -> tuple[float, float] | None:
     return (values[0], values[-1])
 
 
+_WIDEST = {"stain_min": {"stain_seed": 1e9}, "stain_seed": {"stain_min": 0.0}}
+"""Setting -> what leaves it free, where settings bound each other."""
+
+
 def _setting(where: str, column: str, cell: str) -> Any:
     """A cell as a value of its setting's type, checked by the settings class itself."""
     stage, name = SETTING_COLUMNS[column]
@@ -262,7 +311,8 @@ def _setting(where: str, column: str, cell: str) -> Any:
             value = int(cell)
         elif hint is not str:
             value = float(cell)
-        return getattr(from_mapping(cls, {name: value}, where), name)
+        # Each cell by itself: how two of them go together is seen with the job's settings, when the slide's turn comes.
+        return getattr(from_mapping(cls, _WIDEST.get(name, {}) | {name: value}, where), name)
     except (KeyError, ValueError) as error:
         reason = error.message if isinstance(error, ConfigError) else f"{where}: {cell!r} is not a {hint.__name__}"
         raise ManifestError(f"{reason} (column {column!r})") from error
