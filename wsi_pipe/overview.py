@@ -29,6 +29,10 @@ PIXELS_PER_JOB = 1 << 24
 REDUCED_COST = {1: 1.0, 2: 0.5, 4: 0.35, 8: 0.3}
 """Cost of decoding a stored pixel at 1/1, 1/2, 1/4 and 1/8: most of it is entropy decoding, which reduction keeps."""
 
+MAX_PRODUCT = 200_000
+"""Multiplications in one matrix product, below the 262,144 from which OpenBLAS starts threads. Those fight with ours:
+on a busy machine they cost twenty times the processor time of the product."""
+
 SCALE_EPSILON = 1e-9
 
 
@@ -118,8 +122,9 @@ def _average(slide: Slide, scale: FloatPair, threads: int) -> RGBArray:
         across, down = columns[cell[0]][1], rows[cell[1]][1]
         h, w = block.shape[:2]
         ink = (WHITE - block).astype(np.float32).reshape(h, w * 3)
-        part: NDArray[np.float32] = np.tensordot((down[:, :h] @ ink).reshape(-1, w, 3), across[:, :w], axes=(1, 1))
-        return part.transpose(0, 2, 1)
+        rows_done = _product(down[:, :h], ink).reshape(-1, w, 3)
+        part = _product(across[:, :w], rows_done.transpose(1, 0, 2).reshape(w, -1))
+        return part.reshape(len(across), len(down), 3).transpose(1, 0, 2)
 
     for cell, part in _mapped_blocks(slide, plane, reduce, threads):
         # Blocks are added in file order by this one thread, so rounding is the same on any number of threads.
@@ -127,6 +132,15 @@ def _average(slide: Slide, scale: FloatPair, threads: int) -> RGBArray:
         darker[y : y + part.shape[0], x : x + part.shape[1]] += part
     np.subtract(WHITE + 0.5, darker, out=darker)
     return np.clip(darker, 0, WHITE, out=darker).astype(np.uint8)
+
+
+def _product(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``left @ right`` in pieces of MAX_PRODUCT multiplications."""
+    step = max(MAX_PRODUCT // left.size, 1)
+    out = np.empty((len(left), right.shape[1]), np.float32)
+    for start in range(0, right.shape[1], step):
+        np.matmul(left, right[:, start : start + step], out=out[:, start : start + step])
+    return out
 
 
 def _axis_weights(block: int, index: int, plane_px: int, factor: float, out_px: int) -> tuple[int, NDArray[np.float32]]:
