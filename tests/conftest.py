@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +72,56 @@ def make_slide(tissue_picture: Callable[..., NDArray[np.uint8]]) -> Callable[...
         return path
 
     return make
+
+
+class Cluster:
+    """A Dask scheduler and workers as processes of their own, on loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = 0
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        log = (self.folder / f"{len(self.processes)}.log").open("wb")
+        process = subprocess.Popen([sys.executable, "-m", "dask", *arguments], stdout=log, stderr=log)
+        log.close()
+        self.processes.append(process)
+        return process
+
+    def scheduler(self) -> subprocess.Popen[bytes]:
+        file = self.folder / f"scheduler-{len(self.processes)}.json"
+        where = ("--host", "127.0.0.1", "--port", str(self.port), "--scheduler-file", str(file))
+        process = self.start("scheduler", "--no-dashboard", *where)  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not file.exists() or not file.read_text().strip().endswith("}"):
+            assert time.monotonic() < deadline, "the scheduler does not start"
+            time.sleep(0.1)
+        self.address = str(json.loads(file.read_text())["address"])
+        self.port = int(self.address.rpartition(":")[2])
+        return process
+
+    def worker(self, *extra: str) -> subprocess.Popen[bytes]:
+        return self.start(
+            "worker", self.address, "--nthreads", "1", "--no-dashboard", "--death-timeout", "60",
+            "--local-directory", str(self.folder), "--host", "127.0.0.1", *extra,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        for process in reversed(self.processes):
+            process.terminate()
+        for process in reversed(self.processes):
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    found = Cluster(tmp_path)
+    try:
+        yield found
+    finally:
+        found.stop()

@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,11 +21,11 @@ from wsi_pipe.execute import Done, Failed, KillableWorker, Where, run
 EVAL = partial(eval)
 
 
-def values(results: list[object]) -> dict[str, object]:
+def values(results: Sequence[object]) -> dict[str, object]:
     return {str(r.item): r.value for r in results if isinstance(r, Done)}
 
 
-def errors(results: list[object]) -> dict[str, Exception]:
+def errors(results: Sequence[object]) -> dict[str, Exception]:
     return {str(r.item): r.error for r in results if isinstance(r, Failed)}
 
 
@@ -80,7 +81,7 @@ def test_closing_early_ends_the_workers() -> None:
     results = run(EVAL, ["__import__('os').getpid()"] * 2 + ["__import__('time').sleep(600)"] * 2, Where(workers=2))
     first = next(results)
     assert isinstance(first, Done)
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
@@ -124,7 +125,7 @@ def test_items_are_taken_as_they_are_needed() -> None:
     results = run(EVAL, items(), Where(workers=2))
     next(results)
     assert len(taken) <= 4
-    results.close()  # type: ignore[attr-defined]
+    results.close()
 
 
 def test_what_cannot_be_sent_back_is_an_error_of_its_item() -> None:
@@ -143,6 +144,22 @@ def test_no_scheduler_there() -> None:
         list(run(EVAL, ["1"], Where(scheduler="tcp://127.0.0.1:1", connect_s=1.0)))
 
 
+def test_threads_of_one_process_have_killable_children_of_their_own() -> None:
+    """A Dask worker may run several threads: one child for all would mix up their answers."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from wsi_pipe import execute
+
+    items = [f"(__import__('time').sleep(0.05), {n})[1]" for n in range(12)]
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(partial(execute.run_killable, EVAL, 60.0), items)) == list(range(12))
+        assert 1 <= len(execute._own_workers) <= 3
+    finally:
+        while execute._own_workers:
+            execute._own_workers.pop().kill()
+
+
 def test_one_worker_serves_many_calls_in_one_process() -> None:
     worker = KillableWorker()
     try:
@@ -153,63 +170,8 @@ def test_one_worker_serves_many_calls_in_one_process() -> None:
         worker.kill()
 
 
-class Cluster:
-    """A Dask scheduler and workers as processes of their own, on loopback."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = 0
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        log = (self.folder / f"{len(self.processes)}.log").open("wb")
-        process = subprocess.Popen([sys.executable, "-m", "dask", *arguments], stdout=log, stderr=log)
-        log.close()
-        self.processes.append(process)
-        return process
-
-    def scheduler(self) -> subprocess.Popen[bytes]:
-        file = self.folder / f"scheduler-{len(self.processes)}.json"
-        where = ("--host", "127.0.0.1", "--port", str(self.port), "--scheduler-file", str(file))
-        process = self.start("scheduler", "--no-dashboard", *where)  # fmt: skip
-        deadline = time.monotonic() + 60
-        while not file.exists() or not file.read_text().strip().endswith("}"):
-            assert time.monotonic() < deadline, "the scheduler does not start"
-            time.sleep(0.1)
-        import json
-
-        self.address = str(json.loads(file.read_text())["address"])
-        self.port = int(self.address.rpartition(":")[2])
-        return process
-
-    def worker(self, *extra: str) -> subprocess.Popen[bytes]:
-        return self.start(
-            "worker", self.address, "--nthreads", "1", "--no-dashboard", "--death-timeout", "60",
-            "--local-directory", str(self.folder), "--host", "127.0.0.1", *extra,
-        )  # fmt: skip
-
-    def stop(self) -> None:
-        for process in reversed(self.processes):
-            process.terminate()
-        for process in reversed(self.processes):
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(10)
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    found = Cluster(tmp_path)
-    try:
-        yield found
-    finally:
-        found.stop()
-
-
 @pytest.mark.slow
-def test_dask_runs_everything_once_also_when_a_worker_is_killed(cluster: Cluster) -> None:
+def test_dask_runs_everything_once_also_when_a_worker_is_killed(cluster: Any) -> None:
     cluster.scheduler()
     workers = [cluster.worker("--no-nanny") for _ in range(3)]
     items = [f"(__import__('time').sleep(0.2), {n})[1]" for n in range(30)]
@@ -223,7 +185,25 @@ def test_dask_runs_everything_once_also_when_a_worker_is_killed(cluster: Cluster
 
 
 @pytest.mark.slow
-def test_dask_time_outs_and_resources(cluster: Cluster) -> None:
+def test_dask_items_that_are_not_there_yet_hold_nothing_up(cluster: Any) -> None:
+    cluster.scheduler()
+    cluster.worker()
+    seen: list[object] = []
+
+    def items() -> Iterator[str | Done[str, int] | None]:
+        yield "1 + 1"
+        while not seen:
+            yield None
+        yield Done("ready", 5)
+        yield "3"
+
+    for result in run(EVAL, items(), Where(scheduler=cluster.address)):
+        seen.append(result)  # noqa: PERF402 (the items look at it meanwhile)
+    assert values(seen) == {"1 + 1": 2, "ready": 5, "3": 3}
+
+
+@pytest.mark.slow
+def test_dask_time_outs_and_resources(cluster: Any) -> None:
     cluster.scheduler()
     cluster.worker("--resources", "GPU=1")
     cluster.worker()
@@ -236,7 +216,7 @@ def test_dask_time_outs_and_resources(cluster: Cluster) -> None:
 
 
 @pytest.mark.slow
-def test_dask_scheduler_going_away_is_said(cluster: Cluster) -> None:
+def test_dask_scheduler_going_away_is_said(cluster: Any) -> None:
     scheduler = cluster.scheduler()
     cluster.worker()
     items = [f"(__import__('time').sleep(0.3), {n})[1]" for n in range(50)]

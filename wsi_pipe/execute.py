@@ -14,12 +14,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from wsi_pipe.errors import ConfigError, TaskTimeoutError, WorkerError, WsiPipeError
 
@@ -74,23 +74,25 @@ class Failed(Generic[T]):
     error: Exception
 
 
-def run(fn: Callable[[T], R], items: Iterable[T], where: Where) -> Iterator[Done[T, R] | Failed[T]]:
+def run(
+    fn: Callable[[T], R], items: Iterable[T | Done[T, R] | None], where: Where
+) -> Generator[Done[T, R] | Failed[T], None, None]:
     """Apply ``fn`` to every item; results come as they are finished, in no fixed order.
 
     items: consumed lazily, a few ahead of what is finished. fn: a picklable callable when it runs elsewhere. Closing
-    the generator ends the workers. Raises WorkerError when a scheduler cannot be reached or goes away; what was
-    handed out before stays valid.
+    the generator ends the workers. On a scheduler, an item that is a Done comes back as it is, and None means that the
+    next item is not there yet. Raises WorkerError when a scheduler cannot be reached or goes away; what was handed out
+    before stays valid.
     """
     if where.workers < 1:
         raise ConfigError(f"{where.workers} workers: at least 1 is needed")
     if where.scheduler:
         return _on_scheduler(fn, items, where)
-    if where.here:
-        return _here(fn, items)
-    return _in_processes(fn, items, where)
+    known = cast("Iterable[T]", items)
+    return _here(fn, known) if where.here else _in_processes(fn, known, where)
 
 
-def _here(fn: Callable[[T], R], items: Iterable[T]) -> Iterator[Done[T, R] | Failed[T]]:
+def _here(fn: Callable[[T], R], items: Iterable[T]) -> Generator[Done[T, R] | Failed[T]]:
     for item in items:
         try:
             value = fn(item)
@@ -148,8 +150,12 @@ class KillableWorker:
                 ours, theirs = multiprocessing.Pipe()
                 # Not multiprocessing.Process: Dask's own workers are daemons, which may not have children of that kind.
                 code = f"from wsi_pipe.execute import serve; serve({theirs.fileno()}, {os.getpid()})"
+                # A process group of its own: a terminal's Ctrl-C is the parent's to answer, also while this one starts.
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                    [sys.executable, "-c", code],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    process_group=0,
                 )
                 theirs.close()
                 self._pipe = ours
@@ -230,7 +236,9 @@ def _attempt(
     raise AssertionError("the last attempt returns")
 
 
-def _in_processes(fn: Callable[[T], R], items: Iterable[T], where: Where) -> Iterator[Done[T, R] | Failed[T]]:
+def _in_processes(
+    fn: Callable[[T], R], items: Iterable[T], where: Where
+) -> Generator[Done[T, R] | Failed[T], None, None]:
     stop = threading.Event()
     idle = [KillableWorker() for _ in range(where.workers)]
     everyone = tuple(idle)
@@ -259,7 +267,8 @@ def _in_processes(fn: Callable[[T], R], items: Iterable[T], where: Where) -> Ite
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_own_worker: KillableWorker | None = None
+_own_workers: list[KillableWorker] = []
+"""Children of this process that are free: as many as calls ran at one time, since Dask may run several threads."""
 
 
 def run_killable(fn: Callable[[T], R], timeout_s: float, item: T) -> R:
@@ -267,10 +276,14 @@ def run_killable(fn: Callable[[T], R], timeout_s: float, item: T) -> R:
 
     What a Dask worker calls: Dask itself cannot end a task that runs. Raises as ``KillableWorker.call``.
     """
-    global _own_worker
-    if _own_worker is None:
-        _own_worker = KillableWorker()
-    return _own_worker.call(fn, item, timeout_s)
+    try:
+        worker = _own_workers.pop()
+    except IndexError:
+        worker = KillableWorker()
+    try:
+        return worker.call(fn, item, timeout_s)
+    finally:
+        _own_workers.append(worker)
 
 
 def _guarded(fn: Callable[[T], R], item: T) -> tuple[str, Any]:
@@ -281,7 +294,9 @@ def _guarded(fn: Callable[[T], R], item: T) -> tuple[str, Any]:
         return ("error", error)
 
 
-def _on_scheduler(fn: Callable[[T], R], items: Iterable[T], where: Where) -> Iterator[Done[T, R] | Failed[T]]:
+def _on_scheduler(
+    fn: Callable[[T], R], items: Iterable[T | Done[T, R] | None], where: Where
+) -> Generator[Done[T, R] | Failed[T], None, None]:
     import distributed as dask_distributed
 
     # Dask states no types.
@@ -315,7 +330,7 @@ def _gone(where: Where) -> WorkerError:
 
 
 def _through(
-    client: Any, finished: Any, task: Callable[[T], R], source: Iterator[T], where: Where
+    client: Any, finished: Any, task: Callable[[T], R], source: Iterator[T | Done[T, R] | None], where: Where
 ) -> Iterator[Done[T, R] | Failed[T]]:
     """Items through a connected client, a bounded number in flight; results are dropped there once they are here."""
     running: dict[Any, T] = {}
@@ -331,27 +346,35 @@ def _through(
                 except StopIteration:
                     exhausted = True
                     break
+                if item is None:
+                    break
+                if isinstance(item, Done):
+                    yield item
+                    continue
                 future = client.submit(
                     _guarded, task, item, pure=False, retries=where.retries, resources=where.resources
                 )
                 running[future] = item
                 finished.add(future)
             if not running:
-                return
-            future = _next_done(finished, client, where)
+                if exhausted:
+                    return
+                continue
+            future = _next_done(finished, client, where, 1.0 if exhausted or len(running) >= room else POLL_S)
             if future is None:
                 continue
-            yield _outcome(running.pop(future), future)
+            outcome: Done[T, R] | Failed[T] = _outcome(running.pop(future), future, where)
             future.release()
+            yield outcome
     finally:
         for future in running:
             with contextlib.suppress(Exception):
                 future.cancel()
 
 
-def _next_done(queue: Any, client: Any, where: Where) -> Any:
+def _next_done(queue: Any, client: Any, where: Where, patience_s: float) -> Any:
     """The next finished future, or None when none is finished yet. Raises WorkerError when the scheduler is gone."""
-    deadline = time.monotonic() + 1.0
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         if client.status in ("closed", "closing") or (
             client.status == "connecting" and not _answers(client, where.connect_s)
@@ -375,9 +398,12 @@ def _answers(client: Any, patience_s: float) -> bool:
     return False
 
 
-def _outcome(item: T, future: Any) -> Done[T, R] | Failed[T]:
+def _outcome(item: T, future: Any, where: Where) -> Done[T, R] | Failed[T]:
     try:
         kind, value = future.result(timeout=60)
+    except CancelledError as error:
+        # Nobody here cancels what is awaited: a scheduler that started anew knows nothing of it.
+        raise _gone(where) from error
     except Exception as error:
         # Dask's own words for a worker that died too often.
         return Failed(item, WorkerError(f"its Dask worker died or was lost ({type(error).__name__}: {error})"))

@@ -117,7 +117,8 @@ class LogLines:
 def describe(outcome: SlideOutcome) -> str:
     """An outcome in a few words."""
     if outcome.status == "failed":
-        return f"failed in {outcome.stage}: {outcome.reason}" + (f"; {outcome.remedy}" if outcome.remedy else "")
+        where = f" in {outcome.stage}" if outcome.stage else ""
+        return f"failed{where}: {outcome.reason}" + (f"; {outcome.remedy}" if outcome.remedy else "")
     tiles = ", ".join(f"{count:,} tiles at {label}" for label, count in outcome.tiles.items())
     what = f"empty: {outcome.reason}" if outcome.status == "empty" else tiles or "done"
     return f"{what} ({sum(outcome.seconds.values()):.1f} s{', nothing to do' if _all_cached(outcome) else ''})"

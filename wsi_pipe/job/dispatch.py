@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import os
 import queue
 import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders.base import Encoder
-from wsi_pipe.errors import DeviceError, EncoderError, OutputError, WsiPipeError
+from wsi_pipe.errors import ConfigError, EncoderError, OutputError, WsiPipeError
 from wsi_pipe.execute import Done, Failed, Where, run
 from wsi_pipe.files import output_error
 from wsi_pipe.job.paths import JobPaths
@@ -26,12 +26,14 @@ from wsi_pipe.job.task import slide_task
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
 
-__all__ = ["MIN_FREE_BYTES", "dispatch"]
+__all__ = ["MIN_FREE_BYTES", "check_folder", "dispatch"]
 
 MIN_FREE_BYTES = 64 << 20
 """Less free space than this ends a run before the next slide, while what is under way can still be written."""
 
 STAGED_AHEAD = 2
+LAID_AHEAD = 1000
+"""Slides whose grids may wait for a worker that can encode."""
 
 
 def dispatch(
@@ -53,11 +55,11 @@ def dispatch(
     long fails its slide alone. Raises OutputError when the job's folder cannot be written or is nearly full,
     EncoderError when no worker can encode, WorkerError when a scheduler goes away.
     """
-    feed = _while_space(entries, paths.root)
+    feed: Iterable[SlideEntry] = _while_space(entries, paths)
     if where.scheduler is None:
         feed = _staged_ahead(feed, settings)
     if where.here:
-        yield from process(
+        here = process(
             feed,
             settings,
             paths,
@@ -66,6 +68,9 @@ def dispatch(
             keep_features=keep_features,
             progress=progress,
         )
+        with contextlib.closing(here):
+            yield from here
+        check_folder(paths)
         return
     # A worker's tiles and features come out of one budget of this machine.
     share = settings
@@ -76,21 +81,32 @@ def dispatch(
             settings, extract=dataclasses.replace(extract, memory_mib=memory, read_threads=extract.read_threads or 1)
         )
     task = partial(slide_task, share, str(paths.root.absolute()))
-    if where.resources and until in ("extract", "assemble"):
+    if where.scheduler and where.resources and until in ("extract", "assemble"):
         results = _in_two_phases(task, keep_features, feed, where, until)
     else:
         results = _outcomes(run(partial(task, until, keep_features), feed, where))
-    for outcome in results:
-        append_outcome(paths, outcome)
-        if progress:
-            for label, count in outcome.tiles.items():
-                progress(outcome.slide_id, label, count)
-        yield outcome
+    # Workers end when this generator does, also by an error, whoever may still hold on to that.
+    with contextlib.closing(results):
+        for outcome in results:
+            check_folder(paths)
+            append_outcome(paths, outcome)
+            if progress and "extract" not in outcome.cached:
+                for label, count in outcome.tiles.items():
+                    progress(outcome.slide_id, label, count)
+            yield outcome
 
 
-def _while_space(entries: Iterable[SlideEntry], root: Path) -> Iterator[SlideEntry]:
-    """The entries, as long as the disk has room. Raises OutputError when it has not."""
+def check_folder(paths: JobPaths) -> None:
+    """Raises OutputError when the job's folder was removed or moved: a write would make another, bare one."""
+    if not paths.config.is_file():
+        raise output_error(paths.root, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+
+
+def _while_space(entries: Iterable[SlideEntry], paths: JobPaths) -> Iterator[SlideEntry]:
+    """The entries, as long as the folder is there and the disk has room. Raises OutputError when not."""
+    root = paths.root
     for entry in entries:
+        check_folder(paths)
         try:
             free = shutil.disk_usage(root).free
         except OSError as error:
@@ -105,48 +121,66 @@ def _while_space(entries: Iterable[SlideEntry], root: Path) -> Iterator[SlideEnt
 
 def _staged_ahead(entries: Iterable[SlideEntry], settings: JobSettings) -> Iterator[SlideEntry]:
     """The entries, those behind URLs copied to the cache (where their format needs that) before they are asked for."""
-    waiting: deque[tuple[SlideEntry, Future[None] | None]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="stage") as pool:
+    waiting: deque[tuple[SlideEntry, threading.Event | None]] = deque()
+    orders: queue.SimpleQueue[tuple[SlideEntry, threading.Event] | None] = queue.SimpleQueue()
+    # A daemon: a copy that takes minutes must not keep an interrupted run from ending.
+    thread = threading.Thread(target=_stage_each, args=(orders, settings), name="stage", daemon=True)
+    try:
         for entry in entries:
-            waiting.append((entry, pool.submit(_stage, entry, settings) if is_url(entry.path) else None))
+            landed = threading.Event() if is_url(entry.path) else None
+            if landed:
+                if not thread.is_alive():
+                    thread.start()
+                orders.put((entry, landed))
+            waiting.append((entry, landed))
             # Local slides cost nothing to have at hand; of remote ones a few are copied ahead.
             while waiting and (waiting[0][1] is None or len(waiting) > STAGED_AHEAD):
                 yield _landed(*waiting.popleft())
         while waiting:
             yield _landed(*waiting.popleft())
+    finally:
+        orders.put(None)
 
 
-def _stage(entry: SlideEntry, settings: JobSettings) -> None:
-    # What goes wrong here goes wrong again where the slide is opened in earnest, and is told there.
-    with contextlib.suppress(WsiPipeError):
-        open_entry(entry, settings.reader, settings.cache).close()
+def _stage_each(orders: queue.SimpleQueue[tuple[SlideEntry, threading.Event] | None], settings: JobSettings) -> None:
+    while (order := orders.get()) is not None:
+        entry, landed = order
+        try:
+            # What goes wrong here goes wrong again where the slide is opened in earnest, and is told there.
+            with contextlib.suppress(Exception):
+                open_entry(entry, settings.reader, settings.cache).close()
+        finally:
+            landed.set()
 
 
-def _landed(entry: SlideEntry, staged: Future[None] | None) -> SlideEntry:
-    if staged is not None:
-        staged.result()
+def _landed(entry: SlideEntry, landed: threading.Event | None) -> SlideEntry:
+    if landed:
+        landed.wait()
     return entry
 
 
-def _outcomes(results: Iterable[Done[SlideEntry, SlideOutcome] | Failed[SlideEntry]]) -> Iterator[SlideOutcome]:
-    for result in results:
-        if isinstance(result, Done):
-            yield result.value
-            continue
-        error = result.error
-        if isinstance(error, (OutputError, DeviceError, EncoderError)):
-            raise error
-        yield failed_outcome(result.item, error)
+def _outcomes(
+    results: Generator[Done[SlideEntry, SlideOutcome] | Failed[SlideEntry], None, None],
+) -> Generator[SlideOutcome, None, None]:
+    """One outcome for each result. Raises what concerns the whole job."""
+    with contextlib.closing(results):
+        for result in results:
+            if isinstance(result, Done):
+                yield result.value
+                continue
+            error = result.error
+            if isinstance(error, (OutputError, EncoderError, ConfigError)):
+                raise error
+            yield failed_outcome(result.item, error)
 
 
 def failed_outcome(entry: SlideEntry, error: Exception) -> SlideOutcome:
-    """The outcome of a slide whose process could not even say what went wrong."""
+    """The outcome of a slide whose process could not even say what went wrong, nor in which stage."""
     known = isinstance(error, WsiPipeError)
     return SlideOutcome(
         slide_id=entry.slide_id,
         status="failed",
         path=entry.path,
-        stage="open",
         reason=error.message if isinstance(error, WsiPipeError) else f"{type(error).__name__}: {error}",
         remedy=error.remedy if isinstance(error, WsiPipeError) else "please report this, with the slide if you can",
         error=type(error).__name__ if known else repr(error),
@@ -160,44 +194,58 @@ def _in_two_phases(
     entries: Iterable[SlideEntry],
     where: Where,
     until: Stage,
-) -> Iterator[SlideOutcome]:
+) -> Generator[SlideOutcome, None, None]:
     """Masks and grids anywhere, features where the resources are; a slide goes on as soon as its grids are laid."""
     assert STAGES.index(until) > STAGES.index("tile")
-    ready: queue.Queue[SlideEntry | SlideOutcome | BaseException | None] = queue.Queue()
+    # Bounded, so that cheap work does not run through an archive ahead of what is dear.
+    ready: queue.Queue[SlideEntry | Done[SlideEntry, SlideOutcome] | BaseException | None] = queue.Queue(LAID_AHEAD)
+    stop = threading.Event()
     by_id: dict[str, SlideEntry] = {}
 
     def note(items: Iterable[SlideEntry]) -> Iterator[SlideEntry]:
         for entry in items:
+            if stop.is_set():
+                return
             by_id[entry.slide_id] = entry
             yield entry
+
+    def hand_on(what: SlideEntry | Done[SlideEntry, SlideOutcome] | BaseException | None) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(what, timeout=0.1)
+                return
 
     def lay_grids() -> None:
         try:
             anywhere = dataclasses.replace(where, resources=None)
-            for outcome in _outcomes(run(partial(task, "tile", keep_features), note(entries), anywhere)):
-                entry = by_id.pop(outcome.slide_id)
-                ready.put(outcome if outcome.status == "failed" else entry)
-        except BaseException as error:
-            ready.put(error)
-        finally:
-            ready.put(None)
+            with contextlib.closing(
+                _outcomes(run(partial(task, "tile", keep_features), note(entries), anywhere))
+            ) as laid:
+                for outcome in laid:
+                    entry = by_id.pop(outcome.slide_id)
+                    hand_on(Done(entry, outcome) if outcome.status == "failed" else entry)
+                    if stop.is_set():
+                        return
+            hand_on(None)
+        except BaseException as error:  # raised again in the caller's thread
+            hand_on(error)
 
-    failed: list[SlideOutcome] = []
-
-    def with_grids() -> Iterator[SlideEntry]:
-        while (item := ready.get()) is not None:
+    def with_grids() -> Iterator[SlideEntry | Done[SlideEntry, SlideOutcome] | None]:
+        while True:
+            try:
+                item = ready.get(timeout=0.05)
+            except queue.Empty:
+                yield None
+                continue
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
-            if isinstance(item, SlideOutcome):
-                failed.append(item)
-            else:
-                yield item
+            yield item
 
     thread = threading.Thread(target=lay_grids, name="lay-grids", daemon=True)
     thread.start()
-    for outcome in _outcomes(run(partial(task, until, keep_features), with_grids(), where)):
-        while failed:
-            yield failed.pop()
-        yield outcome
-    thread.join()
-    yield from failed
+    try:
+        yield from _outcomes(run(partial(task, until, keep_features), with_grids(), where))
+    finally:
+        stop.set()

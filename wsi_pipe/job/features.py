@@ -138,11 +138,11 @@ def assemble(
     levels = []
     for grid in prepared.grids:
         own = {
-            item.info.slug: old_features.get(item.fingerprint) or _stored(prepared, item, grid, paths)
+            item.info.slug: old_features.get(item.fingerprint) or _stored(prepared, item, grid, paths, settings.dtype)
             for item in wanted
             if item.label == grid.label
         }
-        levels.append(BagLevel(grid, own, _kept_attention(old, grid)))
+        levels.append(BagLevel(grid, own, _kept_attention(old, grid, attrs.slide_fingerprint)))
     write_bag(path, Bag(dataclasses.replace(attrs, created_utc=utc_now()), tuple(levels)))
     _clean(slide_id, paths, keep_features)
     return True
@@ -158,13 +158,13 @@ def _is_right(attrs: BagAttrs, fingerprints: set[str], prepared: Prepared, paths
     return same and _bag_fingerprints(prepared, paths) == fingerprints
 
 
-def _stored(prepared: Prepared, item: Wanted, grid: TileGrid, paths: JobPaths) -> Features:
+def _stored(prepared: Prepared, item: Wanted, grid: TileGrid, paths: JobPaths, dtype: str) -> Features:
     """Features from their file; (0, D) for a grid without tiles."""
     if not len(grid):
         info = item.info
         return Features(
             encoder=info.name,
-            values=np.zeros((0, info.dim), np.float16),
+            values=np.zeros((0, info.dim), dtype),
             weights_sha256=info.weights_sha256,
             licence=info.licence,
             precision=info.precision,
@@ -178,9 +178,12 @@ def _stored(prepared: Prepared, item: Wanted, grid: TileGrid, paths: JobPaths) -
     return features
 
 
-def _kept_attention(old: Bag | None, grid: TileGrid) -> Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+def _kept_attention(
+    old: Bag | None, grid: TileGrid, slide: str
+) -> Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+    """Attention over the very same tiles of the very same slide."""
     for level in old.levels if old else ():
-        if level.grid.label == grid.label and np.array_equal(level.grid.cells, grid.cells):
+        if old and grid_fingerprint(old.attrs.slide_fingerprint, level.grid) == grid_fingerprint(slide, grid):
             return level.attention
     return {}
 

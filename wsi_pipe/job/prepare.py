@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from wsi_pipe import __version__
 from wsi_pipe.bag import Bag, BagAttrs, BagLevel, read_attrs, read_grids, write_bag
 from wsi_pipe.config import CacheSettings, JobSettings, SegmentSettings, TileSettings, fingerprint
-from wsi_pipe.errors import BagError, MaskError, MissingMppError
+from wsi_pipe.errors import BagError, MaskError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.geometry import FloatPair, TileGrid, TissueMask
 from wsi_pipe.job.paths import JobPaths
@@ -29,6 +29,7 @@ from wsi_pipe.overview import Overview, read_overview
 from wsi_pipe.pictures import thumbnail_with_contours, thumbnail_with_grids, write_image
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.base import Slide
+from wsi_pipe.slides.metadata import missing_mpp_error
 from wsi_pipe.tiling import plan_grids
 from wsi_pipe.tissue import find_tissue, mask_from_geojson, mask_to_geojson
 
@@ -123,10 +124,7 @@ def _segment(
     """The slide's mask, the stage's fingerprint, and whether it was there already."""
     mpp = slide.pyramid.isotropic_mpp
     if mpp is None:
-        raise MissingMppError(
-            f"{entry.path}: states no resolution",
-            remedy="give it with --slide-mpp X (um per level-0 pixel) or in the column mpp of a CSV",
-        )
+        raise missing_mpp_error(entry.path)
     given = _read_mask(Path(entry.mask)) if entry.mask else None
     how = {"mask": given[1]} if given else {"settings": _plain_settings(settings)}
     stage = fingerprint("segment", SEGMENT_VERSION, slide.info.fingerprint, mpp, job.reader, how)

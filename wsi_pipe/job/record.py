@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -58,12 +59,17 @@ def load_slides(root: Path) -> list[SlideEntry]:
 
 def append_outcome(paths: JobPaths, outcome: SlideOutcome) -> None:
     """Add one line to the outcomes. Raises OutputError when it cannot be written."""
-    line = json.dumps(outcome.to_json(), ensure_ascii=False) + "\n"
+    line = (json.dumps(outcome.to_json(), ensure_ascii=False) + "\n").encode()
     try:
         # One write in append mode: lines of several processes do not mix.
-        handle = os.open(paths.outcomes, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(paths.outcomes, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, line.encode())
+            end = os.fstat(handle).st_size
+            if end and os.pread(handle, 1, end - 1) != b"\n":
+                # A crash or a full disk cut the last line short: it must not take this one with it.
+                line = b"\n" + line
+            if os.write(handle, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(handle)
     except OSError as error:
@@ -98,5 +104,5 @@ def _lines(path: Path) -> Iterator[SlideOutcome]:
         for line in handle:
             try:
                 yield SlideOutcome.from_json(json.loads(line))
-            except (json.JSONDecodeError, TypeError):
+            except (ValueError, TypeError, AttributeError):
                 continue

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders import load_encoder
-from wsi_pipe.encoders.base import Encoder
-from wsi_pipe.errors import OutputError, WsiPipeError
+from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
+from wsi_pipe.errors import EncoderError, OutputError, WsiPipeError
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_features
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.features import Wanted, assemble, missing_features, store_features, wanted_features
@@ -28,11 +29,14 @@ Progress = Callable[[str, str, int], None]
 
 
 def load_encoders(settings: JobSettings) -> dict[str, Encoder]:
-    """Every encoder that the settings name, loaded once. Raises EncoderError when one cannot be had."""
+    """Every encoder that the settings name, loaded once.
+
+    Raises EncoderError when one cannot be had, ConfigError when it lacks the layers that the settings ask for.
+    """
     extract = settings.extract
     labels = [spec.label for spec in settings.tile.specs]
     names = dict.fromkeys(name for label in labels for name in extract.encoders_of(label))
-    return {
+    encoders = {
         name: load_encoder(
             name,
             device=",".join(extract.devices),
@@ -42,6 +46,9 @@ def load_encoders(settings: JobSettings) -> dict[str, Encoder]:
         )
         for name in names
     }
+    for name, encoder in encoders.items():
+        block_indices(extract.layers, encoder.depth if isinstance(encoder, LayeredEncoder) else 0, name)
+    return encoders
 
 
 @dataclass
@@ -65,7 +72,7 @@ def process(
     keep_features: bool = False,
     progress: Progress | None = None,
     record: bool = True,
-) -> Iterator[SlideOutcome]:
+) -> Generator[SlideOutcome, None, None]:
     """Take slides through the stages up to ``until``, doing just what is missing or stale; one outcome each.
 
     Outcomes come, and with ``record`` are noted in the job, as slides finish. A slide's error ends that slide alone.
@@ -111,8 +118,19 @@ class _Run:
     def with_features(self, entries: Iterable[SlideEntry]) -> Iterator[SlideOutcome]:
         encoders = self.encoders if self.encoders is not None else load_encoders(self.settings)
         extract = self.settings.extract
+        items = self._items(entries, encoders)
+        # Slides that lack nothing, which come first in a run that resumes, are handed out one by one: the engine's
+        # thread, which takes the others, has no way to.
+        first: ExtractItem | None = None
+        for first in items:
+            if first is not None:
+                break
+            yield from self._drain()
+        if first is None:
+            yield from self._drain()
+            return
         results = extract_features(
-            self._items(entries, encoders),
+            chain([first], (item for item in items if item is not None)),
             encoders,
             batch_size=extract.batch_size,
             read_threads=extract.read_threads,
@@ -121,9 +139,14 @@ class _Run:
             layers=extract.layers,
             progress=self.progress,
         )
-        for result in results:
-            self._after_extract(self.under_way.pop(result.slide_id), result)
+        try:
+            for result in results:
+                self._after_extract(self.under_way.pop(result.slide_id), result)
+                yield from self._drain()
+        except (OutputError, EncoderError):
+            # What was finished before, in the engine's thread, is noted in the job already.
             yield from self._drain()
+            raise
         yield from self._drain()
 
     def _prepare(self, work: _Work, *, tile: bool) -> bool:
@@ -138,12 +161,13 @@ class _Run:
             return False
         return True
 
-    def _items(self, entries: Iterable[SlideEntry], encoders: Mapping[str, Encoder]) -> Iterator[ExtractItem]:
-        """Slides that lack features; those that lack none are finished on the way."""
+    def _items(self, entries: Iterable[SlideEntry], encoders: Mapping[str, Encoder]) -> Iterator[ExtractItem | None]:
+        """Slides that lack features; those that lack none, or fail, are finished on the way and give None."""
         infos = {name: encoder.info for name, encoder in encoders.items()}
         for entry in entries:
             work = _Work(entry)
             if not self._prepare(work, tile=True) or work.prepared is None:
+                yield None
                 continue
             settings = self.settings
             work.wanted = wanted_features(work.prepared, settings.extract, infos, settings.reader)
@@ -151,6 +175,7 @@ class _Run:
             grids = [grid for grid in work.prepared.grids if self._names(work, grid)]
             if not grids:
                 self._assemble(work)
+                yield None
                 continue
             self.under_way[entry.slide_id] = work
             yield ExtractItem(
@@ -178,7 +203,7 @@ class _Run:
                 store_features(work.prepared, result, work.missing, self.paths)
         except OutputError:
             raise
-        except WsiPipeError as error:
+        except Exception as error:
             self._fail(work, error)
             return
         self._assemble(work)
@@ -198,7 +223,7 @@ class _Run:
                     )
             except OutputError:
                 raise
-            except WsiPipeError as error:
+            except Exception as error:
                 self._fail(work, error)
                 return
             cached = cached if made else (*cached, "assemble")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,25 +20,38 @@ __all__ = ["slide_task"]
 
 _encoders: dict[str, dict[str, Encoder]] = {}
 """Encoders of this process, by settings: loaded once, kept for the next slide."""
+_encoding = threading.Lock()
+"""Held by the slide that uses them: a Dask worker may run several threads, which share them and the device."""
 
 
 def slide_task(settings: JobSettings, root: str, until: Stage, keep_features: bool, entry: SlideEntry) -> SlideOutcome:
     """Take one slide to ``until`` in the job at ``root``; the caller notes the outcome.
 
-    Raises OutputError, DeviceError and EncoderError, which concern the whole job; all else is in the outcome.
+    Raises OutputError, EncoderError and ConfigError, which concern the whole job; all else is in the outcome.
     """
-    encoders = None
-    if STAGES.index(until) >= STAGES.index("extract"):
+    paths = JobPaths(Path(root))
+    if not paths.config.is_file():
+        raise OutputError(
+            f"cannot write {root}: the job folder is not there", remedy="workers must see the job's folder"
+        )
+    if STAGES.index(until) < STAGES.index("extract"):
+        return _process(settings, paths, until, keep_features, entry, None)
+    with _encoding:
         key = fingerprint(settings.extract, settings.tile.resolutions)
         if key not in _encoders:
             _encoders.clear()
             _encoders[key] = load_encoders(settings)
-        encoders = _encoders[key]
-    paths = JobPaths(Path(root))
-    if not paths.root.is_dir():
-        raise OutputError(
-            f"cannot write {root}: the job folder is not there", remedy="workers must see the job's folder"
-        )
+        return _process(settings, paths, until, keep_features, entry, _encoders[key])
+
+
+def _process(
+    settings: JobSettings,
+    paths: JobPaths,
+    until: Stage,
+    keep_features: bool,
+    entry: SlideEntry,
+    encoders: dict[str, Encoder] | None,
+) -> SlideOutcome:
     (outcome,) = process(
         [entry],
         settings,

@@ -1,0 +1,198 @@
+"""What happens around a run: sources that die, folders that vanish, workers that are killed, lines cut short."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wsi_pipe.bag import check_bag
+from wsi_pipe.cli import group, run_group
+from wsi_pipe.config import JobSettings
+from wsi_pipe.errors import OutputError
+from wsi_pipe.execute import Where
+from wsi_pipe.job import append_outcome, open_job, read_outcomes
+from wsi_pipe.job.dispatch import dispatch
+from wsi_pipe.manifest import collect_slides
+from wsi_pipe.outcome import SlideOutcome
+
+MakeSlide = Callable[..., Path]
+
+
+def cli(*arguments: str | Path) -> int:
+    return run_group(group, "wsi-pipe", [str(argument) for argument in arguments])
+
+
+def lines(job: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (job / "outcomes.jsonl").read_text().splitlines()]
+
+
+class DyingServer(ThreadingHTTPServer):
+    """Serves one file by ranges, and drops every connection once it has sent ``budget`` bytes."""
+
+    daemon_threads = True
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.data, self.budget, self.sent = data, len(data), 0
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: DyingServer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.data)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        data = self.server.data
+        match = re.match(r"bytes=(\d+)-(\d+)$", self.headers.get("Range", ""))
+        start, stop = (int(match[1]), min(int(match[2]) + 1, len(data))) if match else (0, len(data))
+        room = max(self.server.budget - self.server.sent, 0)
+        if not room:
+            self.close_connection = True
+            return
+        self.send_response(206 if match else 200)
+        self.send_header("Content-Length", str(stop - start))
+        if match:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+        self.end_headers()
+        part = data[start : min(stop, start + room)]
+        self.server.sent += len(part)
+        self.wfile.write(part)
+        self.close_connection = len(part) < stop - start
+
+
+@pytest.fixture
+def server(tmp_path: Path, make_slide: MakeSlide) -> Iterator[DyingServer]:
+    found = DyingServer(make_slide(tmp_path / "far.svs").read_bytes())
+    thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield found
+    found.shutdown()
+    found.server_close()
+    thread.join()
+
+
+def test_a_source_that_dies_half_way_fails_its_slide_and_succeeds_later(
+    tmp_path: Path, server: DyingServer, make_slide: MakeSlide
+) -> None:
+    near, job = make_slide(tmp_path / "near.svs", seed=1), tmp_path / "job"
+    url = f"http://127.0.0.1:{server.server_address[1]}/far.svs"
+    server.budget = len(server.data) // 2
+    arguments = ("run", url, near, "-o", job, "-r", "20x", "--cache", tmp_path / "cache")
+    assert cli(*arguments) == 1
+    outcomes = read_outcomes(job)
+    assert {name: o.status for name, o in outcomes.items()} == {"far": "failed", "near": "done"}
+    assert [line["slide_id"] for line in lines(job)].count("far") == 1
+    assert url in str(outcomes["far"].reason)
+    assert outcomes["far"].error in ("SlideOpenError", "SlideReadError")
+    assert [path.name for path in (job / "bags").iterdir()] == ["near.h5"]
+    assert not list(tmp_path.rglob("*.partial"))
+    server.sent, server.budget = 0, 100 * len(server.data)
+    assert cli(*arguments) == 0
+    assert check_bag(job / "bags/far.h5") == []
+
+
+@pytest.mark.parametrize("where", [Where(), Where(workers=2)], ids=["here", "workers"])
+def test_a_job_folder_removed_meanwhile_ends_the_run_and_is_not_made_anew(
+    tmp_path: Path, make_slide: MakeSlide, where: Where
+) -> None:
+    for seed in range(6):
+        make_slide(tmp_path / "in" / f"s{seed}.svs", seed=seed)
+    entries, settings = collect_slides([str(tmp_path / "in")]), JobSettings()
+    paths = open_job(tmp_path / "job", settings, entries)
+    outcomes = dispatch(entries, settings, paths, where, until="segment")
+    next(outcomes)
+    shutil.move(tmp_path / "job", tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="the output folder is gone: restore it"):
+        list(outcomes)
+    assert not (tmp_path / "job/outcomes.jsonl").exists()
+    shutil.rmtree(tmp_path / "job", ignore_errors=True)
+    shutil.move(tmp_path / "elsewhere", tmp_path / "job")
+    assert len(list(dispatch(entries, settings, paths, where, until="segment"))) == 6
+
+
+def test_a_line_cut_short_takes_no_other_with_it(tmp_path: Path) -> None:
+    paths = open_job(tmp_path, JobSettings(), [])
+    append_outcome(paths, SlideOutcome("a", "done"))
+    with paths.outcomes.open("ab") as file:
+        file.write(b'{"slide_id": "b", "sta')
+    append_outcome(paths, SlideOutcome("c", "done"))
+    with paths.outcomes.open("ab") as file:
+        file.write(b"17\n[]\n\xff\n")
+    assert list(read_outcomes(tmp_path)) == ["a", "c"]
+
+
+def test_slides_that_are_done_are_handed_out_as_they_are_looked_at(tmp_path: Path, make_slide: MakeSlide) -> None:
+    """A run that resumes shows where it is before the first slide that needs work is through."""
+    for seed in range(3):
+        make_slide(tmp_path / "in" / f"s{seed}.svs", seed=seed)
+    assert cli("run", tmp_path / "in", "-o", tmp_path / "job", "-r", "5x", "--limit", "2") == 0
+    settings = JobSettings(tile=JobSettings().tile)
+    entries = collect_slides([str(tmp_path / "in")])
+    taken = []
+
+    def feed() -> Iterator[Any]:
+        for entry in entries:
+            taken.append(entry.slide_id)
+            yield entry
+
+    from wsi_pipe.job import load_settings
+    from wsi_pipe.job.run import process
+
+    paths = open_job(tmp_path / "job", load_settings(tmp_path / "job") or settings, entries)
+    results = process(feed(), load_settings(tmp_path / "job") or settings, paths)
+    first = next(results)
+    assert (first.slide_id, "assemble" in first.cached, taken) == ("s0", True, ["s0"])
+    assert [outcome.slide_id for outcome in results] == ["s1", "s2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--resources", "ENC=1"]], ids=["one phase", "two phases"])
+def test_a_dask_worker_killed_during_a_run(
+    tmp_path: Path, make_slide: MakeSlide, cluster: Any, options: list[str]
+) -> None:
+    for seed in range(8):
+        make_slide(tmp_path / "in" / f"s{seed}.svs", seed=seed)
+    (tmp_path / "in/bad.svs").write_bytes(b"no")
+    cluster.scheduler()
+    workers = [cluster.worker("--no-nanny", "--resources", "ENC=1") for _ in range(2)]
+    if options:
+        cluster.worker("--no-nanny")
+    job = tmp_path / "job"
+    command = [sys.executable, "-m", "wsi_pipe", "run", "in", "-o", "job", "--scheduler", cluster.address, *options]
+    # Relative paths: workers have working directories of their own.
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 300
+        while not (job / "outcomes.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        workers[0].kill()
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 1, err
+    assert "Traceback" not in err
+    counts = Counter(line["slide_id"] for line in lines(job))
+    assert counts == Counter([*(f"s{n}" for n in range(8)), "bad"])
+    assert {name for name, o in read_outcomes(job).items() if o.status == "failed"} == {"bad"}
+    assert sorted(path.stem for path in (job / "bags").glob("*.h5")) == [f"s{n}" for n in range(8)]
+    assert all(check_bag(path) == [] for path in (job / "bags").glob("*.h5"))
