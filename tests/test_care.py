@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -69,10 +71,36 @@ def test_repair_puts_aside_what_is_wrong_and_nothing_else(archive: Path, tmp_pat
     assert Path(moved["s1.h5"].moved_to).is_file()
     assert not list(job.rglob("*.partial"))
     assert repair_job(job) == []
+    assert job_status(job).waiting == 3
     assert cli("run", "-o", job) == 0
     assert features(job) == before
     assert {p: p.stat().st_mtime_ns for p in untouched} == untouched
     assert not [finding for finding in verify_job(job) if finding.problems]
+
+
+def test_repair_refuses_what_is_no_job(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="is not a job directory"):
+        repair_job(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_finds_bags_of_other_settings(archive: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "2") == 0
+    assert cli("tile", archive, "-o", job, "-r", "5x", "-r", "20x", "--limit", "1") == 0
+    problems = {finding.slide_id: " ".join(finding.problems) for finding in verify_job(job)}
+    assert "made from other grids" in problems["s0"]
+    assert "has grids at 5x, the job wants 5x, 20x" in problems["s1"]
+
+
+def test_asking_for_the_state_of_a_job_does_not_keep_a_run_out(tmp_path: Path) -> None:
+    with hold_job(tmp_path, {}):
+        pass
+    handle = os.open(tmp_path / ".lock", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    threading.Timer(0.05, os.close, [handle]).start()
+    with hold_job(tmp_path, {}):
+        assert holder_of(tmp_path) is not None
 
 
 def test_status_counts_and_paces(archive: Path, tmp_path: Path) -> None:

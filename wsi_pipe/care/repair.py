@@ -9,6 +9,7 @@ from pathlib import Path
 
 from wsi_pipe.bag import check_bag, check_feature_file
 from wsi_pipe.care.verify import verify_job
+from wsi_pipe.errors import ManifestError
 from wsi_pipe.files import output_error, remove_partial_files
 from wsi_pipe.job import JobPaths, load_slides, utc_now
 from wsi_pipe.job.lock import hold_job
@@ -33,6 +34,8 @@ def repair_job(root: Path) -> list[Repair]:
     is at work in it, OutputError when a file cannot be moved.
     """
     paths = JobPaths(root)
+    if not paths.config.is_file():
+        raise ManifestError(f"{root}: is not a job directory", remedy="give the folder of wsi-pipe run to --repair")
     with hold_job(root, {"started_utc": utc_now(), "until": "repair"}):
         wrong = [(Path(f.path), f.problems) for f in verify_job(root) if f.problems and Path(f.path).is_file()]
         wrong += list(_broken_stage_files(paths))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wsi_pipe.errors import ManifestError
-from wsi_pipe.job import load_slides, read_outcomes
+from wsi_pipe.job import JobPaths, load_slides, read_outcomes
 from wsi_pipe.job.lock import holder_of
 from wsi_pipe.outcome import SlideOutcome
 
@@ -19,7 +19,8 @@ __all__ = ["JobStatus", "job_status"]
 class JobStatus:
     """Counts of a job's slides, and of the run that is at work in it, if one is.
 
-    waiting: slides without an outcome of their last stage. run: what the running process said of itself, or None.
+    waiting: slides without an outcome, and those whose bag was put aside since. run: what the running process said of
+    itself, or None.
     finished_in_run, slides_per_hour, hours_left: of that run, None where none is or nothing is finished yet.
     """
 
@@ -41,7 +42,7 @@ def job_status(root: Path, now: datetime | None = None) -> JobStatus:
     if not entries:
         raise ManifestError(f"{root}: is not a job directory", remedy="give the folder that wsi-pipe run wrote")
     outcomes = read_outcomes(root)
-    ends = [outcomes.get(entry.slide_id) for entry in entries]
+    ends = [_end(outcomes.get(entry.slide_id), JobPaths(root)) for entry in entries]
     counts = {
         status: sum(end is not None and end.status == status for end in ends) for status in ("done", "empty", "failed")
     }
@@ -59,6 +60,12 @@ def job_status(root: Path, now: datetime | None = None) -> JobStatus:
         hours_left=left,
         failures=tuple(end for end in ends if end is not None and end.status == "failed"),
     )
+
+
+def _end(outcome: SlideOutcome | None, paths: JobPaths) -> SlideOutcome | None:
+    """A slide's outcome, or None where its bag is gone since."""
+    gone = outcome is not None and "assemble" in outcome.seconds and not paths.bag(outcome.slide_id).is_file()
+    return None if gone and outcome and outcome.status != "failed" else outcome
 
 
 def _pace(

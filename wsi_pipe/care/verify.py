@@ -86,6 +86,12 @@ def _mismatches(bag: Bag, slide_id: str, paths: JobPaths, settings: JobSettings)
     except BagError:
         # Grids may be deleted once the bag holds them.
         pass
+    wanted = {spec.label: spec for spec in settings.tile.specs}
+    have = {level.grid.label: level.grid.spec for level in bag.levels}
+    if have.keys() != wanted.keys():
+        yield f"has grids at {', '.join(have)}, the job wants {', '.join(wanted)}: run again"
+    elif have != wanted:
+        yield "has tiles of another size than the job wants: run again"
     yield from _foreign_features(bag, settings.extract, settings.reader)
 
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ def hold_job(root: Path, about: dict[str, Any]) -> Iterator[None]:
         raise output_error(root, error) from error
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(handle)
         except OSError as error:
             other = _read(root)
             who = f"process {other.get('pid', '?')} on {other.get('host', '?')}, since {other.get('started_utc', '?')}"
@@ -53,6 +54,18 @@ def hold_job(root: Path, about: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _take(handle: int) -> None:
+    """Take the lock; once more after a moment, since whoever asks for the state of a job holds it for an instant."""
+    for last in (False, False, True):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if last:
+                raise
+            time.sleep(0.1)
 
 
 def holder_of(root: Path) -> dict[str, Any] | None:
