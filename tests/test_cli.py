@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from wsi_pipe.bag import check_bag, read_attrs, read_bag
 from wsi_pipe.cli import group, run_group
+from wsi_pipe.execute import Where
 
 MakeSlide = Callable[..., Path]
 
@@ -254,6 +256,104 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "job/bags").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.toml", b"[tile", "config.toml is not valid TOML"),
+        ("config.toml", b"reader = 'best'", "reader 'best' must be one of auto"),
+        ("config.toml", b"[extract]\nmemory_mib = 0", "memory_mib 0 must be at least 16"),
+        ("config.toml", b"[extract]\nencoders = {}", "no encoder is given"),
+        ("config.toml", b"[tile]\njudge_um = 0", "judge_um 0.0 must be above zero"),
+        ("slides.csv", b"", "slides.csv: has no column 'slide'"),
+        ("slides.csv", b"\xff\xfe", "give a CSV in UTF-8"),
+    ],
+)
+def test_damaged_files_of_a_job_are_named(
+    tmp_path: Path, make_slide: MakeSlide, capsys: pytest.CaptureFixture[str], file: str, content: bytes, message: str
+) -> None:
+    slide, job = make_slide(tmp_path / "s.svs"), tmp_path / "job"
+    job.mkdir()
+    (job / file).write_bytes(content)
+    assert cli("run", slide, "-o", job) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(job / file) in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-e", "no-such-encoder", "--workers", "2"], "no-such-encoder"),
+        (["--layers", "1", "--workers", "2"], "texture"),
+        (["--layers", "1"], "texture"),
+        (["--scheduler", "tcp://127.0.0.1:1"], "no Dask scheduler answers at tcp://127.0.0.1:1"),
+        (["--log-json", "gone/log.jsonl"], "gone"),
+    ],
+)
+def test_where_nothing_can_be_done_the_exit_code_is_2(
+    tmp_path: Path,
+    make_slide: MakeSlide,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("wsi_pipe.cli.options.Where", partial(Where, connect_s=1.0))
+    slide = make_slide(tmp_path / "s.svs")
+    assert cli("run", slide, "-o", tmp_path / "job", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "job/bags").exists()
+
+
+def test_an_unreadable_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("plan", tmp_path, "--each", tmp_path / "gone/plan.jsonl") == 2
+    (tmp_path / "s.svs").write_bytes(b"no")
+    assert cli("plan", tmp_path, "--each", tmp_path / "gone/plan.jsonl") == 2
+    assert f"{tmp_path}/gone/plan.jsonl: No such file or directory" in capsys.readouterr().err
+
+
+def test_retry_failed_goes_before_limit(tmp_path: Path, make_slide: MakeSlide, run_json: RunJson) -> None:
+    make_slide(tmp_path / "in/a.svs")
+    (tmp_path / "in/b.svs").write_bytes(b"no")
+    assert cli("run", tmp_path / "in", "-o", tmp_path / "job", "-r", "5x") == 1
+    code, result = run_json("run", "-o", tmp_path / "job", "--retry-failed", "--limit", "1")
+    assert code == 1
+    assert [outcome["slide_id"] for outcome in result["outcomes"]] == ["b"]
+
+
+def test_a_slide_of_the_same_name_elsewhere_replaces_nothing(
+    tmp_path: Path, make_slide: MakeSlide, run_json: RunJson
+) -> None:
+    job = tmp_path / "job"
+    assert cli("run", make_slide(tmp_path / "a/s.svs"), "-o", job, "-r", "5x") == 0
+    code, result = run_json("run", make_slide(tmp_path / "b/s.svs", seed=1), "-o", job)
+    assert code == 0
+    assert [outcome["slide_id"] for outcome in result["outcomes"]] == ["b--s"]
+    assert read_attrs(job / "bags/s.h5").slide_path == str(tmp_path / "a/s.svs")
+
+
+def test_relative_and_absolute_paths_are_one_slide(
+    tmp_path: Path, make_slide: MakeSlide, run_json: RunJson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_slide(tmp_path / "s.svs")
+    monkeypatch.chdir(tmp_path)
+    assert cli("run", "s.svs", "-o", "job", "-r", "5x") == 0
+    code, result = run_json("run", "-o", "job")
+    assert code == 0
+    assert set(result["outcomes"][0]["cached"]) == {"segment", "tile", "extract", "assemble"}
+
+
+def test_info_of_slides_that_all_fail_shows_no_empty_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.svs").write_bytes(b"nothing")
+    assert cli("info", tmp_path / "bad.svs") == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "bad.svs" in shown.err
 
 
 MAIN = "import sys; from wsi_pipe.cli import group, run_group; sys.exit(run_group(group, 'wsi-pipe', sys.argv[1:]))"

@@ -36,6 +36,7 @@ __all__ = [
 
 S = TypeVar("S")
 
+READERS = ("auto", "tiff", "openslide", "image")
 SEGMENT_METHODS = ("stain", "od", "otsu-saturation")
 
 
@@ -120,6 +121,8 @@ class TileSettings:
             raise ConfigError(f"min_tissue {self.min_tissue} must lie between 0 and 1")
         if not 0 <= self.mpp_tolerance < 0.25:
             raise ConfigError(f"mpp_tolerance {self.mpp_tolerance} must be at least 0 and below 0.25")
+        if not (math.isfinite(self.judge_um) and self.judge_um > 0):
+            raise ConfigError(f"judge_um {self.judge_um} must be above zero")
         labels = [spec.label for spec in self.specs]
         if len(set(labels)) < len(labels):
             raise ConfigError(f"a resolution is given twice: {', '.join(labels)}")
@@ -155,6 +158,14 @@ class ExtractSettings:
             raise ConfigError(f"feature dtype {self.dtype!r} must be float16 or float32")
         if self.precision not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"precision {self.precision!r} must be auto, float32, bfloat16 or float16")
+        if not any(self.encoders.values()):
+            raise ConfigError("no encoder is given", remedy="name at least one, such as texture")
+        if not self.devices:
+            raise ConfigError("no device is given", remedy="name at least one, or auto")
+        for name, least in (("batch_size", 1), ("read_threads", 1), ("memory_mib", 16)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} {value} must be at least {least}")
 
     def encoders_of(self, label: str) -> tuple[str, ...]:
         """Names of the encoders that run on the level ``label``: its own where it has any, else those for all."""
@@ -185,6 +196,10 @@ class JobSettings:
     extract: ExtractSettings = field(default_factory=ExtractSettings)
     reader: str = "auto"
     cache: CacheSettings = CacheSettings()
+
+    def __post_init__(self) -> None:
+        if self.reader not in READERS:
+            raise ConfigError(f"reader {self.reader!r} must be one of {', '.join(READERS)}")
 
 
 def fingerprint(*parts: object) -> str:

@@ -100,6 +100,11 @@ def run_group(command: click.Group, name: str, arguments: Sequence[str] | None =
         # The reader of our output (head, less) is gone; Python's own flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # What no stage foresaw: a file of the user's that cannot be read or written.
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"{name}: error: {where}{error.strerror or error}", err=True)
+        return EXIT_USAGE
 
 
 def main() -> None:

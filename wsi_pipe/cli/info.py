@@ -44,7 +44,9 @@ def info(resolutions: tuple[float, ...], tile_px: int, properties: bool, as_json
         labels = [level_label(mpp) for mpp in sorted(settings.resolutions)]
         columns = {"slide": "left", "vendor": "left", "reader": "left", "size": "right", "levels": "left"}
         columns |= {"mpp": "left", "from": "left"} | {f"tiles {label}": "right" for label in labels}
-        print_table(columns, (_row(item, labels) for item in found if "error" not in item))
+        opened = [item for item in found if "error" not in item]
+        if opened:
+            print_table(columns, (_row(item, labels) for item in opened))
         for item in found:
             if "error" in item:
                 click.echo(f"{item['slide_id']}: {item['error']}", err=True)

@@ -17,7 +17,7 @@ from wsi_pipe.config import CacheSettings, ExtractSettings, JobSettings, Segment
 from wsi_pipe.errors import ConfigError, ManifestError
 from wsi_pipe.execute import Where
 from wsi_pipe.geometry import level_label, parse_resolution
-from wsi_pipe.job.record import load_settings, load_slides
+from wsi_pipe.job.record import load_settings, load_slides, read_outcomes
 from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, collect_slides
 
 __all__ = [
@@ -77,7 +77,7 @@ def slide_options(function: F) -> F:
         click.option(
             "--slide-mpp",
             metavar="UM",
-            help="Resolution of level 0 in um/px where a slide does not state it: X or XxY.",
+            help="Resolution of level 0 in um/px, X or XxY, of every slide given; it goes before the file's own.",
         ),
         click.option(
             "--reader",
@@ -241,7 +241,7 @@ def extract_options(function: F) -> F:
             metavar="[RES=]NAME",
             help="Encoder for all resolutions, or for one (5x=NAME); repeatable. See wsi-pipe encoders.  [texture]",
         ),
-        click.option("--layers", metavar="N,N", help="Store the CLS of these ViT blocks too."),
+        click.option("--layers", metavar="N,N", help="Store the CLS of these ViT blocks too, or none.  [none]"),
         click.option(
             "--dtype", "extract_dtype", type=click.Choice(["float16", "float32"]), help="Of stored features.  [float16]"
         ),
@@ -348,6 +348,8 @@ def _check_encoder_levels(settings: JobSettings) -> None:
 
 
 def _layers(text: str) -> tuple[int, ...]:
+    if text == "none":
+        return ()
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
@@ -377,10 +379,11 @@ def collect_entries(values: Mapping[str, Any], job: Path | None = None) -> list[
     Raises ManifestError or ConfigError.
     """
     sources, manifest = values["sources"], values["manifest"]
+    listed = load_slides(job) if job else []
     if sources or manifest:
-        entries = collect_slides(sources, manifest)
+        entries = collect_slides(sources, manifest, job=listed)
     else:
-        entries = load_slides(job) if job else []
+        entries = listed
         if not entries:
             raise ManifestError("no slides are given", remedy="name slide files, folders, URLs or a CSV")
     mpp = parse_mpp(values.get("slide_mpp"))
@@ -391,11 +394,14 @@ def collect_entries(values: Mapping[str, Any], job: Path | None = None) -> list[
             raise ConfigError(
                 f"--mask is for one slide, {len(entries)} are given", remedy="use the column mask of a CSV (--slides)"
             )
-        entries = [dataclasses.replace(entries[0], mask=str(values["mask"]))]
+        entries = [dataclasses.replace(entries[0], mask=str(values["mask"].absolute()))]
     if values.get("only"):
         wanted = set(values["only"])
         unknown = wanted - {entry.slide_id for entry in entries}
         if unknown:
             raise ManifestError(f"no slide has the id {', '.join(sorted(unknown))}", remedy="see wsi-pipe info for ids")
         entries = [entry for entry in entries if entry.slide_id in wanted]
+    if values.get("retry_failed") and job:
+        ends = read_outcomes(job)
+        entries = [e for e in entries if e.slide_id in ends and ends[e.slide_id].status == "failed"]
     return entries[: values["limit"]] if values.get("limit") else entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from wsi_pipe.cli.options import (
     where_options,
 )
 from wsi_pipe.config import JobSettings, to_mapping
-from wsi_pipe.errors import EncoderError, JobError, WsiPipeError
+from wsi_pipe.errors import EncoderError, JobError, OutputError, WorkerError, WsiPipeError
 from wsi_pipe.files import remove_partial_files
 from wsi_pipe.job import JobPaths, open_job, read_outcomes, utc_now, write_failures
 from wsi_pipe.manifest import SlideEntry
@@ -33,10 +34,10 @@ __all__ = ["assemble", "extract", "run", "segment", "tile"]
 
 
 def _run_until(
-    until: Stage, values: dict[str, Any], after: Callable[[JobPaths, JobSettings], None] | None = None
+    until: Stage, values: dict[str, Any], after: Callable[[JobPaths, JobSettings, list[SlideEntry]], None] | None = None
 ) -> int:
     """Parse, process, print; the exit code."""
-    from wsi_pipe.job.dispatch import dispatch
+    from wsi_pipe.job.dispatch import check_folder, dispatch
     from wsi_pipe.job.lock import hold_job
     from wsi_pipe.job.run import load_encoders
 
@@ -44,9 +45,6 @@ def _run_until(
     settings = settings_from(values, job, values["config"])
     where = where_from(values)
     entries = collect_entries(values, job)
-    if values["retry_failed"]:
-        ends = read_outcomes(job)
-        entries = [e for e in entries if e.slide_id in ends and ends[e.slide_id].status == "failed"]
     # A bad encoder stops here, before any work; other processes load their own.
     encoders = load_encoders(settings) if until in ("extract", "assemble") and where.here else None
     outcomes: list[SlideOutcome] = []
@@ -81,19 +79,36 @@ def _run_until(
                 raise
             finally:
                 results.close()
-        if not stopped:
+        if any(outcome.error in ("TaskTimeoutError", "WorkerError") for outcome in outcomes):
+            # Processes that were ended may have left files half-written.
+            remove_partial_files(job)
+        if stopped:
+            # Where the folder cannot be written, the error that says so is already on its way.
+            with contextlib.suppress(OutputError):
+                check_folder(paths)
+                write_failures(paths)
+        else:
             write_failures(paths)
             if after:
-                after(paths, settings)
+                done = {outcome.slide_id for outcome in outcomes if outcome.status == "done"}
+                after(paths, settings, [entry for entry in entries if entry.slide_id in done])
         log.event("end", seconds=time.perf_counter() - start, stopped=str(stopped) if stopped else None)
-    _print(values["as_json"], settings, entries, outcomes, time.perf_counter() - start)
+    if stopped and not outcomes and isinstance(stopped, (EncoderError, WorkerError)):
+        # No encoder, or no scheduler: nothing could be done.
+        raise stopped
+    _print(values["as_json"], settings, entries, outcomes, time.perf_counter() - start, stopped)
     if stopped:
         click.echo(f"wsi-pipe: error: {stopped}", err=True)
     return EXIT_FAILED if stopped or any(outcome.status == "failed" for outcome in outcomes) else 0
 
 
 def _print(
-    as_json: bool, settings: JobSettings, entries: list[SlideEntry], outcomes: list[SlideOutcome], seconds: float
+    as_json: bool,
+    settings: JobSettings,
+    entries: list[SlideEntry],
+    outcomes: list[SlideOutcome],
+    seconds: float,
+    stopped: WsiPipeError | None,
 ) -> None:
     if as_json:
         print_json(
@@ -101,6 +116,7 @@ def _print(
                 "settings": to_mapping(settings),
                 "slides": len(entries),
                 "seconds": seconds,
+                "error": str(stopped) if stopped else None,
                 "outcomes": [outcome.to_json() for outcome in outcomes],
             }
         )
@@ -138,12 +154,11 @@ def tile(save_tiles: str | None, save_most: int, **values: Any) -> int:
     if not save_tiles:
         return _run_until("tile", values)
 
-    def save(paths: JobPaths, settings: JobSettings) -> None:
+    def save(paths: JobPaths, settings: JobSettings, done: list[SlideEntry]) -> None:
         from wsi_pipe.job.images import save_tile_images
 
-        for entry in collect_entries(values, paths.root):
-            if paths.tiles(entry.slide_id).is_file():
-                save_tile_images(entry, settings, paths, save_tiles, save_most)
+        for entry in done:
+            save_tile_images(entry, settings, paths, save_tiles, save_most)
 
     return _run_until("tile", values, save)
 
@@ -199,7 +214,7 @@ def run(report: bool, **values: Any) -> int:
     wsi-pipe run archive/ -o job -r 20x -r 5x -e 20x=uni -e 5x=lr.safetensors
     """
 
-    def write(paths: JobPaths, settings: JobSettings) -> None:
+    def write(paths: JobPaths, settings: JobSettings, done: list[SlideEntry]) -> None:
         from wsi_pipe.report import write_report
 
         write_report(paths.root, list(read_outcomes(paths.root).values()), settings)
