@@ -40,11 +40,21 @@ def main() -> int:
         script = (
             f"#!/bin/sh\n#SBATCH -p {options.gpu_partition}\n#SBATCH --gres=gpu:1\n#SBATCH -c 8\n"
             f"#SBATCH --mem={options.memory.removesuffix('B')}\n#SBATCH -t {options.walltime}\n"
-            f"exec dask worker {cluster.scheduler_address} --nthreads 1 --resources GPU=1 --no-dashboard\n"
+            f"exec dask worker {cluster.scheduler_address} --nthreads 1 --resources GPU=1 --no-dashboard"
+            " --death-timeout 300\n"
         )
-        for _ in range(options.gpu_jobs):
-            subprocess.run(["sbatch"], input=script, text=True, check=True)
-        return subprocess.run([*command, "--resources", "GPU=1"], check=False).returncode
+        jobs = []
+        try:
+            for _ in range(options.gpu_jobs):
+                done = subprocess.run(
+                    ["sbatch", "--parsable"], input=script, text=True, check=True, capture_output=True
+                )
+                jobs.append(done.stdout.strip().split(";")[0])
+            return subprocess.run([*command, "--resources", "GPU=1"], check=False).returncode
+        finally:
+            # Jobs that wait in the queue, or for a scheduler that is gone, would hold GPUs until their time is up.
+            if jobs:
+                subprocess.run(["scancel", *jobs], check=False)
 
 
 if __name__ == "__main__":
