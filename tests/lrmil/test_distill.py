@@ -1,0 +1,279 @@
+"""Distillation from bags and slides to an LR encoder that wsi-pipe runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lrmil.checkpoint import ModelCard, save_model
+from lrmil.cli import group
+from lrmil.config import ModelSettings
+from lrmil.distill import DistillRequest, DistillSettings, run_distillation
+from lrmil.distill import run as run_module
+from lrmil.distill import train as train_module
+from lrmil.errors import BagMismatchError, LeakageError, ResumeError, SettingsError
+from lrmil.model import build_model
+from lrmil.splits import SplitTable
+from wsi_pipe.bag import read_attrs, read_grids, read_level
+from wsi_pipe.cli import run_group
+from wsi_pipe.config import ExtractSettings, JobSettings, TileSettings
+from wsi_pipe.encoders import load_encoder
+from wsi_pipe.encoders.lr_file import read_lr_header
+from wsi_pipe.errors import BagError
+from wsi_pipe.execute import Where
+from wsi_pipe.job import open_job
+from wsi_pipe.job.dispatch import dispatch
+from wsi_pipe.manifest import read_manifest
+from wsi_pipe.slides import open_slide
+from wsi_pipe.synthetic import make_cohort
+from wsi_pipe.tiles import stream_tiles
+
+QUICK = DistillSettings(
+    epochs=2, batch_size=8, lr=1e-3, precision="float32", device="cpu", val_fraction=0.3, threads=1, patience=9
+)
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six slides of six cases, their job with texture features at 20x and 5x, and nothing else."""
+    root = tmp_path_factory.mktemp("distill")
+    make_cohort(root / "slides", 6, seed=3, size_px=(512, 512), mpp=0.5, max_slides_per_case=1)
+    entries = read_manifest(root / "slides" / "slides.csv")
+    settings = JobSettings(
+        tile=TileSettings(resolutions=(0.5, 2.0), tile_px=64), extract=ExtractSettings(encoders={"*": ("texture",)})
+    )
+    paths = open_job(root / "job", settings, entries)
+    outcomes = list(dispatch(entries, settings, paths, Where()))
+    assert [o.status for o in outcomes] == ["done"] * 6
+    return root
+
+
+def splits_of(cohort: Path, held: int = 2) -> SplitTable:
+    cases = tuple(read_attrs(bag).case_id for bag in sorted((cohort / "job" / "bags").glob("*.h5")))
+    first = tuple("test" if i < held else "train" for i in range(len(cases)))
+    second = tuple("test" if i >= len(cases) - held else "train" for i in range(len(cases)))
+    return SplitTable("case", cases, {"fold_1": first, "fold_2": second})  # type: ignore[dict-item]
+
+
+def request_of(cohort: Path, out: Path, **changes: Any) -> DistillRequest:
+    base = DistillRequest(
+        bags=cohort / "job" / "bags",
+        teacher="texture",
+        student="timm:test_vit",
+        lr="5x",
+        hr="20x",
+        splits=splits_of(cohort),
+        fold="1",
+        out=out,
+        settings=QUICK,
+        random_student=True,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_the_exported_encoder_gives_the_features_of_training(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Any] = []
+    original = run_module.distill
+
+    def spy(student: Any, preprocessing: Any, *args: Any, **kwargs: Any) -> Any:
+        history = original(student, preprocessing, *args, **kwargs)
+        trained.extend([student, preprocessing])
+        return history
+
+    monkeypatch.setattr(run_module, "distill", spy)
+    out = tmp_path / "lr-fold1.safetensors"
+    result = run_distillation(request_of(cohort, out))
+    assert len(result.history.epochs) == 2
+    entries = read_manifest(cohort / "slides" / "slides.csv")[:2]
+    settings = JobSettings(
+        tile=TileSettings(resolutions=(2.0,), tile_px=64),
+        extract=ExtractSettings(encoders={"5x": (str(out),)}, precision="float32", dtype="float32"),
+    )
+    paths = open_job(tmp_path / "job", settings, entries)
+    assert [o.status for o in dispatch(entries, settings, paths, Where())] == ["done", "done"]
+    student, preprocessing = trained
+    student.eval()
+    for entry in entries:
+        bag = paths.bag(entry.slide_id)
+        slide = open_slide(entry.path)
+        pixels = np.concatenate([b.pixels for b in stream_tiles(slide, read_grids(bag)[0])])
+        slide.close()
+        with torch.inference_mode():
+            expected = train_module._forward(student, pixels, preprocessing, torch.device("cpu"), torch.float32).feature
+        found = read_level(bag, "5x", "lr-fold1").features
+        assert len(found) > 0
+        assert np.abs(found - expected.numpy()).max() <= 1e-4
+        assert expected.std() > 1e-3
+
+
+def test_the_file_says_which_slides_were_seen_and_none_of_them_is_held_out(cohort: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lr-fold1.safetensors"
+    result = run_distillation(request_of(cohort, out))
+    training = read_lr_header(out).training
+    seen = set(training["train_slides"]) | set(training["val_slides"])
+    everything = [read_attrs(bag) for bag in sorted((cohort / "job" / "bags").glob("*.h5"))]
+    assert seen == {a.slide_id for a in everything[2:]}
+    assert training["val_slides"]
+    assert not set(training["train_slides"]) & set(training["val_slides"])
+    assert set(result.train_slides) == set(training["train_slides"])
+
+
+def test_slides_that_are_held_out_are_never_opened(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lrmil.distill import pixels
+
+    opened: set[str] = set()
+
+    def watched(path: str, **options: Any) -> Any:
+        opened.add(Path(path).stem)
+        return open_slide(path, **options)
+
+    monkeypatch.setattr(pixels, "open_slide", watched)
+    run_distillation(request_of(cohort, tmp_path / "lr.safetensors"))
+    held = {read_attrs(bag).slide_id for bag in sorted((cohort / "job" / "bags").glob("*.h5"))[:2]}
+    assert len(opened) == 4
+    assert not opened & held
+
+
+def test_cached_and_streamed_tiles_train_the_same_encoder(cohort: Path, tmp_path: Path) -> None:
+    results = []
+    for name, cache in (("cached", 512), ("streamed", 0)):
+        # Groups of one MiB, so that slides are mixed in several groups either way.
+        settings = dataclasses.replace(QUICK, cache_mib=cache, mix_mib=1, threads=1 + (cache == 0))
+        results.append(run_distillation(request_of(cohort, tmp_path / name / "lr.safetensors", settings=settings)))
+    assert results[0].history.epochs == results[1].history.epochs
+    one, other = (weights_of(result.path) for result in results)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_that_was_interrupted_gives_the_same_to_the_bit(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(QUICK, epochs=3)
+    whole = run_distillation(request_of(cohort, tmp_path / "whole" / "lr.safetensors", settings=settings))
+
+    class PulledPlugError(Exception):
+        pass
+
+    def stop(text: str) -> None:
+        if text.startswith("epoch 2/"):
+            raise PulledPlugError
+
+    request = request_of(cohort, tmp_path / "cut" / "lr.safetensors", settings=settings)
+    with pytest.raises(PulledPlugError):
+        run_distillation(request, stop)
+    assert not request.out.exists()
+    lines: list[str] = []
+    resumed = run_distillation(request, lines.append)
+    assert [line.split(":")[0] for line in lines if line.startswith("epoch")] == ["epoch 3/3"]
+    assert resumed.history.epochs == whole.history.epochs
+    one, other = weights_of(whole.path), weights_of(resumed.path)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ResumeError, match="other settings"):
+        run_distillation(dataclasses.replace(request, settings=dataclasses.replace(settings, lr=5e-4)))
+
+
+def test_layers_of_a_vit_are_computed_where_bags_lack_them(cohort: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"teacher": "timm:test_vit", "random_teacher": True, "student": "copy"}
+    with pytest.raises(BagError, match=r"no features of timm:test_vit") as caught:
+        run_distillation(request_of(cohort, tmp_path / "lr.safetensors", **common))
+    assert "choose an encoder it has" in str(caught.value.remedy)
+    request = request_of(cohort, tmp_path / "lr.safetensors", compute=True, targets_dir=tmp_path / "t", **common)
+    result = run_distillation(request)
+    names = {key.split("_")[0] for key in result.figures if key.endswith("cosine")}
+    assert names == {"layer0", "layer1", "layer2", "final"}
+    assert read_lr_header(result.path).training["layers"] == [0, 1, 4]
+    files = sorted((tmp_path / "t").glob("*.h5"))
+    assert len(files) == 4
+    stamps = [file.stat().st_mtime_ns for file in files]
+    # Another fold shares what is there already: only its two further slides are computed.
+    run_distillation(dataclasses.replace(request, fold="2", out=tmp_path / "lr2.safetensors"))
+    assert [file.stat().st_mtime_ns for file in files] == stamps
+    assert len(list((tmp_path / "t").glob("*.h5"))) == 6
+
+
+def test_bags_with_features_but_without_layers_say_how_to_get_them(cohort: Path, tmp_path: Path) -> None:
+    entries = read_manifest(cohort / "slides" / "slides.csv")[2:4]
+    settings = JobSettings(
+        tile=TileSettings(resolutions=(0.5, 2.0), tile_px=64),
+        extract=ExtractSettings(encoders={"*": ("timm:test_vit",)}, random_weights=True),
+    )
+    paths = open_job(tmp_path / "job", settings, entries)
+    assert [o.status for o in dispatch(entries, settings, paths, Where())] == ["done", "done"]
+    request = request_of(cohort, tmp_path / "lr.safetensors", bags=paths.bags, teacher="timm:test_vit")
+    with pytest.raises(BagMismatchError, match="holds no layers 0, 1, 4") as caught:
+        run_distillation(dataclasses.replace(request, random_teacher=True))
+    assert "--layers 0,1,4" in str(caught.value.remedy)
+    assert "--targets compute" in str(caught.value.remedy)
+
+
+def mil_teacher(path: Path, fold: str, dim: int) -> Path:
+    settings = ModelSettings(in_dim=dim, hidden=8, attention_dim=4)
+    torch.manual_seed(0)
+    card = ModelCard(
+        model=settings, classes=("negative", "positive"), encoder="texture", level="20x", tile_px=64, fold=fold
+    )
+    save_model(path, build_model(settings), card)
+    return path
+
+
+def test_children_weigh_as_the_teacher_of_the_same_fold_attends(cohort: Path, tmp_path: Path) -> None:
+    dim = load_encoder("texture").info.dim
+    ours = mil_teacher(tmp_path / "ours.safetensors", "fold_1", dim)
+    uniform = run_distillation(request_of(cohort, tmp_path / "a.safetensors"))
+    weighted = run_distillation(request_of(cohort, tmp_path / "b.safetensors", mil_teacher=ours))
+    assert uniform.history.epochs[0]["loss"] != weighted.history.epochs[0]["loss"]
+
+
+def test_the_teacher_of_another_fold_is_refused(cohort: Path, tmp_path: Path) -> None:
+    dim = load_encoder("texture").info.dim
+    other = mil_teacher(tmp_path / "other.safetensors", "fold_2", dim)
+    with pytest.raises(BagMismatchError, match="fold_2, not of fold_1"):
+        run_distillation(request_of(cohort, tmp_path / "lr.safetensors", mil_teacher=other))
+
+
+def test_a_case_in_two_parts_is_refused(cohort: Path, tmp_path: Path) -> None:
+    whole = splits_of(cohort)
+    parts = (*whole.folds["fold_1"], "train")
+    torn = SplitTable("case", (*whole.ids, whole.ids[0]), {"fold_1": parts})  # type: ignore[dict-item]
+    with pytest.raises(LeakageError, match="two parts"):
+        run_distillation(request_of(cohort, tmp_path / "lr.safetensors", splits=torn))
+
+
+def test_a_teacher_that_is_no_network_cannot_be_copied(cohort: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no network that could be copied"):
+        run_distillation(request_of(cohort, tmp_path / "lr.safetensors", student="copy"))
+
+
+def test_the_command_distils_and_draws(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    splits_of(cohort).write(tmp_path / "splits.csv")
+    out = tmp_path / "lr-fold1.safetensors"
+    arguments = ["distill", "--bags", str(cohort / "job" / "bags"), "--teacher", "texture"]
+    arguments += ["--student", "timm:test_vit", "--random-student", "--splits", str(tmp_path / "splits.csv")]
+    arguments += ["--fold", "1", "--out", str(out), "--epochs", "1", "--batch-size", "8", "--device", "cpu"]
+    assert run_group(group, "lrmil", arguments) == 0
+    printed = capsys.readouterr().out
+    assert "layer0" in printed
+    assert "linear" in printed
+    assert out.is_file()
+    assert out.with_suffix(".png").stat().st_size > 1000
+    history = json.loads((tmp_path / "lr-fold1.history.json").read_text())
+    assert history["best_epoch"] == 1
+    assert set(history["linear_baseline"]) == {"layer0", "final"}
+    assert run_group(group, "lrmil", [*arguments, "-r", "20x"]) == 2
+    assert "give HR and LR" in capsys.readouterr().err
