@@ -179,10 +179,10 @@ def main() -> int:
             passed = fresh >= PASS and turned >= PASS
             expected = (name, test) not in EXPECTED_FAILURES
             verdict = "passes" if passed else "learned the wrong rule" if turned < 0.5 else "leans on the wrong rule"
-            if not passed:
-                verdict += " (expected)" if not expected else "  UNEXPECTED"
-            elif not expected:
-                verdict += "  UNEXPECTED"
+            if passed and not expected:
+                verdict += " (though nothing obliges it to)"
+            elif not passed:
+                verdict += "  UNEXPECTED" if expected else " (expected)"
             rows.append({"model": name, "test": test, "fresh": fresh, "turned": turned, "passed": passed})
             rows[-1]["expected"] = expected
             print(f"{name:12} {test:16} {fresh:>10.3f} {turned:>11.3f}  {verdict}", flush=True)
@@ -191,7 +191,7 @@ def main() -> int:
     if arguments.json:
         report = {"seeds": arguments.seeds, "pass_auc": PASS, "rows": rows, "seconds": seconds}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return 0 if all(row["passed"] == row["expected"] for row in rows) else 1
+    return 0 if all(row["passed"] for row in rows if row["expected"]) else 1
 
 
 if __name__ == "__main__":

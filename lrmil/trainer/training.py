@@ -203,8 +203,9 @@ def _step(
     targets: TeacherTargets | None = None
     if settings.loss.needs_teacher:
         attention = settings.loss.soft > 0 or settings.loss.hard > 0
-        # Each HR tile is read once, so it stays in its stored type and place unless it fits on the device.
-        hr_resident = hr_store if isinstance(hr_store, ResidentStore) else hr_store.to_device(store.device)
+        # Each HR tile is read once, so it is not copied into a CPU's memory, and keeps its stored type.
+        where = "mapped" if store.device.type == "cpu" else "auto"
+        hr_resident = hr_store if isinstance(hr_store, ResidentStore) else hr_store.to_device(store.device, place=where)
         targets = teacher_targets(
             teacher, hr_resident, store, split.train, attention=attention, token_budget=settings.token_budget
         )
