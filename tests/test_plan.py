@@ -6,11 +6,13 @@ import json
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.config import JobSettings
+from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.plan import MetadataCache, SlideFacts, exact_tiles, slide_facts, spread_sample, survey, total
 
@@ -33,6 +35,39 @@ def test_counted_tiles_are_those_of_a_run(tmp_path: Path, make_slide: MakeSlide)
     assert run_group(group, "wsi-pipe", ["tile", str(slide), "-o", str(tmp_path / "job")]) == 0
     (line,) = (tmp_path / "job/outcomes.jsonl").read_text().splitlines()
     assert dict(exact.tiles) == json.loads(line)["tiles"]
+
+
+def test_a_mask_that_is_given_is_counted_as_a_run_counts_it(tmp_path: Path, make_slide: MakeSlide) -> None:
+    slide = make_slide(tmp_path / "s.svs")
+    square = {"type": "Polygon", "coordinates": [[[0, 0], [512, 0], [512, 512], [0, 512], [0, 0]]]}
+    mask = tmp_path / "m.geojson"
+    mask.write_text(json.dumps({"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": square}]}))
+    one = entry(slide, mask=str(mask))
+    with MetadataCache() as cache:
+        (quick,) = survey([one], SETTINGS, cache)
+    # 512 x 512 px in tiles of 256 px at 0.5 and at 2 um/px.
+    assert exact_tiles(one, quick, SETTINGS).tiles == {"5x": 1, "20x": 4}
+    mask.write_text("no")
+    assert "is not JSON" in str(exact_tiles(one, quick, SETTINGS).problem)
+
+
+def test_an_error_that_nobody_foresaw_costs_its_own_slide(
+    tmp_path: Path, make_slide: MakeSlide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, odd = make_slide(tmp_path / "good.svs"), make_slide(tmp_path / "odd.svs")
+
+    def opened(one: SlideEntry, *more: Any) -> Any:
+        if one.slide_id == "odd":
+            raise ZeroDivisionError("division by zero")
+        return open_entry(one, *more)
+
+    for module in ("wsi_pipe.plan.metadata", "wsi_pipe.job.describe"):
+        monkeypatch.setattr(f"{module}.open_entry", opened)
+    with MetadataCache() as cache:
+        plans = {p.slide_id: p for p in survey([entry(odd), entry(good)], SETTINGS, cache)}
+    assert plans["odd"].problem == "ZeroDivisionError: division by zero"
+    assert plans["good"].problem is None
+    assert run_group(group, "wsi-pipe", ["info", str(good), str(odd)]) == 1
 
 
 def test_what_will_fail_is_said_with_its_remedy(tmp_path: Path, make_slide: MakeSlide) -> None:

@@ -51,6 +51,7 @@ __all__ = [
     "WeightsError",
     "WorkerError",
     "WsiPipeError",
+    "in_words",
 ]
 
 
@@ -73,6 +74,13 @@ class WsiPipeError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process boundaries (Dask workers); keyword-only state needs its own recipe.
         return _rebuild, (type(self), self.message, self.remedy)
+
+
+def in_words(error: Exception) -> tuple[str, str | None]:
+    """What happened and what to do about it, also for an error that nobody foresaw."""
+    if isinstance(error, WsiPipeError):
+        return error.message, error.remedy
+    return f"{type(error).__name__}: {error}", "please report this, with the slide if you can"
 
 
 def _rebuild(cls: type[WsiPipeError], message: str, remedy: str | None) -> WsiPipeError:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from wsi_pipe.config import TileSettings
-from wsi_pipe.errors import ResolutionError, WsiPipeError
+from wsi_pipe.errors import ResolutionError, in_words
 from wsi_pipe.geometry import Pyramid, TissueMask
 from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.manifest import SlideEntry
@@ -27,8 +27,10 @@ def describe_slide(
     base: dict[str, Any] = {"slide_id": entry.slide_id, "path": entry.path}
     try:
         slide = open_entry(entry, reader)
-    except WsiPipeError as error:
-        return base | {"error": str(error), "remedy": error.remedy}
+    except Exception as error:
+        # A damaged file may fail in ways that nobody foresaw: it must not hide the other slides.
+        reason, remedy = in_words(error)
+        return base | {"error": f"{reason}; {remedy}" if remedy else reason, "remedy": remedy}
     try:
         facts, pyramid = slide.info, slide.pyramid
         base |= {

@@ -15,7 +15,7 @@ from functools import partial
 
 from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders.base import Encoder
-from wsi_pipe.errors import ConfigError, EncoderError, OutputError, WsiPipeError
+from wsi_pipe.errors import ConfigError, EncoderError, OutputError, WsiPipeError, in_words
 from wsi_pipe.execute import Done, Failed, Where, run
 from wsi_pipe.files import output_error
 from wsi_pipe.job.paths import JobPaths
@@ -176,14 +176,14 @@ def _outcomes(
 
 def failed_outcome(entry: SlideEntry, error: Exception) -> SlideOutcome:
     """The outcome of a slide whose process could not even say what went wrong, nor in which stage."""
-    known = isinstance(error, WsiPipeError)
+    reason, remedy = in_words(error)
     return SlideOutcome(
         slide_id=entry.slide_id,
         status="failed",
         path=entry.path,
-        reason=error.message if isinstance(error, WsiPipeError) else f"{type(error).__name__}: {error}",
-        remedy=error.remedy if isinstance(error, WsiPipeError) else "please report this, with the slide if you can",
-        error=type(error).__name__ if known else repr(error),
+        reason=reason,
+        remedy=remedy,
+        error=type(error).__name__ if isinstance(error, WsiPipeError) else repr(error),
         finished_utc=utc_now(),
     )
 

@@ -33,7 +33,7 @@ from wsi_pipe.slides.metadata import missing_mpp_error
 from wsi_pipe.tiling import plan_grids
 from wsi_pipe.tissue import find_tissue, mask_from_geojson, mask_to_geojson
 
-__all__ = ["Prepared", "StageClock", "open_entry", "prepare"]
+__all__ = ["Prepared", "StageClock", "open_entry", "prepare", "slide_mask"]
 
 SEGMENT_VERSION = 1
 TILE_VERSION = 1
@@ -129,17 +129,11 @@ def _segment(
     how = {"mask": given[1]} if given else {"settings": _plain_settings(settings)}
     stage = fingerprint("segment", SEGMENT_VERSION, slide.info.fingerprint, mpp, job.reader, how)
     path = paths.tissue(entry.slide_id)
-    scale_l0 = (settings.mpp / mpp[0], settings.mpp / mpp[1])
     stored = _stored_mask(path, slide, stage)
     if stored is not None:
         return stored, stage, True
     overview = read_overview(slide, settings.mpp)
-    if given:
-        mask = mask_from_geojson(given[0], slide.pyramid.size_l0, scale_l0)
-        if mask.is_empty and not mask.empty_reason:
-            mask = dataclasses.replace(mask, empty_reason=f"the mask {entry.mask} holds no area")
-    else:
-        mask = find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, settings)
+    mask = _mask(entry, slide, settings, overview, given[0] if given else None)
     data = dict(mask_to_geojson(mask))
     data[GEOJSON_KEY] = {
         **data.get(GEOJSON_KEY, {}),
@@ -151,6 +145,27 @@ def _segment(
     _draw_tissue(entry, overview, mask, paths)
     write_text_atomically(path, json.dumps(data))
     return mask, stage, False
+
+
+def slide_mask(entry: SlideEntry, slide: Slide, settings: SegmentSettings) -> TissueMask:
+    """The mask that a run would make, without a job: the one given for the slide, else the tissue that is found.
+
+    Raises MaskError for a given mask that cannot be used, MissingMppError, SlideReadError.
+    """
+    given = _read_mask(Path(entry.mask))[0] if entry.mask else None
+    return _mask(entry, slide, settings, read_overview(slide, settings.mpp), given)
+
+
+def _mask(
+    entry: SlideEntry, slide: Slide, settings: SegmentSettings, overview: Overview, given: dict[str, Any] | None
+) -> TissueMask:
+    if given is None:
+        return find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, settings)
+    mpp = _mpp(slide)
+    mask = mask_from_geojson(given, slide.pyramid.size_l0, (settings.mpp / mpp[0], settings.mpp / mpp[1]))
+    if mask.is_empty and not mask.empty_reason:
+        mask = dataclasses.replace(mask, empty_reason=f"the mask {entry.mask} holds no area")
+    return mask
 
 
 def _plain_settings(settings: SegmentSettings) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders import load_encoder
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
-from wsi_pipe.errors import EncoderError, OutputError, WsiPipeError
+from wsi_pipe.errors import EncoderError, OutputError, WsiPipeError, in_words
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_features
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.features import Wanted, assemble, missing_features, store_features, wanted_features
@@ -246,13 +246,10 @@ class _Run:
             )
         )
 
-    def _fail(self, work: _Work, error: BaseException) -> None:
+    def _fail(self, work: _Work, error: Exception) -> None:
         """Note a failure. An error that nobody foresaw fails its slide too, with its type in the reason."""
-        if isinstance(error, WsiPipeError):
-            reason, remedy, kind = error.message, error.remedy, type(error).__name__
-        else:
-            reason, remedy = f"{type(error).__name__}: {error}", "please report this, with the slide if you can"
-            kind = _trace(error)
+        reason, remedy = in_words(error)
+        kind = type(error).__name__ if isinstance(error, WsiPipeError) else _trace(error)
         self._note(
             SlideOutcome(
                 slide_id=work.entry.slide_id,

@@ -12,12 +12,10 @@ from wsi_pipe.encoders.base import Encoder
 from wsi_pipe.errors import WsiPipeError
 from wsi_pipe.extract import ExtractItem, SlideFailure, extract_features
 from wsi_pipe.job.images import spread
-from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.job.prepare import open_entry, slide_mask
 from wsi_pipe.manifest import SlideEntry, settings_of
-from wsi_pipe.overview import read_overview
 from wsi_pipe.plan.survey import PlanTotals
 from wsi_pipe.tiling import plan_grids
-from wsi_pipe.tissue import find_tissue
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -58,7 +56,8 @@ def calibrate(
     With no slide that works, all rates are zero and ``slides`` says so.
     """
     found = Calibration()
-    size = 2 if settings.extract.dtype == "float16" else 4
+    extract = settings.extract
+    size = 2 if extract.dtype == "float16" else 4
     spent_before: list[float] = []
     spent: dict[str, float] = {}
     counts: dict[str, int] = {}
@@ -68,8 +67,7 @@ def calibrate(
             segment, tile = settings_of(entry, settings.segment, settings.tile)
             slide = open_entry(entry, settings.reader, settings.cache)
             try:
-                overview = read_overview(slide, segment.mpp)
-                mask = find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, segment)
+                mask = slide_mask(entry, slide, segment)
                 grids = plan_grids(slide.pyramid, mask, tile)
             finally:
                 slide.close()
@@ -78,14 +76,22 @@ def calibrate(
             continue
         found.slides += 1
         for grid in (spread(g, tiles) for g in grids if len(g)):
-            names = settings.extract.encoders_of(grid.label)
+            names = extract.encoders_of(grid.label)
             item = ExtractItem(
                 entry.slide_id, partial(open_entry, entry, settings.reader, settings.cache), [grid], {grid.label: names}
             )
             # The first batch pays for warming up (kernels, batch size): it is not counted.
             for counted in (False, True):
                 start = time.perf_counter()
-                (result,) = extract_features([item], encoders, batch_size=settings.extract.batch_size)
+                (result,) = extract_features(
+                    [item],
+                    encoders,
+                    batch_size=extract.batch_size,
+                    read_threads=extract.read_threads,
+                    memory_bytes=extract.memory_mib << 20,
+                    dtype=extract.dtype,
+                    layers=extract.layers,
+                )
                 if counted and not isinstance(result, SlideFailure):
                     spent[grid.label] = spent.get(grid.label, 0.0) + time.perf_counter() - start
                     counts[grid.label] = counts.get(grid.label, 0) + len(grid)
@@ -93,6 +99,6 @@ def calibrate(
     found.tile_s = {label: spent[label] / counts[label] for label in spent}
     found.tiles = sum(counts.values())
     for spec in settings.tile.specs:
-        dims = sum(encoders[name].info.dim for name in settings.extract.encoders_of(spec.label))
-        found.bytes_per_tile[spec.label] = dims * size + BYTES_PER_TILE
+        dims = sum(encoders[name].info.dim for name in extract.encoders_of(spec.label))
+        found.bytes_per_tile[spec.label] = dims * (1 + len(extract.layers)) * size + BYTES_PER_TILE
     return found

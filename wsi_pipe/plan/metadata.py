@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from wsi_pipe.errors import WsiPipeError
+from wsi_pipe.errors import in_words
 from wsi_pipe.files import output_error
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 from wsi_pipe.job.prepare import open_entry
@@ -45,8 +45,10 @@ def slide_facts(entry: SlideEntry, reader: str) -> SlideFacts:
     """Open a slide and look; what is wrong with it is in the facts, nothing is raised."""
     try:
         slide = open_entry(SlideEntry(entry.slide_id, entry.path, entry.case_id), reader)
-    except WsiPipeError as error:
-        return SlideFacts(error=error.message, remedy=error.remedy)
+    except Exception as error:
+        # A damaged file may fail in ways that nobody foresaw: the plan says so and goes on.
+        reason, remedy = in_words(error)
+        return SlideFacts(error=reason, remedy=remedy)
     try:
         return SlideFacts(
             sizes_px=tuple(level.size_px for level in slide.pyramid.levels),
@@ -104,13 +106,16 @@ class MetadataCache:
         stamp = _stamp(path, reader)
         if stamp is None or facts.error:
             return
-        self._database.execute(
-            "INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (path, stamp, json.dumps(asdict(facts)))
-        )
-        self._pending += 1
-        if self._pending >= COMMIT_EVERY:
-            self._database.commit()
-            self._pending = 0
+        try:
+            self._database.execute(
+                "INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (path, stamp, json.dumps(asdict(facts)))
+            )
+            self._pending += 1
+            if self._pending >= COMMIT_EVERY:
+                self._database.commit()
+                self._pending = 0
+        except sqlite3.Error as error:
+            raise output_error(self._path, OSError(str(error))) from error
 
 
 def _stamp(path: str, reader: str) -> str | None:

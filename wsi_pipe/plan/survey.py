@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from wsi_pipe.config import JobSettings, TileSettings
-from wsi_pipe.errors import WsiPipeError
+from wsi_pipe.errors import WsiPipeError, in_words
 from wsi_pipe.geometry import FloatPair, Pyramid, TissueMask
-from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.job.prepare import open_entry, slide_mask
 from wsi_pipe.manifest import SlideEntry, settings_of
-from wsi_pipe.overview import read_overview
 from wsi_pipe.plan.metadata import MetadataCache, SlideFacts, slide_facts
 from wsi_pipe.tiling import plan_grids
-from wsi_pipe.tissue import find_tissue
 
 __all__ = ["PlanTotals", "SlidePlan", "exact_tiles", "spread_sample", "survey", "total"]
 
@@ -120,13 +118,14 @@ def exact_tiles(entry: SlideEntry, plan: SlidePlan, settings: JobSettings) -> Sl
     try:
         slide = open_entry(entry, settings.reader, settings.cache)
         try:
-            overview = read_overview(slide, segment.mpp)
-            mask = find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, segment)
+            mask = slide_mask(entry, slide, segment)
             grids = plan_grids(slide.pyramid, mask, tile)
         finally:
             slide.close()
-    except WsiPipeError as error:
-        return dataclasses.replace(plan, problem=error.message, remedy=error.remedy, tiles={})
+    except Exception as error:
+        # As a run does: an error that nobody foresaw is its slide's own.
+        reason, remedy = in_words(error)
+        return dataclasses.replace(plan, problem=reason, remedy=remedy, tiles={})
     return dataclasses.replace(
         plan, tiles={grid.label: len(grid) for grid in grids}, counted=True, empty_reason=mask.empty_reason
     )
