@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import platform
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from lrmil.distill import DistillResult
-from lrmil.experiment import Cohort, evaluate_run, read_predictions
+from lrmil.errors import FiguresError
+from lrmil.experiment import evaluate_run, read_predictions
 from lrmil.experiment.figures import PREDICTIONS_NAME, FoldPredictions, fold_folders, write_json
 from lrmil.metrics import Difference, Estimate, compare, evaluate
 from lrmil.pictures.canvas import COLOURS, canvas
@@ -46,7 +49,7 @@ class Results:
 
     figures: by arm, over the pooled test predictions of all folds; mean_auc: by arm, mean over folds. differences:
     arm -> reference arm -> figure. distillation: by fold, explained variance and cosine, with the linear baseline.
-    cost: by arm, per slide. ablation: variant -> figures of one fold.
+    synthetic: whether the slides were made here. cost: by level, per slide. ablation: variant -> figures of one fold.
     """
 
     settings: ExperimentSettings
@@ -57,6 +60,7 @@ class Results:
     mean_auc: Mapping[str, float]
     differences: Mapping[str, Mapping[str, Mapping[str, Difference]]]
     distillation: Mapping[str, Mapping[str, Any]]
+    synthetic: bool = True
     cost: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ablation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -74,13 +78,16 @@ def pooled(run: Path) -> FoldPredictions:
     )
 
 
-def summarise(
-    settings: ExperimentSettings, arms: Sequence[Arm], students: Mapping[str, DistillResult], cohort: Cohort
-) -> Results:
-    """Figures of every arm and its paired differences against the first two, all by case."""
+def summarise(settings: ExperimentSettings, arms: Sequence[Arm], students: Mapping[str, DistillResult]) -> Results:
+    """Figures of every arm and its paired differences against the first two, all by case.
+
+    Raises FiguresError when the arms predicted different slides.
+    """
     found = {arm.name: pooled(arm.run) for arm in arms}
     for arm in arms[1:]:
-        assert found[arm.name].slide_ids == found[arms[0].name].slide_ids
+        # What is paired must be the same slides in the same order.
+        if found[arm.name].slide_ids != found[arms[0].name].slide_ids:
+            raise FiguresError(f"{arm.run} predicted other slides than {arms[0].run}", remedy="delete both, run again")
     options: dict[str, Any] = {"replicates": settings.replicates}
     figures, differences, means = {}, {}, {}
     for arm in arms:
@@ -113,8 +120,14 @@ def measure_cost(
 ) -> dict[str, dict[str, Any]]:
     """Inference per slide by level: tiles, bytes, seconds by stage and end to end, peak memory in bytes.
 
-    HR with the teacher, LR with the distilled encoder, each reading its own level alone, taking turns.
+    HR with the teacher, LR with the distilled encoder, each reading its own level alone, taking turns, in a process of
+    their own, whose memory holds nothing of the training. Peak memory is that process's, the libraries included.
     """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure, settings, lr_encoder, entries).result()
+
+
+def _measure(settings: ExperimentSettings, lr_encoder: str, entries: Sequence[SlideEntry]) -> dict[str, dict[str, Any]]:
     job = settings.job()
     extract = ExtractSettings(
         encoders={settings.hr: (settings.teacher,), settings.lr: (lr_encoder,)},
@@ -181,7 +194,7 @@ def _markdown(results: Results) -> list[str]:
             # The plain LR arm was not timed: its encoder is the teacher's, its tiles are those of the others.
             row += [f"{cost['tiles']:.0f}", "" if arm.name == lr else f"{cost['end_to_end_s']:.3f}"]
         rows.append(row)
-    signal = f", signal {s.cohort.signal}" if s.cohort else ""
+    signal = f", signal {s.cohort.signal}" if results.synthetic else ""
     text = (
         f"{results.slides} slides of {results.cases} cases{signal}; test predictions of {len(results.distillation)} "
         f"folds pooled; 95 % intervals by drawing cases. HR {s.hr}, LR {s.lr}, tiles of {s.tile_px} px; "

@@ -65,6 +65,7 @@ class Experiment:
         stages raise.
         """
         self.say = progress
+        synthetic = self.slides is None
         self.prepare_slides()
         self.extract(())
         cohort = self.cohort(self.settings.teacher, self.settings.lr, "lr")
@@ -88,7 +89,7 @@ class Experiment:
             Arm(STAGE1, self.settings.lr, self.settings.student, self.run_folder(STAGE1)),
             Arm(STAGE2, self.settings.lr, self.settings.student, self.run_folder(STAGE2)),
         ]
-        results = summarise(self.settings, arms, students, cohort)
+        results = dataclasses.replace(summarise(self.settings, arms, students), synthetic=synthetic)
         # Written before the dear parts, so that an interrupted run leaves its figures.
         write_results(self.out, results)
         results = dataclasses.replace(

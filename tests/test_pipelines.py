@@ -1,0 +1,116 @@
+"""The LRMIL experiment: presets, the leakage check, and a whole small run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lrmil.errors import LeakageError
+from lrmil.experiment import Cohort
+from lrmil.splits import SplitTable
+from pipelines.experiment_settings import ABLATIONS, CohortSettings, ExperimentSettings
+from pipelines.lrmil_experiment import LR, STAGE2, Experiment, check_student, main
+from wsi_pipe.config import load_toml
+from wsi_pipe.encoders.architectures import timm_recipe
+from wsi_pipe.encoders.loading import build_random
+from wsi_pipe.encoders.lr_file import write_lr_encoder
+from wsi_pipe.errors import ConfigError
+from wsi_pipe.geometry import TileSpec
+
+PRESETS = Path(__file__).parents[1] / "pipelines" / "presets"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in PRESETS.glob("*.toml")))
+def test_every_preset_is_valid(name: str) -> None:
+    settings = load_toml(ExperimentSettings, PRESETS / name)
+    job = settings.job(("lr.safetensors",))
+    assert job.extract.encoders_of(settings.hr) == (settings.teacher,)
+    assert job.extract.encoders_of(settings.lr) == (settings.teacher, "lr.safetensors")
+    assert {spec.mpp for spec in job.tile.specs} == {settings.hr_mpp, settings.lr_mpp}
+    assert settings.student_loss.needs_teacher
+    assert not settings.mil_settings().loss.needs_teacher
+
+
+def test_every_ablation_changes_a_setting_of_its_own() -> None:
+    base = ExperimentSettings().distill
+    changed = [dataclasses.replace(base, **changes) for changes in ABLATIONS.values()]
+    assert base not in changed
+    assert len({repr(settings) for settings in changed}) == len(ABLATIONS)
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ConfigError, match="finer"):
+        ExperimentSettings(hr_mpp=2.0, lr_mpp=0.5)
+    with pytest.raises(ConfigError, match="signal"):
+        CohortSettings(signal="loud")
+    with pytest.raises(ConfigError, match="2 or more"):
+        ExperimentSettings(folds=1)
+
+
+class _Store:
+    slide_ids = ("a1", "a2", "b1", "c1")
+
+
+class _Table:
+    case_ids = ("a", "a", "b", "c")
+
+
+@pytest.mark.parametrize(("seen", "leaks"), [(["a1"], False), (["a2", "c1"], True), (["b1"], True)])
+def test_a_student_that_saw_held_out_cases_fails_the_run(tmp_path: Path, seen: list[str], leaks: bool) -> None:
+    recipe, _ = timm_recipe("test_vit")
+    path = tmp_path / "lr-fold1.safetensors"
+    write_lr_encoder(
+        path,
+        build_random(recipe, "student"),
+        recipe=recipe,
+        tile=TileSpec(2.0, 64),
+        licence="MIT",
+        training={"train_slides": seen, "val_slides": []},
+    )
+    splits = SplitTable("case", ("a", "b", "c"), {"fold_1": ("train", "val", "test")})
+    cohort = Cohort(_Store(), _Table())  # type: ignore[arg-type]
+    if leaks:
+        with pytest.raises(LeakageError, match="held out"):
+            check_student(path, "fold_1", splits, cohort)
+    else:
+        check_student(path, "fold_1", splits, cohort)
+
+
+def test_slides_without_labels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "slides.csv").write_text("slide\n")
+    arguments = [str(PRESETS / "cpu-small.toml"), "-o", str(tmp_path / "out"), "--slides", str(tmp_path / "slides.csv")]
+    assert main(arguments) == 2
+    assert "go together" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_whole_small_experiment_runs_and_runs_again_at_once(tmp_path: Path) -> None:
+    settings = load_toml(ExperimentSettings, PRESETS / "cpu-small.toml")
+    lines: list[str] = []
+    results = Experiment(settings, tmp_path).run(progress=lines.append)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (tmp_path / "results.png").stat().st_size > 1000
+    table = (tmp_path / "results.md").read_text()
+    assert table.count("\n| LR") == 3
+    assert results.slides == 16
+    predictions = {
+        arm: np.loadtxt(tmp_path / "runs" / arm / "fold_1" / "predictions.csv", delimiter=",", dtype=str, skiprows=1)
+        for arm in ("hr", "lr", "lr-stage1", "lr-stage2")
+    }
+    assert len({repr(p[:, 0].tolist()) for p in predictions.values()}) == 1
+    assert found["figures"][STAGE2]["auc"]["value"] == results.figures[STAGE2]["auc"].value
+    difference = found["differences"][STAGE2][LR]["auc"]
+    auc = {arm: found["figures"][arm]["auc"]["value"] for arm in (STAGE2, LR)}
+    assert difference["value"] == pytest.approx(auc[STAGE2] - auc[LR])
+    # One LR tile covers 16 HR tiles.
+    assert found["cost"]["20x"]["tiles"] > 8 * found["cost"]["5x"]["tiles"]
+    again: list[str] = []
+    encoders = [path.read_bytes() for path in sorted((tmp_path / "encoders").glob("*.safetensors"))]
+    Experiment(settings, tmp_path).run(progress=again.append)
+    assert [line for line in lines if line.startswith("epoch")]
+    assert not [line for line in again if line.startswith("epoch")]
+    assert [path.read_bytes() for path in sorted((tmp_path / "encoders").glob("*.safetensors"))] == encoders
