@@ -117,6 +117,37 @@ def test_small_slides_share_batches_where_the_encoder_says_so() -> None:
     assert alone.batches == [3] * 8
 
 
+def test_batches_that_are_full_already_go_through_uncopied() -> None:
+    class Owners(Sums):
+        def __init__(self) -> None:
+            super().__init__(shares=True)
+            self.views: list[bool] = []
+
+        def submit(self, tiles: NDArray[np.uint8]) -> Ready:
+            self.views.append(tiles.base is not None)
+            return super().submit(tiles)
+
+    encoder = Owners()
+    results = run([item("a", 1, 19), item("b", 2, 19)], {"sums": encoder})
+    assert sorted(encoder.batches) == [6, 8, 8, 8, 8]
+    assert [view for size, view in zip(encoder.batches, encoder.views, strict=True) if size == 8] == [True] * 4
+    for name, seed in (("a", 1), ("b", 2)):
+        np.testing.assert_array_equal(results[name].features["5x"]["sums"], expected(seed, 19))
+
+
+def test_encoders_of_different_batches_share_one_reading() -> None:
+    class Few(Sums):
+        def suggest_batch(self, tile_px: int) -> int:
+            return 3
+
+    few = Few(name="few", shares=False)
+    both = ExtractItem("s", lambda: slide(1, 20), [row_of_tiles(20)], {"5x": ["sums", "few"]})
+    result = run([both], {"sums": Sums(), "few": few})["s"]
+    np.testing.assert_array_equal(result.features["5x"]["few"], expected(1, 20))
+    assert sum(few.batches) == 20
+    assert max(few.batches) == 3
+
+
 def test_a_level_is_read_once_for_all_its_encoders() -> None:
     opened: list[ArraySlide] = []
 

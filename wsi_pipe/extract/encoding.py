@@ -94,17 +94,26 @@ class Encoding:
         return (name, level.grid.spec.size_px, None if shared else (level.slide.item.slide_id, level.grid.label))
 
     def _take(self, level: Level, tiles: TileBatch) -> None:
+        """Submit what fills batches by itself, as it is; only what is left over waits for company and is copied."""
         for name in level.names:
-            key = self._key(level, name)
-            self._buffers.setdefault(key, deque()).append(Rows(level, tiles.pixels, tiles.index))
-            self._submit_full(key, self._batch_of(name, level.grid.spec.size_px))
+            size = self._batch_of(name, level.grid.spec.size_px)
+            count = len(tiles.index)
+            for start in range(0, count - size + 1, size):
+                part = slice(start, start + size)
+                self._submit(name, [Rows(level, tiles.pixels[part], tiles.index[part])])
+            rest = slice(count - count % size, count)
+            if count % size and not level.slide.settled:
+                key = self._key(level, name)
+                left = Rows(level, tiles.pixels[rest], tiles.index[rest])
+                self._buffers.setdefault(key, deque()).append(left)
+                self._submit_full(key, size)
 
     def _end_of_level(self, level: Level) -> None:
         for name in level.names:
             key = self._key(level, name)
-            if key[2] is not None:
+            if key[2] is not None and key in self._buffers:
                 self._submit_full(key, 1)
-                self._buffers.pop(key, None)
+                del self._buffers[key]
 
     def _submit_full(self, key: tuple[Any, ...], least: int) -> None:
         """Submit batches from a buffer while it holds at least ``least`` tiles."""
