@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -196,3 +198,29 @@ def test_a_dask_worker_killed_during_a_run(
     assert {name for name, o in read_outcomes(job).items() if o.status == "failed"} == {"bad"}
     assert sorted(path.stem for path in (job / "bags").glob("*.h5")) == [f"s{n}" for n in range(8)]
     assert all(check_bag(path) == [] for path in (job / "bags").glob("*.h5"))
+
+
+@pytest.mark.slow
+def test_the_example_of_a_local_cluster_runs(tmp_path: Path, make_slide: MakeSlide) -> None:
+    make_slide(tmp_path / "in/a.svs")
+    make_slide(tmp_path / "in/b.svs", seed=1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = Path(__file__).parents[1] / "pipelines/cluster/local.sh"
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path / "in"), str(tmp_path / "job"), "1"],
+        env=os.environ | {"PATH": programs, "PORT": port},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.stem for path in (tmp_path / "job/bags").glob("*.h5")) == ["a", "b"]
+    with socket.socket() as gone:
+        deadline = time.monotonic() + 30
+        while gone.connect_ex(("127.0.0.1", int(port))) == 0 and time.monotonic() < deadline:
+            time.sleep(0.2)
+    assert time.monotonic() < deadline, "the scheduler outlived the script"
