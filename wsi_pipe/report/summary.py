@@ -189,7 +189,8 @@ def summary_table(outcomes: Iterable[SlideOutcome]) -> str:
     failed = [o for o in listed if o.status == "failed"]
     for outcome in failed[:MAX_FAILURES_IN_TABLE]:
         remedy = f"; {outcome.remedy}" if outcome.remedy else ""
-        lines.append(f"failed   {outcome.slide_id} ({outcome.stage}): {outcome.reason}{remedy}")
+        stage = f" ({outcome.stage})" if outcome.stage else ""
+        lines.append(f"failed   {outcome.slide_id}{stage}: {outcome.reason}{remedy}")
     if len(failed) > MAX_FAILURES_IN_TABLE:
         lines.append(f"         and {len(failed) - MAX_FAILURES_IN_TABLE:,} more: see failures.csv")
     return "\n".join(lines)
