@@ -132,6 +132,10 @@ class Experiment:
     def extract(self, lr_encoders: Sequence[Path]) -> None:
         """Bags with the teacher at both levels, and LR encoders at theirs. Raises JobError naming slides that fail."""
         assert self.slides is not None
+        # A bag is made anew with what is asked for, so what earlier stages and runs put there is asked for again.
+        found = (self.out / "encoders").glob("lr-*.safetensors")
+        earlier = {path for path in found if not path.name.endswith(".state.safetensors")}
+        lr_encoders = sorted(earlier | set(lr_encoders))
         settings = self.settings.job(tuple(str(path) for path in lr_encoders))
         entries = read_manifest(self.slides)
         teacher = load_encoder(
@@ -222,9 +226,7 @@ class Experiment:
         for name, changes in ABLATIONS.items():
             if any(getattr(self.settings.distill, key) != value for key, value in changes.items()):
                 results[name] = self.distil(fold, splits, name=name.replace(" ", "-"), **changes)
-        number = self.settings.folds
-        every = [self.out / "encoders" / f"lr-fold{n + 1}.safetensors" for n in range(number)]
-        self.extract([*every, *(r.path for n, r in results.items() if n != "full")])
+        self.extract([result.path for result in results.values()])
         for name, result in results.items():
             out = self.out / "ablation" / name.replace(" ", "-")
             self.train_student(fold, result.path, splits, hr.store, out, None)
