@@ -87,8 +87,8 @@ ONLY_IN = {
 }
 # Reading, segmenting and tiling must start without torch.
 TORCH_FREE = {
-    "errors", "cores", "geometry", "files", "config", "outcome", "slides", "synthetic", "tissue", "tiling", "overview", "tiles",
-    "bag", "manifest", "execute", "pictures", "pages", "plan", "care",
+    "errors", "cores", "geometry", "files", "config", "outcome", "slides", "synthetic", "tissue", "tiling", "overview",
+    "tiles", "bag", "manifest", "execute", "pictures", "pages", "plan", "care",
 }  # fmt: skip
 PURE = {"tissue", "tiling"}
 IMPURE_IMPORTS = {"pathlib", "os", "io", "subprocess", "wsi_pipe.slides", "wsi_pipe.files"}
