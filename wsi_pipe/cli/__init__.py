@@ -6,9 +6,11 @@ failed or a check found something, 2 bad usage or nothing could be done, 130 int
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,6 +109,23 @@ def run_group(command: click.Group, name: str, arguments: Sequence[str] | None =
         return EXIT_USAGE
 
 
+def keep_interrupts() -> None:
+    """Make sure that Ctrl-C is heard: where it falls into a callback of Python's own, Python prints and drops it."""
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        # A moment later, when the callback is over.
+        again = threading.Timer(0.05, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+
+
 def main() -> None:
     """Entry point of the console script."""
+    keep_interrupts()
     sys.exit(run_group(group, "wsi-pipe"))
