@@ -57,6 +57,9 @@ __all__ = ["distill"]
 @click.option("--val-fraction", type=float, help="Of the training cases, to stop by.  [0.15]")
 @click.option("--stain", type=float, help="Strength of stain augmentation.  [0.1]")
 @click.option("--flips/--no-flips", default=None, help="Turn and mirror tiles with their children.  [on]")
+@click.option(
+    "--jitters", type=click.IntRange(0), metavar="N", help="N more grids of each training slide, moved a little.  [0]"
+)
 @click.option("--student-px", type=click.IntRange(8), help="Side of the student's input.  [the tiles' own]")
 @click.option("--random-teacher", is_flag=True, help="Draw the teacher's weights anew: for tests.")
 @click.option("--random-student", is_flag=True, help="Draw the student's weights anew rather than load them.")

@@ -88,9 +88,12 @@ def linear_baseline(
         return np.hstack([(np.asarray(slide.baseline, np.float64) - mean) / std, np.ones((len(slide), 1))])
 
     x_train, x_val = np.concatenate([scaled(s) for s in train]), np.concatenate([scaled(s) for s in val])
-    order = np.random.default_rng(seed).permutation(len(train))
-    held = np.concatenate([np.full(len(train[i]), i) for i in range(len(train))])
-    inner = np.isin(held, order[: max(len(order) // 6, 1)]) if len(train) > 1 else np.arange(len(x_train)) % 6 == 0
+    ids = list(dict.fromkeys(slide.slide_id for slide in train))
+    order = np.random.default_rng(seed).permutation(len(ids))
+    held = {ids[i] for i in order[: max(len(order) // 6, 1)]}
+    inner = np.concatenate([np.full(len(slide), slide.slide_id in held) for slide in train])
+    if len(ids) == 1:
+        inner = np.arange(len(x_train)) % 6 == 0
     found = {}
     for layer in range(len(train[0].layers)):
         parts = [child_targets(s, layer) for s in train]

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +16,12 @@ import torch
 
 from lrmil.checkpoint import load_model
 from lrmil.distill.evaluate import Agreement, linear_baseline
+from lrmil.distill.jitter import jittered_slides
 from lrmil.distill.settings import DistillSettings
 from lrmil.distill.student import Student, relative_blocks
 from lrmil.distill.targets import (
     DistillSlide,
+    TargetItem,
     TargetStats,
     attention_weights,
     compute_targets,
@@ -28,7 +31,7 @@ from lrmil.distill.targets import (
 from lrmil.distill.train import DistillHistory, distill
 from lrmil.errors import BagMismatchError, SettingsError
 from lrmil.splits import SplitTable
-from wsi_pipe.bag import BagAttrs, read_attrs
+from wsi_pipe.bag import BagAttrs, read_attrs, read_grids
 from wsi_pipe.config import fingerprint, to_mapping
 from wsi_pipe.encoders import load_encoder
 from wsi_pipe.encoders.architectures import PooledNetwork
@@ -36,8 +39,9 @@ from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
 from wsi_pipe.encoders.lr_file import write_lr_encoder
 from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.encoders.torch_encoder import TorchEncoder
-from wsi_pipe.errors import ConfigError
+from wsi_pipe.errors import BagError, ConfigError
 from wsi_pipe.files import write_text_atomically
+from wsi_pipe.slides import open_slide
 
 __all__ = ["COPY", "DistillRequest", "DistillResult", "run_distillation"]
 
@@ -102,23 +106,38 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
     teacher = load_encoder(request.teacher, device=str(device), precision="auto", random_weights=request.random_teacher)
     layers, depth = _layers(teacher, settings)
     files: dict[str, Path] = {}
+    folder = request.targets_dir or request.out.parent / f"{request.out.stem}.targets"
     if request.compute:
         say(f"teacher {teacher.info.name} over the tiles at {request.hr} of {len(bags)} slides")
-        paths = [request.slides.get(attrs.slide_id, "") for attrs in bags.values()]
-        folder = request.targets_dir or request.out.parent / f"{request.out.stem}.targets"
-        files = compute_targets(list(bags), paths, request.hr, teacher, layers, folder)
-    slides = [slide for bag, attrs in bags.items() if (slide := _load(request, bag, attrs, layers, depth, files))]
+        made = compute_targets([_target(request, bag, attrs) for bag, attrs in bags.items()], teacher, layers, folder)
+        files = {bag.stem: made[bag.stem, request.hr] for bag in bags}
+    loaded = {bag: _load(request, bag, attrs, layers, depth, files) for bag, attrs in bags.items()}
+    places = {slide.slide_id: bag for bag, slide in loaded.items() if slide is not None}
+    slides = [slide for slide in loaded.values() if slide is not None]
     if not slides:
         raise SettingsError("no training slide has an LR tile with children", remedy="check splits and resolutions")
-    if request.mil_teacher is not None:
-        slides = _weighted(slides, request, teacher)
     train, val = _inner_split(slides, settings)
+    names = tuple(s.slide_id for s in train), tuple(s.slide_id for s in val)
+    if settings.jitters:
+        say(f"teacher {teacher.info.name} over {settings.jitters} more grids of {len(train)} slides")
+        train += jittered_slides(
+            train,
+            [places[slide.slide_id] for slide in train],
+            settings.jitters,
+            hr_label=request.hr,
+            teacher=teacher,
+            layers=layers,
+            folder=folder,
+            seed=settings.seed,
+        )
+    if request.mil_teacher is not None:
+        train, val = _weighted(train, request), _weighted(val, request)
     stats = target_stats(
         train, standardise=settings.standardise == "yes" or (settings.standardise == "auto" and not layers)
     )
     student, recipe, licence = _student(request, teacher, train[0], layers, depth)
-    run = _fingerprint(request, teacher, slides, stats)
-    say(f"{len(train)} slides to train, {len(val)} to stop by; {sum(map(len, train)):,} LR tiles")
+    run = _fingerprint(request, teacher, [*train, *val], stats)
+    say(f"{len(names[0])} slides to train, {len(names[1])} to stop by; {sum(map(len, train)):,} LR tiles")
 
     def epoch_done(figures: Mapping[str, float], epoch: int) -> None:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if "cosine" not in name)
@@ -131,7 +150,6 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
     )  # fmt: skip
     baseline = linear_baseline(train, val, stats, settings.seed) if val else {}
     best = history.epochs[history.best - 1] if history.best else {}
-    names = tuple(s.slide_id for s in train), tuple(s.slide_id for s in val)
     lr_grid = train[0].lr
     write_lr_encoder(
         request.out,
@@ -201,7 +219,16 @@ def _load(
     )
 
 
-def _weighted(slides: Sequence[DistillSlide], request: DistillRequest, teacher: Encoder) -> list[DistillSlide]:
+def _target(request: DistillRequest, bag: Path, attrs: BagAttrs) -> TargetItem:
+    """The HR tiles of a bag. Raises BagError when it has none."""
+    grid = next((g for g in read_grids(bag) if g.label == request.hr), None)
+    if grid is None:
+        raise BagError(f"{bag}: has no level {request.hr}", remedy="tile the slides at that resolution too")
+    path = request.slides.get(attrs.slide_id) or attrs.slide_path
+    return TargetItem(bag.stem, partial(open_slide, path, mpp=attrs.mpp_l0), (grid,), attrs.fingerprint_tile)
+
+
+def _weighted(slides: Sequence[DistillSlide], request: DistillRequest) -> list[DistillSlide]:
     """Slides whose children weigh as a MIL teacher of the same fold attends to them."""
     assert request.mil_teacher is not None
     model, card = load_model(request.mil_teacher)

@@ -20,6 +20,8 @@ class DistillSettings:
     training tiles: "auto" does so for teachers without blocks, whose dimensions have units of their own. epochs,
     batch_size, lr, weight_decay, warmup, clip: of AdamW with a cosine schedule. patience: epochs without a lower
     validation loss before stopping. val_fraction: of the fold's training cases, for that. stain, flips: augmentation.
+    jitters: this many more grids of each training slide, moved by a part of an LR tile, on which the teacher is run;
+    for students that start from random weights on few slides.
     precision: "auto", "float32" or "bfloat16". mix_mib: slides are mixed in groups of about this size when decoded, and
     two groups are in memory at once. cache_mib: tiles are kept decoded when all of them fit, else read anew each epoch;
     the result does not depend on it.
@@ -40,6 +42,7 @@ class DistillSettings:
     val_fraction: float = 0.15
     stain: float = 0.1
     flips: bool = True
+    jitters: int = 0
     precision: str = "auto"
     device: str = "auto"
     seed: int = 0
@@ -51,7 +54,7 @@ class DistillSettings:
         for name in ("epochs", "batch_size", "patience", "mix_mib", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("patch", "final", "weight_decay", "stain", "cache_mib"):
+        for name in ("patch", "final", "weight_decay", "stain", "jitters", "cache_mib"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 0")
         if self.patch == 0 and self.final == 0:

@@ -6,9 +6,8 @@ slide, into files beside the run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,17 @@ from wsi_pipe.encoders.base import Encoder
 from wsi_pipe.errors import BagError
 from wsi_pipe.extract import ExtractItem, SlideFailure, extract_features
 from wsi_pipe.geometry import TileGrid
-from wsi_pipe.slides import open_slide
+from wsi_pipe.slides.base import Slide
 
-__all__ = ["DistillSlide", "TargetStats", "compute_targets", "load_slide", "target_stats", "uniform_weights"]
+__all__ = [
+    "DistillSlide",
+    "TargetItem",
+    "TargetStats",
+    "compute_targets",
+    "load_slide",
+    "target_stats",
+    "uniform_weights",
+]
 
 
 @dataclass(frozen=True)
@@ -153,47 +160,59 @@ def subset(grid: TileGrid, rows: NDArray[np.int64]) -> TileGrid:
     )
 
 
+@dataclass(frozen=True)
+class TargetItem:
+    """Grids of one slide on which the teacher runs. place: what says, beside the teacher, which tiles these are."""
+
+    name: str
+    open: Callable[[], Slide]
+    grids: Sequence[TileGrid]
+    place: str
+
+
 def compute_targets(
-    bags: Sequence[Path], paths: Sequence[str], hr_label: str, encoder: Encoder, layers: Sequence[int], folder: Path
-) -> dict[str, Path]:
-    """Run the teacher once over the HR tiles of every bag; files by bag stem, those that fit are kept.
+    items: Sequence[TargetItem], encoder: Encoder, layers: Sequence[int], folder: Path
+) -> dict[tuple[str, str], Path]:
+    """Run the teacher once over the tiles of every item; files by (name, level), those that fit are kept.
 
     Raises what a slide's reading raises: a training slide that cannot be read is the user's to know.
     """
     info = encoder.info
-    out = {bag.stem: folder / f"{bag.stem}.h5" for bag in bags}
-    todo: list[ExtractItem] = []
+    files: dict[tuple[str, str], Path] = {}
     stamps: dict[str, str] = {}
-    for bag, path in zip(bags, paths, strict=True):
-        attrs = read_attrs(bag)
-        grid = next((g for g in read_grids(bag) if g.label == hr_label), None)
-        if grid is None:
-            raise BagError(f"{bag}: has no level {hr_label}")
-        stamps[bag.stem] = fingerprint(attrs.fingerprint_tile, info.weights_sha256, info.precision, tuple(layers))
-        try:
-            if read_feature_header(out[bag.stem]).fingerprint == stamps[bag.stem]:
-                continue
-        except BagError:
-            pass
-        opener = partial(open_slide, path or attrs.slide_path, mpp=attrs.mpp_l0)
-        todo.append(ExtractItem(bag.stem, opener, [grid], {hr_label: [info.name]}))
+    todo: list[ExtractItem] = []
+    for item in items:
+        stamps[item.name] = fingerprint(item.place, info.weights_sha256, info.precision, tuple(layers))
+        for grid in item.grids:
+            name = item.name if len(item.grids) == 1 else f"{item.name}.{grid.label}"
+            files[item.name, grid.label] = folder / f"{name}.h5"
+        grids = [grid for grid in item.grids if not _is_made(files[item.name, grid.label], stamps[item.name])]
+        if grids:
+            todo.append(ExtractItem(item.name, item.open, grids, {grid.label: [info.name] for grid in grids}))
     for result in extract_features(todo, {info.name: encoder}, layers=layers):
         if isinstance(result, SlideFailure):
             raise result.error
-        values = result.features[hr_label][info.slug]
-        blocks = result.layers.get(hr_label, {}).get(info.slug, {})
-        features = Features(
-            encoder=info.name,
-            values=values,
-            weights_sha256=info.weights_sha256,
-            licence=info.licence,
-            precision=info.precision,
-            transform="{}",
-            fingerprint=stamps[result.slide_id],
-            layers={str(block): data for block, data in blocks.items()},
-        )
-        write_feature_file(out[result.slide_id], result.slide_id, hr_label, info.slug, features)
-    return out
+        for label, found in result.features.items():
+            blocks = result.layers.get(label, {}).get(info.slug, {})
+            features = Features(
+                encoder=info.name,
+                values=found[info.slug],
+                weights_sha256=info.weights_sha256,
+                licence=info.licence,
+                precision=info.precision,
+                transform="{}",
+                fingerprint=stamps[result.slide_id],
+                layers={str(block): data for block, data in blocks.items()},
+            )
+            write_feature_file(files[result.slide_id, label], result.slide_id, label, info.slug, features)
+    return files
+
+
+def _is_made(path: Path, stamp: str) -> bool:
+    try:
+        return read_feature_header(path).fingerprint == stamp
+    except BagError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from wsi_pipe.job.dispatch import dispatch
 from wsi_pipe.manifest import read_manifest
 from wsi_pipe.slides import open_slide
 from wsi_pipe.synthetic import make_cohort
-from wsi_pipe.tiles import stream_tiles
+from wsi_pipe.tiles import read_tiles, stream_tiles
 
 QUICK = DistillSettings(
     epochs=2, batch_size=8, lr=1e-3, precision="float32", device="cpu", val_fraction=0.3, threads=1, patience=9
@@ -130,6 +130,44 @@ def test_the_file_says_which_slides_were_seen_and_none_of_them_is_held_out(cohor
     assert training["val_slides"]
     assert not set(training["train_slides"]) & set(training["val_slides"])
     assert set(result.train_slides) == set(training["train_slides"])
+
+
+def test_more_grids_of_the_training_slides_have_targets_of_their_own(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    original = run_module.distill
+
+    def spy(student: Any, preprocessing: Any, train: Any, val: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.update(train=train, val=val)
+        return original(student, preprocessing, train, val, *args, **kwargs)
+
+    monkeypatch.setattr(run_module, "distill", spy)
+    folder = tmp_path / "targets"
+    settings = dataclasses.replace(QUICK, epochs=1, jitters=2)
+    request = request_of(cohort, tmp_path / "lr.safetensors", settings=settings, targets_dir=folder)
+    result = run_distillation(request)
+    plain = [slide for slide in seen["train"] if slide.slide_id in result.train_slides]
+    assert len(plain) == len(seen["train"]) == 3 * len(result.train_slides)
+    assert len(seen["val"]) == len(result.val_slides)
+    texture = load_encoder("texture")
+    # The last of them, worked out anew: the teacher on tiles read at the moved place.
+    one = seen["train"][-1]
+    tile = int(np.flatnonzero((one.children.children >= 0).any(1))[0])
+    place = int(np.flatnonzero(one.children.children[tile] >= 0)[0])
+    corner = one.lr.corners_l0[tile] + np.array([place % 4, place // 4]) * 64
+    slide = open_slide(one.path)
+    pixels = read_tiles(slide, corner[None], 64.0, 64)
+    low = read_tiles(slide, one.lr.corners_l0[tile][None], 256.0, 64)
+    slide.close()
+    expected = texture.encode(pixels)[0]
+    assert np.allclose(one.final[one.children.children[tile, place]], expected, rtol=2e-3, atol=2e-3)
+    assert np.allclose(one.baseline[tile], texture.encode(low)[0], rtol=2e-3, atol=2e-3)
+    files = {path: path.stat().st_mtime_ns for path in folder.glob("*.h5")}
+    assert len(files) == 2 * 2 * len(result.train_slides)
+    # Another student takes them as they are.
+    run_distillation(dataclasses.replace(request, out=tmp_path / "again.safetensors"))
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.h5")} == files
 
 
 def test_slides_that_are_held_out_are_never_opened(

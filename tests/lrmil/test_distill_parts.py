@@ -13,6 +13,7 @@ from lrmil.distill import DistillSettings
 from lrmil.distill.augment import stain_jitter, turn_tile
 from lrmil.distill.children import child_map, turn
 from lrmil.distill.evaluate import Agreement, RunningAgreement, linear_baseline
+from lrmil.distill.jitter import jittered_grids
 from lrmil.distill.student import Student, pool_to, relative_blocks
 from lrmil.distill.targets import DistillSlide, attention_weights, subset, target_stats, uniform_weights
 from lrmil.distill.train import DistillHistory, losses_of
@@ -280,3 +281,34 @@ def test_the_picture_shows_figures_and_baselines(tmp_path: Path) -> None:
     draw_distillation(path, DistillHistory(epochs, 3, True), {"layer0": Agreement(0.25, 0.3)})
     assert path.stat().st_size > 1000
     draw_distillation(path, DistillHistory(), {})
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_jittered_grids_stay_aligned_and_on_the_slide(seed: int) -> None:
+    lr, hr = grids(4, seed=seed)
+    # 3 x 2 LR tiles of 256 level-0 pixels, the slide a little larger.
+    size = (3 * 256 + 40, 2 * 256 + 200)
+    low, high = jittered_grids(lr, hr, size, np.random.default_rng(seed))
+    assert low.origin_l0 == high.origin_l0
+    assert all(v % 4 == 0 and abs(v) <= 128 for v in low.origin_l0)
+    for grid in (low, high):
+        assert (grid.corners_l0 >= 0).all()
+        assert (grid.corners_l0 + grid.tile_size_l0 <= size).all()
+    # A tile is left out only where its LR tile leaves the slide.
+    moved = np.asarray(low.origin_l0) + lr.cells * 256
+    fits = (moved >= 0).all(1) & (moved + 256 <= size).all(1)
+    assert low.cells.tolist() == lr.cells[fits].tolist()
+    assert hr.parent is not None
+    assert high.cells.tolist() == hr.cells[fits[hr.parent]].tolist()
+    if len(high):
+        child_map(low, high, "slide")
+        assert high.parent is not None
+        inside = high.corners_l0 - low.corners_l0[high.parent]
+        assert ((inside >= 0) & (inside <= 192)).all()
+
+
+def test_jittered_grids_differ_from_draw_to_draw() -> None:
+    lr, hr = grids(4)
+    rng = np.random.default_rng(0)
+    origins = {jittered_grids(lr, hr, (4096, 4096), rng)[0].origin_l0 for _ in range(20)}
+    assert len(origins) > 15
