@@ -55,16 +55,18 @@ def make_demo_cohort(folder: Path, slides: int, seed: int, progress: Callable[[i
 
 def demo_steps(folder: Path) -> list[DemoStep]:
     """The commands of the demo on a cohort in ``folder``."""
-    slides, job = str(folder / "slides"), str(folder / "job")
-    labels, splits = str(folder / "slides" / "labels.csv"), str(folder / "splits.csv")
-    run, model = str(folder / "runs" / "5x"), str(folder / "runs" / "5x" / "fold_1" / "model.safetensors")
-    bags = str(folder / "job" / "bags")
+    manifest, labels = str(folder / "slides" / "slides.csv"), str(folder / "slides" / "labels.csv")
+    job, bags, splits = str(folder / "job"), str(folder / "job" / "bags"), str(folder / "splits.csv")
+    teacher, student = str(folder / "runs" / "20x"), str(folder / "runs" / "5x")
+    lr_encoder = str(folder / "lr-fold1.safetensors")
+    fold = ("--splits", splits, "--fold", "1")
+    resolutions = ("-r", "20x", "-r", "5x")
     return [
-        DemoStep("What are these slides?", "wsi-pipe", ("info", f"{slides}/slides.csv")),
+        DemoStep("What are these slides?", "wsi-pipe", ("info", manifest)),
         DemoStep(
             "Find tissue, lay grids at 20x and 5x, compute features, write one bag a slide.",
             "wsi-pipe",
-            ("run", f"{slides}/slides.csv", "-o", job, "-r", "20x", "-r", "5x", "--encoder", "texture"),
+            ("run", manifest, "-o", job, *resolutions, "--encoder", "texture"),
         ),
         DemoStep("Is every bag whole?", "wsi-pipe", ("verify", job)),
         DemoStep(
@@ -73,17 +75,39 @@ def demo_steps(folder: Path) -> list[DemoStep]:
             ("split", "--labels", labels, "--folds", str(FOLDS), "--out", splits),
         ),
         DemoStep(
-            "Train a classifier that reads only the 5x tiles.",
+            "Train the teacher: a classifier of the 20x tiles.",
+            "lrmil",
+            ("train", "--bags", bags, "--labels", labels, "-r", "20x", "--encoder", "texture", *fold, "-o", teacher),
+        ),
+        DemoStep(
+            "Distil an encoder that gives, from 5x tiles alone, what the 20x encoder says of them.",
             "lrmil",
             (
-                *("train", "--bags", bags, "--labels", labels, "-r", "5x", "--encoder", "texture"),
-                *("--splits", splits, "--fold", "1", "--out", run),
+                *("distill", "--bags", bags, "--teacher", "texture", "--student", "timm:test_resnet"),
+                *("--random-student", "--student-px", "96", *resolutions, *fold),
+                *("--epochs", "12", "--lr", "2e-3", "--batch-size", "32", "-o", lr_encoder),
             ),
         ),
         DemoStep(
-            "Predict: probabilities, heatmaps, attention. Nothing at 20x is read.",
+            "Add its features to the bags; what is there already stays.",
+            "wsi-pipe",
+            ("run", manifest, "-o", job, *resolutions, "-e", "20x=texture", "-e", f"5x={lr_encoder}"),
+        ),
+        DemoStep(
+            "Train the student: it reads 5x alone, and learns from the labels and the teacher.",
             "lrmil",
-            ("predict", "--model", model, "--bags", bags, "--out", str(folder / "predictions")),
+            (
+                *("train", "--bags", bags, "--labels", labels, "-r", "5x", "--encoder", "lr-fold1"),
+                *(*fold, "--teacher", teacher, "-o", student),
+            ),
+        ),
+        DemoStep(
+            "Predict from the slides themselves: nothing at 20x is read.",
+            "lrmil",
+            (
+                *("predict", manifest, "--model", str(folder / "runs" / "5x" / "fold_1" / "model.safetensors")),
+                *("-e", lr_encoder, "-o", str(folder / "predictions")),
+            ),
         ),
     ]
 

@@ -48,7 +48,8 @@ def demo(folder: Path, slides: int, seed: int, preprocess_only: bool) -> int:
     places = {
         folder / "job" / "report.html": "tissue, grids, tiles and timings of every slide, in a browser",
         folder / "job" / "bags": "one HDF5 bag a slide",
-        folder / "runs" / "5x": "the classifier, its curves and its figures",
+        folder / "lr-fold1.png": "how the 5x encoder learned what the 20x encoder knows",
+        folder / "runs" / "5x": "the classifier that reads 5x alone, its curves and its figures (the teacher's: runs/20x)",
         folder / "predictions": "probabilities and heatmaps",
     }
     for path, what in places.items():
