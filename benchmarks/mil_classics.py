@@ -48,6 +48,7 @@ SETTINGS = TrainSettings(
     token_budget=1_000_000,
     class_weights="none",
     precision="float32",
+    standardise=False,  # done here, with the training folds alone
     device="cpu",
 )
 

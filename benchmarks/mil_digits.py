@@ -42,6 +42,7 @@ SETTINGS = TrainSettings(
     max_bags=8,
     class_weights="none",
     precision="float32",
+    standardise=False,  # pixels, all of one scale
     device="cpu",
 )
 

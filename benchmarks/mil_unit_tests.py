@@ -62,6 +62,7 @@ SETTINGS = TrainSettings(
     token_budget=1_000_000,
     class_weights="none",
     precision="float32",
+    standardise=False,  # the generator makes features of one scale
     device="cpu",
 )
 # All may weigh a tile against the bag, and so they do; max pooling alone cannot see how often a concept occurs.

@@ -132,7 +132,8 @@ class TrainSettings:
     token_budget: tiles per step, at least one bag. max_bags: bags per step. class_weights: "balanced" weighs each bag
     by the inverse frequency of its class in training, "none" does not. monitor: validation figure of early stopping,
     one of ``MONITORS``. patience: epochs without improvement before the end, 0 for never; the best epoch's weights
-    are kept either way where there are validation cases. min_epochs: not stopped earlier. deterministic: refuse
+    are kept either way where there are validation cases. min_epochs: not stopped earlier. standardise: features by
+    their mean and deviation over the training tiles, which the model keeps. deterministic: refuse
     operations that may differ between runs on a GPU. save_every: epochs between saved states, 0 for none.
     device: "auto", "cpu", "cuda", "cuda:1". tensorboard: event files in the run's folder.
     """
@@ -153,6 +154,7 @@ class TrainSettings:
     monitor: str = "loss"
     patience: int = 10
     min_epochs: int = 10
+    standardise: bool = True
     seed: int = 0
     deterministic: bool = False
     save_every: int = 1

@@ -47,6 +47,7 @@ __all__ = ["train"]
 @click.option("--class-weights", type=click.Choice(["balanced", "none"]), help="[balanced]")
 @click.option("--monitor", type=click.Choice(MONITORS), help="Validation figure that chooses the epoch.  [loss]")
 @click.option("--patience", type=click.IntRange(0), help="Epochs without improvement, 0 for no early end.  [10]")
+@click.option("--standardise/--no-standardise", default=None, help="Each feature, over the training tiles.  [on]")
 @click.option("--token-budget", type=click.IntRange(1), help="Tiles a step.  [16384]")
 @click.option("--max-bags", type=click.IntRange(1), help="Bags a step.  [8]")
 @click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, help="Of weights and order; repeatable.  [0]")

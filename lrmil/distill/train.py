@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrmil.checkpoint import read_tensors, write_tensors
 from lrmil.distill.children import turn
@@ -30,6 +31,9 @@ from wsi_pipe.encoders.torch_encoder import normalise
 __all__ = ["DistillHistory", "distill"]
 
 STATE_KIND = "lrmil.distill-state"
+
+NORM_TILES = 512
+"""Tiles of an epoch, the last ones, over which batch norms are estimated anew."""
 
 
 @dataclass
@@ -202,6 +206,7 @@ def _epoch(
     student.train()
     variance = _variance(targets, settings)
     total, count = 0.0, 0
+    recent: deque[NDArray[np.uint8]] = deque(maxlen=max(NORM_TILES // settings.batch_size, 1))
     for step, batch in enumerate(source.shuffled([settings.seed, epoch])):
         for group in optimizer.param_groups:
             group["lr"] = _rate(settings, min((epoch + (step + 1) / steps) / settings.epochs, 1.0))
@@ -213,7 +218,36 @@ def _epoch(
         optimizer.step()
         total += float(loss.detach()) * len(batch.tile)
         count += len(batch.tile)
+        recent.append(batch.pixels)
+    _settle_norms(student, pre, recent, targets.device, precision)
     return total / max(count, 1)
+
+
+@torch.no_grad()
+def _settle_norms(
+    student: Student,
+    pre: Preprocessing,
+    recent: Iterable[NDArray[np.uint8]],
+    device: torch.device,
+    precision: torch.dtype,
+) -> None:
+    """Means and variances of batch norms, anew over the last batches as the weights now are.
+
+    Their running averages lag by tens of steps, which on few slides is many epochs: the network that is validated and
+    exported would not be the one that is trained. Wu and Johnson 2021 ("Rethinking 'batch' in BatchNorm") call it
+    precise BN.
+    """
+    norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+    for pixels in recent:
+        _forward(student, pixels, pre, device, precision)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 @torch.inference_mode()

@@ -47,13 +47,11 @@ class ABMIL(MILModel):
     def embed(self, features: Tensor, offsets: Tensor) -> tuple[Tensor, Pooled]:
         if features.device.type != "cpu":
             return super().embed(features, offsets)
-        weight, score = self.projection.weight, self.attention_score
+        (weight, bias), score = self.input_weights(), self.attention_score
         bag, scores, instances = attention_pool(
-            self.input_dropout(features),
+            self.drop_inputs(features),
             offsets,
-            AttentionWeights(
-                weight, self.projection.bias, self.attention.weight, self.attention.bias, score.weight[0], score.bias[0]
-            ),
+            AttentionWeights(weight, bias, self.attention.weight, self.attention.bias, score.weight[0], score.bias[0]),
             gated=self.gated,
             dropout=self.settings.dropout if self.training else 0.0,
             dtype=torch.bfloat16 if torch.is_autocast_enabled("cpu") else weight.dtype,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lrmil.config import ModelSettings
 from lrmil.errors import ModelMismatchError
@@ -52,13 +53,19 @@ class MILModel(nn.Module, ABC):
     """A projection of the tiles, a pooling into one vector a bag, a classifier, and a 2-way head for single tiles.
 
     Subclasses add their pooling. All parts begin with the same projection and the instance head sits on its result, so
-    a loss on single tiles trains what the bag branch sees.
+    a loss on single tiles trains what the bag branch sees. The projection sees features standardised by ``input_mean``
+    and ``input_scale`` (in_dim,), which ``standardise`` sets and the model's file keeps; they are 0 and 1 in a new one.
     """
+
+    input_mean: Tensor
+    input_scale: Tensor
 
     def __init__(self, settings: ModelSettings, bag_width: int | None = None) -> None:
         super().__init__()
         self.settings = settings
         self.input_dropout = Dropout(settings.input_dropout)
+        self.register_buffer("input_mean", torch.zeros(settings.in_dim))
+        self.register_buffer("input_scale", torch.ones(settings.in_dim))
         self.projection = nn.Linear(settings.in_dim, settings.hidden)
         self.dropout = Dropout(settings.dropout)
         self.classifier = nn.Linear(bag_width or settings.hidden, settings.classes)
@@ -86,11 +93,31 @@ class MILModel(nn.Module, ABC):
         instances = self.project(features)
         return instances, self.pool(instances, offsets)
 
+    def standardise(self, mean: Tensor, std: Tensor) -> None:
+        """Set the mean and deviation of each feature, (in_dim,); one that never varies is ignored from now on."""
+        self.input_mean.copy_(mean)
+        self.input_scale.copy_(torch.where(std > 0, 1 / torch.where(std > 0, std, 1.0), 0.0))
+
+    def input_weights(self) -> tuple[Tensor, Tensor]:
+        """Weight (H, D) and bias (H,) of the projection for features as they are stored.
+
+        Standardising is linear, so it goes into the weights rather than over every tile.
+        """
+        weight = self.projection.weight * self.input_scale
+        return weight, self.projection.bias - weight @ self.input_mean
+
+    def drop_inputs(self, features: Tensor) -> Tensor:
+        """Features with some numbers dropped in training, which then have their mean."""
+        if not self.training or self.input_dropout.p == 0:
+            return features
+        centred: Tensor = self.input_dropout(features.to(self.input_mean.dtype) - self.input_mean)
+        return centred + self.input_mean
+
     def project(self, features: Tensor) -> Tensor:
         """The projected tiles: (T, D) -> (T, H), at least 0."""
         if not torch.is_autocast_enabled(features.device.type):
             features = features.to(self.projection.weight.dtype)
-        hidden = torch.relu_(self.projection(self.input_dropout(features)))
+        hidden = torch.relu_(F.linear(self.drop_inputs(features), *self.input_weights()))
         out: Tensor = self.dropout(hidden)
         return out
 

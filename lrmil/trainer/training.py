@@ -117,6 +117,8 @@ def train(
     with deterministic(settings.deterministic), torch.random.fork_rng(devices):
         torch.manual_seed(settings.seed)
         model = build_model(model_settings).to(device)
+        if settings.standardise:
+            model.standardise(*resident.moments(split.train))
         step = _step(settings, split, table, names, resident, teacher, hr_store)
         run = Run(resident, table, split, settings, precision, out, fingerprint, progress)
         state = fit(model, step, run)
