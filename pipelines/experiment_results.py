@@ -15,9 +15,10 @@ import numpy as np
 
 from lrmil.distill import DistillResult
 from lrmil.errors import FiguresError
-from lrmil.experiment import evaluate_run, read_predictions
+from lrmil.experiment import read_predictions
 from lrmil.experiment.figures import PREDICTIONS_NAME, FoldPredictions, fold_folders, write_json
-from lrmil.metrics import Difference, Estimate, compare, evaluate
+from lrmil.metrics import Difference, Estimate, compare, evaluate, evaluate_folds
+from lrmil.metrics import figures as fold_figures
 from lrmil.pictures.canvas import COLOURS, canvas
 from pipelines.experiment_settings import ExperimentSettings
 from wsi_pipe import __version__
@@ -30,6 +31,12 @@ from wsi_pipe.manifest import SlideEntry
 __all__ = ["Arm", "Results", "measure_cost", "summarise", "write_results"]
 
 FIGURES = ("auc", "balanced_accuracy", "ece")
+MARGIN = 0.03
+"""An AUC this much lower than HR's still counts as not inferior."""
+WEAK_AUC = 0.6
+"""Below this a teacher's fold is warned of."""
+FIXED_STAGES = ("open", "segment", "plan")
+"""Stages whose cost does not depend on the resolution."""
 NAMES = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "ece": "calibration error"}
 
 
@@ -47,9 +54,12 @@ class Arm:
 class Results:
     """What the experiment found.
 
-    figures: by arm, over the pooled test predictions of all folds; mean_auc: by arm, mean over folds. differences:
-    arm -> reference arm -> figure. distillation: by fold, explained variance and cosine, with the linear baseline.
-    synthetic: whether the slides were made here. cost: by level, per slide. ablation: variant -> figures of one fold.
+    figures: by arm, means over the folds' test sets. Folds are not pooled for them: each has a model of its own, whose
+    probabilities need not compare with another's, and a model that failed would pass unseen among the others. pooled:
+    by arm, the same over all test predictions together. fold_auc: arm -> fold -> AUC. differences: arm -> reference arm
+    -> figure, paired by case within folds. distillation: by fold, explained variance and cosine, with the linear
+    baseline. synthetic: whether the slides were made here. cost: by arm, per slide. ablation: variant -> figures of one
+    fold.
     """
 
     settings: ExperimentSettings
@@ -57,50 +67,57 @@ class Results:
     slides: int
     cases: int
     figures: Mapping[str, Mapping[str, Estimate]]
-    mean_auc: Mapping[str, float]
+    pooled: Mapping[str, Mapping[str, Estimate]]
+    fold_auc: Mapping[str, Mapping[str, float]]
     differences: Mapping[str, Mapping[str, Mapping[str, Difference]]]
     distillation: Mapping[str, Mapping[str, Any]]
     synthetic: bool = True
     cost: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ablation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-
-def pooled(run: Path) -> FoldPredictions:
-    """Test predictions of all folds of a run, one under the other."""
-    parts = [read_predictions(folder / PREDICTIONS_NAME) for folder in fold_folders(run)]
-    return FoldPredictions(
-        parts[0].classes,
-        tuple(slide for p in parts for slide in p.slide_ids),
-        tuple(case for p in parts for case in p.case_ids),
-        np.concatenate([p.labels for p in parts]),
-        np.concatenate([p.logits for p in parts]),
-        np.concatenate([p.probabilities for p in parts]),
-    )
+    def cost_of(self, arm: str) -> Mapping[str, Any]:
+        """The cost of an arm; both distilled ones have the same encoder and so the same."""
+        return self.cost.get(arm) or self.cost[self.arms[2].name]
 
 
 def summarise(settings: ExperimentSettings, arms: Sequence[Arm], students: Mapping[str, DistillResult]) -> Results:
-    """Figures of every arm and its paired differences against the first two, all by case.
+    """Figures of every arm and its paired differences against the first two, all by case and fold.
 
     Raises FiguresError when the arms predicted different slides.
     """
-    found = {arm.name: pooled(arm.run) for arm in arms}
+    found = {arm.name: _predictions(arm.run) for arm in arms}
+    first = found[arms[0].name]
     for arm in arms[1:]:
         # What is paired must be the same slides in the same order.
-        if found[arm.name].slide_ids != found[arms[0].name].slide_ids:
+        if {fold: p.slide_ids for fold, p in found[arm.name].items()} != {f: p.slide_ids for f, p in first.items()}:
             raise FiguresError(f"{arm.run} predicted other slides than {arms[0].run}", remedy="delete both, run again")
     options: dict[str, Any] = {"replicates": settings.replicates}
-    figures, differences, means = {}, {}, {}
-    for arm in arms:
-        p = found[arm.name]
-        figures[arm.name] = evaluate(p.labels, p.probabilities, p.case_ids, classes=p.classes, **options)
-        means[arm.name] = evaluate_run(arm.run, pictures=False, **options).mean["auc"].value
-        differences[arm.name] = {
-            other.name: compare(
-                [p.labels], [p.probabilities], [found[other.name].probabilities], [p.case_ids], **options
-            )
+    labels, cases = [p.labels for p in first.values()], [p.case_ids for p in first.values()]
+    scores = {name: [p.probabilities for p in parts.values()] for name, parts in found.items()}
+    figures = {name: evaluate_folds(labels, scores[name], cases, **options) for name in found}
+    together = [case for part in cases for case in part]
+    pooled = {
+        name: evaluate(
+            np.concatenate(labels),
+            np.concatenate(scores[name]),
+            together,
+            classes=next(iter(parts.values())).classes,
+            **options,
+        )
+        for name, parts in found.items()
+    }
+    fold_auc = {
+        name: {fold: fold_figures(p.labels, p.probabilities)["auc"] for fold, p in parts.items()}
+        for name, parts in found.items()
+    }
+    differences = {
+        arm.name: {
+            other.name: compare(labels, scores[arm.name], scores[other.name], cases, **options)
             for other in arms[:2]
             if other.name != arm.name
         }
+        for arm in arms
+    }
     distillation = {
         fold: {
             "best_epoch": result.history.best,
@@ -109,28 +126,35 @@ def summarise(settings: ExperimentSettings, arms: Sequence[Arm], students: Mappi
         }
         for fold, result in students.items()
     }
-    first = found[arms[0].name]
     return Results(
-        settings, tuple(arms), len(first.slide_ids), len(set(first.case_ids)), figures, means, differences, distillation
+        settings, tuple(arms), len(together), len(set(together)), figures, pooled, fold_auc, differences, distillation
     )
 
 
-def measure_cost(
-    settings: ExperimentSettings, lr_encoder: str, entries: Sequence[SlideEntry]
-) -> dict[str, dict[str, Any]]:
-    """Inference per slide by level: tiles, bytes, seconds by stage and end to end, peak memory in bytes.
+def _predictions(run: Path) -> dict[str, FoldPredictions]:
+    """Test predictions of a run by fold."""
+    return {folder.name: read_predictions(folder / PREDICTIONS_NAME) for folder in fold_folders(run)}
 
-    HR with the teacher, LR with the distilled encoder, each reading its own level alone, taking turns, in a process of
-    their own, whose memory holds nothing of the training. Peak memory is that process's, the libraries included.
+
+def measure_cost(
+    settings: ExperimentSettings, lr_encoder: str, entries: Sequence[SlideEntry], names: tuple[str, str, str]
+) -> dict[str, dict[str, Any]]:
+    """Inference per slide by arm: tiles, bytes, seconds by stage and end to end, peak memory in bytes.
+
+    names: of the arms HR with the teacher, LR with the teacher, LR with the distilled encoder. Each reads its own level
+    alone, taking turns, in a process of their own, whose memory holds nothing of the training. Peak memory is that
+    process's, the libraries included. The classifier itself, a few milliseconds, is not in it.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure, settings, lr_encoder, entries).result()
+        return pool.submit(_measure, settings, lr_encoder, entries, names).result()
 
 
-def _measure(settings: ExperimentSettings, lr_encoder: str, entries: Sequence[SlideEntry]) -> dict[str, dict[str, Any]]:
+def _measure(
+    settings: ExperimentSettings, lr_encoder: str, entries: Sequence[SlideEntry], names: tuple[str, str, str]
+) -> dict[str, dict[str, Any]]:
     job = settings.job()
     extract = ExtractSettings(
-        encoders={settings.hr: (settings.teacher,), settings.lr: (lr_encoder,)},
+        encoders={settings.hr: (settings.teacher,), settings.lr: (settings.teacher, lr_encoder)},
         precision=settings.precision,
         random_weights=settings.random_teacher,
     )
@@ -138,7 +162,8 @@ def _measure(settings: ExperimentSettings, lr_encoder: str, entries: Sequence[Sl
     cost = {}
     for arm, total in zip(record.arms, totals(record), strict=True):
         n = total.slides
-        cost[arm.label] = {
+        name = names[0] if arm.label == settings.hr else names[1 if arm.encoder == settings.teacher else 2]
+        cost[name] = {
             "slides": n,
             "tiles": total.tiles / n,
             "native_tiles": total.native_tiles / n,
@@ -190,17 +215,51 @@ def _markdown(results: Results) -> list[str]:
             found = results.differences[arm.name].get(other)
             row.append(_interval(found["auc"].value, found["auc"].low, found["auc"].high, "+") if found else "")
         if results.cost:
-            cost = results.cost[arm.level]
-            # The plain LR arm was not timed: its encoder is the teacher's, its tiles are those of the others.
-            row += [f"{cost['tiles']:.0f}", "" if arm.name == lr else f"{cost['end_to_end_s']:.3f}"]
+            cost = results.cost_of(arm.name)
+            row += [f"{cost['tiles']:.0f}", f"{cost['end_to_end_s']:.3f}"]
         rows.append(row)
     signal = f", signal {s.cohort.signal}" if results.synthetic else ""
     text = (
-        f"{results.slides} slides of {results.cases} cases{signal}; test predictions of {len(results.distillation)} "
-        f"folds pooled; 95 % intervals by drawing cases. HR {s.hr}, LR {s.lr}, tiles of {s.tile_px} px; "
-        f"teacher {s.teacher}, student {s.student}."
+        f"{results.slides} slides of {results.cases} cases{signal}. Means over the test sets of "
+        f"{len(results.distillation)} folds, 95 % intervals by drawing cases: they hold for the models as trained, not "
+        f"for training again. HR {s.hr}, LR {s.lr}, tiles of {s.tile_px} px; teacher {s.teacher}, student {s.student}."
     )
-    return [text, _rows(rows), _distillation(results), _cost(results), _ablation(results)]
+    parts = [text, _rows(rows), _verdicts(results), _folds(results)]
+    return [*parts, _distillation(results), _cost(results), _ablation(results)]
+
+
+def _verdicts(results: Results) -> str:
+    """Whether each distilled arm is as good as HR and better than plain LR, by the intervals of the AUC."""
+    (hr, lr), lines = (arm.name for arm in results.arms[:2]), []
+    for arm in results.arms[2:]:
+        to_hr, to_lr = (results.differences[arm.name][other]["auc"] for other in (hr, lr))
+        lines.append(
+            f"- {arm.name}: not inferior to {hr} at a margin of {MARGIN:g}: {_yes(to_hr.low > -MARGIN)} (interval from "
+            f"{to_hr.low:+.3f}); better than {lr}: {_yes(to_lr.low > 0)} (from {to_lr.low:+.3f})."
+        )
+    return "\n".join(lines)
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
+def _folds(results: Results) -> str:
+    """AUC fold by fold and pooled, and a warning where a teacher has learned nothing."""
+    hr = results.arms[0].name
+    folds = list(results.fold_auc[hr])
+    rows = [["AUC", *folds, "pooled"]]
+    for arm in results.arms:
+        values = results.fold_auc[arm.name]
+        rows.append(
+            [arm.name, *(f"{values[fold]:.3f}" for fold in folds), f"{results.pooled[arm.name]['auc'].value:.3f}"]
+        )
+    weak = [fold for fold in folds if results.fold_auc[hr][fold] < WEAK_AUC]
+    warning = (
+        f"\n\n**The {hr} classifier of {', '.join(weak)} is near chance**: what is distilled from it, and compared "
+        "with it, means little there. Train it longer, or otherwise."
+    )
+    return _rows(rows) + (warning if weak else "")
 
 
 def _distillation(results: Results) -> str:
@@ -220,22 +279,29 @@ def _distillation(results: Results) -> str:
 def _cost(results: Results) -> str:
     if not results.cost:
         return ""
-    high, low = results.settings.hr, results.settings.lr
-    a, b = results.cost[high], results.cost[low]
-    rows = [["a slide at inference", high, low, f"{high} over {low}"]]
+    high, plain, low = (arm.name for arm in results.arms[:3])
+    a, p, b = (results.cost[name] for name in (high, plain, low))
+    rows = [["a slide at inference", high, plain, low, f"{high} over {low}"]]
 
-    def add(name: str, x: float | None, y: float | None, unit: float = 1.0, digits: int = 3) -> None:
-        if x is not None and y is not None:
-            ratio = f"{x / y:.1f}" if y else ""
-            rows.append([name, f"{x / unit:.{digits}f}", f"{y / unit:.{digits}f}", ratio])
+    def add(name: str, values: Sequence[float | None], unit: float = 1.0, digits: int = 3) -> None:
+        known = [value for value in values if value is not None]
+        if len(known) == len(values):
+            ratio = f"{known[0] / known[-1]:.1f}" if known[-1] else ""
+            rows.append([name, *(f"{value / unit:.{digits}f}" for value in known), ratio])
 
-    add("tiles", a["tiles"], b["tiles"], 1, 1)
-    add("bytes read, MB", a["bytes_read"], b["bytes_read"], 1e6)
+    def sums(kind: str, *, fixed: bool) -> list[float]:
+        return [sum(v for k, v in c[kind].items() if (k in FIXED_STAGES) == fixed) for c in (a, p, b)]
+
+    add("tiles", [c["tiles"] for c in (a, p, b)], 1, 1)
+    add("bytes read, MB", [c["bytes_read"] for c in (a, p, b)], 1e6)
     for stage in a["stages_s"]:
-        add(f"{stage}, s", a["stages_s"][stage], b["stages_s"].get(stage), 1, 4)
-    add("end to end, s", a["end_to_end_s"], b["end_to_end_s"])
-    add("end to end, processor s", a["end_to_end_cpu_s"], b["end_to_end_cpu_s"])
-    add("peak memory, MiB", a["peak_memory_bytes"], b["peak_memory_bytes"], 2**20, 0)
+        add(f"{stage}, s", [c["stages_s"].get(stage) for c in (a, p, b)], 1, 4)
+    add(f"fixed ({', '.join(FIXED_STAGES)}), s", sums("stages_s", fixed=True))
+    add("all other stages, s", sums("stages_s", fixed=False))
+    add("all other stages, processor s", sums("stages_cpu_s", fixed=False))
+    add("end to end, s", [c["end_to_end_s"] for c in (a, p, b)])
+    add("end to end, processor s", [c["end_to_end_cpu_s"] for c in (a, p, b)])
+    add("peak memory, MiB", [c["peak_memory_bytes"] for c in (a, p, b)], 2**20, 0)
     load = f"Mean over {a['slides']} slides; other programs used {a['foreign_load']:.0%} of the machine meanwhile."
     return f"{_rows(rows)}\n\n{load}" if a["foreign_load"] is not None else _rows(rows)
 
@@ -262,9 +328,9 @@ def _draw(path: Path, results: Results) -> None:
     """Accuracy against seconds a slide, one point an arm."""
     with canvas(path, (5.5, 4.0)) as (axes,):
         for colour, arm in zip(COLOURS, results.arms, strict=False):
-            auc, cost = results.figures[arm.name]["auc"], results.cost[arm.level]
+            auc, cost = results.figures[arm.name]["auc"], results.cost_of(arm.name)
             bars = [[max(auc.value - auc.low, 0)], [max(auc.high - auc.value, 0)]]
             label = f"{arm.name} ({cost['tiles']:.0f} tiles)"
-            axes.errorbar([cost["tiles"]], [auc.value], yerr=bars, fmt="o", color=colour, capsize=3, label=label)
-        axes.set(xlabel="tiles read and encoded a slide", ylabel="AUC, 95 % interval by case", xscale="log")
+            axes.errorbar([cost["end_to_end_s"]], [auc.value], yerr=bars, fmt="o", color=colour, capsize=3, label=label)
+        axes.set(xlabel="seconds a slide at inference, end to end", ylabel="AUC, 95 % interval by case", xscale="log")
         axes.legend(frameon=False)

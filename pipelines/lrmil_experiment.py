@@ -32,8 +32,9 @@ from wsi_pipe.encoders.lr_file import read_lr_header
 from wsi_pipe.errors import ConfigError, JobError, WsiPipeError
 from wsi_pipe.execute import Where
 from wsi_pipe.files import write_text_atomically
-from wsi_pipe.job import open_job
+from wsi_pipe.job import open_job, utc_now
 from wsi_pipe.job.dispatch import dispatch
+from wsi_pipe.job.lock import hold_job
 from wsi_pipe.manifest import read_manifest
 from wsi_pipe.synthetic import make_cohort
 
@@ -145,8 +146,9 @@ class Experiment:
         encoders |= {str(path): load_encoder(str(path), precision=self.settings.precision) for path in lr_encoders}
         self.say(f"features of {len(entries)} slides by {', '.join(e.info.slug for e in encoders.values())}")
         paths = open_job(self.out / "job", settings, entries)
-        results = dispatch(entries, settings, paths, Where(), encoders=encoders)
-        failed = [outcome for outcome in results if outcome.status == "failed"]
+        with hold_job(self.out / "job", {"started_utc": utc_now(), "until": "extract"}):
+            results = dispatch(entries, settings, paths, Where(), encoders=encoders)
+            failed = [outcome for outcome in results if outcome.status == "failed"]
         if failed:
             raise JobError(
                 f"{len(failed)} of {len(entries)} slides failed, first {failed[0].slide_id}: {failed[0].reason}",
@@ -217,7 +219,7 @@ class Experiment:
         wanted = [cohort.store.slide_ids[i] for i in test][: self.settings.cost_slides]
         entries = [entry for entry in read_manifest(self.slides) if entry.slide_id in wanted]
         self.say(f"cost of {len(entries)} slides at {self.settings.hr} and {self.settings.lr}")
-        return measure_cost(self.settings, str(encoder), entries)
+        return measure_cost(self.settings, str(encoder), entries, (HR, LR, STAGE1))
 
     def ablate(self, fold: str, splits: SplitTable, hr: Cohort) -> Mapping[str, Mapping[str, float]]:
         """Figures of one fold with each part of the losses left out: of the encoder, and AUC of the LR classifier."""
@@ -286,6 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WsiPipeError as error:
         print(f"lrmil_experiment: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("lrmil_experiment: interrupted; run again to go on", file=sys.stderr)
+        return 130
     print((given.out / "results.md").read_text(encoding="utf-8"))
     return 0
 

@@ -12,8 +12,9 @@ import pytest
 from lrmil.errors import LeakageError
 from lrmil.experiment import Cohort
 from lrmil.splits import SplitTable
+from pipelines import lrmil_experiment
 from pipelines.experiment_settings import ABLATIONS, CohortSettings, ExperimentSettings
-from pipelines.lrmil_experiment import LR, STAGE2, Experiment, check_student, main
+from pipelines.lrmil_experiment import HR, LR, STAGE1, STAGE2, Experiment, check_student, main
 from wsi_pipe.config import load_toml
 from wsi_pipe.encoders.architectures import timm_recipe
 from wsi_pipe.encoders.loading import build_random
@@ -88,14 +89,26 @@ def test_slides_without_labels_are_refused(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.slow
-def test_a_whole_small_experiment_runs_and_runs_again_at_once(tmp_path: Path) -> None:
+def test_a_whole_small_experiment_runs_and_runs_again_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_toml(ExperimentSettings, PRESETS / "cpu-small.toml")
     lines: list[str] = []
+    checked: list[tuple[str, str]] = []
+
+    def watched(encoder: Path, fold: str, splits: SplitTable, cohort: Cohort) -> None:
+        checked.append((encoder.stem, fold))
+        check_student(encoder, fold, splits, cohort)
+
+    monkeypatch.setattr(lrmil_experiment, "check_student", watched)
     results = Experiment(settings, tmp_path).run(progress=lines.append)
+    assert sorted(checked) == sorted(2 * [("lr-fold1", "fold_1"), ("lr-fold2", "fold_2")])
     found = json.loads((tmp_path / "results.json").read_text())
     assert (tmp_path / "results.png").stat().st_size > 1000
     table = (tmp_path / "results.md").read_text()
-    assert table.count("\n| LR") == 3
+    assert table.count("\n| LR") == 6  # of the figures and of the folds
+    assert table.count("not inferior") == 2
+    # The mean over folds, not that of what the folds have together.
+    for arm, values in found["fold_auc"].items():
+        assert found["figures"][arm]["auc"]["value"] == pytest.approx(sum(values.values()) / len(values))
     assert results.slides == 16
     predictions = {
         arm: np.loadtxt(tmp_path / "runs" / arm / "fold_1" / "predictions.csv", delimiter=",", dtype=str, skiprows=1)
@@ -107,7 +120,8 @@ def test_a_whole_small_experiment_runs_and_runs_again_at_once(tmp_path: Path) ->
     auc = {arm: found["figures"][arm]["auc"]["value"] for arm in (STAGE2, LR)}
     assert difference["value"] == pytest.approx(auc[STAGE2] - auc[LR])
     # One LR tile covers 16 HR tiles.
-    assert found["cost"]["20x"]["tiles"] > 8 * found["cost"]["5x"]["tiles"]
+    assert set(found["cost"]) == {HR, LR, STAGE1}
+    assert found["cost"][HR]["tiles"] > 8 * found["cost"][STAGE1]["tiles"]
     again: list[str] = []
     encoders = [path.read_bytes() for path in sorted((tmp_path / "encoders").glob("*.safetensors"))]
     Experiment(settings, tmp_path).run(progress=again.append)
