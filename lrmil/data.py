@@ -74,6 +74,22 @@ class LabelTable:
         return {case: "+".join(sorted(names)) for case, names in found.items()}
 
 
+def read_cases(path: str | Path) -> dict[str, str]:
+    """Case of each slide by a CSV with a slide and a case column; empty where it lacks either.
+
+    A slide's file suffix is ignored, as in labels. Raises LabelError when the file cannot be read.
+    """
+    header, rows = read_table(path, "label table", LabelError)
+    slide, case = find_column(header, SLIDE_COLUMNS), find_column(header, CASE_COLUMNS)
+    if slide is None or case is None:
+        return {}
+    found: dict[str, str] = {}
+    for _, row in rows:
+        if row[slide] and row[case]:
+            found |= {row[slide]: row[case], Path(row[slide]).stem: row[case]}
+    return found
+
+
 def load_labels(
     path: str | Path,
     slide_ids: Sequence[str],

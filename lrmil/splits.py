@@ -20,7 +20,19 @@ from lrmil.errors import LeakageError, SplitError
 from lrmil.tables import CASE_COLUMNS, SLIDE_COLUMNS, find_column, read_table
 from wsi_pipe.files import write_text_atomically
 
-__all__ = ["PARTS", "FoldIndices", "Part", "SplitTable", "make_splits", "read_splits"]
+__all__ = [
+    "PARTS",
+    "SPLITS_NAME",
+    "FoldIndices",
+    "Part",
+    "SplitTable",
+    "make_splits",
+    "read_splits",
+    "seen_cases",
+]
+
+SPLITS_NAME = "splits.csv"
+"""A run's folds, beside its folders."""
 
 Part = Literal["train", "val", "test", ""]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
@@ -202,3 +214,20 @@ def make_splits(
                 parts[place] = "val"
         columns[f"fold_{fold + 1}"] = cast(tuple[Part, ...], tuple(parts))
     return SplitTable("case", tuple(cases), columns)
+
+
+def seen_cases(
+    model: Path, model_fold: str, fold: str, splits: SplitTable, slide_ids: Sequence[str], case_ids: Sequence[str]
+) -> list[str] | None:
+    """Test cases of ``fold`` that a model saw in training, by the splits that lie beside it; None where none lie there.
+
+    model: file in the folder of its fold or of its run. model_fold: the fold that its card names. slide_ids, case_ids:
+    of the bags. Raises SplitError or LeakageError as ``SplitTable.indices`` does.
+    """
+    table = next((p for p in (model.parent / SPLITS_NAME, model.parent.parent / SPLITS_NAME) if p.is_file()), None)
+    if table is None:
+        return None
+    theirs = read_splits(table).indices(model_fold, slide_ids, case_ids)
+    seen = {case_ids[i] for part in (theirs.train, theirs.val) for i in part.tolist()}
+    ours = splits.indices(fold, slide_ids, case_ids)
+    return sorted({case_ids[i] for i in ours.test.tolist()} & seen)

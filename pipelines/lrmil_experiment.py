@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lrmil.config import LossSettings
@@ -58,6 +58,7 @@ class Experiment:
     slides: Path | None = None
     labels: Path | None = None
     splits: SplitTable | None = None
+    cases: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, *, ablation: str | None = None, progress: Callable[[str], object] = say) -> Results:
         """Every stage in turn; ``ablation``: a fold on which the loss terms are left out one by one as well.
@@ -78,6 +79,7 @@ class Experiment:
         train_folds(hr_cohort, splits, folds, train(), self.run_folder(HR))
         progress("LR classifiers on the undistilled encoder")
         train_folds(cohort, splits, folds, train(), self.run_folder(LR))
+        self.cases = dict(zip(cohort.store.slide_ids, cohort.table.case_ids, strict=True))
         students = {fold: self.distil(fold, splits) for fold in folds}
         self.extract([result.path for result in students.values()])
         for fold, result in students.items():
@@ -193,6 +195,7 @@ class Experiment:
             mil_teacher=self.run_folder(HR) / fold / "model.safetensors" if s.attention_weights else None,
             compute=s.compute_targets,
             targets_dir=self.out / "targets",
+            cases=self.cases,
             random_teacher=s.random_teacher,
             random_student=s.random_student,
             student_px=s.student_px,
@@ -256,7 +259,8 @@ def check_student(encoder: Path, fold: str, splits: SplitTable, cohort: Cohort) 
     """
     training = read_lr_header(encoder).training
     case_of = dict(zip(cohort.store.slide_ids, cohort.table.case_ids, strict=True))
-    seen = {case_of[slide] for key in ("train_slides", "val_slides") for slide in training.get(key, ())}
+    # A slide that has left the cohort since is of no case that it holds out.
+    seen = {case_of.get(slide) for key in ("train_slides", "val_slides") for slide in training.get(key, ())}
     parts = splits.indices(fold, cohort.store.slide_ids, cohort.table.case_ids)
     held = {cohort.table.case_ids[i] for part in (parts.val, parts.test) for i in part.tolist()}
     torn = sorted(seen & held)

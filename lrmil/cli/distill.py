@@ -28,6 +28,7 @@ __all__ = ["distill"]
     "-r", "--resolution", "resolutions", type=RESOLUTION, multiple=True, metavar="RES", help="HR and LR.  [20x, 5x]"
 )
 @click.option("--splits", type=EXISTING, required=True, metavar="CSV", help="Folds, as of lrmil split.")
+@click.option("--labels", type=EXISTING, metavar="CSV", help="Whose cases slides are, if not as the bags say.")
 @click.option("--fold", required=True, metavar="K", help="Whose training cases the student sees.")
 @click.option("--mil-teacher", type=EXISTING, metavar="FILE", help="Weigh children by this HR model's attention.")
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE")
@@ -80,6 +81,7 @@ def distill(**values: Any) -> int:
         -r 20x -r 5x --splits splits.csv --fold 1 --out lr-fold1.safetensors
     wsi-pipe extract slides/ -o job -e 20x=uni -e 5x=lr-fold1.safetensors
     """
+    from lrmil.data import read_cases
     from lrmil.distill import DistillRequest, run_distillation
     from lrmil.pictures.distill import draw_distillation
     from lrmil.splits import read_splits
@@ -89,6 +91,10 @@ def distill(**values: Any) -> int:
     resolutions = sorted(values["resolutions"] or (0.5, 2.0))
     if len(resolutions) != 2:
         raise ConfigError(f"{len(resolutions)} resolutions are given", remedy="give HR and LR, such as -r 20x -r 5x")
+    entries = read_manifest(values["slides"]) if values["slides"] else []
+    # A manifest without cases makes each slide a case of its own, which is no news.
+    cases = {entry.slide_id: entry.case_id for entry in entries if entry.case_id != entry.slide_id}
+    cases |= read_cases(values["labels"]) if values["labels"] else {}
     request = DistillRequest(
         bags=values["bags"],
         teacher=values["teacher"],
@@ -99,7 +105,8 @@ def distill(**values: Any) -> int:
         fold=values["fold"],
         out=values["out"],
         settings=_settings(values),
-        slides={entry.slide_id: entry.path for entry in read_manifest(values["slides"])} if values["slides"] else {},
+        slides={entry.slide_id: entry.path for entry in entries},
+        cases=cases,
         mil_teacher=values["mil_teacher"],
         compute=values["targets"] == "compute",
         targets_dir=values["targets_dir"],

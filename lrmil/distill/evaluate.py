@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lrmil.distill.targets import DistillSlide, TargetStats
 
-__all__ = ["Agreement", "RunningAgreement", "child_targets", "linear_baseline"]
+__all__ = ["Agreement", "RunningAgreement", "child_targets", "linear_baseline", "mean_baseline"]
 
 RIDGE = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge penalties tried, relative to the mean variance of the inputs."""
@@ -27,10 +27,13 @@ class Agreement:
 
 
 class RunningAgreement:
-    """Agreement summed up batch by batch. mean, std: of the teacher on training tiles, by which all is scaled."""
+    """Agreement summed up batch by batch.
 
-    def __init__(self, mean: NDArray[np.float32], std: NDArray[np.float32]) -> None:
-        self._mean, self._std = mean, std
+    centre: mean of the teacher on training tiles. std: scale of its dimensions.
+    """
+
+    def __init__(self, centre: NDArray[np.float32], std: NDArray[np.float32]) -> None:
+        self._mean, self._std = centre, std
         self._error = self._total = self._cosine = 0.0
         self._count = 0
 
@@ -100,16 +103,32 @@ def linear_baseline(
         y, m = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
         parts = [child_targets(s, layer) for s in val]
         y_val, m_val = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-        running = RunningAgreement(stats.layer_mean[layer], stats.layer_std[layer])
+        running = RunningAgreement(stats.layer_centre[layer], stats.layer_std[layer])
         for place in range(y.shape[1]):
             rows, wanted = m[:, place], m_val[:, place]
             if rows.sum() > 1 and wanted.any():
                 solved = _ridge(x_train[rows], y[rows, place], inner[rows])
                 running.add(x_val[wanted] @ solved, y_val[wanted, place])
         found[f"layer{layer}"] = running.result()
-    running = RunningAgreement(stats.final_mean, stats.final_std)
+    running = RunningAgreement(stats.final_centre, stats.final_std)
     y = np.concatenate([final_target(s) for s in train])
     running.add(x_val @ _ridge(x_train, y, inner), np.concatenate([final_target(s) for s in val]))
+    return found | {"final": running.result()}
+
+
+def mean_baseline(val: Sequence[DistillSlide], stats: TargetStats) -> dict[str, Agreement]:
+    """What the mean of the training targets reaches: 0 or a little less, as far as ``val`` differs from training."""
+    found = {}
+    for layer, (centre, std) in enumerate(zip(stats.layer_centre, stats.layer_std, strict=True)):
+        running = RunningAgreement(centre, std)
+        for slide in val:
+            values, present = child_targets(slide, layer)
+            running.add(np.broadcast_to(centre, values[present].shape), values[present])
+        found[f"layer{layer}"] = running.result()
+    running = RunningAgreement(stats.final_centre, stats.final_std)
+    for slide in val:
+        wanted = final_target(slide)
+        running.add(np.broadcast_to(stats.final_centre, wanted.shape), wanted)
     return found | {"final": running.result()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from lrmil.checkpoint import load_model
-from lrmil.distill.evaluate import Agreement, linear_baseline
+from lrmil.distill.evaluate import Agreement, linear_baseline, mean_baseline
 from lrmil.distill.jitter import jittered_slides
 from lrmil.distill.settings import DistillSettings
 from lrmil.distill.student import Student, relative_blocks
@@ -29,8 +30,8 @@ from lrmil.distill.targets import (
     target_stats,
 )
 from lrmil.distill.train import DistillHistory, distill
-from lrmil.errors import BagMismatchError, SettingsError
-from lrmil.splits import SplitTable
+from lrmil.errors import BagMismatchError, LeakageError, SettingsError
+from lrmil.splits import SplitTable, seen_cases
 from wsi_pipe.bag import BagAttrs, read_attrs, read_grids
 from wsi_pipe.config import fingerprint, to_mapping
 from wsi_pipe.encoders import load_encoder
@@ -53,7 +54,8 @@ COPY = "copy"
 class DistillRequest:
     """What to distil.
 
-    bags: folder of bags with both levels. slides: slide id -> file, where a bag's own path no longer holds. teacher,
+    bags: folder of bags with both levels. slides: slide id -> file, where a bag's own path no longer holds. cases:
+    slide id -> case, where the bags do not know it. teacher,
     student: encoder names; "copy" for the student. mil_teacher: model file whose attention weighs the children, or None
     for equal weights. out: the LR encoder to write. compute: run the teacher now rather than read its features and
     layers from the bags; into targets_dir, which folds may share, by default one beside ``out``. random_teacher,
@@ -71,6 +73,7 @@ class DistillRequest:
     out: Path
     settings: DistillSettings = field(default_factory=DistillSettings)
     slides: Mapping[str, str] = field(default_factory=dict)
+    cases: Mapping[str, str] = field(default_factory=dict)
     mil_teacher: Path | None = None
     compute: bool = False
     targets_dir: Path | None = None
@@ -82,12 +85,13 @@ class DistillRequest:
 @dataclass(frozen=True)
 class DistillResult:
     """The written file, the history, figures of the best epoch on the inner validation cases, and what a linear map
-    from undistilled LR features reaches there."""
+    from undistilled LR features (baseline) and the mean HR feature (mean) reach there."""
 
     path: Path
     history: DistillHistory
     figures: Mapping[str, float]
     baseline: Mapping[str, Agreement]
+    mean: Mapping[str, Agreement]
     train_slides: tuple[str, ...]
     val_slides: tuple[str, ...]
 
@@ -131,12 +135,13 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
             seed=settings.seed,
         )
     if request.mil_teacher is not None:
-        train, val = _weighted(train, request), _weighted(val, request)
+        identities = _identities(request)
+        train, val = (_weighted(part, request, teacher, identities) for part in (train, val))
     stats = target_stats(
         train, standardise=settings.standardise == "yes" or (settings.standardise == "auto" and not layers)
     )
     student, recipe, licence = _student(request, teacher, train[0], layers, depth)
-    run = _fingerprint(request, teacher, [*train, *val], stats)
+    run = _fingerprint(request, teacher, [*train, *val], stats, student)
     say(f"{len(names[0])} slides to train, {len(names[1])} to stop by; {sum(map(len, train)):,} LR tiles")
 
     def epoch_done(figures: Mapping[str, float], epoch: int) -> None:
@@ -148,7 +153,6 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
         student, recipe.preprocessing, train, val, stats, settings,
         device=device, precision=precision, state=_state_path(request.out), run=run, progress=epoch_done,
     )  # fmt: skip
-    baseline = linear_baseline(train, val, stats, settings.seed) if val else {}
     best = history.epochs[history.best - 1] if history.best else {}
     lr_grid = train[0].lr
     write_lr_encoder(
@@ -170,8 +174,11 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
             "figures": _finite(best),
         },
     )
-    _write_history(request.out, history, best, baseline)
-    return DistillResult(request.out, history, best, baseline, *names)
+    # After the encoder is safe: with many tiles and wide layers this takes much memory.
+    baseline = linear_baseline(train, val, stats, settings.seed) if val else {}
+    mean = mean_baseline(val, stats) if val else {}
+    _write_history(request.out, history, best, baseline, mean)
+    return DistillResult(request.out, history, best, baseline, mean, *names)
 
 
 def _device(name: str) -> torch.device:
@@ -186,12 +193,19 @@ def _half(settings: DistillSettings, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def _identities(request: DistillRequest) -> tuple[list[str], list[str]]:
+    """Slide and case ids of all bags."""
+    attrs = [read_attrs(path) for path in sorted(request.bags.glob("*.h5"))]
+    return [a.slide_id for a in attrs], [request.cases.get(a.slide_id, a.case_id) for a in attrs]
+
+
 def _training_bags(request: DistillRequest) -> dict[Path, BagAttrs]:
     """Bags of the fold's training slides, sorted. Raises BagMismatchError when the folder holds none."""
     paths = sorted(request.bags.glob("*.h5"))
     if not paths:
         raise BagMismatchError(f"{request.bags}: holds no bags", remedy="give JOB/bags of wsi-pipe run")
     attrs = [read_attrs(path) for path in paths]
+    attrs = [dataclasses.replace(a, case_id=request.cases.get(a.slide_id, a.case_id)) for a in attrs]
     indices = request.splits.indices(request.fold, [a.slide_id for a in attrs], [a.case_id for a in attrs])
     return {paths[i]: attrs[i] for i in indices.train if attrs[i].status == "done"}
 
@@ -207,7 +221,7 @@ def _layers(teacher: Encoder, settings: DistillSettings) -> tuple[tuple[int, ...
 def _load(
     request: DistillRequest, bag: Path, attrs: BagAttrs, layers: Sequence[int], depth: int, files: Mapping[str, Path]
 ) -> DistillSlide | None:
-    return load_slide(
+    slide = load_slide(
         bag,
         request.slides.get(attrs.slide_id, ""),
         request.lr,
@@ -217,6 +231,7 @@ def _load(
         depth,
         files.get(bag.stem),
     )
+    return slide and dataclasses.replace(slide, case_id=attrs.case_id)
 
 
 def _target(request: DistillRequest, bag: Path, attrs: BagAttrs) -> TargetItem:
@@ -228,8 +243,16 @@ def _target(request: DistillRequest, bag: Path, attrs: BagAttrs) -> TargetItem:
     return TargetItem(bag.stem, partial(open_slide, path, mpp=attrs.mpp_l0), (grid,), attrs.fingerprint_tile)
 
 
-def _weighted(slides: Sequence[DistillSlide], request: DistillRequest) -> list[DistillSlide]:
-    """Slides whose children weigh as a MIL teacher of the same fold attends to them."""
+def _weighted(
+    slides: Sequence[DistillSlide],
+    request: DistillRequest,
+    teacher: Encoder,
+    identities: tuple[Sequence[str], Sequence[str]],
+) -> list[DistillSlide]:
+    """Slides whose children weigh as a MIL teacher of the same fold attends to them.
+
+    identities: slide and case ids of every bag, for the check that the teacher saw none of the fold's test cases.
+    """
     assert request.mil_teacher is not None
     model, card = load_model(request.mil_teacher)
     path = request.mil_teacher
@@ -241,6 +264,22 @@ def _weighted(slides: Sequence[DistillSlide], request: DistillRequest) -> list[D
                 f"{path}: is a model of {name} {found[name]}, not of {value}",
                 remedy="give the HR teacher that was trained on this very fold",
             )
+    if not card.fold:
+        raise SettingsError(
+            f"{path} does not say which fold it was trained on, so it may have seen cases that are held out",
+            remedy="give the HR teacher that lrmil train made of this very fold",
+        )
+    if card.weights_sha256 and card.weights_sha256 != teacher.info.weights_sha256:
+        raise BagMismatchError(
+            f"{path}: was trained on features of other weights of {card.encoder} than the teacher's",
+            remedy="train it on these bags, or give the teacher that made its features",
+        )
+    torn = seen_cases(path, card.fold, request.fold, request.splits, *identities)
+    if torn:
+        raise LeakageError(
+            f"the MIL teacher {path} was trained on {len(torn)} test cases of {request.fold}: {', '.join(torn[:5])}",
+            remedy="train it with the same splits",
+        )
     weighted = []
     with torch.inference_mode():
         for slide in slides:
@@ -319,12 +358,20 @@ def _load_student(request: DistillRequest, side: int) -> Encoder:
         return encoder
 
 
-def _fingerprint(request: DistillRequest, teacher: Encoder, slides: Sequence[DistillSlide], stats: TargetStats) -> str:
+def _fingerprint(
+    request: DistillRequest, teacher: Encoder, slides: Sequence[DistillSlide], stats: TargetStats, student: Student
+) -> str:
+    digest = hashlib.sha256()
+    # The student as it starts says what it is, how large its input is and where its weights come from.
+    for name, tensor in sorted(student.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    for slide in slides:
+        digest.update(slide.weights.tobytes())
     deciding = dataclasses.replace(request.settings, device="", cache_mib=0, threads=1)
     return fingerprint(
         to_mapping(deciding), teacher.info.weights_sha256, request.student, request.lr, request.hr, request.fold,
         [slide.slide_id for slide in slides], [len(slide) for slide in slides], stats.variance.tolist(),
-        [float(slide.weights.sum()) for slide in slides], [float(slide.weights.max()) for slide in slides],
+        request.student_px, digest.hexdigest(),
     )  # fmt: skip
 
 
@@ -337,13 +384,17 @@ def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _write_history(
-    out: Path, history: DistillHistory, best: Mapping[str, float], baseline: Mapping[str, Agreement]
+    out: Path,
+    history: DistillHistory,
+    best: Mapping[str, float],
+    baseline: Mapping[str, Agreement],
+    mean: Mapping[str, Agreement],
 ) -> None:
     values: dict[str, Any] = {
         "best_epoch": history.best,
         "best": _finite(best),
         "linear_baseline": {name: _finite(dataclasses.asdict(a)) for name, a in baseline.items()},
-        "mean_baseline": {"explained_variance": 0.0, "cosine": 0.0},
+        "mean_baseline": {name: _finite(dataclasses.asdict(a)) for name, a in mean.items()},
         "epochs": [_finite(figures) for figures in history.epochs],
     }
     write_text_atomically(out.with_name(f"{out.stem}.history.json"), json.dumps(values, indent=1))

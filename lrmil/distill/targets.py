@@ -217,9 +217,12 @@ def _is_made(path: Path, stamp: str) -> bool:
 
 @dataclass(frozen=True)
 class TargetStats:
-    """Mean and standard deviation of each dimension on the children of training tiles, layer by layer and final.
+    """What targets are scaled by, and where they lie, on the children of training tiles, layer by layer and final.
 
+    layer_mean, layer_std, final_mean, final_std: of each dimension, or 0 and 1 where targets are learnt as they are.
     variance: (L,) of each layer as a whole, the mean over its dimensions, after standardising where that is on.
+    layer_centre, final_centre: the mean of what is learnt, in the teacher's units: the best constant guess, which
+    agreement is measured against. Of the final features it is the mean over tiles of the weighted children.
     """
 
     layer_mean: tuple[NDArray[np.float32], ...]
@@ -227,6 +230,8 @@ class TargetStats:
     final_mean: NDArray[np.float32]
     final_std: NDArray[np.float32]
     variance: NDArray[np.float32]
+    layer_centre: tuple[NDArray[np.float32], ...]
+    final_centre: NDArray[np.float32]
 
 
 def target_stats(slides: Sequence[DistillSlide], *, standardise: bool) -> TargetStats:
@@ -238,6 +243,8 @@ def target_stats(slides: Sequence[DistillSlide], *, standardise: bool) -> Target
     if not layers:
         raise SettingsError("no training slide has an LR tile with children", remedy="check the splits and resolutions")
     final_mean, final_std = _moments([s.final for s in slides], slides)
+    centres = tuple(mean.astype(np.float32) for mean, _ in layers)
+    final_centre = _weighted_mean(slides)
     if standardise:
         variance = np.array([float(np.mean(std > 0)) for _, std in layers], np.float32)
         safe = [(mean, np.where(std > 0, std, 1.0)) for mean, std in layers]
@@ -247,6 +254,8 @@ def target_stats(slides: Sequence[DistillSlide], *, standardise: bool) -> Target
             final_mean.astype(np.float32),
             np.where(final_std > 0, final_std, 1.0).astype(np.float32),
             np.maximum(variance, 1e-6),
+            centres,
+            final_centre,
         )
     return TargetStats(
         tuple(np.zeros_like(m, np.float32) for m, _ in layers),
@@ -254,7 +263,21 @@ def target_stats(slides: Sequence[DistillSlide], *, standardise: bool) -> Target
         np.zeros_like(final_mean, np.float32),
         np.ones_like(final_std, np.float32),
         np.array([max(float(np.mean(std**2)), 1e-12) for _, std in layers], np.float32),
+        centres,
+        final_centre,
     )
+
+
+def _weighted_mean(slides: Sequence[DistillSlide]) -> NDArray[np.float32]:
+    """Mean over tiles of their children's final features as weighted, (D,)."""
+    total, count = np.zeros(slides[0].final.shape[1]), 0
+    for slide in slides:
+        share = np.zeros(len(slide.final))
+        present = slide.children.children >= 0
+        np.add.at(share, slide.children.children[present], slide.weights[present])
+        total += share @ np.asarray(slide.final, np.float64)
+        count += len(slide)
+    return np.asarray(total / max(count, 1), np.float32)
 
 
 def _moments(

@@ -262,8 +262,8 @@ def _validate(
     student.eval()
     stats, slides = targets.stats, targets.slides
     variance = _variance(targets, settings)
-    layers = [RunningAgreement(m, s) for m, s in zip(stats.layer_mean, stats.layer_std, strict=True)]
-    final = RunningAgreement(stats.final_mean, stats.final_std)
+    layers = [RunningAgreement(m, s) for m, s in zip(stats.layer_centre, stats.layer_std, strict=True)]
+    final = RunningAgreement(stats.final_centre, stats.final_std)
     total, count = 0.0, 0
     wanted = {i: final_target(slide) for i, slide in enumerate(slides)}
     children = {i: [child_targets(s, n) for n in range(len(layers))] for i, s in enumerate(slides)}

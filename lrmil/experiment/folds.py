@@ -11,14 +11,13 @@ from lrmil.config import TrainSettings
 from lrmil.errors import LeakageError, ModelFileError, ModelMismatchError
 from lrmil.experiment.cohort import Cohort
 from lrmil.model import MILModel
-from lrmil.splits import SplitTable, read_splits
+from lrmil.splits import SPLITS_NAME, SplitTable, seen_cases
 from lrmil.store import FeatureStore, ResidentStore
 from lrmil.trainer import TrainResult, choose_device, choose_precision, train
 from wsi_pipe.encoders.base import encoder_slug
 
 __all__ = ["SPLITS_NAME", "TeacherSource", "check_store", "train_folds"]
 
-SPLITS_NAME = "splits.csv"
 MODEL_NAME = "model.safetensors"
 
 
@@ -50,17 +49,12 @@ class TeacherSource:
         card = read_card(path)
         if card.fold is None:
             return
-        table = next((p for p in (path.parent / SPLITS_NAME, path.parent.parent / SPLITS_NAME) if p.is_file()), None)
         remedy = "give the folder of a teacher trained with the same splits: --teacher RUN"
-        if table is None:
+        torn = seen_cases(path, card.fold, fold, splits, cohort.store.slide_ids, cohort.table.case_ids)
+        if torn is None:
             if card.fold != fold:
                 raise LeakageError(f"{path} is of {card.fold}, the student of {fold}", remedy=remedy)
             return
-        slides, cases = cohort.store.slide_ids, cohort.table.case_ids
-        theirs = read_splits(table).indices(card.fold, slides, cases)
-        ours = splits.indices(fold, slides, cases)
-        seen = {cases[i] for part in (theirs.train, theirs.val) for i in part.tolist()}
-        torn = sorted({cases[i] for i in ours.test.tolist()} & seen)
         if torn:
             raise LeakageError(
                 f"the teacher {path} was trained on {len(torn)} test cases of {fold}: {', '.join(torn[:5])}",

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from lrmil.checkpoint import ModelCard, save_model
+from lrmil.checkpoint import ModelCard, load_model, save_model
 from lrmil.cli import group
 from lrmil.config import ModelSettings
+from lrmil.data import read_cases
 from lrmil.distill import DistillRequest, DistillSettings, run_distillation
 from lrmil.distill import run as run_module
 from lrmil.distill import train as train_module
-from lrmil.errors import BagMismatchError, LeakageError, ResumeError, SettingsError
+from lrmil.errors import BagMismatchError, LeakageError, ResumeError, SettingsError, SplitError
 from lrmil.model import build_model
 from lrmil.splits import SplitTable
 from wsi_pipe.bag import read_attrs, read_grids, read_level
@@ -270,12 +271,31 @@ def mil_teacher(path: Path, fold: str, dim: int) -> Path:
     return path
 
 
-def test_children_weigh_as_the_teacher_of_the_same_fold_attends(cohort: Path, tmp_path: Path) -> None:
+def test_children_weigh_as_the_teacher_of_the_same_fold_attends(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dim = load_encoder("texture").info.dim
     ours = mil_teacher(tmp_path / "ours.safetensors", "fold_1", dim)
-    uniform = run_distillation(request_of(cohort, tmp_path / "a.safetensors"))
-    weighted = run_distillation(request_of(cohort, tmp_path / "b.safetensors", mil_teacher=ours))
-    assert uniform.history.epochs[0]["loss"] != weighted.history.epochs[0]["loss"]
+    seen: list[Any] = []
+    original = run_module.distill
+
+    def spy(student: Any, preprocessing: Any, train: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.extend(train)
+        return original(student, preprocessing, train, *args, **kwargs)
+
+    monkeypatch.setattr(run_module, "distill", spy)
+    run_distillation(request_of(cohort, tmp_path / "b.safetensors", mil_teacher=ours))
+    model, _ = load_model(ours)
+    for slide in seen:
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(slide.final).float(), torch.tensor([0, len(slide.final)])).attention_logits
+        assert logits is not None
+        for children, weights in zip(slide.children.children, slide.weights, strict=True):
+            present = children >= 0
+            # Softmax over the slide, renormalised over the children, is softmax over the children.
+            expected = logits[torch.from_numpy(children[present])].softmax(0).numpy()
+            assert np.allclose(weights[present], expected, atol=1e-5)
+            assert not weights[~present].any()
 
 
 def test_the_teacher_of_another_fold_is_refused(cohort: Path, tmp_path: Path) -> None:
@@ -315,3 +335,46 @@ def test_the_command_distils_and_draws(cohort: Path, tmp_path: Path, capsys: pyt
     assert set(history["linear_baseline"]) == {"layer0", "final"}
     assert run_group(group, "lrmil", [*arguments, "-r", "20x"]) == 2
     assert "give HR and LR" in capsys.readouterr().err
+
+
+def test_a_mil_teacher_that_may_have_seen_held_out_cases_is_refused(cohort: Path, tmp_path: Path) -> None:
+    dim = load_encoder("texture").info.dim
+    unknown = mil_teacher(tmp_path / "unknown.safetensors", "", dim)
+    with pytest.raises(SettingsError, match="does not say which fold"):
+        run_distillation(request_of(cohort, tmp_path / "a.safetensors", mil_teacher=unknown))
+    # Its fold has the same name, and other cases.
+    (tmp_path / "run" / "fold_1").mkdir(parents=True)
+    other = mil_teacher(tmp_path / "run" / "fold_1" / "model.safetensors", "fold_1", dim)
+    table = splits_of(cohort)
+    swapped = SplitTable("case", table.ids, {"fold_1": table.folds["fold_2"], "fold_2": table.folds["fold_1"]})
+    swapped.write(tmp_path / "run" / "splits.csv")
+    with pytest.raises(LeakageError, match="trained on 2 test cases"):
+        run_distillation(request_of(cohort, tmp_path / "b.safetensors", mil_teacher=other))
+    table.write(tmp_path / "run" / "splits.csv")
+    run_distillation(request_of(cohort, tmp_path / "c.safetensors", mil_teacher=other))
+
+
+def test_cases_may_come_from_the_labels_alone(cohort: Path, tmp_path: Path) -> None:
+    everything = [read_attrs(bag) for bag in sorted((cohort / "job" / "bags").glob("*.h5"))]
+    rows = [f"{a.slide_id},patient{i // 2},{i % 2}" for i, a in enumerate(everything)]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("\n".join(["slide_id,case_id,label", *rows]) + "\n")
+    parts = ("test", "train", "train")
+    splits = SplitTable("case", ("patient0", "patient1", "patient2"), {"fold_1": parts})  # type: ignore[dict-item]
+    request = request_of(cohort, tmp_path / "lr.safetensors", splits=splits)
+    with pytest.raises(SplitError, match="no training bag"):
+        run_distillation(request)
+    result = run_distillation(dataclasses.replace(request, cases=read_cases(labels)))
+    assert {*result.train_slides, *result.val_slides} == {a.slide_id for a in everything[2:]}
+    # Slides of one patient stop together or train together.
+    patient = {a.slide_id: i // 2 for i, a in enumerate(everything)}
+    assert not {patient[s] for s in result.train_slides} & {patient[s] for s in result.val_slides}
+
+
+def test_another_student_does_not_go_on_where_the_first_one_was(cohort: Path, tmp_path: Path) -> None:
+    request = request_of(cohort, tmp_path / "lr.safetensors", settings=dataclasses.replace(QUICK, epochs=1))
+    run_distillation(request)
+    with pytest.raises(ResumeError, match="other settings"):
+        run_distillation(dataclasses.replace(request, student="timm:test_vit2"))
+    with pytest.raises(ResumeError, match="other settings"):
+        run_distillation(dataclasses.replace(request, student_px=96))

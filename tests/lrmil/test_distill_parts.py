@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,16 @@ from numpy.typing import NDArray
 from lrmil.distill import DistillSettings
 from lrmil.distill.augment import stain_jitter, turn_tile
 from lrmil.distill.children import child_map, turn
-from lrmil.distill.evaluate import Agreement, RunningAgreement, linear_baseline
+from lrmil.distill.evaluate import Agreement, RunningAgreement, linear_baseline, mean_baseline
 from lrmil.distill.jitter import jittered_grids
 from lrmil.distill.student import Student, pool_to, relative_blocks
 from lrmil.distill.targets import DistillSlide, attention_weights, subset, target_stats, uniform_weights
-from lrmil.distill.train import DistillHistory, losses_of
+from lrmil.distill.train import DistillHistory, _settle_norms, losses_of
 from lrmil.errors import SettingsError
 from lrmil.pictures.distill import draw_distillation
-from wsi_pipe.encoders.architectures import PooledNetwork
+from wsi_pipe.encoders.architectures import PooledNetwork, timm_recipe
 from wsi_pipe.encoders.loading import build_random
+from wsi_pipe.encoders.pixels import normalise
 from wsi_pipe.encoders.recipe import Preprocessing, Recipe
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.geometry import TileGrid, TileSpec
@@ -251,6 +253,34 @@ def test_the_linear_baseline_finds_what_is_linear_and_nothing_in_noise() -> None
     assert linear_baseline([], [], target_stats(train, standardise=False)) == {}
 
 
+@pytest.mark.parametrize("standardise", [True, False])
+def test_what_a_constant_explains_is_nothing_wherever_the_features_lie(standardise: bool) -> None:
+    # A ViT's features lie far from 0: measured from there, their mean alone would explain nearly all.
+    far = [
+        dataclasses.replace(slide, layers=(slide.final + 20,), final=slide.final + 20)
+        for slide in slides(20, linear=False)
+    ]
+    stats = target_stats(far[:15], standardise=standardise)
+    for name, agreement in mean_baseline(far[15:], stats).items():
+        assert -0.2 < agreement.explained_variance <= 0.01, name
+    noise = linear_baseline(far[:15], far[15:], stats)
+    assert max(agreement.explained_variance for agreement in noise.values()) < 0.2
+    assert max(abs(agreement.cosine) for agreement in noise.values()) < 0.6
+
+
+def test_the_centre_of_the_final_features_weighs_children_as_the_loss_does() -> None:
+    train = slides(3, linear=True)
+    rng = np.random.default_rng(0)
+    weights = [rng.dirichlet(np.ones(4), len(slide)).astype(np.float32) for slide in train]
+    train = [dataclasses.replace(slide, weights=w) for slide, w in zip(train, weights, strict=True)]
+    wanted = [
+        sum(w[i, j] * slide.final[slide.children.children[i, j]] for j in range(4))
+        for slide, w in zip(train, weights, strict=True)
+        for i in range(len(slide))
+    ]
+    assert np.allclose(target_stats(train, standardise=True).final_centre, np.mean(wanted, axis=0), atol=1e-5)
+
+
 def test_target_statistics_count_children_alone() -> None:
     train = slides(3, linear=True)
     data = np.concatenate([s.final[s.children.children.ravel()] for s in train])
@@ -312,3 +342,30 @@ def test_jittered_grids_differ_from_draw_to_draw() -> None:
     rng = np.random.default_rng(0)
     origins = {jittered_grids(lr, hr, (4096, 4096), rng)[0].origin_l0 for _ in range(20)}
     assert len(origins) > 15
+
+
+def test_batch_norms_are_those_of_the_network_as_it_is() -> None:
+    recipe, _ = timm_recipe("test_resnet")
+    torch.manual_seed(0)
+    student = Student(build_random(recipe, "student"), blocks=[], layer_dims=[5], final_dim=5, k=2, side_px=64)
+    norms = [m for m in student.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.running_mean.fill_(7.0)
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, 255, (8, 64, 64, 3), np.uint8) for _ in range(3)]
+    seen: list[torch.Tensor] = []
+    handle = norms[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    student.train()
+    _settle_norms(student, GREY, batches, torch.device("cpu"), torch.float32)
+    handle.remove()
+    means = torch.stack([x.mean((0, 2, 3)) for x in seen])
+    assert len(seen) == 3
+    assert torch.allclose(norms[0].running_mean, means.mean(0), atol=1e-5)
+    assert [norm.momentum for norm in norms] == momenta
+    # In evaluation it now gives nearly what it gave in training.
+    with torch.no_grad():
+        images = normalise(torch.from_numpy(batches[0]), GREY)
+        trained = student(images).feature
+        student.eval()
+        assert (student(images).feature - trained).abs().mean() < 0.25 * trained.std()

@@ -49,7 +49,7 @@ def demo(folder: Path, slides: int, seed: int, preprocess_only: bool) -> int:
         folder / "job" / "report.html": "tissue, grids, tiles and timings of every slide, in a browser",
         folder / "job" / "bags": "one HDF5 bag a slide",
         folder / "lr-fold1.png": "how the 5x encoder learned what the 20x encoder knows",
-        folder / "runs" / "5x": "the classifier that reads 5x alone, its curves and its figures (the teacher's: runs/20x)",
+        folder / "runs" / "5x": "the classifier that reads 5x alone, its curves and figures (the teacher: runs/20x)",
         folder / "predictions": "probabilities and heatmaps",
     }
     for path, what in places.items():
