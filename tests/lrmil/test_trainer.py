@@ -78,6 +78,53 @@ def test_every_model_learns_a_plain_task(name: str) -> None:
     assert history[-1] < 0.7 * history[0]
 
 
+def scaled(factor: float, shift: float) -> tuple[FeatureStore, FeatureStore]:
+    """Bags with features far from 0 and of other sizes, and the same in plain units."""
+    rng = np.random.default_rng(3)
+    plain = [STORE.bag(i).astype(np.float32) for i in range(len(STORE))]
+    scale = (factor * np.exp(rng.normal(size=DIM))).astype(np.float32)
+    moved = [values * scale + shift * scale for values in plain]
+    ids = [f"s{i:02d}" for i in range(len(plain))]
+    return tuple(FeatureStore.from_arrays(a, ids, meta=STORE.meta, dtype="float32") for a in (moved, plain))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_does_not_mind_the_units_of_its_features(name: str) -> None:
+    settings = replace(SETTINGS, model=replace(SETTINGS.model, name=name, input_dropout=0.2), epochs=3)
+    moved, plain = scaled(100.0, 5.0)
+    a, b = (train(store, LABELS, SPLIT, settings) for store in (moved, plain))
+    # Of the same tiles in other units the same model is made, but for rounding.
+    for x, y in zip(a.predictions, b.predictions, strict=True):
+        np.testing.assert_allclose(x.logits, y.logits, atol=2e-2)
+    raw = train(moved, LABELS, SPLIT, replace(settings, standardise=False))
+    difference = [abs(x.logits[0] - y.logits[0]) for x, y in zip(raw.predictions, b.predictions, strict=True)]
+    assert max(difference) > 0.2
+
+
+def test_a_model_keeps_the_moments_of_its_training_tiles(tmp_path: Path) -> None:
+    moved, _ = scaled(100.0, 5.0)
+    train(moved, LABELS, SPLIT, SETTINGS, tmp_path)
+    module, _ = load_model(tmp_path / "model.safetensors")
+    tiles = np.concatenate([moved.bag(int(i)) for i in SPLIT.train]).astype(np.float64)
+    np.testing.assert_allclose(module.input_mean.numpy(), tiles.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(module.input_scale.numpy(), 1 / tiles.std(0), rtol=1e-3)
+
+
+def test_a_feature_that_never_varies_says_nothing() -> None:
+    constant = [np.hstack([STORE.bag(i), np.full((len(STORE.bag(i)), 1), 7.0)]) for i in range(len(STORE))]
+    store = FeatureStore.from_arrays(
+        [values.astype(np.float32) for values in constant], [f"s{i:02d}" for i in range(len(STORE))], meta=STORE.meta
+    )
+    result = train(store, LABELS, SPLIT, replace(SETTINGS, epochs=1))
+    assert result.model.input_scale[-1] == 0
+    values = torch.from_numpy(store.bag(0)).float()
+    elsewhere = values.clone()
+    elsewhere[:, -1] = -300.0
+    offsets = torch.tensor([0, len(values)])
+    with torch.no_grad():
+        assert torch.allclose(result.model(values, offsets).logits, result.model(elsewhere, offsets).logits)
+
+
 def test_a_run_leaves_everything_needed(tmp_path: Path) -> None:
     seen: list[Any] = []
     result = run(out=tmp_path / "run", classes=("benign", "tumour"), fold="fold_1", progress=seen.append)
