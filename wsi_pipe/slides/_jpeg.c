@@ -49,7 +49,7 @@ EXPORT int wsi_jpeg_abi(void) { return SUPPORTED ? ABI : 0; }
 #define AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt,movbe")))
 #endif
 
-#define LOOK 12        /* bits that one look-up resolves; longer codes are rare */
+#define LOOK 11        /* bits that one look-up resolves: more take more of the first cache than they save */
 #define MAX_SIDE 65500 /* libjpeg's own limit */
 /* A block takes at most 27 bits for DC and 63 times 26 for AC: 209 bytes. An MCU has at most six. */
 #define ROOM 2048
@@ -311,7 +311,10 @@ static size_t make_plan(struct plan *plan, const uint8_t *data, size_t size, con
     plan->ycbcr = ycbcr || h->jfif || h->adobe == 1;
     plan->reduce = reduce;
     if (h->count == 3 && (c[1].h != 1 || c[1].v != 1 || c[2].h != 1 || c[2].v != 1)) return 0;
-    if (h->count == 1 ? c->h != 1 || c->v != 1 : c->h > 2 || c->v > c->h || !c->h || !c->v) return 0;
+    if (c->h < 1 || c->h > 4 || c->v < 1 || c->v > 4) return 0;
+    /* Alone, a component has one block in an MCU, whatever its factors (T.81, A.2.2). */
+    if (h->count == 1) c->h = c->v = 1;
+    if (c->h > 2 || c->v > c->h) return 0;
     if (h->count == 3 && c->h > 1 && !plan->ycbcr) return 0;
     for (int i = 0; i < h->count; i++) {
         if (!h->quant_known[c[i].quant]) return 0;
@@ -410,9 +413,9 @@ ALWAYS int read_block(struct reader *reader, const struct codes *dc, const struc
     out[place[k]] = (int16_t)(e >> 16);     \
     if (k >= 63) goto stop;
     for (;;) {
-        /* What is resolved takes LOOK bits at most. */
+        /* What is resolved takes LOOK bits at most, and 56 are there. */
         refill(&r);
-        SYMBOL SYMBOL SYMBOL SYMBOL
+        SYMBOL SYMBOL SYMBOL SYMBOL SYMBOL
         continue;
     stop:
         if (k < SLOW) break;
@@ -865,7 +868,9 @@ EXPORT void wsi_jpeg_decode(int64_t count, const uint8_t *const *data, const int
     struct plan *plan = malloc(sizeof *plan);
     const uint8_t *head = NULL;
     size_t start = 0;
-    int usable = plan && width > 0 && height > 0 && width <= MAX_SIDE && height <= MAX_SIDE &&
+    /* Scaled, a side below 8 px may meet several of libjpeg's scales, and which one is taken is not for us to guess. */
+    const int least = reduce > 1 ? 8 : 1;
+    int usable = plan && width >= least && height >= least && width <= MAX_SIDE && height <= MAX_SIDE &&
                  (components == 1 || components == 3) && (channels == 3 || channels == components) &&
                  (reduce == 1 || reduce == 2 || reduce == 4 || reduce == 8);
     (void)plain;

@@ -51,7 +51,7 @@ def _library() -> tuple[Any, str]:
         function.argtypes = [
             number, pointer, pointer, pointer, pointer, pointer, ctypes.c_char_p, number, *[ctypes.c_int] * 7,
         ]  # fmt: skip
-        return function, "this package's own, and libjpeg-turbo for what it leaves"
+        return function, "this package's own decoder, and by libjpeg-turbo where that declines"
     return None, "libjpeg-turbo (this package's own decoder was not built)"
 
 
