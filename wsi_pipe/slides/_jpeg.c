@@ -108,7 +108,8 @@ struct plan { /* all that tiles of one header share */
     uint8_t place[256];
     struct pair pairs[3];
     int pair_count, mcu_x, mcu_y; /* blocks of luma in an MCU */
-    int size[3], ycbcr, reduce, doubled; /* doubled: chroma is half as wide as luma after the inverse DCT (4:2:2) */
+    int size[3], ycbcr, reduce;
+    int wide, tall; /* how many samples of luma come to one of chroma after the inverse DCT, across and down: 1 or 2 */
 };
 
 /* Stores of it clear a block faster than what compilers make of memset. */
@@ -325,9 +326,8 @@ static size_t make_plan(struct plan *plan, const uint8_t *data, size_t size, con
     for (int k = 0; k < 64; k++) plan->place[k] = (uint8_t)(NATURAL[k] / 8 * 16 + COLUMN[NATURAL[k] % 8]);
     /* libjpeg makes chroma larger in its inverse DCT where that saves enlarging it afterwards, both ways at once. */
     int side = 8 / reduce, larger = c->v == 2 && reduce > 1;
-    if (c->v == 2 && reduce == 1) return 0;
     plan->size[0] = side, plan->size[1] = plan->size[2] = larger ? 2 * side : side;
-    plan->mcu_x = c->h, plan->mcu_y = c->v, plan->doubled = c->h == 2 && !larger;
+    plan->mcu_x = c->h, plan->mcu_y = c->v, plan->wide = larger ? 1 : c->h, plan->tall = larger ? 1 : c->v;
     plan->pair_count = 0;
     for (int y = 0; y < c->v; y++) make_pair(plan, 0, 0, y, c->h == 2 ? 0 : -1, 1, y);
     if (h->count == 3) make_pair(plan, 1, 0, 0, 2, 0, 0);
@@ -699,7 +699,7 @@ AVX2 static void rgb_row_avx2(const uint8_t *y, const uint8_t *cb, const uint8_t
 
 /* A row of chroma to twice its width: jdsample.c's "fancy" triangle filter, which leaves narrow rows and the eighth scale
  * to plain repetition. */
-static void double_row(const uint8_t *in, uint8_t *out, int width, int smooth)
+ALWAYS void double_row(const uint8_t *in, uint8_t *out, int width, int smooth)
 {
     if (!smooth || width < 3) {
         for (int x = 0; x < width; x++) out[2 * x] = out[2 * x + 1] = in[x];
@@ -712,6 +712,26 @@ static void double_row(const uint8_t *in, uint8_t *out, int width, int smooth)
     }
     out[2 * width - 2] = (uint8_t)((3 * in[width - 1] + in[width - 2] + 1) >> 2);
     out[2 * width - 1] = in[width - 1];
+}
+
+/* Row y of what a chroma plane of `height` rows becomes at twice its width and height, by the same filter both ways. Each
+ * row lies nearer to one row of the plane than to another; beyond the plane its first or last row is repeated. `sums` has
+ * room for width + 2. */
+ALWAYS void double_both(const uint8_t *plane, size_t stride, int y, uint8_t *out, uint16_t *sums, int width, int height)
+{
+    const int row = y / 2, beside = y & 1 ? row + 1 : row - 1;
+    const uint8_t *near = plane + (size_t)row * stride;
+    const uint8_t *far = plane + (size_t)(beside < 0 ? 0 : beside >= height ? height - 1 : beside) * stride;
+    if (width < 3) {
+        for (int x = 0; x < width; x++) out[2 * x] = out[2 * x + 1] = near[x];
+        return;
+    }
+    for (int x = 0; x < width; x++) sums[x + 1] = (uint16_t)(3 * near[x] + far[x]);
+    sums[0] = sums[1], sums[width + 1] = sums[width];
+    for (int x = 0; x < width; x++) {
+        out[2 * x] = (uint8_t)((3 * sums[x + 1] + sums[x] + 8) >> 4);
+        out[2 * x + 1] = (uint8_t)((3 * sums[x + 1] + sums[x + 2] + 7) >> 4);
+    }
 }
 
 /* ---- a tile ---- */
@@ -736,10 +756,12 @@ struct place { /* where a tile goes: channels is 3 for RGB, or 1 for grey alone 
     int channels;
 };
 
-/* Rows of one strip of samples as pixels. */
+/* Rows of samples as pixels: of one strip, or of the whole tile where chroma is made taller. */
 ALWAYS void write_rows(const struct plan *plan, uint8_t *const plane[3], uint8_t *const wide[2], size_t stride, int rows,
                        int width, uint8_t *out, const struct place *place, const int avx2)
 {
+    const int chroma_width = (plan->header.width * plan->size[1] + 15) / 16, chroma_height = (rows + 1) / 2;
+    uint16_t *const sums = (uint16_t *)(wide[1] + stride);
     for (int y = 0; y < rows; y++, out += place->stride) {
         const uint8_t *a = plane[0] + (size_t)y * stride, *b = plane[1] + (size_t)y * stride, *c = plane[2] + (size_t)y * stride;
         if (plan->header.count == 1) {
@@ -752,9 +774,10 @@ ALWAYS void write_rows(const struct plan *plan, uint8_t *const plane[3], uint8_t
             for (int x = 0; x < width; x++) out[3 * x] = a[x], out[3 * x + 1] = b[x], out[3 * x + 2] = c[x];
             continue;
         }
-        if (plan->doubled) {
-            double_row(b, wide[0], (plan->header.width * plan->size[1] + 15) / 16, plan->reduce < 8);
-            double_row(c, wide[1], (plan->header.width * plan->size[1] + 15) / 16, plan->reduce < 8);
+        if (plan->wide == 2) {
+            for (int i = 1; i < 3; i++)
+                if (plan->tall == 2) double_both(plane[i], stride, y, wide[i - 1], sums, chroma_width, chroma_height);
+                else double_row(plane[i] + (size_t)y * stride, wide[i - 1], chroma_width, plan->reduce < 8);
             b = wide[0], c = wide[1];
         }
 #ifdef AVX2
@@ -791,22 +814,27 @@ ALWAYS int read_tile(const struct plan *plan, const uint8_t *data, size_t size, 
 {
     const struct header *h = &plan->header;
     const int side = plan->size[0], reduce = plan->reduce, strip = plan->mcu_y * side;
+    const int down = (h->height + 8 * plan->mcu_y - 1) / (8 * plan->mcu_y);
     const int across = (h->width + 8 * plan->mcu_x - 1) / (8 * plan->mcu_x);
     const int out_w = (h->width + reduce - 1) / reduce, out_h = (h->height + reduce - 1) / reduce;
     /* Colour is read 16 samples at a time; blocks beside the picture are decoded too. */
     const size_t stride = ((size_t)(across * plan->mcu_x * side) + 63) & ~(size_t)31;
     if (!grow(&room->bytes, &room->bytes_size, size - start + ROOM)) return 0;
-    if (!grow(&room->samples, &room->samples_size, stride * (size_t)(3 * strip + 2 + 8))) return 0;
-    uint8_t *plane[3], *wide[2], *nowhere = room->samples + stride * (size_t)(3 * strip + 2);
-    for (int i = 0; i < 3; i++) plane[i] = room->samples + stride * (size_t)(i * strip);
-    for (int i = 0; i < 2; i++) wide[i] = room->samples + stride * (size_t)(3 * strip + i);
+    /* Chroma that is made taller needs the rows above and below, so all rows are kept until the end. Besides the planes
+     * there are two rows for chroma made larger, two for sums of 16 bits, and eight for blocks that nobody wants. */
+    const size_t kept = (size_t)strip * (size_t)(plan->tall == 2 ? down : 1);
+    if (!grow(&room->samples, &room->samples_size, stride * (3 * kept + 4 + 8))) return 0;
+    uint8_t *plane[3], *wide[2], *nowhere = room->samples + stride * (3 * kept + 4);
+    for (int i = 0; i < 3; i++) plane[i] = room->samples + stride * kept * (size_t)i;
+    for (int i = 0; i < 2; i++) wide[i] = room->samples + stride * (3 * kept + (size_t)i);
 
     int16_t coef[SPILL + 32] __attribute__((aligned(32)));
     eight *const clear = (eight *)coef;
     int last[3] = {0, 0, 0}, marker = 0, restarts = 0, left = h->restart;
     size_t at = start, length = unstuff(data, size, &at, room->bytes, &marker);
     struct reader r = {0, 0, room->bytes};
-    for (int top = 0; top < out_h; top += strip) {
+    for (int my = 0; my < down; my++) {
+        const size_t above = plan->tall == 2 ? (size_t)my : 0;
         for (int mx = 0; mx < across; mx++) {
             if (h->restart && !left--) {
                 if (marker != 0xD0 + restarts || !used_up(&r, room->bytes, length)) return 0;
@@ -827,16 +855,19 @@ ALWAYS int read_tile(const struct plan *plan, const uint8_t *data, size_t size, 
                                            &last[c], coef + 8 * b);
                     if (UNLIKELY(found < 0)) return 0;
                     detail |= found;
-                    to[b] = plane[c] + (size_t)(((c ? 1 : plan->mcu_x) * mx + p->x[b]) * p->size) +
-                            (size_t)(p->y[b] * p->size) * stride;
+                    size_t x = (size_t)(c ? 1 : plan->mcu_x) * (size_t)mx + (size_t)p->x[b];
+                    size_t y = (size_t)(c ? 1 : plan->mcu_y) * above + (size_t)p->y[b];
+                    to[b] = plane[c] + (x + y * stride) * (size_t)p->size;
                 }
                 if (UNLIKELY(!inverse(coef, p, to, (ptrdiff_t)stride, detail, avx2))) return 0;
             }
             if (UNLIKELY(r.at > room->bytes + length + 8)) return 0;
         }
-        int rows = out_h - top < strip ? out_h - top : strip;
-        write_rows(plan, plane, wide, stride, rows, out_w, place->pixels + top * place->stride, place, avx2);
+        if (plan->tall == 2) continue;
+        const int top = my * strip, rows = out_h - top < strip ? out_h - top : strip;
+        if (rows > 0) write_rows(plan, plane, wide, stride, rows, out_w, place->pixels + top * place->stride, place, avx2);
     }
+    if (plan->tall == 2) write_rows(plan, plane, wide, stride, out_h, out_w, place->pixels, place, avx2);
     /* The end of the data stands for an end marker, which the caller would have added. */
     return (marker == 0xD9 || marker == 0) && used_up(&r, room->bytes, length);
 }
