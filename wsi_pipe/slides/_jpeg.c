@@ -46,7 +46,7 @@ EXPORT int wsi_jpeg_abi(void) { return SUPPORTED ? ABI : 0; }
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt,movbe")))
+#define AVX2 __attribute__((target("avx2,bmi2")))
 #endif
 
 #define LOOK 11        /* bits that one look-up resolves: more take more of the first cache than they save */
@@ -86,7 +86,7 @@ struct component {
 };
 
 struct header {
-    uint16_t quant[4][64]; /* in zigzag order; 0 first where not known */
+    uint16_t quant[4][64]; /* in zigzag order */
     int quant_known[4];
     struct table tables[2][4];
     struct component parts[3];
@@ -95,11 +95,10 @@ struct header {
 
 /* Two blocks side by side: row i of the first is quant[16 i .. 16 i + 7], of the second the eight after. */
 struct pair {
-    int part[2];       /* component of each block; -1 for none */
-    int x[2], y[2];    /* place in the MCU, in blocks of the component */
-    int size;          /* side of the block after the inverse DCT */
-    int16_t quant[128] __attribute__((aligned(32)));
-    int16_t most[128] __attribute__((aligned(32)));
+    int part[2];                    /* component of each block; -1 for none */
+    int x[2], y[2];                 /* place in the MCU, in blocks of the component */
+    int size;                       /* side of the block after the inverse DCT */
+    int16_t quant[128], most[128];  /* steps of quantisation, and what a coefficient may be at most */
 };
 
 struct plan { /* all that tiles of one header share */
@@ -433,8 +432,6 @@ ALWAYS int read_block(struct reader *reader, const struct codes *dc, const struc
 
 /* ---- inverse DCT ---- */
 
-/* Multipliers of libjpeg's inverse DCT (13 bits), gathered by input, for inputs (0, 4), (2, 6), (7, 5) and (3, 1). The odd
- * sums come with one sign in the first half of the outputs and with the other, mirrored, in the second. */
 static uint8_t sample(int32_t value)
 {
     return (uint8_t)(value < -128 ? 0 : value > 127 ? 255 : value + 128);
@@ -451,7 +448,9 @@ static int flat_blocks(const int16_t *coef, const struct pair *p, uint8_t *const
     return 1;
 }
 
-/* One dimension: four pairs of inputs to `size` outputs, scaled by 2^13 (8 outputs), 2^14 (4) or 2^15 (2). */
+/* One dimension: inputs 0 4 2 6 7 5 3 1 to `size` outputs, scaled by 2^13 (8 outputs), 2^14 (4) or 2^15 (2). The multipliers
+ * are libjpeg's, of 13 bits, summed up by input. The odd sums come with one sign in the first half of the outputs, and
+ * with the other, mirrored, in the second. */
 ALWAYS void transform(const int32_t in[8], int32_t *out, int size)
 {
     int32_t even[4], odd[4];
@@ -565,8 +564,8 @@ AVX2 ALWAYS int inverse_avx2(const int16_t *coef, const struct pair *p, uint8_t 
     for (int i = 0; i < 8; i++) {
         __m256i v = _mm256_load_si256((const __m256i *)(coef + 16 * ROW[i]));
         beyond = _mm256_or_si256(beyond, _mm256_cmpgt_epi16(_mm256_abs_epi16(v),
-                                                            _mm256_load_si256((const __m256i *)(p->most + 16 * ROW[i]))));
-        in[i] = _mm256_mullo_epi16(v, _mm256_load_si256((const __m256i *)(p->quant + 16 * ROW[i])));
+                                                            _mm256_loadu_si256((const __m256i *)(p->most + 16 * ROW[i]))));
+        in[i] = _mm256_mullo_epi16(v, _mm256_loadu_si256((const __m256i *)(p->quant + 16 * ROW[i])));
         energy = _mm256_add_epi32(energy, _mm256_madd_epi16(in[i], in[i]));
     }
     energy = _mm256_add_epi32(energy, _mm256_shuffle_epi32(energy, 0x4E));
