@@ -5,13 +5,14 @@ One core is pinned, all ways read the same tiles, repeats are interleaved, and m
 
   a    OpenSlide read_region and PIL resize, one tile at a time
   b    wsi_pipe.tiles.stream_tiles on one thread
-  c    libjpeg-turbo decoding just the native tiles needed, at the scale b uses, from memory: the limit
+  c    libjpeg-turbo decoding just the native tiles needed, at the scale b uses, from memory: what used to be the limit
+  d    this package's own JPEG decoder doing the same, where it was built: the limit now
   cu   cuCIM read_region and area resize, where it is installed
 
 and on all cores that the process may use:
 
   a'   as a, in a torch DataLoader with one worker a core and torchvision's transforms
-  b', c'   as b and c, one thread a core
+  b', c', d'   as b, c and d, one thread a core
 
     python benchmarks/tile_reading.py                          # makes a slide of its own first
     python benchmarks/tile_reading.py --codec jpeg2000         # the same, JPEG 2000, at half and quarter scale
@@ -47,6 +48,7 @@ from wsi_pipe.config import SegmentSettings, TileSettings
 from wsi_pipe.geometry import IntPair, TileGrid, TissueMask
 from wsi_pipe.overview import read_overview
 from wsi_pipe.slides.base import Plane
+from wsi_pipe.slides.fastjpeg import decode_tiles
 from wsi_pipe.slides.tiff import open_tiff
 from wsi_pipe.slides.write import write_pyramid
 from wsi_pipe.tiles import StreamStats, stream_tiles
@@ -196,7 +198,15 @@ def decoded_blocks(path: Path, mpp: float, grid: TileGrid) -> Counter[tuple[Plan
             counts[plane, cell] += 1
             return plain(plane, cell, data)
 
+        at_once = slide.decode_into
+
+        def counting_at_once(plane: Plane, cells: Any, datas: Any, outs: Any) -> list[bool]:
+            done = at_once(plane, cells, datas, outs)
+            counts.update((plane, cell) for cell, good in zip(cells, done, strict=True) if good)
+            return done
+
         slide.decode = counting  # type: ignore[method-assign]
+        slide.decode_into = counting_at_once  # type: ignore[method-assign]
         for _ in stream_tiles(slide, grid, batch_size=BATCH, threads=1):
             pass
     return counts
@@ -231,6 +241,25 @@ def way_c(streams: list[bytes], reduce: int, threads: int) -> None:
         return
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(decode, [streams[i : i + 64] for i in range(0, len(streams), 64)]))
+
+
+def way_d(streams: list[bytes], reduce: int, threads: int) -> None:
+    """This package's decoder and nothing else, in batches as the reader's jobs have them."""
+    import simplejpeg
+
+    height, width = simplejpeg.decode_jpeg_header(streams[0])[:2]
+
+    def decode(part: list[bytes]) -> None:
+        outs = [np.empty((-(-height // reduce), -(-width // reduce), 3), np.uint8) for _ in part]
+        assert all(decode_tiles(part, outs, (width, height), 3, ycbcr=True, reduce=reduce))
+
+    parts = [streams[i : i + 64] for i in range(0, len(streams), 64)]
+    if threads == 1:
+        for part in parts:
+            decode(part)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(decode, parts))
 
 
 def way_cucim(path: Path, grid: TileGrid) -> None:
@@ -287,6 +316,10 @@ def measure(path: Path, mpp: float, grid: TileGrid, args: argparse.Namespace, co
     if is_jpeg:
         single["c"] = lambda: way_c(streams, reduce, 1)
         several["c'"] = lambda: way_c(streams, reduce, len(cores))
+        out = np.empty((TILE_PX // reduce, TILE_PX // reduce, 3), np.uint8)
+        if decode_tiles(streams[:1], [out], (TILE_PX, TILE_PX), 3, ycbcr=True, reduce=reduce)[0]:
+            single["d"] = lambda: way_d(streams, reduce, 1)
+            several["d'"] = lambda: way_d(streams, reduce, len(cores))
     if has_cucim():
         single["cu"] = lambda: way_cucim(path, grid)
     times: dict[str, list[float]] = {}
@@ -330,8 +363,10 @@ def measure(path: Path, mpp: float, grid: TileGrid, args: argparse.Namespace, co
         "tiles_per_cpu_s": {name: len(grid) / statistics.median(t) for name, t in sorted(cpu_times.items())},
         "b/a": ratio("b", "a"),
         "b/c": ratio("b", "c"),
+        "b/d": ratio("b", "d"),
         "b/a cpu": ratio("b", "a", cpu_times),
         "b/c cpu": ratio("b", "c", cpu_times),
+        "b/d cpu": ratio("b", "d", cpu_times),
         "b/cu cpu": ratio("b", "cu", cpu_times),
         "b'/a'": ratio("b'", "a'"),
         "b/cu": ratio("b", "cu"),
@@ -356,8 +391,10 @@ def show(title: str, figures: dict[str, Any]) -> None:
     names = (
         "b/a",
         "b/c",
+        "b/d",
         "b/a cpu",
         "b/c cpu",
+        "b/d cpu",
         "b'/a'",
         "b/cu",
         "b/cu cpu",

@@ -11,6 +11,7 @@ from wsi_pipe.cli.display import print_json, print_table
 from wsi_pipe.cli.options import RESOLUTION, collect_entries, slide_options
 from wsi_pipe.config import TileSettings
 from wsi_pipe.geometry import level_label
+from wsi_pipe.slides.fastjpeg import jpeg_decoder_name
 
 __all__ = ["info"]
 
@@ -52,6 +53,7 @@ def info(resolutions: tuple[float, ...], tile_px: int, properties: bool, as_json
                 click.echo(f"{item['slide_id']}: {item['error']}", err=True)
             else:
                 click.echo(f"{item['slide_id']}: read by {item['reader']}: {item['reader_reason']}")
+        click.echo(f"JPEG tiles are decoded by {jpeg_decoder_name()}")
     return EXIT_FAILED if any("error" in item for item in found) else 0
 
 

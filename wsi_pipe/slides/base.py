@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 
-__all__ = ["BaseSlide", "Plane", "ReadStats", "Slide", "SlideInfo", "blocks_of_region"]
+__all__ = ["BaseSlide", "DecodesInto", "Plane", "ReadStats", "Slide", "SlideInfo", "blocks_of_region"]
 
 RGBArray = NDArray[np.uint8]
 
@@ -130,6 +130,20 @@ class Slide(Protocol):
 
     def close(self) -> None:
         """Release the file; closing twice is fine."""
+
+
+@runtime_checkable
+class DecodesInto(Protocol):
+    """A slide that can decode many blocks at once into given places, which spares a copy and turns at Python's lock."""
+
+    def decode_into(
+        self, plane: Plane, cells: Sequence[IntPair], datas: Sequence[Any], outs: Sequence[RGBArray]
+    ) -> list[bool]:
+        """Decode fetched blocks into ``outs``, and say which were done; Slide.decode has the others, with its errors.
+
+        datas: as ``fetch`` gave them, none of them None. outs: uint8 (h, w, 3) of a whole block, rows anywhere; where
+        a block is not done, what is in them is undefined.
+        """
 
 
 class BaseSlide:

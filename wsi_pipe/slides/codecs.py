@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.geometry import IntPair
+from wsi_pipe.slides.fastjpeg import decode_tiles
 
 __all__ = [
     "CodecError",
@@ -213,6 +215,15 @@ class JpegDecoder:
         self._last = (start, rewritten)
         return b"".join((rewritten, memoryview(data)[head.scan_start :], end))
 
+    def decode_into(self, datas: Sequence[Buffer], outs: Sequence[RGBArray], reduce: int) -> list[bool]:
+        """Decode many tiles, in one call without Python's lock, and say which were done; ``decode`` has the others.
+
+        outs: uint8 (ceil(h / reduce), ceil(w / reduce), 3) each, rows anywhere; grey is repeated.
+        """
+        return decode_tiles(
+            datas, outs, self.size_px, self.components, ycbcr=self._ycbcr, reduce=reduce, tables=self._tables
+        )
+
     def decode(self, data: Buffer, reduce: int = 1) -> NDArray[np.uint8]:
         """Pixels, uint8 (ceil(h / reduce), ceil(w / reduce), 3), or (..., 1) for grey; ``reduce`` is 1, 2, 4 or 8.
 
@@ -222,10 +233,13 @@ class JpegDecoder:
 
 
 def decode_jpeg_stream(stream: bytes, size_px: IntPair, components: int, reduce: int) -> NDArray[np.uint8]:
-    """Decode a complete stream whose header was checked to be of ``size_px``; see JpegDecoder.decode."""
+    """Decode a complete stream that states its colour and was checked to be of ``size_px``; see JpegDecoder.decode."""
     import simplejpeg
 
     width, height = -(-size_px[0] // reduce), -(-size_px[1] // reduce)
+    out: NDArray[np.uint8] = np.empty((height, width, components), np.uint8)
+    if decode_tiles([stream], [out], size_px, components, ycbcr=False, reduce=reduce)[0]:
+        return out
     colorspace = "RGB" if components == 3 else "GRAY"
     options: dict[str, int] = {}
     if reduce > 1:

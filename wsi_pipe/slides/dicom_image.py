@@ -153,6 +153,12 @@ class DicomImage:
         raw, fragments = data
         return self._decoder.decode(join_fragments(raw) if fragments else raw, reduce)
 
+    def decode_into(self, datas: Sequence[Any], outs: Sequence[RGBArray], reduce: int) -> list[bool]:
+        """See BatchImage.decode_into."""
+        if not isinstance(self._decoder, JpegDecoder):
+            return [False] * len(datas)
+        return self._decoder.decode_into([_frame(data) for data in datas], outs, reduce)
+
     def probe(self) -> None:
         """See ProbedImage.probe."""
         cell = next(iter(self._frames), None)
@@ -162,6 +168,15 @@ class DicomImage:
             self.decode(cell, self.fetch([cell])[0], 1)
         except CodecError as error:
             raise UnsupportedSlideError(f"{self._name}: frame at column {cell[0]}, row {cell[1]}: {error}") from error
+
+
+def _frame(data: tuple[bytes, bool]) -> bytes | memoryview:
+    """A frame's stream; nothing where its fragments are damaged, of which ``decode`` tells."""
+    raw, fragments = data
+    try:
+        return join_fragments(raw) if fragments else raw
+    except CodecError:
+        return b""
 
 
 def _colour(instance: Instance) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,14 @@ class NativeImage(Protocol):
 
         Each side is the block's over ``reduce``, rounded up.
         """
+
+
+@runtime_checkable
+class BatchImage(Protocol):
+    """An image that can decode many blocks at once."""
+
+    def decode_into(self, datas: Sequence[Any], outs: Sequence[RGBArray], reduce: int) -> list[bool]:
+        """Decode whole blocks into ``outs``, and say which were done; ``decode`` has the others, with its errors."""
 
 
 class ProbedImage(NativeImage, Protocol):
@@ -114,6 +122,23 @@ class NativeSlide(BaseSlide):
             ) from error
         self.stats.add(decoded=1)
         return pixels
+
+    def decode_into(
+        self, plane: Plane, cells: Sequence[IntPair], datas: Sequence[Any], outs: Sequence[RGBArray]
+    ) -> list[bool]:
+        """See DecodesInto.decode_into."""
+        image = self.images[plane.level]
+        if not isinstance(image, BatchImage):
+            return [False] * len(cells)
+        # Blocks at the edge are clipped, and reduced in a way of their own.
+        columns, rows = image.size_px[0] // image.block_px[0], image.size_px[1] // image.block_px[1]
+        whole = [i for i, (column, row) in enumerate(cells) if column < columns and row < rows]
+        found = image.decode_into([datas[i] for i in whole], [outs[i] for i in whole], plane.reduce)
+        done = [False] * len(cells)
+        for i, good in zip(whole, found, strict=True):
+            done[i] = good
+        self.stats.add(decoded=sum(found))
+        return done
 
 
 def _plane(level: int, image: NativeImage, reduce: int, downsample: FloatPair) -> Plane:

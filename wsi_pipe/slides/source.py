@@ -20,6 +20,9 @@ Range = tuple[int, int]
 
 FINGERPRINT_BYTES = 1 << 20
 
+RUN_BYTES = 1 << 22
+"""What neighbouring ranges of a local file may take to be read at once."""
+
 
 class Source(Protocol):
     """Random access to the bytes of one file, from any number of threads."""
@@ -110,14 +113,36 @@ class FileSource:
         return data
 
     def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
-        """See Source.read_many."""
-        return [self.read(offset, length) for offset, length in ranges]
+        """See Source.read_many; what lies side by side in the file, as a row of tiles does, is read at once."""
+        found = [b""] * len(ranges)
+        for run in _side_by_side(ranges):
+            start, (end, length) = ranges[run[0]][0], ranges[run[-1]]
+            data = self.read(start, end + length - start)
+            for i in run:
+                at = ranges[i][0] - start
+                # A whole run of one is not copied.
+                found[i] = data[at : at + ranges[i][1]]
+        return found
 
     def close(self) -> None:
         """See Source.close."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def _side_by_side(ranges: Sequence[Range]) -> list[list[int]]:
+    """The numbers of ranges, by place in the file, in runs without a gap."""
+    runs: list[list[int]] = []
+    end = size = 0
+    for i in sorted(range(len(ranges)), key=ranges.__getitem__):
+        offset, length = ranges[i]
+        if not runs or offset != end or size + length > RUN_BYTES:
+            runs.append([])
+            size = 0
+        runs[-1].append(i)
+        end, size = offset + length, size + length
+    return runs
 
 
 class SourceFile(io.RawIOBase):

@@ -207,3 +207,9 @@ class TiffImage:
         if self.planar:
             return np.concatenate([decoder.decode(part, reduce) for part in data], axis=2)
         return to_rgb(decoder.decode(data[0], reduce))
+
+    def decode_into(self, datas: Sequence[Any], outs: Sequence[RGBArray], reduce: int) -> list[bool]:
+        """See BatchImage.decode_into; only the last strip is not a whole block."""
+        if self.planar or not isinstance(self._decoder, JpegDecoder):
+            return [False] * len(datas)
+        return self._decoder.decode_into([data[0] for data in datas], outs, reduce)

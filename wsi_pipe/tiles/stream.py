@@ -16,14 +16,15 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.cores import available_cores
 from wsi_pipe.errors import SlideError, SlideReadError
-from wsi_pipe.geometry import FloatPair, TileGrid
-from wsi_pipe.slides.base import WHITE, RGBArray, Slide
+from wsi_pipe.geometry import FloatPair, IntPair, TileGrid
+from wsi_pipe.slides.base import WHITE, DecodesInto, RGBArray, Slide
 from wsi_pipe.tiles.plan import Cut, alike, choose_cut, plan_blocks
 from wsi_pipe.tiles.resample import Resampler
 from wsi_pipe.tiles.shelf import BlockShelf
@@ -249,11 +250,18 @@ class _Stream:
         try:
             fetched = self.slide.fetch(plane, cells) if cells else []
             clock.lap("fetch")
+            tiles = [pixels[t % self.batch_size] if s else None for t, s in zip(first_tiles, straight, strict=True)]
+            early, in_place = self._decode_at_once(cells, fetched, tiles, places)
+            clock.lap("decode")
             for i, (cell, data) in enumerate(zip(cells, fetched, strict=True)):
+                if i in in_place:
+                    continue
                 if self.stopped.is_set():
                     return
-                block = None if data is None else self.slide.decode(plane, cell, data)
-                clock.lap("decode")
+                block = early.get(i)
+                if block is None and data is not None:
+                    block = self.slide.decode(plane, cell, data)
+                    clock.lap("decode")
                 if block is None:
                     self.slide.stats.add(missing=1)
                 elif self.cut.by_block and self.cut.shrink > 1:
@@ -278,6 +286,38 @@ class _Stream:
             self.stats.peak_bytes = max(self.stats.peak_bytes, self._held_bytes())
             self.stats.spilled_bytes = max(self.stats.spilled_bytes, self.shelf.spilled_bytes)
         self.stats.add(clock, len(cells))
+
+    def _decode_at_once(
+        self,
+        cells: list[IntPair],
+        fetched: list[Any],
+        tiles: list[RGBArray | None],
+        places: list[list[int]],
+    ) -> tuple[dict[int, RGBArray], set[int]]:
+        """Blocks that the slide decodes in one call, if it can: by number, and which are in their tiles already.
+
+        tiles: where a block belongs that one tile alone needs, at ``places``; it goes there without a copy if it lies
+        wholly within. Each call takes Python's lock once, where blocks one by one would take it several times each.
+        """
+        if not isinstance(self.slide, DecodesInto):
+            return {}, set()
+        width, height = self.cut.plane.block_px
+        numbers = [i for i, data in enumerate(fetched) if data is not None]
+        outs: list[RGBArray] = []
+        within: list[bool] = []
+        for i in numbers:
+            tile, (x, y) = tiles[i], places[i]
+            inside = tile is not None and 0 <= x <= self.size_px - width and 0 <= y <= self.size_px - height
+            within.append(inside)
+            if tile is not None and inside:
+                outs.append(tile[y : y + height, x : x + width])
+            else:
+                outs.append(np.empty((height, width, 3), np.uint8))
+        chosen = [cells[i] for i in numbers]
+        done = self.slide.decode_into(self.cut.plane, chosen, [fetched[i] for i in numbers], outs)
+        found = list(zip(numbers, outs, within, done, strict=True))
+        early = {i: out for i, out, inside, good in found if good and not inside}
+        return early, {i for i, _, inside, good in found if good and inside}
 
     def _name(self, tile: int) -> str:
         x, y = (self.corners[tile] * np.asarray(self.cut.sample_l0)).tolist()

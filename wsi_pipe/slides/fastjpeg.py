@@ -1,0 +1,108 @@
+"""This package's own JPEG decoder, where it was built: whole batches of tiles in one call, without Python's lock.
+
+``_jpeg.c`` decodes the common kind of tile (baseline, 8 bits, 4:4:4, 4:2:2, 4:2:0 or grey) to the very bytes that
+libjpeg-turbo gives, and leaves whatever is unusual or damaged to it. Where no compiler was at hand on installation,
+libjpeg-turbo does it all; WSI_PIPE_JPEG=libjpeg asks for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_pipe.geometry import IntPair
+
+__all__ = ["decode_tiles", "jpeg_decoder_name"]
+
+_ABI = 1
+_VARIABLE = "WSI_PIPE_JPEG"
+
+
+@lru_cache(maxsize=1)
+def _library() -> tuple[Any, str]:
+    """The function of the C library, or None, and one line on which decoder is in use and why."""
+    if os.environ.get(_VARIABLE, "").strip().lower() == "libjpeg":
+        return None, f"libjpeg-turbo, as {_VARIABLE} asks"
+    if sys.byteorder != "little":
+        return None, "libjpeg-turbo"
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_jpeg{suffix}")
+        if not path.is_file():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+            # Something left from another version is as good as nothing.
+            if library.wsi_jpeg_abi() != _ABI:
+                continue
+            function = library.wsi_jpeg_decode
+        except (OSError, AttributeError):
+            continue
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        function.restype = None
+        function.argtypes = [
+            number, pointer, pointer, pointer, pointer, pointer, ctypes.c_char_p, number, *[ctypes.c_int] * 7,
+        ]  # fmt: skip
+        return function, "this package's own decoder, and by libjpeg-turbo where that declines"
+    return None, "libjpeg-turbo (this package's own decoder was not built)"
+
+
+def jpeg_decoder_name() -> str:
+    """Which JPEG decoder is in use, and why, for people."""
+    return _library()[1]
+
+
+def decode_tiles(
+    datas: Sequence[bytes | memoryview],
+    outs: Sequence[NDArray[np.uint8]],
+    size_px: IntPair,
+    components: int,
+    *,
+    ycbcr: bool,
+    reduce: int,
+    tables: bytes = b"",
+    portable: bool = False,
+) -> list[bool]:
+    """Decode tiles of one image into arrays, and say which were; what is left of the others' arrays is undefined.
+
+    datas: the streams. outs: uint8 (ceil(h / reduce), ceil(w / reduce), 3), or (..., components), pixels side by side
+    and rows anywhere. size_px: (width, height) of each tile. ycbcr: whether three components are YCbCr even where the
+    stream does not say so; RGB otherwise. tables: segments that belong at the start of each stream. portable: do
+    without the processor's vector instructions, for tests.
+
+    A tile that is not decoded may be perfect: nothing is said about why. Raises ValueError when an array does not fit.
+    """
+    function, _ = _library()
+    count = len(datas)
+    if function is None or not count:
+        return [False] * count
+    channels = outs[0].shape[2]
+    shape = (-(-size_px[1] // reduce), -(-size_px[0] // reduce), channels)
+    places = np.empty((4, count), np.int64)
+    for i, out in enumerate(outs):
+        # The library writes wherever it is told to, so this is the last place to look.
+        if out.shape != shape or out.dtype != np.uint8 or not out.flags.writeable:
+            raise ValueError(f"an array of {out.shape} {out.dtype} for a tile of {shape}")
+        if out.strides[1:] != (channels, 1) or channels not in (components, 3):
+            raise ValueError(f"an array with strides {out.strides} for {components} components")
+        places[2, i], places[3, i] = out.__array_interface__["data"][0], out.strides[0]
+    # The arrays keep what the addresses point to. Nothing, as b"", has no address that would be asked for.
+    views = [np.frombuffer(data or b"\0", np.uint8) for data in datas]
+    for i, view in enumerate(views):
+        places[0, i], places[1, i] = view.__array_interface__["data"][0], view.size
+    done = np.zeros(count, np.uint8)
+    at = places.__array_interface__["data"][0]
+    row = places.strides[0]
+    function(
+        count, at, at + row, at + 2 * row, at + 3 * row, done.__array_interface__["data"][0], tables, len(tables),
+        *size_px, components, ycbcr, reduce, channels, portable,
+    )  # fmt: skip
+    return done.astype(bool).tolist()
