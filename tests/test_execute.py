@@ -144,6 +144,30 @@ def test_no_scheduler_there() -> None:
         list(run(EVAL, ["1"], Where(scheduler="tcp://127.0.0.1:1", connect_s=1.0)))
 
 
+class FakeFuture:
+    """A Dask future whose result cannot be fetched."""
+
+    def __init__(self, status: str, error: Exception) -> None:
+        self.status, self.error = status, error
+
+    def result(self, timeout: float) -> object:
+        raise self.error
+
+
+def test_a_connection_that_breaks_is_not_an_items_fault() -> None:
+    """A scheduler killed while a result was on its way once failed that slide."""
+    from wsi_pipe.execute import _outcome
+
+    where = Where(scheduler="tcp://x:1")
+    with pytest.raises(WorkerError, match="tcp://x:1 went away"):
+        _outcome("a", FakeFuture("finished", ConnectionResetError("by peer")), where)
+    # Lost with its worker: Dask computes it again, however long that takes.
+    lost: object = _outcome("a", FakeFuture("finished", TimeoutError()), where)
+    assert lost is None
+    died: object = _outcome("a", FakeFuture("error", RuntimeError("KilledWorker")), where)
+    assert isinstance(died, Failed)
+
+
 def test_threads_of_one_process_have_killable_children_of_their_own() -> None:
     """A Dask worker may run several threads: one child for all would mix up their answers."""
     from concurrent.futures import ThreadPoolExecutor

@@ -7,6 +7,7 @@ takes too long costs its own item only. Nothing but items and results crosses a 
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -31,6 +32,7 @@ R = TypeVar("R")
 POLL_S = 0.2
 KILL_GRACE_S = 2.0
 WORKERS_POLL_S = 2.0
+RESULT_S = 10.0
 AHEAD = 2
 """Tasks in flight for each worker on a scheduler: one runs, one waits beside it; the rest stay here."""
 
@@ -42,7 +44,7 @@ class Where:
     workers: processes on this machine; 1 without a time-out is this process itself. scheduler: address of a Dask
     scheduler, which then decides. timeout_s: seconds that one item may take. retries: how often an item is tried
     again after its process died. resources: what a Dask worker must offer, such as {"GPU": 1}.
-    connect_s: seconds to wait for a scheduler, at first and when it went away.
+    connect_s: seconds to wait for a scheduler.
     """
 
     workers: int = 1
@@ -303,9 +305,13 @@ def _on_scheduler(
     distributed: Any = dask_distributed
     assert where.scheduler is not None
     task = fn if where.timeout_s is None else partial(run_killable, fn, where.timeout_s)
+    # What Dask's client logs of a lost connection, with tracebacks, is told here in one line.
+    log = logging.getLogger("distributed.client")
+    log.addFilter(silence := _Silence())
     try:
         client = distributed.Client(where.scheduler, timeout=where.connect_s, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
+        log.removeFilter(silence)
         raise WorkerError(
             f"no Dask scheduler answers at {where.scheduler} ({error})",
             remedy="start one with 'dask scheduler' and workers with 'dask worker ADDRESS'",
@@ -320,6 +326,14 @@ def _on_scheduler(
     finally:
         with contextlib.suppress(Exception):
             client.close(timeout=5)
+        log.removeFilter(silence)
+
+
+class _Silence(logging.Filter):
+    """Lets no record pass. One object a run: several may be under way in one process."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return False
 
 
 def _gone(where: Where) -> WorkerError:
@@ -363,7 +377,11 @@ def _through(
             future = _next_done(finished, client, where, 1.0 if exhausted or len(running) >= room else POLL_S)
             if future is None:
                 continue
-            outcome: Done[T, R] | Failed[T] = _outcome(running.pop(future), future, where)
+            outcome: Done[T, R] | Failed[T] | None = _outcome(running[future], future, where)
+            if outcome is None:
+                finished.add(future)
+                continue
+            del running[future]
             future.release()
             yield outcome
     finally:
@@ -376,9 +394,8 @@ def _next_done(queue: Any, client: Any, where: Where, patience_s: float) -> Any:
     """The next finished future, or None when none is finished yet. Raises WorkerError when the scheduler is gone."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
-        if client.status in ("closed", "closing") or (
-            client.status == "connecting" and not _answers(client, where.connect_s)
-        ):
+        if client.status != "running":
+            # Dask forgets what was in flight when it loses its scheduler, also where it finds one again.
             raise _gone(where)
         if queue.has_ready():
             return next(queue)
@@ -386,25 +403,22 @@ def _next_done(queue: Any, client: Any, where: Where, patience_s: float) -> Any:
     return None
 
 
-def _answers(client: Any, patience_s: float) -> bool:
-    """Whether a client that lost its scheduler finds it again within its own time-out."""
-    deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline:
-        if client.status == "running":
-            return True
-        if client.status == "closed":
-            return False
-        time.sleep(0.2)
-    return False
+def _outcome(item: T, future: Any, where: Where) -> Done[T, R] | Failed[T] | None:
+    """What became of a finished future; None when its result was lost with its worker, so that Dask makes it again.
 
-
-def _outcome(item: T, future: Any, where: Where) -> Done[T, R] | Failed[T]:
+    Raises WorkerError when the scheduler is gone.
+    """
     try:
-        kind, value = future.result(timeout=60)
+        kind, value = future.result(timeout=RESULT_S)
     except CancelledError as error:
         # Nobody here cancels what is awaited: a scheduler that started anew knows nothing of it.
         raise _gone(where) from error
+    except TimeoutError:
+        return None
     except Exception as error:
+        if future.status != "error":
+            # The task was done; fetching its result failed. That is no fault of the item's.
+            raise _gone(where) from error
         # Dask's own words for a worker that died too often.
         return Failed(item, WorkerError(f"its Dask worker died or was lost ({type(error).__name__}: {error})"))
     return Failed(item, value) if kind == "error" else Done(item, value)
