@@ -184,6 +184,40 @@ def test_threads_of_one_process_have_killable_children_of_their_own() -> None:
             execute._own_workers.pop().kill()
 
 
+def test_code_that_never_comes_back_is_ended_by_what_it_computed() -> None:
+    from wsi_pipe import execute
+
+    loop = "sum(iter(int, 1))"  # in C: no Python code sees a signal meanwhile
+    try:
+        pid = execute.run_bounded(EVAL, 60.0, "__import__('os').getpid()")
+        with pytest.raises(TaskTimeoutError, match="computed for more than 1 s"):
+            execute.run_bounded(EVAL, 1.0, loop)
+        with pytest.raises(WorkerError, match="SIGABRT"):
+            execute.run_bounded(EVAL, 1.0, "__import__('os').abort()")
+        # Waiting is not computing, and the child stays for the next.
+        assert execute.run_bounded(EVAL, 0.5, "__import__('time').sleep(1.0)") is None
+        others = {execute.run_bounded(EVAL, 60.0, "__import__('os').getpid()") for _ in range(3)}
+        assert len(others) == 1
+        assert others != {pid}
+    finally:
+        execute._end_own_workers()
+
+
+def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    from multiprocessing.connection import Connection
+
+    worker = KillableWorker()
+    try:
+        assert worker.call(eval, "1", None) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(Connection, "poll", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                worker.call(eval, "2", None)
+        assert worker.call(eval, "3", None) == 3
+    finally:
+        worker.kill()
+
+
 def test_one_worker_serves_many_calls_in_one_process() -> None:
     worker = KillableWorker()
     try:

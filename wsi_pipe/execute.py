@@ -6,6 +6,7 @@ takes too long costs its own item only. Nothing but items and results crosses a 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import multiprocessing
@@ -24,7 +25,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from wsi_pipe.errors import ConfigError, TaskTimeoutError, WorkerError, WsiPipeError
 
-__all__ = ["Done", "Failed", "KillableWorker", "Where", "run", "run_killable"]
+__all__ = ["Done", "Failed", "KillableWorker", "Where", "run", "run_bounded", "run_killable"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -111,6 +112,8 @@ class KillableWorker:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._lock = threading.Lock()
+        self.exit_code: int | None = None
+        """Of the process that died in the last call, where one did and its code is known."""
 
     def call(self, fn: Callable[[T], R], item: T, timeout_s: float | None, stop: threading.Event | None = None) -> R:
         """``fn(item)`` in the process.
@@ -120,6 +123,7 @@ class KillableWorker:
         ends the call by WorkerError.
         """
         pipe = self._start()
+        self.exit_code = None
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             pipe.send((fn, item))
@@ -135,12 +139,16 @@ class KillableWorker:
                     )
             kind, value = pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            code = self._exit_code()
+            self.exit_code = self._exit_code()
             self.kill()
             raise WorkerError(
-                f"its process died ({_cause(code)})",
+                f"its process died ({_cause(self.exit_code)})",
                 remedy="too little memory or a damaged slide: try fewer --workers, or leave the slide out",
             ) from error
+        except BaseException:
+            # An interrupt between question and answer: the next call would get this one's answer.
+            self.kill()
+            raise
         if kind == "error":
             raise value
         result: R = value
@@ -273,19 +281,58 @@ _own_workers: list[KillableWorker] = []
 """Children of this process that are free: as many as calls ran at one time, since Dask may run several threads."""
 
 
-def run_killable(fn: Callable[[T], R], timeout_s: float, item: T) -> R:
-    """``fn(item)`` in a child of this process that is killed when it takes too long; the child stays for the next.
-
-    What a Dask worker calls: Dask itself cannot end a task that runs. Raises as ``KillableWorker.call``.
-    """
+@contextlib.contextmanager
+def _own_worker() -> Iterator[KillableWorker]:
+    """A child of this process, started when it is first used; it stays for the next."""
     try:
         worker = _own_workers.pop()
     except IndexError:
         worker = KillableWorker()
     try:
-        return worker.call(fn, item, timeout_s)
+        yield worker
     finally:
         _own_workers.append(worker)
+
+
+@atexit.register
+def _end_own_workers() -> None:
+    while _own_workers:
+        _own_workers.pop().kill()
+
+
+def run_killable(fn: Callable[[T], R], timeout_s: float, item: T) -> R:
+    """``fn(item)`` in a child of this process that is killed when it takes too long; the child stays for the next.
+
+    What a Dask worker calls: Dask itself cannot end a task that runs. Raises as ``KillableWorker.call``.
+    """
+    with _own_worker() as worker:
+        return worker.call(fn, item, timeout_s)
+
+
+def run_bounded(fn: Callable[[T], R], cpu_s: float, item: T) -> R:
+    """``fn(item)`` in a child of this process that is ended once it has computed for ``cpu_s`` processor seconds.
+
+    For code that may loop or crash on what it is given. Waiting costs no processor time, so that a slow disk or a busy
+    machine is not taken for a loop. Raises what ``fn`` raises; TaskTimeoutError when it was ended, WorkerError when
+    the process died of something else.
+    """
+    with _own_worker() as worker:
+        try:
+            return worker.call(partial(_bounded, fn, cpu_s), item, None)
+        except WorkerError as error:
+            if worker.exit_code == -signal.SIGPROF:
+                raise TaskTimeoutError(f"computed for more than {cpu_s:.0f} s and was ended") from error
+            raise
+
+
+def _bounded(fn: Callable[[T], R], cpu_s: float, item: T) -> R:
+    # The signal ends the process, also within a C library that never comes back to Python.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    try:
+        return fn(item)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _guarded(fn: Callable[[T], R], item: T) -> tuple[str, Any]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from wsi_pipe.bag.check import check_bag, check_feature_file
 from wsi_pipe.bag.read import (
+    BagHeader,
     BagLevelView,
     FeatureFileHeader,
+    FeatureHeader,
     read_attrs,
     read_bag,
     read_feature_file,
     read_feature_header,
     read_grids,
+    read_header,
     read_level,
 )
 from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, Features
@@ -25,9 +28,11 @@ __all__ = [
     "SCHEMA_VERSION",
     "Bag",
     "BagAttrs",
+    "BagHeader",
     "BagLevel",
     "BagLevelView",
     "FeatureFileHeader",
+    "FeatureHeader",
     "Features",
     "check_bag",
     "check_feature_file",
@@ -36,6 +41,7 @@ __all__ = [
     "read_feature_file",
     "read_feature_header",
     "read_grids",
+    "read_header",
     "read_level",
     "write_attention",
     "write_bag",

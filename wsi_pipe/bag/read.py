@@ -17,14 +17,17 @@ from wsi_pipe.errors import BagError
 from wsi_pipe.geometry import TileGrid, TileSpec
 
 __all__ = [
+    "BagHeader",
     "BagLevelView",
     "FeatureFileHeader",
+    "FeatureHeader",
     "open_bag",
     "read_attrs",
     "read_bag",
     "read_feature_file",
     "read_feature_header",
     "read_grids",
+    "read_header",
     "read_level",
 ]
 
@@ -124,6 +127,52 @@ def read_grids(path: Path) -> tuple[TileGrid, ...]:
     """The grids of a bag or tile file, coarsest first, without features."""
     with open_bag(path) as file:
         return tuple(grid_of(file["levels"][label]) for label in level_labels(file))
+
+
+@dataclass(frozen=True)
+class FeatureHeader:
+    """What one encoder's features say of themselves; dim: D."""
+
+    encoder: str
+    weights_sha256: str
+    precision: str
+    transform: str
+    fingerprint: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class BagHeader:
+    """A bag or tile file without its features: grids coarsest first, headers by level label and encoder slug."""
+
+    attrs: BagAttrs
+    grids: tuple[TileGrid, ...]
+    features: dict[str, dict[str, FeatureHeader]]
+
+    @property
+    def fingerprints(self) -> set[str]:
+        """Of all features."""
+        return {header.fingerprint for level in self.features.values() for header in level.values()}
+
+
+def read_header(path: Path) -> BagHeader:
+    """All of a bag but its features. Raises BagError when the file is not a bag or is damaged."""
+    with open_bag(path) as file:
+        labels = level_labels(file)
+        groups = {label: file["levels"][label] for label in labels}
+        return BagHeader(
+            _attrs(path, file),
+            tuple(grid_of(groups[label]) for label in labels),
+            {label: _feature_headers(groups[label]) for label in labels},
+        )
+
+
+def _feature_headers(group: Any) -> dict[str, FeatureHeader]:
+    names = ("encoder", "weights_sha256", "precision", "transform", "fingerprint")
+    return {
+        slug: FeatureHeader(**{name: str(data.attrs[name]) for name in names}, dim=int(data.shape[1]))
+        for slug, data in (group["features"].items() if "features" in group else ())
+    }
 
 
 def _features_of(group: Any, slug: str) -> Features:

@@ -12,6 +12,7 @@ from wsi_pipe.care.verify import verify_job
 from wsi_pipe.errors import ManifestError
 from wsi_pipe.files import output_error, remove_partial_files
 from wsi_pipe.job import JobPaths, load_slides, utc_now
+from wsi_pipe.job.guard import problems_guarded
 from wsi_pipe.job.lock import hold_job
 
 __all__ = ["Repair", "repair_job"]
@@ -49,12 +50,12 @@ def _broken_stage_files(paths: JobPaths) -> Iterator[tuple[Path, tuple[str, ...]
     known = {entry.slide_id for entry in load_slides(paths.root)}
     for path in sorted((paths.root / "tiles").glob("*.h5")):
         problems = [] if path.stem in known else ["belongs to no slide of this job"]
-        problems = problems or check_bag(path)
+        problems = problems or problems_guarded(check_bag, path)
         if problems:
             yield path, tuple(problems)
     for path in sorted((paths.root / "features").glob("*/*.h5")):
         problems = [] if path.parent.name in known else ["belongs to no slide of this job"]
-        problems = problems or check_feature_file(path)
+        problems = problems or problems_guarded(check_feature_file, path)
         if problems:
             yield path, tuple(problems)
     for path in sorted((paths.root / "tissue").glob("*.geojson")):
