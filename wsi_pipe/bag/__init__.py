@@ -20,7 +20,7 @@ from wsi_pipe.bag.read import (
     read_header,
     read_level,
 )
-from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, Features
+from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, Features, content_digest
 from wsi_pipe.bag.write import write_attention, write_bag, write_feature_file
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Features",
     "check_bag",
     "check_feature_file",
+    "content_digest",
     "read_attrs",
     "read_bag",
     "read_feature_file",

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wsi_pipe.bag.read import _attrs, finite, grid_of, level_labels, open_bag
-from wsi_pipe.bag.values import SCHEMA, BagAttrs, fits_next
+from wsi_pipe.bag.values import SCHEMA, BagAttrs, content_digest, fits_next
 from wsi_pipe.errors import BagError, ConfigError
 from wsi_pipe.geometry import TileGrid
 
@@ -22,8 +23,9 @@ ATTENTION_TOLERANCE = 1e-3
 def check_bag(path: Path) -> list[str]:
     """Problems of a bag (or tile file), one sentence each; none when it is valid.
 
-    Checked: it opens, schema and attributes, shapes and types, finite features, coordinates that follow from the
-    cells, parents whose cell holds the tile, attention that sums to 1, soft links.
+    Checked: it opens, schema and attributes, shapes and types, finite features that are what was written (by their
+    digest, where they have one), coordinates that follow from the cells, parents whose cell holds the tile, attention
+    that sums to 1, soft links.
     """
     try:
         with open_bag(path) as file:
@@ -122,19 +124,29 @@ def _feature_problems(group: Any, where: str, n: int | None) -> Iterator[str]:
                 elif data.dtype not in (np.float16, np.float32):
                     yield f"{where}: features of {name} are {data.dtype}, not float16 or float32"
                 else:
-                    yield from _not_finite(data, f"{where}: features of {name}")
+                    yield from _value_problems(data, f"{where}: features of {name}")
             if kind == "features":
                 for attr in ("encoder", "weights_sha256", "licence", "precision", "transform", "fingerprint"):
                     if attr not in entry.attrs:
                         yield f"{where}: features of {slug} lack the attribute {attr}"
 
 
-def _not_finite(data: Any, what: str) -> Iterator[str]:
+def _value_problems(data: Any, what: str) -> Iterator[str]:
+    """Problems of stored values, read once, a block of rows at a time."""
     bad = 0
-    for start in range(0, len(data), ROWS_AT_ONCE):
-        bad += int(np.count_nonzero(~np.isfinite(data[start : start + ROWS_AT_ONCE]).all(axis=1)))
+
+    def blocks() -> Iterator[NDArray[Any]]:
+        nonlocal bad
+        for start in range(0, len(data), ROWS_AT_ONCE):
+            block = data[start : start + ROWS_AT_ONCE]
+            bad += int(np.count_nonzero(~np.isfinite(block).all(axis=1)))
+            yield block
+
+    changed = content_digest(blocks()) != str(data.attrs.get("sha256", "")) and "sha256" in data.attrs
     if bad:
         yield f"{what} hold NaN or infinity in {bad} rows"
+    if changed:
+        yield f"{what} are not what was written: their digest differs"
 
 
 def check_feature_file(path: Path) -> list[str]:

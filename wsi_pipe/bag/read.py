@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, FeatureArray, Features
+from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, FeatureArray, Features, content_digest
 from wsi_pipe.errors import BagError
 from wsi_pipe.geometry import TileGrid, TileSpec
 
@@ -175,12 +175,20 @@ def _feature_headers(group: Any) -> dict[str, FeatureHeader]:
     }
 
 
+def _values_of(data: Any) -> FeatureArray:
+    """Stored features. Raises ValueError where they are not what was written."""
+    values: FeatureArray = data[()]
+    if "sha256" in data.attrs and content_digest([values]) != str(data.attrs["sha256"]):
+        raise ValueError(f"{data.name} is not what was written: its digest differs")
+    return values
+
+
 def _features_of(group: Any, slug: str) -> Features:
     data = group["features"][slug]
     layers = group["layers"][slug] if "layers" in group and slug in group["layers"] else {}
     return Features(
-        values=data[()],
-        layers={block: layers[block][()] for block in layers},
+        values=_values_of(data),
+        layers={block: _values_of(layers[block]) for block in layers},
         **{
             name: str(data.attrs[name])
             for name in ("encoder", "weights_sha256", "licence", "precision", "transform", "fingerprint")
@@ -252,7 +260,7 @@ def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bo
             encoder=names[slug],
             slug=slug,
             weights_sha256=str(data.attrs["weights_sha256"]),
-            features=found.values if found else data[()],
+            features=found.values if found else _values_of(data),
             fingerprint=str(data.attrs["fingerprint"]),
             parent_label=labels[position - 1] if position else None,
             layers=dict(found.layers) if found else {},

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.bag.check import check_bag, check_feature_file
-from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagLevel, Features
+from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagLevel, Features, content_digest
 from wsi_pipe.errors import BagError
 from wsi_pipe.files import atomic_path, output_error
 from wsi_pipe.geometry import MICROMETRES_PER_MAGNIFICATION
@@ -90,8 +90,10 @@ def _write_features(group: Any, slug: str, features: Features) -> None:
     data = _dataset(group.require_group("features"), slug, features.values)
     for name in ("encoder", "weights_sha256", "licence", "precision", "transform", "fingerprint"):
         data.attrs[name] = getattr(features, name)
+    data.attrs["sha256"] = content_digest([features.values])
     for block, values in features.layers.items():
-        _dataset(group.require_group("layers").require_group(slug), block, values)
+        layer = _dataset(group.require_group("layers").require_group(slug), block, values)
+        layer.attrs["sha256"] = content_digest([values])
 
 
 def _dataset(group: Any, name: str, values: NDArray[Any]) -> Any:
