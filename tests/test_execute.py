@@ -58,6 +58,33 @@ def test_a_process_that_dies_costs_its_own_item() -> None:
     assert "SIGKILL" in str(error)
 
 
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers on two cores have one each, also for the threads of libraries; one worker alone has them all."""
+    from wsi_pipe.cores import CORES_VARIABLE, LIBRARY_VARIABLES, core_shares
+
+    for name in LIBRARY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(CORES_VARIABLE, "2")
+    counts = (
+        "(__import__('wsi_pipe.encoders.texture').encoders.texture.TextureEncoder().threads, "
+        "__import__('wsi_pipe.cores').cores.available_cores(), __import__('torch').get_num_threads(), "
+        "__import__('cv2').getNumThreads(), "
+        "*(lib['num_threads'] for lib in __import__('threadpoolctl').threadpool_info()))"
+    )
+    results = list(run(EVAL, [counts, f"{counts} + ()"], Where(workers=2)))
+    assert len(results) == 2
+    for result in results:
+        assert isinstance(result, Done)
+        assert len(result.value) > 4
+        assert set(result.value) == {1}
+    (alone,) = run(EVAL, [counts], Where(timeout_s=60))
+    assert isinstance(alone, Done)
+    assert alone.value[:2] == (2, 2)
+    monkeypatch.setenv(CORES_VARIABLE, "7")
+    assert core_shares(3) == [3, 2, 2]
+    assert core_shares(9) == [1] * 9
+
+
 def test_a_retry_gets_a_fresh_process(tmp_path: Path) -> None:
     flag = tmp_path / "seen"
     once = (

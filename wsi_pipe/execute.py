@@ -23,6 +23,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar, cast
 
+from wsi_pipe.cores import core_shares, cores_environment
 from wsi_pipe.errors import ConfigError, TaskTimeoutError, WorkerError, WsiPipeError
 
 __all__ = ["Done", "Failed", "KillableWorker", "Where", "run", "run_bounded", "run_killable"]
@@ -106,9 +107,13 @@ def _here(fn: Callable[[T], R], items: Iterable[T]) -> Generator[Done[T, R] | Fa
 
 
 class KillableWorker:
-    """One process that runs one callable at a time, keeps what it has loaded, and can be killed."""
+    """One process that runs one callable at a time, keeps what it has loaded, and can be killed.
 
-    def __init__(self) -> None:
+    cores: how many it may use, all of this process's by default.
+    """
+
+    def __init__(self, cores: int | None = None) -> None:
+        self._environment = None if cores is None else os.environ | cores_environment(cores)
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._lock = threading.Lock()
@@ -165,6 +170,7 @@ class KillableWorker:
                     [sys.executable, "-c", code],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
+                    env=self._environment,
                     process_group=0,
                 )
                 theirs.close()
@@ -250,7 +256,8 @@ def _in_processes(
     fn: Callable[[T], R], items: Iterable[T], where: Where
 ) -> Generator[Done[T, R] | Failed[T], None, None]:
     stop = threading.Event()
-    idle = [KillableWorker() for _ in range(where.workers)]
+    # Each would take all cores for its threads, of which there would be N times too many.
+    idle = [KillableWorker(cores if where.workers > 1 else None) for cores in core_shares(where.workers)]
     everyone = tuple(idle)
     pool = ThreadPoolExecutor(where.workers, thread_name_prefix="worker")
     running: dict[Future[Done[T, R] | Failed[T]], KillableWorker] = {}
