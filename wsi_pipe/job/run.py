@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from wsi_pipe.config import JobSettings
-from wsi_pipe.encoders import load_encoder
+from wsi_pipe.encoders import encoder_of_job
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
 from wsi_pipe.errors import EncoderError, OutputError, WsiPipeError, in_words
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_features
@@ -36,16 +36,7 @@ def load_encoders(settings: JobSettings) -> dict[str, Encoder]:
     extract = settings.extract
     labels = [spec.label for spec in settings.tile.specs]
     names = dict.fromkeys(name for label in labels for name in extract.encoders_of(label))
-    encoders = {
-        name: load_encoder(
-            name,
-            device=",".join(extract.devices),
-            precision=extract.precision,
-            random_weights=extract.random_weights,
-            compile=extract.compile,
-        )
-        for name in names
-    }
+    encoders = {name: encoder_of_job(name, extract) for name in names}
     for name, encoder in encoders.items():
         block_indices(extract.layers, encoder.depth if isinstance(encoder, LayeredEncoder) else 0, name)
     return encoders
