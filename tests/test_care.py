@@ -103,7 +103,10 @@ def test_bags_are_checked_in_one_process(archive: Path, tmp_path: Path, monkeypa
     execute._end_own_workers()
     monkeypatch.setattr(execute.subprocess, "Popen", counting)
     assert len(list(verify_job(job))) == 6
-    assert cli("run", "-o", job) == 0
+    monkeypatch.chdir(tmp_path)
+    assert cli("run", "-o", "job") == 0
+    assert {outcome.cached[-1] for outcome in read_outcomes(Path("job")).values()} == {"assemble"}
+    assert cli("verify", "job/bags/s0.h5") == 0
     assert len(started) == 1
 
 
