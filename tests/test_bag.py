@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -215,6 +216,35 @@ def test_truncated_files_are_found(bag_path: Path, part: float) -> None:
     assert check_bag(bag_path)
     with pytest.raises(BagError, match="not a readable HDF5 file"):
         read_bag(bag_path)
+
+
+def flip_a_bit(path: Path, name: str) -> None:
+    """One bit of one stored value, the lowest of its mantissa, as a disk would."""
+    with h5py.File(path) as file:
+        offset = file[name].id.get_chunk_info(0).byte_offset
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", ["features/net", "layers/net/3"])
+def test_one_flipped_bit_of_the_features_is_found(bag_path: Path, name: str) -> None:
+    flip_a_bit(bag_path, f"levels/20x/{name}")
+    (problem,) = check_bag(bag_path)
+    assert "20x" in problem
+    assert "not what was written" in problem
+    with pytest.raises(BagError, match=r"is damaged .*not what was written"):
+        read_bag(bag_path)
+
+
+def test_features_without_a_digest_are_valid(bag_path: Path) -> None:
+    with h5py.File(bag_path, "r+") as file:
+        data = file["levels/20x/features/net"]
+        wanted = hashlib.sha256(data[()].tobytes()).hexdigest()
+        assert data.attrs["sha256"] == wanted
+        del data.attrs["sha256"]
+    flip_a_bit(bag_path, "levels/20x/features/net")
+    assert check_bag(bag_path) == []
 
 
 def test_a_bag_that_does_not_hold_together_is_not_written(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 
 from wsi_pipe.bag import check_bag, read_bag
-from wsi_pipe.care import job_status, repair_job, verify_job
+from wsi_pipe.care import job_status, quarantine_of, repair_job, verify_job
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.errors import JobLockedError, ManifestError
 from wsi_pipe.job import read_outcomes
@@ -51,7 +52,67 @@ def features(job: Path) -> dict[str, bytes]:
     return found
 
 
-def test_repair_puts_aside_what_is_wrong_and_nothing_else(archive: Path, tmp_path: Path) -> None:
+def zero_heap(path: Path) -> None:
+    """Zeros where an HDF5 file keeps its strings: the library then looks for their end for ever."""
+    raw = bytearray(path.read_bytes())
+    start = raw.index(b"GCOL") + 512
+    raw[start : start + 512] = bytes(512)
+    path.write_bytes(raw)
+
+
+@pytest.mark.slow
+def test_a_bag_that_hdf5_loops_on_is_found_put_aside_and_made_anew(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wsi_pipe import execute
+    from wsi_pipe.job import guard
+
+    monkeypatch.setattr(guard, "CPU_S", 1.0)
+    job = tmp_path / "job"
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "3") == 0
+    before = features(job)
+    try:
+        for name in ("bags/s0.h5", "bags/s1.h5", "tiles/s2.h5"):
+            zero_heap(job / name)
+        # What is done is looked at by the same means as in verify, and made anew.
+        assert cli("run", "-o", job, "--only", "s0") == 0
+    finally:
+        execute._end_own_workers()
+    assert check_bag(job / "bags/s0.h5") == []
+    capsys.readouterr()
+    assert cli("verify", job) == 1
+    assert "unreadable: HDF5 did not return within 1 s of computing" in capsys.readouterr().out
+    assert {Path(repair.path).name for repair in repair_job(job)} == {"s1.h5", "s2.h5"}
+    assert cli("run", "-o", job) == 0
+    assert features(job) == before
+    assert not [finding for finding in verify_job(job) if finding.problems]
+
+
+def test_bags_are_checked_in_one_process(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wsi_pipe import execute
+
+    job = tmp_path / "job"
+    assert cli("run", archive, "-o", job, "-r", "5x") == 0
+    started = []
+    popen = execute.subprocess.Popen
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        started.append(arguments)
+        return popen(*arguments, **options)
+
+    execute._end_own_workers()
+    monkeypatch.setattr(execute.subprocess, "Popen", counting)
+    assert len(list(verify_job(job))) == 6
+    monkeypatch.chdir(tmp_path)
+    assert cli("run", "-o", "job") == 0
+    assert {outcome.cached[-1] for outcome in read_outcomes(Path("job")).values()} == {"assemble"}
+    assert cli("verify", "job/bags/s0.h5") == 0
+    assert len(started) == 1
+
+
+def test_repair_puts_aside_what_is_wrong_and_nothing_else(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = tmp_path / "job"
     assert cli("run", archive, "-o", job, "-r", "5x", "--keep-features") == 0
     before = features(job)
@@ -71,6 +132,15 @@ def test_repair_puts_aside_what_is_wrong_and_nothing_else(archive: Path, tmp_pat
     assert Path(moved["s1.h5"].moved_to).is_file()
     assert not list(job.rglob("*.partial"))
     assert repair_job(job) == []
+    held = quarantine_of(job)
+    assert held.files == 5
+    assert held.size_bytes == sum(Path(repair.moved_to).stat().st_size for repair in moved.values() if repair.moved_to)
+    capsys.readouterr()
+    assert cli("verify", job, "--repair") == 0
+    assert f"{job / 'quarantine'} holds 5 files, 0." in capsys.readouterr().out
+    shutil.rmtree(job / "quarantine")
+    assert cli("verify", job, "--repair") == 0
+    assert "quarantine" not in capsys.readouterr().out
     assert job_status(job).waiting == 3
     assert cli("run", "-o", job) == 0
     assert features(job) == before

@@ -58,6 +58,33 @@ def test_a_process_that_dies_costs_its_own_item() -> None:
     assert "SIGKILL" in str(error)
 
 
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers on two cores have one each, also for the threads of libraries; one worker alone has them all."""
+    from wsi_pipe.cores import CORES_VARIABLE, LIBRARY_VARIABLES, core_shares
+
+    for name in LIBRARY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(CORES_VARIABLE, "2")
+    counts = (
+        "(__import__('wsi_pipe.encoders.texture').encoders.texture.TextureEncoder().threads, "
+        "__import__('wsi_pipe.cores').cores.available_cores(), __import__('torch').get_num_threads(), "
+        "__import__('cv2').getNumThreads(), "
+        "*(lib['num_threads'] for lib in __import__('threadpoolctl').threadpool_info()))"
+    )
+    results = list(run(EVAL, [counts, f"{counts} + ()"], Where(workers=2)))
+    assert len(results) == 2
+    for result in results:
+        assert isinstance(result, Done)
+        assert len(result.value) > 4
+        assert set(result.value) == {1}
+    (alone,) = run(EVAL, [counts], Where(timeout_s=60))
+    assert isinstance(alone, Done)
+    assert alone.value[:2] == (2, 2)
+    monkeypatch.setenv(CORES_VARIABLE, "7")
+    assert core_shares(3) == [3, 2, 2]
+    assert core_shares(9) == [1] * 9
+
+
 def test_a_retry_gets_a_fresh_process(tmp_path: Path) -> None:
     flag = tmp_path / "seen"
     once = (
@@ -144,6 +171,30 @@ def test_no_scheduler_there() -> None:
         list(run(EVAL, ["1"], Where(scheduler="tcp://127.0.0.1:1", connect_s=1.0)))
 
 
+class FakeFuture:
+    """A Dask future whose result cannot be fetched."""
+
+    def __init__(self, status: str, error: Exception) -> None:
+        self.status, self.error = status, error
+
+    def result(self, timeout: float) -> object:
+        raise self.error
+
+
+def test_a_connection_that_breaks_is_not_an_items_fault() -> None:
+    """A scheduler killed while a result was on its way once failed that slide."""
+    from wsi_pipe.execute import _outcome
+
+    where = Where(scheduler="tcp://x:1")
+    with pytest.raises(WorkerError, match="tcp://x:1 went away"):
+        _outcome("a", FakeFuture("finished", ConnectionResetError("by peer")), where)
+    # Lost with its worker: Dask computes it again, however long that takes.
+    lost: object = _outcome("a", FakeFuture("finished", TimeoutError()), where)
+    assert lost is None
+    died: object = _outcome("a", FakeFuture("error", RuntimeError("KilledWorker")), where)
+    assert isinstance(died, Failed)
+
+
 def test_threads_of_one_process_have_killable_children_of_their_own() -> None:
     """A Dask worker may run several threads: one child for all would mix up their answers."""
     from concurrent.futures import ThreadPoolExecutor
@@ -158,6 +209,40 @@ def test_threads_of_one_process_have_killable_children_of_their_own() -> None:
     finally:
         while execute._own_workers:
             execute._own_workers.pop().kill()
+
+
+def test_code_that_never_comes_back_is_ended_by_what_it_computed() -> None:
+    from wsi_pipe import execute
+
+    loop = "sum(iter(int, 1))"  # in C: no Python code sees a signal meanwhile
+    try:
+        pid = execute.run_bounded(EVAL, 60.0, "__import__('os').getpid()")
+        with pytest.raises(TaskTimeoutError, match="computed for more than 1 s"):
+            execute.run_bounded(EVAL, 1.0, loop)
+        with pytest.raises(WorkerError, match="SIGABRT"):
+            execute.run_bounded(EVAL, 1.0, "__import__('os').abort()")
+        # Waiting is not computing, and the child stays for the next.
+        assert execute.run_bounded(EVAL, 0.5, "__import__('time').sleep(1.0)") is None
+        others = {execute.run_bounded(EVAL, 60.0, "__import__('os').getpid()") for _ in range(3)}
+        assert len(others) == 1
+        assert others != {pid}
+    finally:
+        execute._end_own_workers()
+
+
+def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    from multiprocessing.connection import Connection
+
+    worker = KillableWorker()
+    try:
+        assert worker.call(eval, "1", None) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(Connection, "poll", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                worker.call(eval, "2", None)
+        assert worker.call(eval, "3", None) == 3
+    finally:
+        worker.kill()
 
 
 def test_one_worker_serves_many_calls_in_one_process() -> None:

@@ -201,6 +201,55 @@ def test_a_dask_worker_killed_during_a_run(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--resources", "ENC=1"]], ids=["one phase", "two phases"])
+def test_a_dask_scheduler_killed_during_a_run(
+    tmp_path: Path, make_slide: MakeSlide, cluster: Any, options: list[str]
+) -> None:
+    slides = [f"s{seed}" for seed in range(10)]
+    for seed, name in enumerate(slides):
+        make_slide(tmp_path / f"in/{name}.svs", seed=seed)
+    job = tmp_path / "job"
+    command = [sys.executable, "-m", "wsi_pipe", "run", "in", "-o", "job", *options]
+    scheduler = cluster.scheduler()
+    for _ in range(2):
+        cluster.worker("--no-nanny", "--resources", "ENC=1")
+    command += ["--scheduler", cluster.address]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (job / "outcomes.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        scheduler.kill()
+        _, err = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 1, err
+    assert "Traceback" not in err, err
+    (said,) = (line for line in err.splitlines() if line.startswith("wsi-pipe: error: "))
+    assert f"the Dask scheduler at {cluster.address} went away; start it again and run the same command" in said
+    before = lines(job)
+    assert 0 < len(before) < len(slides), "the scheduler was killed too early or too late"
+    assert {line["status"] for line in before} == {"done"}
+    bags = {path.stem: path.stat().st_ino for path in (job / "bags").glob("*.h5")}
+    assert bags.keys() >= {line["slide_id"] for line in before}
+
+    cluster.scheduler()
+    for _ in range(2):
+        cluster.worker("--no-nanny", "--resources", "ENC=1")
+    again = subprocess.run(
+        [*command, "--scheduler", cluster.address], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert again.returncode == 0, again.stderr
+    assert "Traceback" not in again.stderr
+    after = lines(job)[len(before) :]
+    assert Counter(line["slide_id"] for line in after) == Counter(slides)
+    assert {line["slide_id"] for line in after if "assemble" in line["cached"]} == bags.keys()
+    assert {name: (job / f"bags/{name}.h5").stat().st_ino for name in bags} == bags
+    assert all(check_bag(job / f"bags/{name}.h5") == [] for name in slides)
+    assert not list(job.rglob("*.partial"))
+
+
+@pytest.mark.slow
 def test_the_example_of_a_local_cluster_runs(tmp_path: Path, make_slide: MakeSlide) -> None:
     make_slide(tmp_path / "in/a.svs")
     make_slide(tmp_path / "in/b.svs", seed=1)

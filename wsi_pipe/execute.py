@@ -6,7 +6,9 @@ takes too long costs its own item only. Nothing but items and results crosses a 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -21,9 +23,10 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar, cast
 
+from wsi_pipe.cores import core_shares, cores_environment
 from wsi_pipe.errors import ConfigError, TaskTimeoutError, WorkerError, WsiPipeError
 
-__all__ = ["Done", "Failed", "KillableWorker", "Where", "run", "run_killable"]
+__all__ = ["Done", "Failed", "KillableWorker", "Where", "run", "run_bounded", "run_killable"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,6 +34,7 @@ R = TypeVar("R")
 POLL_S = 0.2
 KILL_GRACE_S = 2.0
 WORKERS_POLL_S = 2.0
+RESULT_S = 10.0
 AHEAD = 2
 """Tasks in flight for each worker on a scheduler: one runs, one waits beside it; the rest stay here."""
 
@@ -42,7 +46,7 @@ class Where:
     workers: processes on this machine; 1 without a time-out is this process itself. scheduler: address of a Dask
     scheduler, which then decides. timeout_s: seconds that one item may take. retries: how often an item is tried
     again after its process died. resources: what a Dask worker must offer, such as {"GPU": 1}.
-    connect_s: seconds to wait for a scheduler, at first and when it went away.
+    connect_s: seconds to wait for a scheduler.
     """
 
     workers: int = 1
@@ -103,12 +107,18 @@ def _here(fn: Callable[[T], R], items: Iterable[T]) -> Generator[Done[T, R] | Fa
 
 
 class KillableWorker:
-    """One process that runs one callable at a time, keeps what it has loaded, and can be killed."""
+    """One process that runs one callable at a time, keeps what it has loaded, and can be killed.
 
-    def __init__(self) -> None:
+    cores: how many it may use, all of this process's by default.
+    """
+
+    def __init__(self, cores: int | None = None) -> None:
+        self._environment = None if cores is None else os.environ | cores_environment(cores)
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._lock = threading.Lock()
+        self.exit_code: int | None = None
+        """Of the process that died in the last call, where one did and its code is known."""
 
     def call(self, fn: Callable[[T], R], item: T, timeout_s: float | None, stop: threading.Event | None = None) -> R:
         """``fn(item)`` in the process.
@@ -118,6 +128,7 @@ class KillableWorker:
         ends the call by WorkerError.
         """
         pipe = self._start()
+        self.exit_code = None
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             pipe.send((fn, item))
@@ -133,12 +144,16 @@ class KillableWorker:
                     )
             kind, value = pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            code = self._exit_code()
+            self.exit_code = self._exit_code()
             self.kill()
             raise WorkerError(
-                f"its process died ({_cause(code)})",
+                f"its process died ({_cause(self.exit_code)})",
                 remedy="too little memory or a damaged slide: try fewer --workers, or leave the slide out",
             ) from error
+        except BaseException:
+            # An interrupt between question and answer: the next call would get this one's answer.
+            self.kill()
+            raise
         if kind == "error":
             raise value
         result: R = value
@@ -155,6 +170,7 @@ class KillableWorker:
                     [sys.executable, "-c", code],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
+                    env=self._environment,
                     process_group=0,
                 )
                 theirs.close()
@@ -240,7 +256,8 @@ def _in_processes(
     fn: Callable[[T], R], items: Iterable[T], where: Where
 ) -> Generator[Done[T, R] | Failed[T], None, None]:
     stop = threading.Event()
-    idle = [KillableWorker() for _ in range(where.workers)]
+    # Each would take all cores for its threads, of which there would be N times too many.
+    idle = [KillableWorker(cores if where.workers > 1 else None) for cores in core_shares(where.workers)]
     everyone = tuple(idle)
     pool = ThreadPoolExecutor(where.workers, thread_name_prefix="worker")
     running: dict[Future[Done[T, R] | Failed[T]], KillableWorker] = {}
@@ -271,19 +288,58 @@ _own_workers: list[KillableWorker] = []
 """Children of this process that are free: as many as calls ran at one time, since Dask may run several threads."""
 
 
-def run_killable(fn: Callable[[T], R], timeout_s: float, item: T) -> R:
-    """``fn(item)`` in a child of this process that is killed when it takes too long; the child stays for the next.
-
-    What a Dask worker calls: Dask itself cannot end a task that runs. Raises as ``KillableWorker.call``.
-    """
+@contextlib.contextmanager
+def _own_worker() -> Iterator[KillableWorker]:
+    """A child of this process, started when it is first used; it stays for the next."""
     try:
         worker = _own_workers.pop()
     except IndexError:
         worker = KillableWorker()
     try:
-        return worker.call(fn, item, timeout_s)
+        yield worker
     finally:
         _own_workers.append(worker)
+
+
+@atexit.register
+def _end_own_workers() -> None:
+    while _own_workers:
+        _own_workers.pop().kill()
+
+
+def run_killable(fn: Callable[[T], R], timeout_s: float, item: T) -> R:
+    """``fn(item)`` in a child of this process that is killed when it takes too long; the child stays for the next.
+
+    What a Dask worker calls: Dask itself cannot end a task that runs. Raises as ``KillableWorker.call``.
+    """
+    with _own_worker() as worker:
+        return worker.call(fn, item, timeout_s)
+
+
+def run_bounded(fn: Callable[[T], R], cpu_s: float, item: T) -> R:
+    """``fn(item)`` in a child of this process that is ended once it has computed for ``cpu_s`` processor seconds.
+
+    For code that may loop or crash on what it is given. Waiting costs no processor time, so that a slow disk or a busy
+    machine is not taken for a loop. Raises what ``fn`` raises; TaskTimeoutError when it was ended, WorkerError when
+    the process died of something else.
+    """
+    with _own_worker() as worker:
+        try:
+            return worker.call(partial(_bounded, fn, cpu_s), item, None)
+        except WorkerError as error:
+            if worker.exit_code == -signal.SIGPROF:
+                raise TaskTimeoutError(f"computed for more than {cpu_s:.0f} s and was ended") from error
+            raise
+
+
+def _bounded(fn: Callable[[T], R], cpu_s: float, item: T) -> R:
+    # The signal ends the process, also within a C library that never comes back to Python.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    try:
+        return fn(item)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _guarded(fn: Callable[[T], R], item: T) -> tuple[str, Any]:
@@ -303,9 +359,13 @@ def _on_scheduler(
     distributed: Any = dask_distributed
     assert where.scheduler is not None
     task = fn if where.timeout_s is None else partial(run_killable, fn, where.timeout_s)
+    # What Dask's client logs of a lost connection, with tracebacks, is told here in one line.
+    log = logging.getLogger("distributed.client")
+    log.addFilter(silence := _Silence())
     try:
         client = distributed.Client(where.scheduler, timeout=where.connect_s, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
+        log.removeFilter(silence)
         raise WorkerError(
             f"no Dask scheduler answers at {where.scheduler} ({error})",
             remedy="start one with 'dask scheduler' and workers with 'dask worker ADDRESS'",
@@ -320,6 +380,14 @@ def _on_scheduler(
     finally:
         with contextlib.suppress(Exception):
             client.close(timeout=5)
+        log.removeFilter(silence)
+
+
+class _Silence(logging.Filter):
+    """Lets no record pass. One object a run: several may be under way in one process."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return False
 
 
 def _gone(where: Where) -> WorkerError:
@@ -363,7 +431,11 @@ def _through(
             future = _next_done(finished, client, where, 1.0 if exhausted or len(running) >= room else POLL_S)
             if future is None:
                 continue
-            outcome: Done[T, R] | Failed[T] = _outcome(running.pop(future), future, where)
+            outcome: Done[T, R] | Failed[T] | None = _outcome(running[future], future, where)
+            if outcome is None:
+                finished.add(future)
+                continue
+            del running[future]
             future.release()
             yield outcome
     finally:
@@ -376,9 +448,8 @@ def _next_done(queue: Any, client: Any, where: Where, patience_s: float) -> Any:
     """The next finished future, or None when none is finished yet. Raises WorkerError when the scheduler is gone."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
-        if client.status in ("closed", "closing") or (
-            client.status == "connecting" and not _answers(client, where.connect_s)
-        ):
+        if client.status != "running":
+            # Dask forgets what was in flight when it loses its scheduler, also where it finds one again.
             raise _gone(where)
         if queue.has_ready():
             return next(queue)
@@ -386,25 +457,22 @@ def _next_done(queue: Any, client: Any, where: Where, patience_s: float) -> Any:
     return None
 
 
-def _answers(client: Any, patience_s: float) -> bool:
-    """Whether a client that lost its scheduler finds it again within its own time-out."""
-    deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline:
-        if client.status == "running":
-            return True
-        if client.status == "closed":
-            return False
-        time.sleep(0.2)
-    return False
+def _outcome(item: T, future: Any, where: Where) -> Done[T, R] | Failed[T] | None:
+    """What became of a finished future; None when its result was lost with its worker, so that Dask makes it again.
 
-
-def _outcome(item: T, future: Any, where: Where) -> Done[T, R] | Failed[T]:
+    Raises WorkerError when the scheduler is gone.
+    """
     try:
-        kind, value = future.result(timeout=60)
+        kind, value = future.result(timeout=RESULT_S)
     except CancelledError as error:
         # Nobody here cancels what is awaited: a scheduler that started anew knows nothing of it.
         raise _gone(where) from error
+    except TimeoutError:
+        return None
     except Exception as error:
+        if future.status != "error":
+            # The task was done; fetching its result failed. That is no fault of the item's.
+            raise _gone(where) from error
         # Dask's own words for a worker that died too often.
         return Failed(item, WorkerError(f"its Dask worker died or was lost ({type(error).__name__}: {error})"))
     return Failed(item, value) if kind == "error" else Done(item, value)

@@ -115,8 +115,15 @@ def _average(slide: Slide, scale: FloatPair, threads: int) -> RGBArray:
     factor = (scale[0] / plane.downsample[0], scale[1] / plane.downsample[1])
     # Sums of what is darker than white: what no block covers stays white.
     darker = np.zeros((height, width, 3), np.float32)
-    columns = [_axis_weights(plane.block_px[0], c, plane.size_px[0], factor[0], width) for c in range(plane.blocks[0])]
-    rows = [_axis_weights(plane.block_px[1], r, plane.size_px[1], factor[1], height) for r in range(plane.blocks[1])]
+    columns, rows = (
+        [
+            _axis_weights(
+                plane.corner_px((n, n))[axis], plane.block_px[axis], plane.size_px[axis], factor[axis], out_px
+            )
+            for n in range(plane.blocks[axis])
+        ]
+        for axis, out_px in ((0, width), (1, height))
+    )
 
     def reduce(cell: IntPair, block: RGBArray) -> NDArray[np.float32]:
         across, down = columns[cell[0]][1], rows[cell[1]][1]
@@ -143,14 +150,16 @@ def _product(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[n
     return out
 
 
-def _axis_weights(block: int, index: int, plane_px: int, factor: float, out_px: int) -> tuple[int, NDArray[np.float32]]:
+def _axis_weights(start: int, block: int, plane_px: int, factor: float, out_px: int) -> tuple[int, NDArray[np.float32]]:
     """First picture pixel that a block touches along one axis, and float32 (picture pixels, block pixels) shares.
+
+    start: the block's first plane pixel, below 0 where it begins before the plane; such pixels have no share.
 
     Each share is the part of the picture pixel that the block's pixel covers, so a picture pixel's shares sum to 1
     over all blocks that lie wholly on the slide.
     """
-    start, stop = index * block, min((index + 1) * block, plane_px)
-    first = min(math.floor(start / factor + SCALE_EPSILON), out_px - 1)
+    stop = min(start + block, plane_px)
+    first = min(max(math.floor(start / factor + SCALE_EPSILON), 0), out_px - 1)
     last = min(max(math.ceil(stop / factor - SCALE_EPSILON), first + 1), out_px)
     lower = np.maximum(np.arange(first, last)[:, None] * factor, np.arange(start, stop)[None, :])
     upper = np.minimum(np.arange(first + 1, last + 1)[:, None] * factor, np.arange(start + 1, stop + 1)[None, :])

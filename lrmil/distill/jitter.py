@@ -48,12 +48,10 @@ def jittered_grids(lr: TileGrid, hr: TileGrid, size_l0: IntPair, rng: np.random.
     kept = inside[hr.parent]
     offset = (x - lr.origin_l0[0], y - lr.origin_l0[1])
     return (
-        dataclasses.replace(lr, origin_l0=(x, y), cells=lr.cells[inside], tissue=lr.tissue[inside], parent=None),
+        dataclasses.replace(lr.take(inside), origin_l0=(x, y), parent=None),
         dataclasses.replace(
-            hr,
+            hr.take(kept),
             origin_l0=(hr.origin_l0[0] + offset[0], hr.origin_l0[1] + offset[1]),
-            cells=hr.cells[kept],
-            tissue=hr.tissue[kept],
             parent=number[hr.parent[kept]].astype(np.int32),
         ),
     )
@@ -108,7 +106,7 @@ def _slide(
     rows = children.rows
     return dataclasses.replace(
         slide,
-        lr=dataclasses.replace(moved.lr, cells=moved.lr.cells[rows], tissue=moved.lr.tissue[rows]),
+        lr=moved.lr.take(rows),
         children=children,
         layers=tuple(np.asarray(stored.layers[str(layer)]) for layer in layers) or (final,),
         final=final,

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrmil.errors import BagMismatchError, StoreError
+from wsi_pipe.bag import content_digest
 from wsi_pipe.encoders.base import encoder_slug
 from wsi_pipe.errors import WsiPipeError
 from wsi_pipe.geometry import level_label
@@ -274,10 +275,14 @@ def _features_of(file: h5py.File, info: BagInfo) -> h5py.Dataset:
 def read_features(info: BagInfo) -> NDArray[np.floating[Any]]:
     """Features of an inspected bag, (rows, dim), in the file's float type.
 
-    Raises StoreError when the file is unreadable, has changed since, or holds NaN or infinity.
+    Raises StoreError when the file is unreadable, has changed since, is damaged (by the digest in it), or holds NaN or
+    infinity.
     """
     with _open(Path(info.path)) as file:
-        values: NDArray[Any] = np.asarray(_features_of(file, info)[()])
+        data = _features_of(file, info)
+        values: NDArray[Any] = np.asarray(data[()])
+        if info.format == "wsi-pipe" and "sha256" in data.attrs and content_digest([values]) != data.attrs["sha256"]:
+            raise StoreError(f"{info.path}: features are not what was written", remedy="run wsi-pipe verify --repair")
     if values.ndim == 3:
         values = values[0]
     if values.shape != (info.rows, info.dim):

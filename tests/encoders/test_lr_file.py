@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from wsi_pipe.encoders import load_encoder
+from wsi_pipe.config import ExtractSettings
+from wsi_pipe.encoders import encoder_of_job, load_encoder
 from wsi_pipe.encoders.architectures import PooledNetwork, build, timm_recipe
 from wsi_pipe.encoders.base import EncoderInfo, check_grid
 from wsi_pipe.encoders.lr_file import (
@@ -29,6 +30,7 @@ from wsi_pipe.encoders.lr_file import (
 )
 from wsi_pipe.encoders.recipe import INTERPOLATIONS, POOLINGS, Preprocessing, Recipe
 from wsi_pipe.encoders.torch_encoder import TorchEncoder
+from wsi_pipe.encoders.weights import file_sha256, random_weights_id
 from wsi_pipe.errors import ConfigError, OutputError, ResolutionError, WeightsError
 from wsi_pipe.geometry import TileGrid, TileSpec
 
@@ -69,6 +71,21 @@ def test_a_file_runs_like_any_other_encoder(written: Path) -> None:
     assert loaded.info.mpp_required
     assert loaded.info.licence == "CC-BY-4.0"
     assert loaded.info.weights_sha256 == hashlib.sha256(written.read_bytes()).hexdigest()
+
+
+def test_a_jobs_random_weights_leave_files_alone(written: Path, tmp_path: Path) -> None:
+    """``-e 20x=timm:... -e 5x=lr.safetensors --random-weights`` once drew the distilled weights anew too."""
+    job = ExtractSettings(devices=("cpu",), precision="float32", random_weights=True)
+    tiles = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+    wanted = load_encoder(str(written), device="cpu", precision="float32")
+    found = encoder_of_job(str(written), job)
+    assert found.info.weights_sha256 == wanted.info.weights_sha256
+    np.testing.assert_array_equal(found.encode(tiles), wanted.encode(tiles))
+    own = tmp_path / "own.safetensors"
+    save_file(student()[0].trunk.state_dict(), own)
+    assert encoder_of_job(f"timm:test_vit@{own}", job).info.weights_sha256 == file_sha256(own)
+    drawn = encoder_of_job("timm:test_vit", job).info
+    assert drawn.weights_sha256 == random_weights_id(drawn.slug)
 
 
 def test_a_path_with_an_at_sign(written: Path) -> None:

@@ -207,6 +207,12 @@ def test_a_damaged_bag_is_refused_by_name(make_bag: MakeBag, tmp_path: Path) -> 
             continue
         with pytest.raises(StoreError, match=rf"without-{gone}\.h5 (is damaged|has 0 encoder)"):
             FeatureStore.pack([path], "5x", None, tmp_path / "store")
+    path = make_bag("flipped", array)
+    with h5py.File(path, "r+") as file:
+        (data,) = file["levels/5x/features"].values()
+        data.attrs["sha256"] = "0" * 64
+    with pytest.raises(StoreError, match=r"flipped\.h5: features are not what was written"):
+        FeatureStore.pack([path], "5x", None, tmp_path / "store")
     path = make_bag("other-type", array)
     with h5py.File(path, "r+") as file:
         file["levels/5x/cells"].attrs["mpp"] = "fine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import tifffile
 from numpy.typing import NDArray
 
 from wsi_pipe.errors import UnsupportedSlideError
-from wsi_pipe.slides import scn
+from wsi_pipe.overview import read_overview
+from wsi_pipe.slides.array import ArraySlide
 from wsi_pipe.slides.scn import SCN_NAMESPACE
 from wsi_pipe.slides.tiff import open_tiff
+from wsi_pipe.slides.tiff_image import TiffImage
+from wsi_pipe.tiles import read_tiles
 
 Picture = NDArray[np.uint8]
 
@@ -64,11 +68,7 @@ def build(
 
 
 @pytest.mark.parametrize("offset_px", [(0, 0), (128, 256), (37, 51), (401, 602)])
-@pytest.mark.parametrize("block_px", [128, 2048])
-def test_the_picture_lies_where_openslide_puts_it(
-    tmp_path: Path, picture: Picture, offset_px: tuple[int, int], block_px: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scn, "BLOCK_PX", block_px)
+def test_the_picture_lies_where_openslide_puts_it(tmp_path: Path, picture: Picture, offset_px: tuple[int, int]) -> None:
     offset_px = (min(offset_px[0], 400), min(offset_px[1], 600))
     # A little over the whole pixel, as scanners' offsets are.
     path = build(tmp_path / "slide.scn", picture, (offset_px[0] * NM_PER_PX + 90, offset_px[1] * NM_PER_PX + 90))
@@ -90,13 +90,48 @@ def test_the_picture_lies_where_openslide_puts_it(
         assert slide.associated_images()["macro"].shape == (100, 90, 3)
 
 
-def test_blocks_beside_the_picture_are_missing(
-    tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 1.0, 0.3, 1.1])
+@pytest.mark.parametrize("offset_px", [(128, 256), (37, 51), (300, 334)])
+def test_each_native_tile_is_decoded_once(
+    tmp_path: Path, picture: Picture, offset_px: tuple[int, int], mpp: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scn, "BLOCK_PX", 128)
+    """Tiles cut at any scale are those of the same picture in memory, and no native tile is decoded twice for them."""
+    path = build(tmp_path / "slide.scn", picture, (offset_px[0] * NM_PER_PX + 90, offset_px[1] * NM_PER_PX + 90))
+    decoded: Counter[tuple[int, tuple[int, int]]] = Counter()
+    decode = TiffImage.decode
+
+    def counting(image: TiffImage, cell: tuple[int, int], data: Any, reduce: int) -> Picture:
+        decoded[image.size_px[0], cell] += 1
+        return decode(image, cell, data, reduce)
+
+    with open_tiff(path) as slide:
+        monkeypatch.setattr(TiffImage, "decode", counting)
+        levels = [slide.read_region(n, 0, 0, *level.size_px) for n, level in enumerate(slide.pyramid.levels)]
+        assert decoded
+        assert set(decoded.values()) == {1}
+        plain = ArraySlide(levels, mpp=0.25, block_px=(128, 128))
+        decoded.clear()
+        ours = read_overview(slide, 4.0).rgb
+        assert decoded
+        assert set(decoded.values()) == {1}
+        assert np.abs(ours.astype(int) - read_overview(plain, 4.0).rgb).max() <= 1
+        # The whole canvas, and a rim around it.
+        size_l0 = 100 * mpp / 0.25
+        steps = [np.arange(-1, int(side / size_l0) + 2) for side in CANVAS_PX]
+        corners = np.stack(np.meshgrid(*steps), axis=-1).reshape(-1, 2) * size_l0
+        decoded.clear()
+        found = read_tiles(slide, corners, size_l0, 100)
+        assert set(decoded.values()) == {1}
+        assert len(decoded) == (16 if mpp < 1 else 1)  # level 0 has 4 x 4 tiles, level 1 has one
+        # Boxes may be averaged before or after patches are put together: rounding differs by one.
+        assert np.abs(found.astype(int) - read_tiles(plain, corners, size_l0, 100)).max() <= 1
+
+
+def test_blocks_beside_the_picture_are_missing(tmp_path: Path, picture: Picture) -> None:
     path = build(tmp_path / "slide.scn", picture, (300 * NM_PER_PX, 300 * NM_PER_PX))
     with open_tiff(path) as slide:
-        data = slide.fetch(slide.planes[0], [(0, 0), (3, 3), (6, 7)])
+        assert slide.planes[0].origin_px == (-84, -84)
+        data = slide.fetch(slide.planes[0], [(0, 0), (3, 3), (7, 7)])
         assert [d is None for d in data] == [True, False, True]
 
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from wsi_pipe.bag.check import check_bag, check_feature_file
 from wsi_pipe.bag.read import (
+    BagHeader,
     BagLevelView,
     FeatureFileHeader,
+    FeatureHeader,
     read_attrs,
     read_bag,
     read_feature_file,
     read_feature_header,
     read_grids,
+    read_header,
     read_level,
 )
-from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, Features
+from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, Features, content_digest
 from wsi_pipe.bag.write import write_attention, write_bag, write_feature_file
 
 __all__ = [
@@ -25,17 +28,21 @@ __all__ = [
     "SCHEMA_VERSION",
     "Bag",
     "BagAttrs",
+    "BagHeader",
     "BagLevel",
     "BagLevelView",
     "FeatureFileHeader",
+    "FeatureHeader",
     "Features",
     "check_bag",
     "check_feature_file",
+    "content_digest",
     "read_attrs",
     "read_bag",
     "read_feature_file",
     "read_feature_header",
     "read_grids",
+    "read_header",
     "read_level",
     "write_attention",
     "write_bag",

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wsi_pipe.bag.read import _attrs, finite, grid_of, level_labels, open_bag
-from wsi_pipe.bag.values import SCHEMA, BagAttrs, fits_next
+from wsi_pipe.bag.values import SCHEMA, BagAttrs, content_digest, fits_next
 from wsi_pipe.errors import BagError, ConfigError
 from wsi_pipe.geometry import TileGrid
 
@@ -22,8 +23,9 @@ ATTENTION_TOLERANCE = 1e-3
 def check_bag(path: Path) -> list[str]:
     """Problems of a bag (or tile file), one sentence each; none when it is valid.
 
-    Checked: it opens, schema and attributes, shapes and types, finite features, coordinates that follow from the
-    cells, parents whose cell holds the tile, attention that sums to 1, soft links.
+    Checked: it opens, schema and attributes, shapes and types, finite features that are what was written (by their
+    digest, where they have one), coordinates that follow from the cells, parents whose cell holds the tile, attention
+    that sums to 1, soft links.
     """
     try:
         with open_bag(path) as file:
@@ -32,8 +34,7 @@ def check_bag(path: Path) -> list[str]:
             problems = list(_root_problems(file, attrs, labels))
             coarser: TileGrid | None = None
             for label in labels:
-                group = file["levels"][label]
-                found, coarser = _level_problems(group, label, attrs, coarser)
+                found, coarser = _level_problems(file["levels"][label], label, attrs, coarser)
                 problems += found
             return problems
     except BagError as error:
@@ -70,6 +71,8 @@ def _level_problems(
     group: Any, label: str, attrs: BagAttrs, coarser: TileGrid | None
 ) -> tuple[list[str], TileGrid | None]:
     problems: list[str] = []
+    # Each item is opened once: opening is what takes the time in a small bag.
+    group = dict(group.items())
     wanted = {"cells": "int32", "coords": "int64", "tissue": "float32"} | (
         {"parent": "int32"} if coarser is not None else {}
     )
@@ -113,8 +116,7 @@ def _feature_problems(group: Any, where: str, n: int | None) -> Iterator[str]:
     for kind in ("features", "layers"):
         if kind not in group:
             continue
-        for slug in group[kind]:
-            entry = group[kind][slug]
+        for slug, entry in group[kind].items():
             for data in [entry] if kind == "features" else list(entry.values()):
                 name = data.name.rpartition(f"/{kind}/")[2]
                 if data.ndim != 2 or (n is not None and len(data) != n):
@@ -122,19 +124,31 @@ def _feature_problems(group: Any, where: str, n: int | None) -> Iterator[str]:
                 elif data.dtype not in (np.float16, np.float32):
                     yield f"{where}: features of {name} are {data.dtype}, not float16 or float32"
                 else:
-                    yield from _not_finite(data, f"{where}: features of {name}")
+                    yield from _value_problems(data, f"{where}: features of {name}")
             if kind == "features":
+                held = set(entry.attrs)
                 for attr in ("encoder", "weights_sha256", "licence", "precision", "transform", "fingerprint"):
-                    if attr not in entry.attrs:
+                    if attr not in held:
                         yield f"{where}: features of {slug} lack the attribute {attr}"
 
 
-def _not_finite(data: Any, what: str) -> Iterator[str]:
+def _value_problems(data: Any, what: str) -> Iterator[str]:
+    """Problems of stored values, read once, a block of rows at a time."""
     bad = 0
-    for start in range(0, len(data), ROWS_AT_ONCE):
-        bad += int(np.count_nonzero(~np.isfinite(data[start : start + ROWS_AT_ONCE]).all(axis=1)))
+
+    def blocks() -> Iterator[NDArray[Any]]:
+        nonlocal bad
+        for start in range(0, len(data), ROWS_AT_ONCE):
+            block = data[start : start + ROWS_AT_ONCE]
+            bad += int(np.count_nonzero(~np.isfinite(block).all(axis=1)))
+            yield block
+
+    digest, stored = content_digest(blocks()), data.attrs.get("sha256")
+    changed = stored is not None and digest != str(stored)
     if bad:
         yield f"{what} hold NaN or infinity in {bad} rows"
+    if changed:
+        yield f"{what} are not what was written: their digest differs"
 
 
 def check_feature_file(path: Path) -> list[str]:

@@ -12,19 +12,22 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, FeatureArray, Features
+from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, FeatureArray, Features, content_digest
 from wsi_pipe.errors import BagError
 from wsi_pipe.geometry import TileGrid, TileSpec
 
 __all__ = [
+    "BagHeader",
     "BagLevelView",
     "FeatureFileHeader",
+    "FeatureHeader",
     "open_bag",
     "read_attrs",
     "read_bag",
     "read_feature_file",
     "read_feature_header",
     "read_grids",
+    "read_header",
     "read_level",
 ]
 
@@ -43,7 +46,8 @@ def open_bag(path: Path, schema: str = SCHEMA) -> Iterator[Any]:
         raise BagError(f"{path}: not a readable HDF5 file ({_first_line(error)})") from error
     with file:
         try:
-            found, version = file.attrs.get("schema"), int(file.attrs.get("schema_version", 0))
+            attrs = file.attrs
+            found, version = attrs.get("schema"), int(attrs.get("schema_version", 0))
             if found != schema:
                 raise BagError(f"{path}: is not a {schema} file (schema {found!r})")
             if version > SCHEMA_VERSION:
@@ -75,10 +79,12 @@ def read_attrs(path: Path) -> BagAttrs:
 
 def _attrs(path: Path, file: Any) -> BagAttrs:
     values: dict[str, Any] = {}
+    attrs = file.attrs
     for name in (f.name for f in fields(BagAttrs)):
-        if name not in file.attrs:
-            raise BagError(f"{path}: lacks the attribute {name}")
-        value = file.attrs[name]
+        try:
+            value = attrs[name]
+        except KeyError as error:
+            raise BagError(f"{path}: lacks the attribute {name}") from error
         if name == "mpp_l0":
             values[name] = (float(value[0]), float(value[1]))
         elif name in ("width_l0", "height_l0"):
@@ -97,7 +103,7 @@ def level_labels(file: Any) -> list[str]:
 
 
 def grid_of(group: Any) -> TileGrid:
-    """The grid stored in a level's group."""
+    """The grid stored in a level's group, or in a mapping of its data sets."""
     cells = group["cells"]
     attrs = cells.attrs
     spec = TileSpec(float(attrs["mpp"]), int(attrs["tile_size_px"]), int(attrs.get("overlap_px", 0)))
@@ -126,14 +132,69 @@ def read_grids(path: Path) -> tuple[TileGrid, ...]:
         return tuple(grid_of(file["levels"][label]) for label in level_labels(file))
 
 
+@dataclass(frozen=True)
+class FeatureHeader:
+    """What one encoder's features say of themselves; dim: D."""
+
+    encoder: str
+    weights_sha256: str
+    precision: str
+    transform: str
+    fingerprint: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class BagHeader:
+    """A bag or tile file without its features: grids coarsest first, headers by level label and encoder slug."""
+
+    attrs: BagAttrs
+    grids: tuple[TileGrid, ...]
+    features: dict[str, dict[str, FeatureHeader]]
+
+    @property
+    def fingerprints(self) -> set[str]:
+        """Of all features."""
+        return {header.fingerprint for level in self.features.values() for header in level.values()}
+
+
+def read_header(path: Path) -> BagHeader:
+    """All of a bag but its features. Raises BagError when the file is not a bag or is damaged."""
+    with open_bag(path) as file:
+        labels = level_labels(file)
+        groups = {label: file["levels"][label] for label in labels}
+        return BagHeader(
+            _attrs(path, file),
+            tuple(grid_of(groups[label]) for label in labels),
+            {label: _feature_headers(groups[label]) for label in labels},
+        )
+
+
+def _feature_headers(group: Any) -> dict[str, FeatureHeader]:
+    names = ("encoder", "weights_sha256", "precision", "transform", "fingerprint")
+    return {
+        slug: FeatureHeader(**{name: str(data.attrs[name]) for name in names}, dim=int(data.shape[1]))
+        for slug, data in (group["features"].items() if "features" in group else ())
+    }
+
+
+def _values_of(data: Any) -> FeatureArray:
+    """Stored features. Raises ValueError where they are not what was written."""
+    values: FeatureArray = data[()]
+    if "sha256" in data.attrs and content_digest([values]) != str(data.attrs["sha256"]):
+        raise ValueError(f"{data.name} is not what was written: its digest differs")
+    return values
+
+
 def _features_of(group: Any, slug: str) -> Features:
     data = group["features"][slug]
+    attrs = data.attrs
     layers = group["layers"][slug] if "layers" in group and slug in group["layers"] else {}
     return Features(
-        values=data[()],
-        layers={block: layers[block][()] for block in layers},
+        values=_values_of(data),
+        layers={block: _values_of(layers[block]) for block in layers},
         **{
-            name: str(data.attrs[name])
+            name: str(attrs[name])
             for name in ("encoder", "weights_sha256", "licence", "precision", "transform", "fingerprint")
         },
     )
@@ -203,7 +264,7 @@ def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bo
             encoder=names[slug],
             slug=slug,
             weights_sha256=str(data.attrs["weights_sha256"]),
-            features=found.values if found else data[()],
+            features=found.values if found else _values_of(data),
             fingerprint=str(data.attrs["fingerprint"]),
             parent_label=labels[position - 1] if position else None,
             layers=dict(found.layers) if found else {},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.geometry import FloatPair, TileGrid
 
-__all__ = ["SCHEMA", "SCHEMA_VERSION", "Bag", "BagAttrs", "BagLevel", "Features", "fits_next"]
+__all__ = ["SCHEMA", "SCHEMA_VERSION", "Bag", "BagAttrs", "BagLevel", "Features", "content_digest", "fits_next"]
 
 SCHEMA = "wsi-pipe-bag"
 SCHEMA_VERSION = 1
@@ -83,6 +84,14 @@ class Bag:
 
     attrs: BagAttrs
     levels: tuple[BagLevel, ...]
+
+
+def content_digest(blocks: Iterable[NDArray[Any]]) -> str:
+    """SHA-256, in hex, over the values of an array that comes in blocks of rows: C order, little-endian."""
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(np.ascontiguousarray(block, block.dtype.newbyteorder("<")).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def fits_next(grid: TileGrid, coarser: TileGrid) -> NDArray[np.bool_]:

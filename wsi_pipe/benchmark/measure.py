@@ -16,7 +16,7 @@ from wsi_pipe.benchmark.meters import ForeignLoad, Gpu, Meter, available_cores, 
 from wsi_pipe.benchmark.passes import Passes, now_utc
 from wsi_pipe.benchmark.records import END_TO_END, STAGED, Arm, BenchmarkRecord, Measurement, Spent
 from wsi_pipe.config import JobSettings
-from wsi_pipe.encoders import load_encoder
+from wsi_pipe.encoders import encoder_of_job
 from wsi_pipe.encoders.base import Encoder, batch_of
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.manifest import SlideEntry
@@ -93,13 +93,7 @@ def run_benchmark(
     extract = settings.extract
     labels = [spec.label for spec in settings.tile.specs]
     encoders = {
-        name: load_encoder(
-            name,
-            device=",".join(extract.devices),
-            precision=extract.precision,
-            random_weights=extract.random_weights,
-            compile=extract.compile,
-        )
+        name: encoder_of_job(name, extract)
         for name in dict.fromkeys(name for label in labels for name in extract.encoders_of(label))
     }
     arms = arms_of(settings, encoders, compare)

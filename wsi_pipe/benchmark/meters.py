@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from wsi_pipe.benchmark.records import GpuSpent, Machine, Spent
+from wsi_pipe.cores import available_cores
 
 __all__ = ["ForeignLoad", "Gpu", "Meter", "PeakMemory", "available_cores", "drop_cache", "io_read_bytes", "machine"]
 
@@ -24,11 +25,6 @@ VERSIONS_OF = (
     "h5py",
 )  # fmt: skip
 SAMPLE_S = 0.02
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Meter:

@@ -12,9 +12,10 @@ from wsi_pipe.care.verify import verify_job
 from wsi_pipe.errors import ManifestError
 from wsi_pipe.files import output_error, remove_partial_files
 from wsi_pipe.job import JobPaths, load_slides, utc_now
+from wsi_pipe.job.guard import problems_guarded
 from wsi_pipe.job.lock import hold_job
 
-__all__ = ["Repair", "repair_job"]
+__all__ = ["Quarantine", "Repair", "quarantine_of", "repair_job"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,28 @@ class Repair:
     problems: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Quarantine:
+    """What repairs of a job put aside so far. folder: where it lies; files: how many; size_bytes: of all of them."""
+
+    folder: str
+    files: int
+    size_bytes: int
+
+
+def quarantine_of(root: Path) -> Quarantine:
+    """What lies in the quarantine of the job in ``root``; 0 files where there is none."""
+    folder = JobPaths(root).quarantine
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return Quarantine(str(folder), len(sizes), sum(sizes))
+
+
 def repair_job(root: Path) -> list[Repair]:
     """Move everything wrong in a job into ``quarantine/``: broken, foreign and stale bags, grids and feature files
     that do not open, outputs that belong to no slide; and delete what interrupted writes left.
 
-    The next run makes just those again. Raises ManifestError when ``root`` is not a job, JobLockedError while a run
-    is at work in it, OutputError when a file cannot be moved.
+    The next run makes just those again; nobody empties the quarantine but the user. Raises ManifestError when ``root``
+    is not a job, JobLockedError while a run is at work in it, OutputError when a file cannot be moved.
     """
     paths = JobPaths(root)
     if not paths.config.is_file():
@@ -49,12 +66,12 @@ def _broken_stage_files(paths: JobPaths) -> Iterator[tuple[Path, tuple[str, ...]
     known = {entry.slide_id for entry in load_slides(paths.root)}
     for path in sorted((paths.root / "tiles").glob("*.h5")):
         problems = [] if path.stem in known else ["belongs to no slide of this job"]
-        problems = problems or check_bag(path)
+        problems = problems or problems_guarded(check_bag, path)
         if problems:
             yield path, tuple(problems)
     for path in sorted((paths.root / "features").glob("*/*.h5")):
         problems = [] if path.parent.name in known else ["belongs to no slide of this job"]
-        problems = problems or check_feature_file(path)
+        problems = problems or problems_guarded(check_feature_file, path)
         if problems:
             yield path, tuple(problems)
     for path in sorted((paths.root / "tissue").glob("*.geojson")):
@@ -63,7 +80,7 @@ def _broken_stage_files(paths: JobPaths) -> Iterator[tuple[Path, tuple[str, ...]
 
 
 def _put_aside(root: Path, path: Path, problems: tuple[str, ...]) -> Repair:
-    target = root / "quarantine" / path.relative_to(root)
+    target = JobPaths(root).quarantine / path.relative_to(root)
     number = 1
     while target.exists():
         target = target.with_name(f"{path.stem}.{number}{path.suffix}")

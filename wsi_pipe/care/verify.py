@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsi_pipe.bag import Bag, check_bag, read_attrs, read_bag
+from wsi_pipe.bag import BagHeader, check_bag, read_attrs, read_header
 from wsi_pipe.config import ExtractSettings, JobSettings
 from wsi_pipe.errors import BagError, ManifestError
 from wsi_pipe.job import JobPaths, load_settings, load_slides, read_outcomes
 from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
+from wsi_pipe.job.guard import problems_guarded, read_guarded
 from wsi_pipe.outcome import SlideOutcome
 
 __all__ = ["Finding", "verify_bags", "verify_job"]
@@ -28,11 +29,12 @@ class Finding:
 
 
 def verify_bags(bags: Sequence[Path]) -> Iterator[Finding]:
-    """Check single bags: schema, shapes, finite features, parents, links."""
+    """Check single bags: schema, shapes, finite features, parents, links. A bag that HDF5 loops or crashes on is a
+    finding as well."""
     for path in bags:
-        problems = check_bag(path)
+        problems = problems_guarded(check_bag, path)
         try:
-            attrs = read_attrs(path)
+            attrs = read_guarded(read_header, path).attrs
             yield Finding(attrs.slide_id, str(path), attrs.status, tuple(problems))
         except BagError:
             yield Finding(path.stem, str(path), "unreadable", tuple(problems))
@@ -66,28 +68,28 @@ def _verify_slide(slide_id: str, paths: JobPaths, settings: JobSettings, outcome
             return Finding(slide_id, str(path), "failed")
         problems = ("has no bag though it was finished",) if "assemble" in outcome.seconds else ()
         return Finding(slide_id, str(path), "missing" if problems else "waiting", problems)
-    problems_found = check_bag(path)
+    problems_found = problems_guarded(check_bag, path)
     if problems_found:
         return Finding(slide_id, str(path), "broken", tuple(problems_found))
-    bag = read_bag(path)
+    bag = read_guarded(read_header, path)
     return Finding(slide_id, str(path), bag.attrs.status, tuple(_mismatches(bag, slide_id, paths, settings)))
 
 
-def _mismatches(bag: Bag, slide_id: str, paths: JobPaths, settings: JobSettings) -> Iterator[str]:
+def _mismatches(bag: BagHeader, slide_id: str, paths: JobPaths, settings: JobSettings) -> Iterator[str]:
     if bag.attrs.slide_id != slide_id:
         yield f"is the bag of another slide, {bag.attrs.slide_id!r}"
     stored = _stored_fingerprint(paths.tissue(slide_id))
     if stored is not None and stored != bag.attrs.fingerprint_segment:
         yield "was made from another tissue mask: run again"
     try:
-        tiles = read_attrs(paths.tiles(slide_id)).fingerprint_tile
+        tiles = read_guarded(read_attrs, paths.tiles(slide_id)).fingerprint_tile
         if tiles != bag.attrs.fingerprint_tile:
             yield "was made from other grids: run again"
     except BagError:
         # Grids may be deleted once the bag holds them.
         pass
     wanted = {spec.label: spec for spec in settings.tile.specs}
-    have = {level.grid.label: level.grid.spec for level in bag.levels}
+    have = {grid.label: grid.spec for grid in bag.grids}
     if have.keys() != wanted.keys():
         yield f"has grids at {', '.join(have)}, the job wants {', '.join(wanted)}: run again"
     elif have != wanted:
@@ -95,27 +97,32 @@ def _mismatches(bag: Bag, slide_id: str, paths: JobPaths, settings: JobSettings)
     yield from _foreign_features(bag, settings.extract, settings.reader)
 
 
-def _foreign_features(bag: Bag, extract: ExtractSettings, reader: str) -> Iterator[str]:
-    for level in bag.levels:
-        source = grid_fingerprint(bag.attrs.slide_fingerprint, level.grid)
-        have = {features.encoder for features in level.features.values()}
-        lacking = [name for name in extract.encoders_of(level.grid.label) if name not in have]
+def _foreign_features(bag: BagHeader, extract: ExtractSettings, reader: str) -> Iterator[str]:
+    for grid in bag.grids:
+        source, held = grid_fingerprint(bag.attrs.slide_fingerprint, grid), bag.features[grid.label]
+        have = {features.encoder for features in held.values()}
+        lacking = [name for name in extract.encoders_of(grid.label) if name not in have]
         if lacking:
-            yield f"{level.grid.label}: lacks the features of {', '.join(lacking)}: run again"
-        for slug, features in level.features.items():
+            yield f"{grid.label}: lacks the features of {', '.join(lacking)}: run again"
+        for slug, features in held.items():
+            try:
+                transform = json.loads(features.transform)
+            except ValueError:
+                yield f"{grid.label}: the transform of {slug} is not JSON"
+                continue
             expected = features_fingerprint(
                 source,
                 reader,
                 encoder=features.encoder,
                 weights_sha256=features.weights_sha256,
                 precision=features.precision,
-                transform=json.loads(features.transform),
-                dim=features.values.shape[1],
+                transform=transform,
+                dim=features.dim,
                 layers=extract.layers,
                 dtype=extract.dtype,
             )
             if expected != features.fingerprint:
-                yield f"{level.grid.label}: features of {slug} belong to another slide, grid or setting: run again"
+                yield f"{grid.label}: features of {slug} belong to another slide, grid or setting: run again"
 
 
 def _stored_fingerprint(path: Path) -> str | None:

@@ -23,7 +23,7 @@ def verify(paths: tuple[Path, ...], repair: bool, as_json: bool) -> int:
     Checked: the schema, shapes and types, finite features, tiles inside their parents, attention, links, and that
     mask, grids and features belong together.
     """
-    from wsi_pipe.care import repair_job, verify_bags, verify_job
+    from wsi_pipe.care import quarantine_of, repair_job, verify_bags, verify_job
 
     if repair:
         repairs = [item for path in paths for item in repair_job(path)]
@@ -34,6 +34,13 @@ def verify(paths: tuple[Path, ...], repair: bool, as_json: bool) -> int:
                 done = f"moved to {item.moved_to}" if item.moved_to else "deleted"
                 click.echo(f"{item.path}: {'; '.join(item.problems)}: {done}")
             click.echo(f"{len(repairs)} files put aside; run again to make what is missing")
+            for path in paths:
+                held = quarantine_of(path)
+                if held.files:
+                    click.echo(
+                        f"{held.folder} holds {held.files} files, {held.size_bytes / 1e6:,.1f} MB; nothing reads them: "
+                        "delete the folder when you need them no more"
+                    )
         return EXIT_FAILED if repairs else 0
     bags = [path for path in paths if path.is_file()]
     findings = [*verify_bags(bags)]

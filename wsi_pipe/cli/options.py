@@ -266,7 +266,7 @@ def extract_options(function: F) -> F:
             "--random-weights/--no-random-weights",
             "extract_random_weights",
             default=None,
-            help="Do not load weights: for timing and tests.  [off]",
+            help="Draw weights rather than download them, for tests; those given as a file are loaded.  [off]",
         ),
     )(function)
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from wsi_pipe.config import ExtractSettings
     from wsi_pipe.encoders.base import Encoder
     from wsi_pipe.encoders.listing import EncoderListing
 
-__all__ = ["list_encoders", "load_encoder"]
+__all__ = ["encoder_of_job", "list_encoders", "load_encoder"]
 
 
 def load_encoder(
@@ -48,6 +49,22 @@ def load_encoder(
         random_weights=random_weights,
         compile=compile,
         input_px=input_px,
+    )
+
+
+def encoder_of_job(name: str, settings: ExtractSettings) -> Encoder:
+    """The encoder called ``name`` as a job's settings want it.
+
+    ``settings.random_weights`` stands in for a download: weights that the name gives as a file are loaded all the same.
+    Raises as ``load_encoder``.
+    """
+    in_a_file = "@" in name or name.endswith(".safetensors")
+    return load_encoder(
+        name,
+        device=",".join(settings.devices),
+        precision=settings.precision,
+        random_weights=settings.random_weights and not in_a_file,
+        compile=settings.compile,
     )
 
 

@@ -23,7 +23,6 @@ Lengths are pixels: the features mean what they mean at the grid's resolution. E
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_pipe.cores import available_cores
 from wsi_pipe.encoders.base import EncoderInfo, FeatureArray, PendingFeatures, TileArray, check_finite
 from wsi_pipe.encoders.texture_measures import (
     BLOB_NAMES,
@@ -113,7 +113,7 @@ class TextureEncoder:
     in_flight = 2
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads if threads is not None else _cores()
+        self.threads = threads if threads is not None else available_cores()
         if self.threads < 1:
             raise ValueError(f"threads {self.threads} must be at least 1")
         self._pool: ThreadPoolExecutor | None = None
@@ -156,12 +156,6 @@ class TextureEncoder:
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="texture")
         step = min(CHUNK_TILES, -(-len(tiles) // self.threads))
         return _Pending([self._pool.submit(_features, tiles[i : i + step]) for i in range(0, len(tiles), step)])
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _check(tiles: TileArray) -> None:

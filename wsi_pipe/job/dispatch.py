@@ -77,9 +77,7 @@ def dispatch(
     if where.scheduler is None and where.workers > 1:
         extract = settings.extract
         memory = max(extract.memory_mib // where.workers, 64)
-        share = dataclasses.replace(
-            settings, extract=dataclasses.replace(extract, memory_mib=memory, read_threads=extract.read_threads or 1)
-        )
+        share = dataclasses.replace(settings, extract=dataclasses.replace(extract, memory_mib=memory))
     task = partial(slide_task, share, str(paths.root.absolute()))
     if where.scheduler and where.resources and until in ("extract", "assemble"):
         results = _in_two_phases(task, keep_features, feed, where, until)

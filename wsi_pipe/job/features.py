@@ -12,22 +12,25 @@ import numpy as np
 from wsi_pipe.bag import (
     Bag,
     BagAttrs,
+    BagHeader,
     BagLevel,
     Features,
-    read_attrs,
+    check_bag,
+    check_feature_file,
     read_bag,
     read_feature_file,
     read_feature_header,
+    read_header,
     write_bag,
     write_feature_file,
 )
-from wsi_pipe.bag.read import open_bag
 from wsi_pipe.config import ExtractSettings
 from wsi_pipe.encoders.base import EncoderInfo
 from wsi_pipe.errors import BagError
 from wsi_pipe.extract import SlideFeatures
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
+from wsi_pipe.job.guard import problems_guarded, read_guarded
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import Prepared
 from wsi_pipe.job.record import utc_now
@@ -71,30 +74,42 @@ def wanted_features(
 def missing_features(prepared: Prepared, wanted: Iterable[Wanted], paths: JobPaths) -> list[Wanted]:
     """Those of ``wanted`` that are neither in the slide's bag nor in a feature file of their own."""
     wanted = list(wanted)
-    held = _bag_fingerprints(prepared, paths)
+    held = _held(prepared, {item.fingerprint for item in wanted}, paths)
     return [item for item in wanted if item.fingerprint not in held and not _file_holds(prepared, item, paths)]
 
 
-def _bag_fingerprints(prepared: Prepared, paths: JobPaths) -> set[str]:
-    """Fingerprints of the features in the slide's bag."""
+def _header(prepared: Prepared, paths: JobPaths) -> BagHeader | None:
+    """The header of the slide's bag, or None where there is no readable one."""
     try:
-        with open_bag(paths.bag(prepared.entry.slide_id)) as file:
-            groups = [group["features"] for group in file["levels"].values() if "features" in group]
-            return {str(data.attrs["fingerprint"]) for group in groups for data in group.values()}
+        return read_guarded(read_header, paths.bag(prepared.entry.slide_id))
     except BagError:
+        return None
+
+
+def _held(prepared: Prepared, wanted: set[str], paths: JobPaths) -> set[str]:
+    """Fingerprints of the features in the slide's bag.
+
+    Where others than just these are wanted the bag will be made anew out of it, which a damaged one is not fit for.
+    """
+    header = _header(prepared, paths)
+    if header is None:
         return set()
+    held = header.fingerprints
+    return set() if held != wanted and problems_guarded(check_bag, paths.bag(prepared.entry.slide_id)) else held
 
 
 def _file_holds(prepared: Prepared, item: Wanted, paths: JobPaths) -> bool:
+    path = paths.features(prepared.entry.slide_id, item.label, item.info.slug)
     try:
-        header = read_feature_header(paths.features(prepared.entry.slide_id, item.label, item.info.slug))
-        return header.fingerprint == item.fingerprint
+        header = read_guarded(read_feature_header, path)
     except BagError:
         return False
+    return header.fingerprint == item.fingerprint and not problems_guarded(check_feature_file, path)
 
 
-def store_features(prepared: Prepared, computed: SlideFeatures, wanted: Iterable[Wanted], paths: JobPaths) -> None:
-    """Write what the engine computed, one file an encoder and grid. Raises OutputError when it cannot be written."""
+def computed_features(computed: SlideFeatures, wanted: Iterable[Wanted]) -> dict[str, tuple[Wanted, Features]]:
+    """What the engine computed of ``wanted``, by fingerprint."""
+    found = {}
     for item in wanted:
         values = computed.features.get(item.label, {}).get(item.info.slug)
         if values is None:
@@ -110,15 +125,30 @@ def store_features(prepared: Prepared, computed: SlideFeatures, wanted: Iterable
             fingerprint=item.fingerprint,
             layers={str(block): data for block, data in layers.items()},
         )
-        path = paths.features(prepared.entry.slide_id, item.label, item.info.slug)
-        write_feature_file(path, prepared.entry.slide_id, item.label, item.info.slug, features)
+        found[item.fingerprint] = (item, features)
+    return found
+
+
+def store_features(prepared: Prepared, computed: SlideFeatures, wanted: Iterable[Wanted], paths: JobPaths) -> None:
+    """Write what the engine computed, one file an encoder and grid. Raises OutputError when it cannot be written."""
+    slide_id = prepared.entry.slide_id
+    for item, features in computed_features(computed, wanted).values():
+        path = paths.features(slide_id, item.label, item.info.slug)
+        write_feature_file(path, slide_id, item.label, item.info.slug, features)
 
 
 def assemble(
-    prepared: Prepared, wanted: Iterable[Wanted], settings: ExtractSettings, paths: JobPaths, *, keep_features: bool
+    prepared: Prepared,
+    wanted: Iterable[Wanted],
+    settings: ExtractSettings,
+    paths: JobPaths,
+    *,
+    keep_features: bool,
+    computed: SlideFeatures | None = None,
 ) -> bool:
     """Put grids and features together in the slide's bag; False where the bag was already right.
 
+    computed: features that were made just now and have no files.
     Features that the settings do not want any more leave the bag; attention stays where its grid is unchanged. The
     feature files are removed once the bag holds them, unless ``keep_features``. Raises BagError when features are
     missing, OutputError when the bag cannot be written.
@@ -131,14 +161,18 @@ def assemble(
         _clean(slide_id, paths, keep_features)
         return False
     try:
-        old = read_bag(path)
+        # Read here only once a process that may hang in it has found it sound.
+        old = read_bag(path) if path.is_file() and not problems_guarded(check_bag, path) else None
     except BagError:
         old = None
     old_features = {f.fingerprint: f for level in (old.levels if old else ()) for f in level.features.values()}
+    fresh = {key: value for key, (_, value) in computed_features(computed, wanted).items()} if computed else {}
     levels = []
     for grid in prepared.grids:
         own = {
-            item.info.slug: old_features.get(item.fingerprint) or _stored(prepared, item, grid, paths, settings.dtype)
+            item.info.slug: fresh.get(item.fingerprint)
+            or old_features.get(item.fingerprint)
+            or _stored(prepared, item, grid, paths, settings.dtype)
             for item in wanted
             if item.label == grid.label
         }
@@ -150,12 +184,11 @@ def assemble(
 
 def _is_right(attrs: BagAttrs, fingerprints: set[str], prepared: Prepared, paths: JobPaths) -> bool:
     """Whether the slide's bag has these attributes, whenever it was made, and just these features."""
-    try:
-        stored = read_attrs(paths.bag(prepared.entry.slide_id))
-    except BagError:
+    header = _header(prepared, paths)
+    if header is None:
         return False
-    same = dataclasses.replace(stored, created_utc=attrs.created_utc) == attrs
-    return same and _bag_fingerprints(prepared, paths) == fingerprints
+    same = dataclasses.replace(header.attrs, created_utc=attrs.created_utc) == attrs
+    return same and header.fingerprints == fingerprints
 
 
 def _stored(prepared: Prepared, item: Wanted, grid: TileGrid, paths: JobPaths, dtype: str) -> Features:

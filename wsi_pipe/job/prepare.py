@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe import __version__
-from wsi_pipe.bag import Bag, BagAttrs, BagLevel, read_attrs, read_grids, write_bag
+from wsi_pipe.bag import Bag, BagAttrs, BagLevel, read_header, write_bag
 from wsi_pipe.config import CacheSettings, JobSettings, SegmentSettings, TileSettings, fingerprint
 from wsi_pipe.errors import BagError, MaskError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.geometry import FloatPair, TileGrid, TissueMask
+from wsi_pipe.job.guard import read_guarded
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.record import utc_now
 from wsi_pipe.manifest import SlideEntry, settings_of
@@ -236,9 +237,10 @@ def _tile(
     path = paths.tiles(entry.slide_id)
     counts = {"tissue_mm2": mask.area_um2(_mpp(slide)) / 1e6}
     try:
-        attrs = read_attrs(path)
+        header = read_guarded(read_header, path)
+        attrs = header.attrs
         if attrs.fingerprint_tile == stage and attrs.case_id == entry.case_id and attrs.slide_path == entry.path:
-            return Prepared(entry, attrs, read_grids(path), ("tile",), counts)
+            return Prepared(entry, attrs, header.grids, ("tile",), counts)
     except BagError:
         pass
     grids = plan_grids(slide.pyramid, mask, settings)

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from wsi_pipe.config import JobSettings
-from wsi_pipe.encoders import load_encoder
+from wsi_pipe.encoders import encoder_of_job
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
 from wsi_pipe.errors import EncoderError, OutputError, WsiPipeError, in_words
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_features
@@ -36,16 +36,7 @@ def load_encoders(settings: JobSettings) -> dict[str, Encoder]:
     extract = settings.extract
     labels = [spec.label for spec in settings.tile.specs]
     names = dict.fromkeys(name for label in labels for name in extract.encoders_of(label))
-    encoders = {
-        name: load_encoder(
-            name,
-            device=",".join(extract.devices),
-            precision=extract.precision,
-            random_weights=extract.random_weights,
-            compile=extract.compile,
-        )
-        for name in names
-    }
+    encoders = {name: encoder_of_job(name, extract) for name in names}
     for name, encoder in encoders.items():
         block_indices(extract.layers, encoder.depth if isinstance(encoder, LayeredEncoder) else 0, name)
     return encoders
@@ -198,6 +189,10 @@ class _Run:
             return
         work.clock.seconds.update(result.seconds)
         work.prepared.counts.update(result.counts)
+        if self.until == "assemble" and not self.keep_features:
+            # Straight into the bag: a file in between would be written, read back and deleted.
+            self._assemble(work, result)
+            return
         try:
             with work.clock("extract"):
                 store_features(work.prepared, result, work.missing, self.paths)
@@ -208,7 +203,7 @@ class _Run:
             return
         self._assemble(work)
 
-    def _assemble(self, work: _Work) -> None:
+    def _assemble(self, work: _Work, computed: SlideFeatures | None = None) -> None:
         assert work.prepared is not None
         cached = work.prepared.cached if work.missing else (*work.prepared.cached, "extract")
         if self.until == "assemble":
@@ -220,6 +215,7 @@ class _Run:
                         self.settings.extract,
                         self.paths,
                         keep_features=self.keep_features,
+                        computed=computed,
                     )
             except OutputError:
                 raise

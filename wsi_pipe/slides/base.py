@@ -31,8 +31,10 @@ class Plane:
     """One scale at which a reader gives the whole slide.
 
     level: index into the pyramid. reduce: the codec's reduction (1, 2, 4 or 8). downsample: level-0 pixels per plane
-    pixel, (x, y). size_px: (width, height) of the plane. block_px: (width, height) of a block; block (c, r) covers
-    plane pixels from (c * width, r * height), clipped to the plane.
+    pixel, (x, y). size_px: (width, height) of the plane. block_px: (width, height) of a block. origin_px: where block
+    (0, 0) begins, at or before the plane's corner, so that blocks can be a file's tiles wherever those lie. Block
+    (c, r) covers plane pixels from (origin x + c * width, origin y + r * height), clipped to the plane on the right and
+    below; what it has to the left of the plane or above is white.
     """
 
     level: int
@@ -40,11 +42,20 @@ class Plane:
     downsample: FloatPair
     size_px: IntPair
     block_px: IntPair
+    origin_px: IntPair = (0, 0)
 
     @property
     def blocks(self) -> IntPair:
         """(columns, rows) of blocks."""
-        return (-(-self.size_px[0] // self.block_px[0]), -(-self.size_px[1] // self.block_px[1]))
+        (width, height), (x, y) = self.size_px, self.origin_px
+        return (-(-(width - x) // self.block_px[0]), -(-(height - y) // self.block_px[1]))
+
+    def corner_px(self, cell: IntPair) -> IntPair:
+        """Plane pixel (x, y) at the top-left corner of a block."""
+        return (
+            self.origin_px[0] + cell[0] * self.block_px[0],
+            self.origin_px[1] + cell[1] * self.block_px[1],
+        )
 
 
 @dataclass(frozen=True)
@@ -178,7 +189,8 @@ class BaseSlide:
                 self.stats.add(missing=1)
                 continue
             block = self.decode(plane, cell, data)
-            paste(out, block, cell[0] * plane.block_px[0] - x, cell[1] * plane.block_px[1] - y)
+            left, top = plane.corner_px(cell)
+            paste(out, block, left - x, top - y)
         return out
 
     def check_region(self, level: int, width: int, height: int) -> None:
@@ -210,6 +222,7 @@ def blocks_of_region(plane: Plane, x: int, y: int, width: int, height: int) -> l
     """Blocks (column, row) of ``plane`` that a region in plane pixels touches, row by row; none off the plane."""
     block_w, block_h = plane.block_px
     columns, rows = plane.blocks
+    x, y = x - plane.origin_px[0], y - plane.origin_px[1]
     first_column, last_column = max(x // block_w, 0), min((x + width - 1) // block_w, columns - 1)
     first_row, last_row = max(y // block_h, 0), min((y + height - 1) // block_h, rows - 1)
     return [(c, r) for r in range(first_row, last_row + 1) for c in range(first_column, last_column + 1)]

@@ -63,6 +63,8 @@ class DicomImage:
     Raises UnsupportedSlideError when anything about it is not understood.
     """
 
+    origin_px: IntPair = (0, 0)
+
     def __init__(self, instances: Sequence[Instance]) -> None:
         first = instances[0]
         self._name = first.source.name

@@ -112,6 +112,7 @@ class VipsImage:
 
     reduces: tuple[int, ...] = (1,)
     block_px: IntPair = BLOCK_PX
+    origin_px: IntPair = (0, 0)
 
     def __init__(self, path: str, kind: str) -> None:
         import pyvips
@@ -171,6 +172,7 @@ class WholeImage:
 
     reduces: tuple[int, ...] = (1,)
     block_px: IntPair = BLOCK_PX
+    origin_px: IntPair = (0, 0)
 
     def __init__(self, size_px: IntPair, load: Callable[[], RGBArray]) -> None:
         self.size_px = size_px

@@ -200,6 +200,7 @@ class SegmentImage:
     """
 
     reduces: tuple[int, ...] = (1,)
+    origin_px: IntPair = (0, 0)
 
     def __init__(self, source: FileSource, page: Any) -> None:
         self._source = source

@@ -36,11 +36,13 @@ MAX_ANISOTROPY = 0.02
 class NativeImage(Protocol):
     """One image of a file, in blocks.
 
-    size_px: (width, height). block_px: (width, height) of a block. reduces: the codec's reductions, 1 first.
+    size_px: (width, height). block_px: (width, height) of a block. origin_px: where block (0, 0) begins, see Plane.
+    reduces: the codec's reductions, 1 first; they divide the origin.
     """
 
     size_px: IntPair
     block_px: IntPair
+    origin_px: IntPair
     reduces: tuple[int, ...]
 
     def fetch(self, cells: Sequence[IntPair]) -> list[Any]:
@@ -99,8 +101,8 @@ class NativeSlide(BaseSlide):
         """See Slide.decode."""
         image, reduce = self.images[plane.level], plane.reduce
         block_w, block_h = image.block_px
-        width = min(block_w, image.size_px[0] - cell[0] * block_w)
-        height = min(block_h, image.size_px[1] - cell[1] * block_h)
+        width = min(block_w, image.size_px[0] - image.origin_px[0] - cell[0] * block_w)
+        height = min(block_h, image.size_px[1] - image.origin_px[1] - cell[1] * block_h)
         try:
             if reduce == 1 or (width == block_w and height == block_h):
                 pixels = image.decode(cell, data, reduce)
@@ -149,6 +151,7 @@ def _plane(level: int, image: NativeImage, reduce: int, downsample: FloatPair) -
         downsample=(downsample[0] * reduce, downsample[1] * reduce),
         size_px=(-(-width // reduce), -(-height // reduce)),
         block_px=(image.block_px[0] // reduce, image.block_px[1] // reduce),
+        origin_px=(image.origin_px[0] // reduce, image.origin_px[1] // reduce),
     )
 
 

@@ -48,6 +48,8 @@ MAX_WHOLE_BYTES, MAX_WHOLE_PX = 1 << 24, 1 << 24
 class NdpiImage:
     """One level of an NDPI file. Raises UnsupportedSlideError where its JPEG cannot be taken apart."""
 
+    origin_px: IntPair = (0, 0)
+
     def __init__(self, source: Source, directory: Directory) -> None:
         self._source = source
         self._directory = directory

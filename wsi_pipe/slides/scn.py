@@ -1,8 +1,8 @@
 """Leica SCN: a picture of tissue at an offset on a larger canvas, the collection, which other tools call the slide.
 
 The canvas and the offset are in nanometres. Level 0 is the canvas here too, so that coordinates are those of OpenSlide,
-and as there the picture begins at the whole pixel below its offset. Its tiles then do not lie on the canvas's grid: a
-block gathers the tiles under it, and tiles on the border of two blocks are decoded for both.
+and as there the picture begins at the whole pixel below its offset. The canvas is cut into blocks where the picture's
+own tiles lie, so that each is decoded once.
 """
 
 from __future__ import annotations
@@ -26,38 +26,32 @@ from wsi_pipe.slides.tiff_layout import TiffLayout, icc_profile, parse_xml, posi
 __all__ = ["SCN_NAMESPACE", "OffsetImage", "read_scn"]
 
 SCN_NAMESPACE = "http://www.leica-microsystems.com/scn/2010/10/01"
-BLOCK_PX = 2048
-"""Side of a block, about: 8 tiles of 256 px, so that some 25 % of tiles are decoded more than once."""
 
 
 class OffsetImage:
-    """A TIFF image at ``origin_px`` of a white canvas of ``size_px``."""
+    """A TIFF image at ``offset_px`` of a white canvas of ``size_px``; its tiles are blocks of the canvas."""
 
-    def __init__(self, image: TiffImage, origin_px: IntPair, size_px: IntPair) -> None:
+    def __init__(self, image: TiffImage, offset_px: IntPair, size_px: IntPair) -> None:
         self.image = image
-        self.origin_px = origin_px
+        self.offset_px = offset_px
         self.size_px = size_px
-        tile_w, tile_h = image.block_px
-        self.block_px = (tile_w * max(BLOCK_PX // tile_w, 1), tile_h * max(BLOCK_PX // tile_h, 1))
+        self.block_px = image.block_px
+        self.origin_px = (-(-offset_px[0] % image.block_px[0]), -(-offset_px[1] % image.block_px[1]))
         # A codec's reduction would begin at the picture's corner, which need not lie on the reduced canvas's grid.
         self.reduces: tuple[int, ...] = (1,)
 
-    def _tiles(self, cell: IntPair) -> list[IntPair]:
-        """The tiles (column, row) of the picture under a block of the canvas."""
-        ranges = []
-        for axis in (0, 1):
-            start = cell[axis] * self.block_px[axis] - self.origin_px[axis]
-            stop = min(start + self.block_px[axis], self.image.size_px[axis])
-            tile = self.image.block_px[axis]
-            ranges.append(range(max(start, 0) // tile, -(-stop // tile)))
-        return [(column, row) for row in ranges[1] for column in ranges[0]]
+    def _tile(self, cell: IntPair) -> IntPair:
+        """The picture's tile (column, row) that is a block of the canvas; one beyond its own where there is none."""
+        first = [(o - c) // b for o, c, b in zip(self.offset_px, self.origin_px, self.block_px, strict=True)]
+        return (cell[0] - first[0], cell[1] - first[1])
 
     def fetch(self, cells: Sequence[IntPair]) -> list[Any]:
         """See NativeImage.fetch."""
-        tiles = [self._tiles(cell) for cell in cells]
-        data = iter(self.image.fetch([tile for group in tiles for tile in group]))
-        found = [[(tile, part) for tile in group if (part := next(data)) is not None] for group in tiles]
-        return [group or None for group in found]
+        tiles = [self._tile(cell) for cell in cells]
+        columns, rows = (-(-s // b) for s, b in zip(self.image.size_px, self.block_px, strict=True))
+        there = [0 <= column < columns and 0 <= row < rows for column, row in tiles]
+        data = iter(self.image.fetch([tile for tile, yes in zip(tiles, there, strict=True) if yes]))
+        return [next(data) if yes else None for yes in there]
 
     def probe(self) -> None:
         """See ProbedImage.probe."""
@@ -65,13 +59,14 @@ class OffsetImage:
 
     def decode(self, cell: IntPair, data: Any, reduce: int) -> RGBArray:
         """See NativeImage.decode."""
+        tile = self._tile(cell)
+        width, height = (s - t * b for s, t, b in zip(self.image.size_px, tile, self.block_px, strict=True))
+        pixels = self.image.decode(tile, data, 1)
+        if width >= self.block_px[0] and height >= self.block_px[1]:
+            return pixels
+        # The rest of an edge tile, which holds anything, is canvas.
         out = np.full((self.block_px[1], self.block_px[0], 3), WHITE, np.uint8)
-        for (column, row), part in data:
-            x, y = column * self.image.block_px[0], row * self.image.block_px[1]
-            pixels = self.image.decode((column, row), part, 1)[: self.image.size_px[1] - y, : self.image.size_px[0] - x]
-            left = x + self.origin_px[0] - cell[0] * self.block_px[0]
-            top = y + self.origin_px[1] - cell[1] * self.block_px[1]
-            paste(out, pixels, left, top)
+        paste(out, pixels[:height, :width], 0, 0)
         return out
 
 
@@ -123,7 +118,7 @@ def read_scn(source: Source, directories: Sequence[Directory], text: str) -> Tif
         objective_power=main.objective,
         icc=icc_profile(first),
         associated={"macro": _directory(source, directories, macros[0].dimensions[0][0])} if macros else {},
-        bounds_l0=(*images[0].origin_px, *images[0].image.size_px),
+        bounds_l0=(*images[0].offset_px, *images[0].image.size_px),
     )
 
 

@@ -42,6 +42,8 @@ class TiffImage:
     Raises UnsupportedSlideError when anything about it is not understood.
     """
 
+    origin_px: IntPair = (0, 0)
+
     def __init__(self, source: Source, directory: Directory, *, size_px: IntPair | None = None) -> None:
         self._source = source
         self.directory = directory

@@ -68,14 +68,14 @@ def choose_cut(planes: tuple[Plane, ...], scale_l0: FloatPair, corners_l0: NDArr
             own = _power_of_two(plane.downsample)
             if own is not None and own < power and _aligned(corners_l0, plane):
                 shrink = 2 ** (power - own)
-                by_block = all(b % shrink == 0 for b in plane.block_px) and _aligned(corners_l0, plane, shrink)
+                by_block = _whole_boxes(plane, shrink) and _aligned(corners_l0, plane, shrink)
                 return Cut(plane, shrink, by_block, (1.0, 1.0))
     plane = _coarsest_fine_enough(planes, scale_l0)
     ratio = (scale_l0[0] / plane.downsample[0], scale_l0[1] / plane.downsample[1])
     # Far from the request, box means go first: they cost little, and what is left (2 to 4 sample pixels to a tile
     # pixel) still leaves the filter its shape.
     shrink = 2 ** max(math.floor(math.log2(min(ratio))) - 1, 0)
-    while shrink > 1 and any(b % shrink for b in plane.block_px):
+    while shrink > 1 and not _whole_boxes(plane, shrink):
         shrink //= 2
     return Cut(plane, shrink, True, (ratio[0] / shrink, ratio[1] / shrink))
 
@@ -97,6 +97,11 @@ def _meets(corners_l0: NDArray[np.float64], pixel_l0: FloatPair) -> NDArray[np.b
 
 def _aligned(corners_l0: NDArray[np.float64], plane: Plane, shrink: int = 1) -> bool:
     return bool(_meets(corners_l0, (plane.downsample[0] * shrink, plane.downsample[1] * shrink)).all())
+
+
+def _whole_boxes(plane: Plane, shrink: int) -> bool:
+    """Whether boxes of that side, laid from the plane's corner, never lie in two blocks."""
+    return all(length % shrink == 0 for length in (*plane.block_px, *plane.origin_px))
 
 
 def _power_of_two(scale: FloatPair) -> int | None:

@@ -141,6 +141,7 @@ class _Stream:
         plane = cut.plane
         by_block = cut.shrink if cut.by_block else 1
         self.block_px = (plane.block_px[0] // by_block, plane.block_px[1] // by_block)
+        self.block_origin = np.asarray(plane.origin_px, np.int64) // by_block
         self.resampler: Resampler | None = None
         if not cut.pixel_for_pixel:
             edge = (plane.size_px[0] / by_block, plane.size_px[1] / by_block)
@@ -166,7 +167,11 @@ class _Stream:
         self.group_start = np.concatenate([[0], np.cumsum(counts)]).tolist()
         # Shrunk, the last pixels of a plane may be parts of boxes; their missing part counts as white.
         plane_px = (-(-plane.size_px[0] // by_block), -(-plane.size_px[1] // by_block))
-        self.plan = plan_blocks(self.patch_corners, self.patch_px, self.block_px, plane_px, self.group_of_tile)
+        # From where the blocks begin, which may be before the plane does.
+        x, y = self.block_origin.tolist()
+        laid_px = (plane_px[0] - x, plane_px[1] - y)
+        corners_laid = self.patch_corners - self.block_origin
+        self.plan = plan_blocks(corners_laid, self.patch_px, self.block_px, laid_px, self.group_of_tile)
         # How many jobs must end before a group's blocks are all there.
         self.awaited = np.bincount([g for groups in self.plan.serves for g in groups], minlength=len(counts)).tolist()
         beyond = (self.patch_corners < 0) | (self.patch_corners + self.patch_px > plane_px)
@@ -243,7 +248,7 @@ class _Stream:
         cells = [(c, r) for c, r in plan.cells[begin:end].tolist()]
         first_tiles = plan.first_tile[begin:end].tolist()
         # Where each block lies in its first tile.
-        places = (plan.cells[begin:end] * self.block_px - self.patch_corners[plan.first_tile[begin:end]]).tolist()
+        places = self._places(slice(begin, end), plan.first_tile[begin:end])
         straight = (plan.uses[begin:end] == 1).tolist() if self.direct else [False] * len(cells)
         pixels = self.live[self._batch_of(self.group_start[job])]
         i = 0
@@ -323,6 +328,12 @@ class _Stream:
         x, y = (self.corners[tile] * np.asarray(self.cut.sample_l0)).tolist()
         return f"tile {tile} at level-0 x {x:.0f}, y {y:.0f}"
 
+    def _places(self, blocks: NDArray[np.int64] | slice, tiles: NDArray[np.int64] | int) -> list[list[int]]:
+        """Where the corner of each block lies (x, y) in the patch of each tile, or of the one tile."""
+        corners: NDArray[np.int64] = self.plan.cells[blocks] * self.block_px + self.block_origin
+        places: list[list[int]] = (corners - self.patch_corners[tiles]).tolist()
+        return places
+
     def _paste(self, block: RGBArray | None, place: Sequence[int], patch: RGBArray) -> None:
         """Copy what a block whose corner is at ``place`` (x, y) of a patch has of it; white where it is missing."""
         left, top = place
@@ -362,7 +373,7 @@ class _Stream:
             numbers = plan.tile_block[plan.tile_start[tile] : plan.tile_start[tile + 1]]
             if self.direct:
                 numbers = numbers[plan.uses[numbers] > 1]
-            places = (plan.cells[numbers] * self.block_px - self.patch_corners[tile]).tolist()
+            places = self._places(numbers, tile)
             for number, place in zip(numbers.tolist(), places, strict=True):
                 self._paste(self.shelf.get(number), place, patch)
             taken += numbers.tolist()

@@ -1,0 +1,50 @@
+"""Reading HDF5 files of earlier runs where HDF5 can do no harm: on damaged ones it may loop for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from wsi_pipe.errors import BagError, TaskTimeoutError, WorkerError
+from wsi_pipe.execute import run_bounded
+
+__all__ = ["problems_guarded", "read_guarded"]
+
+R = TypeVar("R")
+
+CPU_S = 10.0
+BYTES_PER_CPU_S = 10e6
+"""A tenth of what a slow core reads and checks: no sound file comes near."""
+
+
+def read_guarded(fn: Callable[[Path], R], path: Path) -> R:
+    """``fn(path)``, a function of ``wsi_pipe.bag``, in a long-lived child of this process, begun anew when it dies.
+
+    The path is made absolute: the child stays in the folder that this process was in when it began.
+    Raises what ``fn`` raises, and BagError where HDF5 does not return or crashes the child.
+    """
+    path = path.absolute()
+    try:
+        limit_s = CPU_S + path.stat().st_size / BYTES_PER_CPU_S
+    except OSError as error:
+        # Most files of a first run: no process is started for them.
+        raise BagError(f"{path}: {error.strerror}") from error
+    try:
+        try:
+            return run_bounded(fn, limit_s, path)
+        except WorkerError:
+            # It may have been killed for another's sake: what is wrong with the file happens again.
+            return run_bounded(fn, limit_s, path)
+    except TaskTimeoutError as error:
+        raise BagError(f"{path}: unreadable: HDF5 did not return within {limit_s:.0f} s of computing") from error
+    except WorkerError as error:
+        raise BagError(f"{path}: unreadable: HDF5 crashed ({error.message})") from error
+
+
+def problems_guarded(check: Callable[[Path], list[str]], path: Path) -> list[str]:
+    """What ``check_bag`` or ``check_feature_file`` says of a file, or that it cannot be read at all."""
+    try:
+        return read_guarded(check, path)
+    except BagError as error:
+        return [error.message.removeprefix(f"{path.absolute()}: ")]
