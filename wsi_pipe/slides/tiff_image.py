@@ -141,6 +141,11 @@ class TiffImage:
                     table = self._table = (offsets, counts)
         return table
 
+    def is_whole(self) -> bool:
+        """False where a tile is empty; reads the table of all tiles."""
+        offsets, counts = self.table()
+        return bool(offsets.all() and counts.all())
+
     def fetch(self, cells: Sequence[IntPair]) -> list[Any]:
         """Raw bytes of blocks, a tuple of one item a plane; None for a missing block. Raises SlideReadError."""
         offsets, counts = self.table()
