@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from wsi_pipe.config import ExtractSettings, JobSettings
 from wsi_pipe.encoders import load_encoder
 from wsi_pipe.encoders.base import EncoderInfo, check_finite
 from wsi_pipe.errors import ConfigError, DeviceError, EncoderOutputError, ResolutionError, SlideReadError
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_features
 from wsi_pipe.extract.lines import ByteQueue, StoppedError
 from wsi_pipe.geometry import TileGrid, TileSpec
+from wsi_pipe.job.run import load_encoders
 from wsi_pipe.slides.array import ArraySlide
 from wsi_pipe.tiles import TileBatch, read_tiles
 
@@ -341,6 +343,23 @@ def test_an_encoder_that_states_a_wrong_dimension_fails_the_slide() -> None:
 def test_bad_options_stop_before_any_work(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         extract_features([item("a", 1, 2)], {"sums": Sums()}, **options)
+
+
+def test_two_encoders_of_one_slug_stop_before_any_work() -> None:
+    one, two = Sums(), Sums()
+    with pytest.raises(ConfigError, match=r"encoders fold1/lr\.safetensors and fold2/lr\.s.* 'sums' .*rename"):
+        extract_features([], {"fold1/lr.safetensors": one, "fold2/lr.safetensors": two})
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [("fold1/lr.safetensors", "fold2/lr.safetensors"), ("uni", "UNI"), ("uni", "UNI_v1"), ("a@/x/w.pt", "a@/y/w.pt")],
+)
+def test_a_job_s_encoders_of_one_slug_stop_before_any_is_loaded(pair: tuple[str, str]) -> None:
+    for encoders in ({"*": pair}, {"5x": pair[:1], "20x": pair[1:]}):
+        with pytest.raises(ConfigError, match="called") as caught:
+            load_encoders(JobSettings(extract=ExtractSettings(encoders=encoders)))
+        assert all(name in str(caught.value) for name in pair)
 
 
 def test_an_encoder_that_is_not_loaded_is_named() -> None:

@@ -12,8 +12,9 @@ import torch
 
 from wsi_pipe.encoders import hub
 from wsi_pipe.encoders.architectures import PooledNetwork, build, build_unfilled, timm_recipe
-from wsi_pipe.encoders.base import EncoderInfo, encoder_slug
+from wsi_pipe.encoders.base import EncoderInfo
 from wsi_pipe.encoders.devices import resolve_devices
+from wsi_pipe.encoders.naming import is_lr_file, slug_of
 from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.encoders.registry import RegistryEntry, find_entry
 from wsi_pipe.encoders.torch_encoder import ReplicatedEncoder, TorchEncoder
@@ -61,8 +62,7 @@ def load_torch_encoder(
     """See ``wsi_pipe.encoders.load_encoder``; everything but "texture"."""
     devices = resolve_devices(device)
     base, at, checkpoint = name.partition("@")
-    # A folder's name may hold an "@" too.
-    distilled = name.endswith(".safetensors") and not base.startswith("timm:") and (not at or Path(name).is_file())
+    distilled = is_lr_file(name)
     if at and not checkpoint:
         raise ConfigError(f"encoder {name!r} names no file after '@'", remedy=f"write {base}@FILE")
     preferred = "auto"
@@ -111,9 +111,7 @@ def _resized(recipe: Recipe, input_px: int) -> Recipe:
 
 def _from_timm(model: str, name: str) -> tuple[Recipe, EncoderInfo, _Source]:
     recipe, facts = timm_recipe(model)
-    info = EncoderInfo(
-        name, _slug(f"timm:{model}", name), recipe.dim, "", facts["licence"], input_px=recipe.preprocessing.input_px
-    )
+    info = EncoderInfo(name, slug_of(name), recipe.dim, "", facts["licence"], input_px=recipe.preprocessing.input_px)
     classifier = facts["classifier"]
     heads = [classifier] if isinstance(classifier, str) else list(classifier or ())
     return recipe, info, _Source(
@@ -123,16 +121,8 @@ def _from_timm(model: str, name: str) -> tuple[Recipe, EncoderInfo, _Source]:
     )  # fmt: skip
 
 
-def _slug(base: str, name: str) -> str:
-    """The name in paths: of own weights their file's name alone, so that moving the file changes nothing."""
-    checkpoint = name.partition("@")[2]
-    return encoder_slug(f"{base}@{Path(checkpoint).stem}" if checkpoint else base)
-
-
 def _from_registry(entry: RegistryEntry, name: str) -> tuple[Recipe, EncoderInfo, _Source]:
-    # An alias gives the same slug as the name, so that one encoder has one place in a bag.
-    slug = _slug(entry.name, name)
-    info = EncoderInfo(name, slug, entry.dim, "", entry.licence, input_px=entry.input_px, mpp=entry.mpp)
+    info = EncoderInfo(name, slug_of(name), entry.dim, "", entry.licence, input_px=entry.input_px, mpp=entry.mpp)
     return entry.recipe, info, _Source(
         path=entry.local_file,
         hub_id=entry.hub_id,
