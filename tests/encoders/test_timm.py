@@ -234,6 +234,75 @@ def small_encoder(room: int) -> tuple[TorchEncoder, Small]:
     return TorchEncoder(PooledNetwork(small, "model"), recipe, info, device=CPU, precision="float32"), small
 
 
+class Failing(nn.Module):
+    """A trunk whose device fails with these words."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words = words
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise RuntimeError(self.words)
+
+
+def failing(words: str) -> TorchEncoder:
+    _, recipe, info = network()
+    return TorchEncoder(PooledNetwork(Failing(words), "model"), recipe, info, device=CPU, precision="float32")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported",
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`",
+    ],
+)
+def test_a_device_that_fails_in_a_launch_is_a_device_error(words: str, tiles: NDArray[np.uint8]) -> None:
+    with pytest.raises(DeviceError) as caught:
+        failing(words).submit(tiles)
+    assert str(caught.value) == f"cpu failed: {words.splitlines()[0]}; check the device and its driver, then run again"
+
+
+def test_errors_that_are_not_the_device_s_stay_what_they_are(tiles: NDArray[np.uint8]) -> None:
+    with pytest.raises(RuntimeError, match="must match") as caught:
+        failing("The size of tensor a (3) must match the size of tensor b (4)").encode(tiles)
+    assert not isinstance(caught.value, DeviceError)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+    ],
+)
+def test_libraries_without_memory_are_out_of_memory(words: str, tiles: NDArray[np.uint8]) -> None:
+    encoder = failing(words)
+    with pytest.raises(DeviceError, match="out of memory with encoder test on a single tile"):
+        encoder.encode(tiles)
+    assert encoder.batch_limit == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("CUDA error: device-side assert triggered", "cpu failed: CUDA error: device-side assert triggered"),
+        ("CUDA error: out of memory", "encoder test does not fit into the memory of cpu"),
+    ],
+)
+def test_a_device_that_fails_while_weights_are_moved(words: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, recipe, info = network()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(made, "to", refuse)
+    with pytest.raises(DeviceError, match=said):
+        TorchEncoder(made, recipe, info, device=CPU, precision="float32")
+
+
 def test_a_batch_that_does_not_fit_is_halved_and_no_tile_lost(tiles: NDArray[np.uint8]) -> None:
     full = TorchEncoder(*network(), device=CPU, precision="float32").encode(tiles)
     encoder, small = small_encoder(5)

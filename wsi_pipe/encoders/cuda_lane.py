@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wsi_pipe.encoders.base import LayerFeatures, TileArray
-from wsi_pipe.errors import DeviceError
+from wsi_pipe.encoders.devices import device_errors
 
 __all__ = ["Arriving", "CudaLane", "Tokens"]
 
@@ -31,13 +31,8 @@ class Arriving:
     def wait(self) -> LayerFeatures:
         """Wait until they are there. Raises DeviceError when the device failed on the way."""
         if self._event is not None:
-            try:
+            with device_errors(self._device, all_of_them=True):
                 self._event.synchronize()
-            except RuntimeError as error:
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise DeviceError(
-                    f"{self._device} failed: {first}", remedy="check the device and its driver, then run again"
-                ) from error
         rows = self._rows
         return LayerFeatures(
             self._features[:rows].numpy(),

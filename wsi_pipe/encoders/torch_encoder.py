@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wsi_pipe.encoders.architectures import PooledNetwork
 from wsi_pipe.encoders.base import EncoderInfo, FeatureArray, LayerFeatures, TileArray, block_indices, check_finite
 from wsi_pipe.encoders.cuda_lane import Arriving, CudaLane, Tokens
-from wsi_pipe.encoders.devices import PRECISIONS, is_out_of_memory, resolve_precision
+from wsi_pipe.encoders.devices import PRECISIONS, device_errors, is_out_of_memory, resolve_precision
 from wsi_pipe.encoders.pixels import Normaliser, normalise
 from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.errors import ConfigError, DeviceError
@@ -91,7 +91,7 @@ class TorchEncoder:
     precisions run the matrix products in it and keep norms and the residual stream in float32. compile: run the
     network through torch.compile; batches are then filled up to one size, since each new size compiles anew.
 
-    Raises ConfigError for a precision that the device has not, DeviceError when the weights do not fit on it.
+    Raises ConfigError for a precision that the device has not, DeviceError when the weights do not fit on it or it fails.
     """
 
     def __init__(
@@ -113,21 +113,22 @@ class TorchEncoder:
         if self._dtype != torch.float32:
             to_mixed_precision(network, self._dtype)
         try:
-            self.network: PooledNetwork = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            with device_errors(device):
+                self.network: PooledNetwork = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+                self._cuda = CudaLane(device) if device.type == "cuda" else None
+                self._normalise = Normaliser(recipe.preprocessing, device)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if isinstance(error, DeviceError) or not is_out_of_memory(error):
                 raise
             raise DeviceError(
                 f"encoder {info.name} does not fit into the memory of {device}", remedy="use a smaller encoder or cpu"
             ) from error
-        self._normalise = Normaliser(recipe.preprocessing, device)
         self._compile = compile
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.network) if compile else self.network
         self._limit: int | None = None
         self._suggested: dict[int, int] = {}
         self._largest = 0
         self._lock = threading.Lock()
-        self._cuda = CudaLane(device) if device.type == "cuda" else None
 
     @property
     def depth(self) -> int:
@@ -245,7 +246,8 @@ class TorchEncoder:
         By the time that this returns, the error is gone and with it what its traceback held in memory.
         """
         try:
-            return self._launch_one(tiles, wanted)
+            with device_errors(self.device):
+                return self._launch_one(tiles, wanted)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 return None
@@ -255,7 +257,8 @@ class TorchEncoder:
 
     def _free(self) -> None:
         if self._cuda is not None:
-            torch.cuda.empty_cache()
+            with device_errors(self.device):
+                torch.cuda.empty_cache()
 
     def _empty(self, wanted: _Wanted) -> Arriving:
         none = torch.empty((0, self.info.dim))
