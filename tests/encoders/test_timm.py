@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wsi_pipe.encoders import hub, load_encoder
+from wsi_pipe.encoders import hub, load_encoder, loading
 from wsi_pipe.encoders.architectures import PooledNetwork, build, timm_recipe
 from wsi_pipe.encoders.base import Encoder, EncoderInfo, LayeredEncoder, NonFiniteFeaturesError
 from wsi_pipe.encoders.cuda_lane import Arriving, CudaLane
-from wsi_pipe.encoders.devices import cpu_has_bfloat16, resolve_devices, resolve_precision
+from wsi_pipe.encoders.devices import cpu_has_bfloat16, resolve_devices, resolve_precision, shared_precision
 from wsi_pipe.encoders.pixels import Normaliser, normalise, resize_matrix
 from wsi_pipe.encoders.recipe import Preprocessing, Recipe
 from wsi_pipe.encoders.torch_encoder import ReplicatedEncoder, TorchEncoder
@@ -154,6 +154,60 @@ def test_half_precision_is_close_and_keeps_norms_in_float32(tiles: NDArray[np.ui
     own = {type(m).__name__: [p.dtype for p in m.parameters(recurse=False)] for m in half.network.modules()}
     assert set(own["Linear"]) == {torch.bfloat16}
     assert {dtype for name, dtypes in own.items() if "Norm" in name for dtype in dtypes} == {torch.float32}
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Compute capabilities of GPUs that torch is made to believe in; to be filled."""
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: made[torch.device(device).index])
+    return made
+
+
+A100, T4 = (8, 0), (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "others", "preferred", "expected"),
+    [
+        ([A100], 0, "auto", "bfloat16"),
+        ([A100], 0, "float16", "float16"),
+        ([T4], 0, "bfloat16", "float16"),
+        ([T4], 0, "float32", "float32"),
+        ([A100, T4], 0, "auto", "float16"),
+        ([A100, T4], 0, "bfloat16", "float16"),
+        ([A100], 1, "float16", "float32"),
+        ([T4], 1, "auto", "float32"),
+        ([], 1, "bfloat16", "float32"),
+    ],
+)
+def test_replicas_share_one_precision_that_all_devices_have(
+    gpus: list[Any], monkeypatch: Any, capabilities: list[Any], others: int, preferred: str, expected: str
+) -> None:
+    monkeypatch.setattr("wsi_pipe.encoders.devices.cpu_has_bfloat16", lambda: False)
+    gpus += capabilities
+    devices = [torch.device("cuda", i) for i in range(len(gpus))] + [CPU] * others
+    assert shared_precision("auto", preferred, devices) == expected
+
+
+def test_a_precision_that_is_asked_for_must_be_had_by_all_devices(gpus: list[Any]) -> None:
+    gpus.append(T4)
+    devices = [torch.device("cuda", 0), CPU]
+    assert shared_precision("bfloat16", "float16", devices) == "bfloat16"
+    with pytest.raises(ConfigError, match="float16 does not run on a CPU"):
+        shared_precision("float16", "auto", devices)
+
+
+def test_an_encoder_of_the_table_gets_the_precision_that_its_gpu_has(
+    gpus: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus.append(T4)
+    asked: list[str] = []
+    monkeypatch.setattr(loading, "resolve_devices", lambda device: [torch.device("cuda", 0)])
+    monkeypatch.setattr(loading, "_network", lambda *_, **__: (None, ""))
+    monkeypatch.setattr(loading, "TorchEncoder", lambda *_, precision, **__: asked.append(precision))
+    load_encoder("uni2-h", device="cuda:0")
+    assert asked == ["float16"]
 
 
 def test_precision_words() -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "is_out_of_memory",
     "resolve_devices",
     "resolve_precision",
+    "shared_precision",
 ]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,6 +91,27 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if device.type == "cpu":
         return "bfloat16" if cpu_has_bfloat16() else "float32"
     return "float16"
+
+
+def shared_precision(asked: str, preferred: str, devices: Sequence[torch.device]) -> str:
+    """The one precision of an encoder's replicas on ``devices``, so that a feature does not depend on its replica.
+
+    asked: what the user wants, "auto" or a precision, which each device must have. preferred: what the encoder's table
+    names, a wish that counts on GPUs alone and only where all devices have hardware for it. Raises as
+    ``resolve_precision`` does.
+    """
+    if asked != "auto":
+        for device in devices:
+            resolve_precision(asked, device)
+        return asked
+    own = [resolve_precision("auto", device) for device in devices]
+    if preferred != "auto" and all(device.type == "cuda" for device in devices):
+        # Every GPU multiplies float16 and float32; bfloat16 only those for which "auto" takes it.
+        return preferred if preferred != "bfloat16" or set(own) == {"bfloat16"} else "float16"
+    if len(set(own)) == 1:
+        return own[0]
+    # Of unlike GPUs all have float16; with a CPU among them nothing but float32 is sure.
+    return "float32" if any(device.type == "cpu" for device in devices) else "float16"
 
 
 _FULL = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")

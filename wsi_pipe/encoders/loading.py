@@ -13,7 +13,7 @@ import torch
 from wsi_pipe.encoders import hub
 from wsi_pipe.encoders.architectures import PooledNetwork, build, build_unfilled, timm_recipe
 from wsi_pipe.encoders.base import EncoderInfo
-from wsi_pipe.encoders.devices import resolve_devices
+from wsi_pipe.encoders.devices import resolve_devices, shared_precision
 from wsi_pipe.encoders.naming import is_lr_file, slug_of
 from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.encoders.registry import RegistryEntry, find_entry
@@ -89,7 +89,7 @@ def load_torch_encoder(
             recipe = _resized(recipe, input_px)
         network, weights = _network(recipe, info, source, random_weights=random_weights, input_px=input_px)
         info = dataclasses.replace(info, weights_sha256=weights, input_px=recipe.preprocessing.input_px)
-    precision = preferred if precision == "auto" and devices[0].type == "cuda" else precision
+    precision = shared_precision(precision, preferred, devices)
     replicas = []
     for place in devices:
         # Each replica needs weights of its own; the last may have the network itself.
