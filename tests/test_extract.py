@@ -18,6 +18,7 @@ from wsi_pipe.errors import ConfigError, DeviceError, EncoderOutputError, Resolu
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_features
 from wsi_pipe.extract.lines import ByteQueue, StoppedError
 from wsi_pipe.geometry import TileGrid, TileSpec
+from wsi_pipe.job.fingerprints import features_fingerprint
 from wsi_pipe.job.run import load_encoders
 from wsi_pipe.slides.array import ArraySlide
 from wsi_pipe.tiles import TileBatch, read_tiles
@@ -430,3 +431,22 @@ def test_layers_come_beside_the_features(vit: Any) -> None:
 
 def test_tile_batches_are_what_the_engine_expects() -> None:
     assert {"pixels", "index"} <= set(TileBatch.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("uni", "UNI", "UNI_v1"),
+        ("/old/lr.safetensors", "new/lr.safetensors"),
+        ("timm:test_vit@/old/w.pt", "timm:test_vit@w.pt"),
+        ("uni@/a/w.pt", "UNI@w.pt"),
+    ],
+)
+def test_features_stay_valid_under_an_alias_and_when_a_file_is_moved(names: tuple[str, ...]) -> None:
+    def stamp(name: str, **other: Any) -> str:
+        facts = {"weights_sha256": "0" * 64, "precision": "float32", "transform": {}, "dim": 8, "layers": ()} | other
+        return features_fingerprint("grid", "auto", encoder=name, dtype="float16", **facts)  # type: ignore[arg-type]
+
+    assert len({stamp(name) for name in names}) == 1
+    assert stamp(names[0]) != stamp(names[0], weights_sha256="1" * 64)
+    assert stamp(names[0]) != stamp("phikon")

@@ -747,3 +747,11 @@ def test_weights_lie_in_the_folder_or_the_cache(tmp_path: Path, monkeypatch: pyt
     assert hub.find_local("uni", "MahmoodLab/UNI", ["pytorch_model.bin"]) == tmp_path / "uni" / "pytorch_model.bin"
     (tmp_path / "uni.safetensors").write_bytes(b"3")
     assert hub.find_local("uni", "MahmoodLab/UNI", ["pytorch_model.bin"]) == tmp_path / "uni.safetensors"
+
+
+def test_an_alias_finds_the_weights_that_lie_under_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WSI_PIPE_WEIGHTS", str(tmp_path))
+    (tmp_path / "uni.safetensors").write_bytes(b"damaged")
+    for name in ("uni", "UNI", "UNI_v1"):
+        with pytest.raises(WeightsError, match=r"uni\.safetensors"):
+            load_encoder(name, device="cpu")

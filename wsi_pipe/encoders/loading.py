@@ -36,9 +36,11 @@ __all__ = ["build_random", "check_dimension", "load_torch_encoder", "normalised_
 class _Source:
     """Where an encoder's weights come from and how they are read.
 
-    path: an own checkpoint. The rest as in RegistryEntry.
+    path: an own checkpoint. known_as: the name under which weights lie in a folder, the table's where an alias was
+    given. The rest as in RegistryEntry.
     """
 
+    known_as: str
     path: Path | None = None
     hub_id: str = ""
     hub_type: str = "model"
@@ -115,6 +117,7 @@ def _from_timm(model: str, name: str) -> tuple[Recipe, EncoderInfo, _Source]:
     classifier = facts["classifier"]
     heads = [classifier] if isinstance(classifier, str) else list(classifier or ())
     return recipe, info, _Source(
+        known_as=f"timm:{model}",
         hub_id=facts["hub_id"],
         files=(facts["file"],) if facts["file"] else ("model.safetensors", "pytorch_model.bin"),
         ignore=tuple(rf"{head.replace('.', chr(92) + '.')}\..*" for head in heads),
@@ -124,6 +127,7 @@ def _from_timm(model: str, name: str) -> tuple[Recipe, EncoderInfo, _Source]:
 def _from_registry(entry: RegistryEntry, name: str) -> tuple[Recipe, EncoderInfo, _Source]:
     info = EncoderInfo(name, slug_of(name), entry.dim, "", entry.licence, input_px=entry.input_px, mpp=entry.mpp)
     return entry.recipe, info, _Source(
+        known_as=entry.name,
         path=entry.local_file,
         hub_id=entry.hub_id,
         hub_type=entry.hub_type,
@@ -143,7 +147,9 @@ def _network(
     name = info.name
     if random_weights:
         return build_random(recipe, info.slug, input_px=input_px), random_weights_id(info.slug)
-    path = source.path or hub.download(name, source.hub_id, source.files, gated=source.gated, repo_type=source.hub_type)
+    path = source.path or hub.download(
+        source.known_as, source.hub_id, source.files, gated=source.gated, repo_type=source.hub_type
+    )
     network = build_unfilled(recipe, name=name, input_px=input_px)
     state = normalised_state(network, read_state(path, source.nested), name, str(path), source.prefix, source.keys)
     load_into(network.trunk, state, name, str(path), ignore=source.ignore)
