@@ -353,6 +353,17 @@ def test_philips_levels_end_where_the_description_says(tmp_path: Path, picture: 
         assert slide.associated_images()["macro"].shape == (64, 96, 3)
 
 
+def test_a_philips_level_that_is_described_larger_than_it_is_stored_is_declined(
+    tmp_path: Path, picture: Picture
+) -> None:
+    # The description says that the level is half the size of level 0; it is a quarter.
+    quarter = cv2.resize(np.pad(picture, ((0, 238), (0, 68), (0, 0))), (192, 192)).astype(np.uint8)
+    spacing = (0.00025, 0.00025)
+    path = philips_file(tmp_path / "slide.tiff", picture, quarter, [spacing, (2 * spacing[0], 2 * spacing[1])])
+    with pytest.raises(UnsupportedSlideError, match="384 x 384 px are described, 256 x 256 px are stored"):
+        open_tiff(path)
+
+
 def test_philips_without_a_spacing_for_each_level_is_declined(tmp_path: Path, picture: Picture, half: Picture) -> None:
     path = philips_file(tmp_path / "slide.tiff", picture, half, [(0.000227, 0.000227)])
     with pytest.raises(UnsupportedSlideError, match="pixel spacings"):

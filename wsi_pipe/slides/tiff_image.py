@@ -60,6 +60,11 @@ class TiffImage:
                 f"{self._name}: {stored[0]} x {stored[1]} px in tiles of {self.block_px[0]} x {self.block_px[1]} px "
                 "is out of bounds"
             )
+        if self.size_px[0] > stored[0] or self.size_px[1] > stored[1]:
+            raise UnsupportedSlideError(
+                f"{self._name}: {self.size_px[0]} x {self.size_px[1]} px are described, "
+                f"{stored[0]} x {stored[1]} px are stored"
+            )
         self._stored_px = stored
         self._grid = (-(-stored[0] // self.block_px[0]), -(-stored[1] // self.block_px[1]))
         self._check_pixels()
