@@ -185,10 +185,15 @@ def block_indices(layers: Sequence[int], depth: int, name: str) -> list[int]:
 
 
 def check_finite(features: FeatureArray, name: str, whole: LayerFeatures | None = None) -> FeatureArray:
-    """``features`` (B, D) themselves when all are finite; raises NonFiniteFeaturesError with the bad rows otherwise."""
+    """``features`` (B, D) themselves when all are finite, and the CLS tokens of ``whole`` with them.
+
+    Raises NonFiniteFeaturesError with the bad rows otherwise.
+    """
     # One pass over the sums is enough to find out: a NaN or an infinity survives addition, and finite float32
     # values cannot overflow a float64 sum.
     sums = features.sum(axis=1, dtype=np.float64)
+    for cls in () if whole is None else whole.cls.values():
+        sums = sums + cls.sum(axis=1, dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(sums))
     if bad.size:
         raise NonFiniteFeaturesError(

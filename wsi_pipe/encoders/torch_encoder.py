@@ -91,7 +91,7 @@ class TorchEncoder:
     precisions run the matrix products in it and keep norms and the residual stream in float32. compile: run the
     network through torch.compile; batches are then filled up to one size, since each new size compiles anew.
 
-    Raises ConfigError for a precision that the device has not, DeviceError when the weights do not fit on it or it fails.
+    Raises ConfigError for a precision that the device has not, DeviceError when it fails or the weights do not fit.
     """
 
     def __init__(
