@@ -717,6 +717,24 @@ def test_a_file_that_the_hub_has_not_and_a_server_that_fails(monkeypatch: pytest
         load_encoder("phikon", device="cpu")
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_answers_with_an_error_can_be_reached(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import errors
+
+    def download(*_: Any, **__: Any) -> str:
+        # As hf_hub_download wraps whatever its first question ended with.
+        cause = errors.HfHubHTTPError(f"{status} Server Error", response=_response(status))
+        raise errors.LocalEntryNotFoundError("cannot find the requested files in the local cache") from cause
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(
+        WeightsError, match=f"cannot be downloaded from .*: {status} Server Error; try again later"
+    ) as error:
+        load_encoder("phikon", device="cpu")
+    assert "HF_HUB_OFFLINE" not in str(error.value)
+
+
 def test_timms_own_weights_from_the_cache_without_their_head(tmp_path: Path, tiles: NDArray[np.uint8]) -> None:
     made, recipe, info = network()
     _, facts = timm_recipe("test_vit")
