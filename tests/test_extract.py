@@ -314,6 +314,38 @@ def test_a_finished_slide_does_not_wait_for_the_next_to_be_read() -> None:
     assert isinstance(second, SlideFeatures)
 
 
+def test_the_next_tiles_do_not_wait_for_a_batch_that_is_under_way() -> None:
+    first, second = threading.Event(), threading.Event()
+
+    class Late:
+        """Features that are there only when another batch has been submitted."""
+
+        def __init__(self, values: NDArray[np.float32]) -> None:
+            self.values = values
+
+        @property
+        def ready(self) -> bool:
+            return second.is_set()
+
+        def result(self) -> NDArray[np.float32]:
+            assert second.wait(5), "waited for the first batch while the second was on its way"
+            return self.values
+
+    class Busy(Sums):
+        def submit(self, tiles: NDArray[np.uint8]) -> Any:
+            (second if first.is_set() else first).set()
+            return Late(sums(tiles))
+
+    def opening() -> ArraySlide:
+        assert first.wait(30)
+        return slide(2, 8)
+
+    late = ExtractItem("late", opening, [row_of_tiles(8)], {"5x": ["sums"]})
+    results = run([item("early", 1, 8), late], {"sums": Busy(in_flight=3)})
+    for name, seed in (("early", 1), ("late", 2)):
+        np.testing.assert_array_equal(results[name].features["5x"]["sums"], expected(seed, 8))
+
+
 def test_progress_counts_every_tile() -> None:
     seen: list[tuple[str, str, int]] = []
     run([item("a", 1, 5), item("b", 2, 12)], {"sums": Sums()}, progress=lambda *step: seen.append(step))

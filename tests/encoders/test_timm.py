@@ -249,6 +249,12 @@ def test_compiled_batches_are_filled_up(tiles: NDArray[np.uint8], monkeypatch: p
     encoder.encode(tiles)
     assert cosine(encoder.encode(tiles[:5]), plain) > 0.9999
     assert seen == [16, 16]
+    # Layers come from the network as it is: nothing is filled up for it.
+    whole: list[int] = []
+    inner = encoder.network.forward_layers
+    monkeypatch.setattr(encoder.network, "forward_layers", lambda x, b: (whole.append(len(x)), inner(x, b))[1])
+    assert encoder.encode_layers(tiles[:5], [0]).features.shape[0] == 5
+    assert whole == [5]
 
 
 def test_a_compiler_that_fails_says_what_to_do(tiles: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +456,7 @@ class Clock:
         self.ended = False
         self.log: list[str] = []
 
-    def event(self) -> Any:
+    def event(self, blocking: bool = False) -> Any:
         clock = self
 
         class Event:
@@ -458,6 +464,8 @@ class Clock:
 
             def record(self, stream: Any) -> None:
                 self.recorded = True
+                # A thread that waits must not spin; the side stream's event is never waited for.
+                assert blocking == (stream != "side")
                 clock.log.append(f"record {stream}")
 
             def query(self) -> bool:
@@ -501,10 +509,44 @@ def test_a_pinned_buffer_is_not_written_to_while_it_is_copied(clock: Clock, tile
     third = lane.run(tiles[8:11], 3, compute)
     assert len(lane.staging) == 2
     for pending, rows in ((first, tiles[:4]), (second, tiles[4:8]), (third, tiles[8:11])):
-        np.testing.assert_allclose(pending.wait().features, rows.mean((1, 2)), rtol=1e-5)
+        before = len(clock.log)
+        arrived = pending.wait()
+        # Nothing is read before its own event has come.
+        assert clock.log[before:] == ["synchronize"]
+        np.testing.assert_allclose(arrived.features, rows.mean((1, 2)), rtol=1e-5)
     # Each batch: the side stream's copy is recorded, the main stream waits for it and keeps the memory, then computes.
-    assert [word.split()[0] for word in clock.log[:4]] == ["record", "wait", "keep", "record"]
-    assert clock.log[0] == "record side"
+    steps = [word.split()[0] for word in clock.log]
+    assert steps == ["record", "wait", "keep", "record"] * 3 + ["synchronize"] * 3
+    assert clock.log[0:12:4] == ["record side"] * 3
+    assert all(word != "record side" for word in clock.log[3:12:4])
+
+
+def test_results_are_ready_when_their_event_has_come(clock: Clock, tiles: NDArray[np.uint8]) -> None:
+    encoder = TorchEncoder(*network(), device=CPU, precision="float32")
+    assert encoder.submit(tiles).ready
+    encoder._cuda = CudaLane(CPU)
+    pending = encoder.submit(tiles)
+    assert not pending.ready
+    assert "synchronize" not in clock.log
+    clock.ended = True
+    assert pending.ready
+    assert pending.result().shape == (len(tiles), encoder.info.dim)
+    assert "synchronize" in clock.log
+
+
+def test_float32_is_computed_in_float32(clock: Clock, tiles: NDArray[np.uint8]) -> None:
+    allowed: list[bool] = []
+
+    class Watched(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            allowed.append(torch.backends.cudnn.allow_tf32)
+            return images.mean((2, 3))
+
+    before = torch.backends.cudnn.allow_tf32
+    _, recipe, info = network()
+    TorchEncoder(PooledNetwork(Watched(), "model"), recipe, info, device=CPU, precision="float32").encode(tiles)
+    assert allowed == [False]
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_larger_batches_replace_smaller_buffers(clock: Clock, tiles: NDArray[np.uint8]) -> None:
@@ -526,7 +568,7 @@ def test_a_gpu_that_fails_is_a_device_error(clock: Clock, tiles: NDArray[np.uint
         arriving.wait()
 
 
-def test_an_encoder_on_a_gpu_shares_batches_and_tries_sizes(clock: Clock, tiles: NDArray[np.uint8]) -> None:
+def test_an_encoder_on_a_gpu_shares_batches_and_gives_the_same(clock: Clock, tiles: NDArray[np.uint8]) -> None:
     encoder = TorchEncoder(*network(), device=CPU, precision="float32")
     plain = encoder.encode(tiles)
     encoder._cuda = CudaLane(CPU)
@@ -535,7 +577,6 @@ def test_an_encoder_on_a_gpu_shares_batches_and_tries_sizes(clock: Clock, tiles:
     np.testing.assert_allclose(encoder.encode(tiles), plain, atol=1e-5)
     layered = encoder.encode_layers(tiles, [0, -1])
     np.testing.assert_allclose(layered.features, plain, atol=1e-5)
-    assert encoder.suggest_batch(32) in (1, 16, 32, 64, 128, 256, 512)
 
 
 def test_the_trial_stops_where_memory_ends(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,6 +588,7 @@ def test_the_trial_stops_where_memory_ends(clock: Clock, monkeypatch: pytest.Mon
     assert small.tried == [16, 16, 16, 32, 32, 32, 64]
     assert encoder.suggest_batch(32) == 32
     assert len(small.tried) == 7
+    assert encoder._cuda.staging == []
 
 
 def test_the_trial_takes_the_smallest_of_equals(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

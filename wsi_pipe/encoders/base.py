@@ -105,7 +105,10 @@ class NonFiniteFeaturesError(EncoderOutputError):
 
 @runtime_checkable
 class PendingFeatures(Protocol):
-    """Features under way on a device."""
+    """Features under way on a device.
+
+    It may have ``ready`` (bool): False while ``result`` would wait. Without it, results are taken for ready.
+    """
 
     def result(self) -> FeatureArray:
         """Wait; float32 (B, D)."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -57,6 +58,11 @@ class _Result:
     def __init__(self, name: str, parts: list[Arriving]) -> None:
         self._name = name
         self._parts = parts
+
+    @property
+    def ready(self) -> bool:
+        """True where ``result`` need not wait for the device."""
+        return all(part.ready for part in self._parts)
 
     def _whole(self) -> LayerFeatures:
         parts = [part.wait() for part in self._parts]
@@ -190,6 +196,9 @@ class TorchEncoder:
             return self._fastest(tile_px)
         finally:
             self._compile, self._forward = compiled, forward
+            if self._cuda is not None:
+                # The largest that was tried may be many times the one that was taken.
+                self._cuda.release()
 
     def _fastest(self, tile_px: int) -> int:
         speeds: dict[int, float] = {}
@@ -267,7 +276,7 @@ class TorchEncoder:
 
     def _launch_one(self, tiles: TileArray, wanted: _Wanted) -> Arriving:
         rows = len(tiles)
-        if self._compile:
+        if self._compile and not wanted.layers:  # layers come from the network as it is, which takes any size
             tiles = self._filled(tiles)
         if self._cuda is not None:
             with torch.inference_mode():
@@ -289,17 +298,28 @@ class TorchEncoder:
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D), not waited for, of normalised images (B, 3, S, S) that lie on the device."""
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), self._numbers():
             return self._forward(images)
 
-    def _autocast(self) -> torch.autocast:
-        half = self._dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self._dtype if half else None, enabled=half)
+    @contextmanager
+    def _numbers(self) -> Iterator[None]:
+        """Compute in the encoder's precision inside."""
+        if self._dtype != torch.float32:
+            with torch.autocast(self.device.type, dtype=self._dtype):
+                yield
+            return
+        # By torch's default a GPU's convolutions round float32 to TF32's 10 bits, less than float32 promises.
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
 
     def _compute(self, tiles: Tensor, wanted: _Wanted) -> tuple[Tensor, list[Tokens]]:
         """Features float32 (B, D), and the wanted tokens, of uint8 tiles on the device."""
         images = self._normalise(tiles)
-        with self._autocast():
+        with self._numbers():
             if not wanted.layers:
                 return self._forward(images).float(), []
             blocks = block_indices(wanted.layers, self.depth, self.info.name)
