@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from wsi_pipe.config import ExtractSettings, JobSettings
 from wsi_pipe.encoders import load_encoder
 from wsi_pipe.encoders.base import EncoderInfo, check_finite
 from wsi_pipe.errors import ConfigError, DeviceError, EncoderOutputError, ResolutionError, SlideReadError
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_features
 from wsi_pipe.extract.lines import ByteQueue, StoppedError
 from wsi_pipe.geometry import TileGrid, TileSpec
+from wsi_pipe.job.fingerprints import features_fingerprint
+from wsi_pipe.job.run import load_encoders
 from wsi_pipe.slides.array import ArraySlide
 from wsi_pipe.tiles import TileBatch, read_tiles
 
@@ -311,6 +314,38 @@ def test_a_finished_slide_does_not_wait_for_the_next_to_be_read() -> None:
     assert isinstance(second, SlideFeatures)
 
 
+def test_the_next_tiles_do_not_wait_for_a_batch_that_is_under_way() -> None:
+    first, second = threading.Event(), threading.Event()
+
+    class Late:
+        """Features that are there only when another batch has been submitted."""
+
+        def __init__(self, values: NDArray[np.float32]) -> None:
+            self.values = values
+
+        @property
+        def ready(self) -> bool:
+            return second.is_set()
+
+        def result(self) -> NDArray[np.float32]:
+            assert second.wait(5), "waited for the first batch while the second was on its way"
+            return self.values
+
+    class Busy(Sums):
+        def submit(self, tiles: NDArray[np.uint8]) -> Any:
+            (second if first.is_set() else first).set()
+            return Late(sums(tiles))
+
+    def opening() -> ArraySlide:
+        assert first.wait(30)
+        return slide(2, 8)
+
+    late = ExtractItem("late", opening, [row_of_tiles(8)], {"5x": ["sums"]})
+    results = run([item("early", 1, 8), late], {"sums": Busy(in_flight=3)})
+    for name, seed in (("early", 1), ("late", 2)):
+        np.testing.assert_array_equal(results[name].features["5x"]["sums"], expected(seed, 8))
+
+
 def test_progress_counts_every_tile() -> None:
     seen: list[tuple[str, str, int]] = []
     run([item("a", 1, 5), item("b", 2, 12)], {"sums": Sums()}, progress=lambda *step: seen.append(step))
@@ -341,6 +376,23 @@ def test_an_encoder_that_states_a_wrong_dimension_fails_the_slide() -> None:
 def test_bad_options_stop_before_any_work(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         extract_features([item("a", 1, 2)], {"sums": Sums()}, **options)
+
+
+def test_two_encoders_of_one_slug_stop_before_any_work() -> None:
+    one, two = Sums(), Sums()
+    with pytest.raises(ConfigError, match=r"encoders fold1/lr\.safetensors and fold2/lr\.s.* 'sums' .*rename"):
+        extract_features([], {"fold1/lr.safetensors": one, "fold2/lr.safetensors": two})
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [("fold1/lr.safetensors", "fold2/lr.safetensors"), ("uni", "UNI"), ("uni", "UNI_v1"), ("a@/x/w.pt", "a@/y/w.pt")],
+)
+def test_a_job_s_encoders_of_one_slug_stop_before_any_is_loaded(pair: tuple[str, str]) -> None:
+    for encoders in ({"*": pair}, {"5x": pair[:1], "20x": pair[1:]}):
+        with pytest.raises(ConfigError, match="called") as caught:
+            load_encoders(JobSettings(extract=ExtractSettings(encoders=encoders)))
+        assert all(name in str(caught.value) for name in pair)
 
 
 def test_an_encoder_that_is_not_loaded_is_named() -> None:
@@ -411,3 +463,22 @@ def test_layers_come_beside_the_features(vit: Any) -> None:
 
 def test_tile_batches_are_what_the_engine_expects() -> None:
     assert {"pixels", "index"} <= set(TileBatch.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("uni", "UNI", "UNI_v1"),
+        ("/old/lr.safetensors", "new/lr.safetensors"),
+        ("timm:test_vit@/old/w.pt", "timm:test_vit@w.pt"),
+        ("uni@/a/w.pt", "UNI@w.pt"),
+    ],
+)
+def test_features_stay_valid_under_an_alias_and_when_a_file_is_moved(names: tuple[str, ...]) -> None:
+    def stamp(name: str, **other: Any) -> str:
+        facts = {"weights_sha256": "0" * 64, "precision": "float32", "transform": {}, "dim": 8, "layers": ()} | other
+        return features_fingerprint("grid", "auto", encoder=name, dtype="float16", **facts)  # type: ignore[arg-type]
+
+    assert len({stamp(name) for name in names}) == 1
+    assert stamp(names[0]) != stamp(names[0], weights_sha256="1" * 64)
+    assert stamp(names[0]) != stamp("phikon")

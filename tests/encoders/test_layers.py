@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wsi_pipe.encoders import load_encoder
 from wsi_pipe.encoders.architectures import PooledNetwork, build
-from wsi_pipe.encoders.base import EncoderInfo
+from wsi_pipe.encoders.base import EncoderInfo, LayerFeatures, NonFiniteFeaturesError, check_finite
 from wsi_pipe.encoders.pixels import normalise
 from wsi_pipe.encoders.recipe import Preprocessing, Recipe
 from wsi_pipe.encoders.torch_encoder import TorchEncoder
@@ -170,3 +170,13 @@ def test_layers_of_a_batch_that_is_cut_to_fit(tiles: NDArray[np.uint8], monkeypa
     np.testing.assert_allclose(cut.cls[1], whole.cls[1], atol=1e-5)
     np.testing.assert_allclose(cut.patches[1], whole.patches[1], atol=1e-5)
     np.testing.assert_allclose(cut.features, whole.features, atol=1e-5)
+
+
+def test_a_layer_that_is_not_finite_is_an_error_though_the_features_are() -> None:
+    features = np.ones((3, 4), np.float32)
+    cls = {0: np.ones((3, 2), np.float32), -1: np.ones((3, 2), np.float32)}
+    assert check_finite(features, "x", LayerFeatures(features, cls, {})) is features
+    cls[-1][1, 0] = np.nan
+    with pytest.raises(NonFiniteFeaturesError, match="1 of 3 tiles") as caught:
+        check_finite(features, "x", LayerFeatures(features, cls, {}))
+    assert caught.value.rows == (1,)

@@ -242,6 +242,17 @@ def test_the_resolution_is_checked_against_the_grid(
             check_grid(info, grid(spec_mpp, effective))
 
 
+def test_the_size_of_tiles_is_checked_against_the_grid(written: Path) -> None:
+    info = load_encoder(str(written), device="cpu", random_weights=True).info
+    assert info.tile_px == 256
+    fitting = grid(2.0)
+    larger = dataclasses.replace(fitting, spec=TileSpec(2.0, 512))
+    check_grid(info, fitting)
+    with pytest.raises(ResolutionError, match=r"tiles of 256 px \(512 um\).* 5x has tiles of 512 px; .*--tile-px 256"):
+        check_grid(info, larger)
+    check_grid(EncoderInfo("uni", "uni", 1024, "", "", mpp=0.5), larger)
+
+
 def test_encoders_that_only_recommend_a_resolution_take_any() -> None:
     check_grid(EncoderInfo("uni", "uni", 1024, "", "", mpp=0.5), grid(8.0))
 

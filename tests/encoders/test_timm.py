@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wsi_pipe.encoders import hub, load_encoder
+from wsi_pipe.encoders import hub, load_encoder, loading
 from wsi_pipe.encoders.architectures import PooledNetwork, build, timm_recipe
 from wsi_pipe.encoders.base import Encoder, EncoderInfo, LayeredEncoder, NonFiniteFeaturesError
 from wsi_pipe.encoders.cuda_lane import Arriving, CudaLane
-from wsi_pipe.encoders.devices import cpu_has_bfloat16, resolve_devices, resolve_precision
+from wsi_pipe.encoders.devices import cpu_has_bfloat16, resolve_devices, resolve_precision, shared_precision
 from wsi_pipe.encoders.pixels import Normaliser, normalise, resize_matrix
 from wsi_pipe.encoders.recipe import Preprocessing, Recipe
 from wsi_pipe.encoders.torch_encoder import ReplicatedEncoder, TorchEncoder
@@ -156,6 +156,60 @@ def test_half_precision_is_close_and_keeps_norms_in_float32(tiles: NDArray[np.ui
     assert {dtype for name, dtypes in own.items() if "Norm" in name for dtype in dtypes} == {torch.float32}
 
 
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Compute capabilities of GPUs that torch is made to believe in; to be filled."""
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: made[torch.device(device).index])
+    return made
+
+
+A100, T4 = (8, 0), (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "others", "preferred", "expected"),
+    [
+        ([A100], 0, "auto", "bfloat16"),
+        ([A100], 0, "float16", "float16"),
+        ([T4], 0, "bfloat16", "float16"),
+        ([T4], 0, "float32", "float32"),
+        ([A100, T4], 0, "auto", "float16"),
+        ([A100, T4], 0, "bfloat16", "float16"),
+        ([A100], 1, "float16", "float32"),
+        ([T4], 1, "auto", "float32"),
+        ([], 1, "bfloat16", "float32"),
+    ],
+)
+def test_replicas_share_one_precision_that_all_devices_have(
+    gpus: list[Any], monkeypatch: Any, capabilities: list[Any], others: int, preferred: str, expected: str
+) -> None:
+    monkeypatch.setattr("wsi_pipe.encoders.devices.cpu_has_bfloat16", lambda: False)
+    gpus += capabilities
+    devices = [torch.device("cuda", i) for i in range(len(gpus))] + [CPU] * others
+    assert shared_precision("auto", preferred, devices) == expected
+
+
+def test_a_precision_that_is_asked_for_must_be_had_by_all_devices(gpus: list[Any]) -> None:
+    gpus.append(T4)
+    devices = [torch.device("cuda", 0), CPU]
+    assert shared_precision("bfloat16", "float16", devices) == "bfloat16"
+    with pytest.raises(ConfigError, match="float16 does not run on a CPU"):
+        shared_precision("float16", "auto", devices)
+
+
+def test_an_encoder_of_the_table_gets_the_precision_that_its_gpu_has(
+    gpus: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus.append(T4)
+    asked: list[str] = []
+    monkeypatch.setattr(loading, "resolve_devices", lambda device: [torch.device("cuda", 0)])
+    monkeypatch.setattr(loading, "_network", lambda *_, **__: (None, ""))
+    monkeypatch.setattr(loading, "TorchEncoder", lambda *_, precision, **__: asked.append(precision))
+    load_encoder("uni2-h", device="cuda:0")
+    assert asked == ["float16"]
+
+
 def test_precision_words() -> None:
     assert resolve_precision("auto", CPU) == ("bfloat16" if cpu_has_bfloat16() else "float32")
     assert resolve_precision("float32", CPU) == "float32"
@@ -195,6 +249,12 @@ def test_compiled_batches_are_filled_up(tiles: NDArray[np.uint8], monkeypatch: p
     encoder.encode(tiles)
     assert cosine(encoder.encode(tiles[:5]), plain) > 0.9999
     assert seen == [16, 16]
+    # Layers come from the network as it is: nothing is filled up for it.
+    whole: list[int] = []
+    inner = encoder.network.forward_layers
+    monkeypatch.setattr(encoder.network, "forward_layers", lambda x, b: (whole.append(len(x)), inner(x, b))[1])
+    assert encoder.encode_layers(tiles[:5], [0]).features.shape[0] == 5
+    assert whole == [5]
 
 
 def test_a_compiler_that_fails_says_what_to_do(tiles: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +292,75 @@ def small_encoder(room: int) -> tuple[TorchEncoder, Small]:
     made, recipe, info = network()
     small = Small(made.trunk, room)
     return TorchEncoder(PooledNetwork(small, "model"), recipe, info, device=CPU, precision="float32"), small
+
+
+class Failing(nn.Module):
+    """A trunk whose device fails with these words."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words = words
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise RuntimeError(self.words)
+
+
+def failing(words: str) -> TorchEncoder:
+    _, recipe, info = network()
+    return TorchEncoder(PooledNetwork(Failing(words), "model"), recipe, info, device=CPU, precision="float32")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported",
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`",
+    ],
+)
+def test_a_device_that_fails_in_a_launch_is_a_device_error(words: str, tiles: NDArray[np.uint8]) -> None:
+    with pytest.raises(DeviceError) as caught:
+        failing(words).submit(tiles)
+    assert str(caught.value) == f"cpu failed: {words.splitlines()[0]}; check the device and its driver, then run again"
+
+
+def test_errors_that_are_not_the_device_s_stay_what_they_are(tiles: NDArray[np.uint8]) -> None:
+    with pytest.raises(RuntimeError, match="must match") as caught:
+        failing("The size of tensor a (3) must match the size of tensor b (4)").encode(tiles)
+    assert not isinstance(caught.value, DeviceError)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+    ],
+)
+def test_libraries_without_memory_are_out_of_memory(words: str, tiles: NDArray[np.uint8]) -> None:
+    encoder = failing(words)
+    with pytest.raises(DeviceError, match="out of memory with encoder test on a single tile"):
+        encoder.encode(tiles)
+    assert encoder.batch_limit == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("CUDA error: device-side assert triggered", "cpu failed: CUDA error: device-side assert triggered"),
+        ("CUDA error: out of memory", "encoder test does not fit into the memory of cpu"),
+    ],
+)
+def test_a_device_that_fails_while_weights_are_moved(words: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, recipe, info = network()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(made, "to", refuse)
+    with pytest.raises(DeviceError, match=said):
+        TorchEncoder(made, recipe, info, device=CPU, precision="float32")
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_no_tile_lost(tiles: NDArray[np.uint8]) -> None:
@@ -327,7 +456,7 @@ class Clock:
         self.ended = False
         self.log: list[str] = []
 
-    def event(self) -> Any:
+    def event(self, blocking: bool = False) -> Any:
         clock = self
 
         class Event:
@@ -335,6 +464,8 @@ class Clock:
 
             def record(self, stream: Any) -> None:
                 self.recorded = True
+                # A thread that waits must not spin; the side stream's event is never waited for.
+                assert blocking == (stream != "side")
                 clock.log.append(f"record {stream}")
 
             def query(self) -> bool:
@@ -378,10 +509,44 @@ def test_a_pinned_buffer_is_not_written_to_while_it_is_copied(clock: Clock, tile
     third = lane.run(tiles[8:11], 3, compute)
     assert len(lane.staging) == 2
     for pending, rows in ((first, tiles[:4]), (second, tiles[4:8]), (third, tiles[8:11])):
-        np.testing.assert_allclose(pending.wait().features, rows.mean((1, 2)), rtol=1e-5)
+        before = len(clock.log)
+        arrived = pending.wait()
+        # Nothing is read before its own event has come.
+        assert clock.log[before:] == ["synchronize"]
+        np.testing.assert_allclose(arrived.features, rows.mean((1, 2)), rtol=1e-5)
     # Each batch: the side stream's copy is recorded, the main stream waits for it and keeps the memory, then computes.
-    assert [word.split()[0] for word in clock.log[:4]] == ["record", "wait", "keep", "record"]
-    assert clock.log[0] == "record side"
+    steps = [word.split()[0] for word in clock.log]
+    assert steps == ["record", "wait", "keep", "record"] * 3 + ["synchronize"] * 3
+    assert clock.log[0:12:4] == ["record side"] * 3
+    assert all(word != "record side" for word in clock.log[3:12:4])
+
+
+def test_results_are_ready_when_their_event_has_come(clock: Clock, tiles: NDArray[np.uint8]) -> None:
+    encoder = TorchEncoder(*network(), device=CPU, precision="float32")
+    assert encoder.submit(tiles).ready
+    encoder._cuda = CudaLane(CPU)
+    pending = encoder.submit(tiles)
+    assert not pending.ready
+    assert "synchronize" not in clock.log
+    clock.ended = True
+    assert pending.ready
+    assert pending.result().shape == (len(tiles), encoder.info.dim)
+    assert "synchronize" in clock.log
+
+
+def test_float32_is_computed_in_float32(clock: Clock, tiles: NDArray[np.uint8]) -> None:
+    allowed: list[bool] = []
+
+    class Watched(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            allowed.append(torch.backends.cudnn.allow_tf32)
+            return images.mean((2, 3))
+
+    before = torch.backends.cudnn.allow_tf32
+    _, recipe, info = network()
+    TorchEncoder(PooledNetwork(Watched(), "model"), recipe, info, device=CPU, precision="float32").encode(tiles)
+    assert allowed == [False]
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_larger_batches_replace_smaller_buffers(clock: Clock, tiles: NDArray[np.uint8]) -> None:
@@ -403,7 +568,7 @@ def test_a_gpu_that_fails_is_a_device_error(clock: Clock, tiles: NDArray[np.uint
         arriving.wait()
 
 
-def test_an_encoder_on_a_gpu_shares_batches_and_tries_sizes(clock: Clock, tiles: NDArray[np.uint8]) -> None:
+def test_an_encoder_on_a_gpu_shares_batches_and_gives_the_same(clock: Clock, tiles: NDArray[np.uint8]) -> None:
     encoder = TorchEncoder(*network(), device=CPU, precision="float32")
     plain = encoder.encode(tiles)
     encoder._cuda = CudaLane(CPU)
@@ -412,7 +577,6 @@ def test_an_encoder_on_a_gpu_shares_batches_and_tries_sizes(clock: Clock, tiles:
     np.testing.assert_allclose(encoder.encode(tiles), plain, atol=1e-5)
     layered = encoder.encode_layers(tiles, [0, -1])
     np.testing.assert_allclose(layered.features, plain, atol=1e-5)
-    assert encoder.suggest_batch(32) in (1, 16, 32, 64, 128, 256, 512)
 
 
 def test_the_trial_stops_where_memory_ends(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,6 +588,7 @@ def test_the_trial_stops_where_memory_ends(clock: Clock, monkeypatch: pytest.Mon
     assert small.tried == [16, 16, 16, 32, 32, 32, 64]
     assert encoder.suggest_batch(32) == 32
     assert len(small.tried) == 7
+    assert encoder._cuda.staging == []
 
 
 def test_the_trial_takes_the_smallest_of_equals(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -594,6 +759,24 @@ def test_a_file_that_the_hub_has_not_and_a_server_that_fails(monkeypatch: pytest
         load_encoder("phikon", device="cpu")
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_answers_with_an_error_can_be_reached(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import errors
+
+    def download(*_: Any, **__: Any) -> str:
+        # As hf_hub_download wraps whatever its first question ended with.
+        cause = errors.HfHubHTTPError(f"{status} Server Error", response=_response(status))
+        raise errors.LocalEntryNotFoundError("cannot find the requested files in the local cache") from cause
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(
+        WeightsError, match=f"cannot be downloaded from .*: {status} Server Error; try again later"
+    ) as error:
+        load_encoder("phikon", device="cpu")
+    assert "HF_HUB_OFFLINE" not in str(error.value)
+
+
 def test_timms_own_weights_from_the_cache_without_their_head(tmp_path: Path, tiles: NDArray[np.uint8]) -> None:
     made, recipe, info = network()
     _, facts = timm_recipe("test_vit")
@@ -624,3 +807,11 @@ def test_weights_lie_in_the_folder_or_the_cache(tmp_path: Path, monkeypatch: pyt
     assert hub.find_local("uni", "MahmoodLab/UNI", ["pytorch_model.bin"]) == tmp_path / "uni" / "pytorch_model.bin"
     (tmp_path / "uni.safetensors").write_bytes(b"3")
     assert hub.find_local("uni", "MahmoodLab/UNI", ["pytorch_model.bin"]) == tmp_path / "uni.safetensors"
+
+
+def test_an_alias_finds_the_weights_that_lie_under_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WSI_PIPE_WEIGHTS", str(tmp_path))
+    (tmp_path / "uni.safetensors").write_bytes(b"damaged")
+    for name in ("uni", "UNI", "UNI_v1"):
+        with pytest.raises(WeightsError, match=r"uni\.safetensors"):
+            load_encoder(name, device="cpu")

@@ -185,6 +185,33 @@ def test_sparse_tiling_leaves_missing_tiles_white(tmp_path: Path, picture: Pictu
         assert (pixels[:128, 128:] == 255).all()
 
 
+def test_full_tiling_that_lacks_frames_is_declined(tmp_path: Path, picture: Picture) -> None:
+    frames = [simplejpeg.encode_jpeg(tile, 92) for tile in tiles_of(picture, 128)][:7]
+    # Per-frame groups without positions do not make it sparse.
+    groups = Items([Dataset() for _ in frames])
+    for name, tags in (("a", {"PerFrameFunctionalGroupsSequence": groups}), ("b", dict[str, Any]())):
+        (tmp_path / name).mkdir()
+        path = write_level(tmp_path / name / "a.dcm", picture, frames=frames, **tags)
+        with pytest.raises(UnsupportedSlideError, match="7 frames for 4 x 3 tiles: frames are lacking"):
+            open_dicom(path)
+
+
+def test_frames_marked_as_rgb_under_tags_that_say_ycbcr_are_declined(tmp_path: Path, picture: Picture) -> None:
+    adobe = b"\xff\xee" + (14).to_bytes(2, "big") + b"Adobe" + bytes((0, 100, 0, 0, 0, 0, 0))
+    frames = []
+    for tile in tiles_of(picture, 128):
+        planes = (np.ascontiguousarray(tile[..., i]) for i in range(3))
+        stream = simplejpeg.encode_jpeg_yuv_planes(*planes, 95)
+        frames.append(stream[:2] + adobe + stream[20:])
+    for colour in ("YBR_FULL_422", "RGB"):
+        (tmp_path / colour).mkdir()
+        write_level(tmp_path / colour / "a.dcm", picture, frames=frames, colour=colour)
+    with pytest.raises(UnsupportedSlideError, match="marked as RGB, the DICOM tags say YCbCr"):
+        open_dicom(tmp_path / "YBR_FULL_422" / "a.dcm")
+    with open_dicom(tmp_path / "RGB" / "a.dcm") as slide:
+        assert np.abs(slide.read_region(0, 0, 0, 420, 300).astype(int) - picture).max() <= 12
+
+
 def test_jpeg_stored_as_rgb(tmp_path: Path, picture: Picture) -> None:
     frames = []
     for tile in tiles_of(picture, 128):

@@ -217,6 +217,59 @@ def test_missing_tiles_are_none_and_white(tmp_path: Path, picture: Picture, half
         assert slide.stats.blocks_decoded == 8
 
 
+def box_means(pixels: Picture, k: int) -> Picture:
+    h, w = pixels.shape[0] // k, pixels.shape[1] // k
+    means = pixels[: h * k, : w * k].astype(float).reshape(h, k, w, k, 3).mean((1, 3))
+    return np.rint(means).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("compression", "allowed"), [("deflate", 0.3), ("jpeg", 6)])
+def test_empty_tiles_of_aperio_s_lower_levels_are_filled_from_the_finer_one(
+    tmp_path: Path, picture: Picture, compression: Any, allowed: float
+) -> None:
+    path = tmp_path / "slide.svs"
+    full = picture[:528, :696]
+    levels = [full, box_means(full, 2), box_means(full, 4)]
+    # Level 2's first tile is empty, and so is a quarter of what covers it in level 1; some lie at the right edge.
+    missing = {(1, 0, 0), (1, 2, 1), (1, 5, 4), (2, 0, 0), (2, 2, 2)}
+    write_pyramid(path, levels, mpp=0.25, tile_px=64, missing=missing, compression=compression, quality=95)
+    with open_tiff(path) as slide:
+        for level, truth in enumerate(levels):
+            mine = slide.read_region(level, 0, 0, truth.shape[1], truth.shape[0])
+            assert difference(mine, truth)[1] < allowed
+            # OpenSlide scales the finer level by another filter.
+            assert difference(mine, by_openslide(path, level))[1] < 1
+        assert slide.stats.blocks_missing == 0
+        for plane in (plane for plane in slide.planes if plane.level):
+            means = box_means(full, int(plane.downsample[0]))[:8, :20]
+            assert difference(plane_picture(slide, plane)[: len(means), : means.shape[1]], means)[1] < allowed, plane
+
+
+def test_what_no_level_of_an_aperio_slide_holds_is_white(tmp_path: Path, picture: Picture) -> None:
+    path = tmp_path / "slide.svs"
+    full = picture[:512, :640]
+    missing = {(0, 0, 0), (0, 4, 2), (0, 5, 2), (0, 4, 3), (0, 5, 3), (1, 0, 0), (1, 2, 1)}
+    write_pyramid(path, [full, box_means(full, 2)], mpp=0.25, tile_px=64, missing=missing, quality=95)
+    with open_tiff(path) as slide:
+        # One of the four tiles above the first, and all four above the other.
+        found = slide.read_region(1, 0, 0, 320, 256)
+        assert (found[:32, :32] == 255).all()
+        assert difference(found[32:64, :64], box_means(full, 2)[32:64, :64])[1] < 3
+        assert (found[64:128, 128:192] == 255).all()
+        assert slide.fetch(next(p for p in slide.planes if p.level == 1), [(2, 1)]) == [None]
+        assert slide.stats.blocks_missing == 1
+        assert difference(found, by_openslide(path, 1))[1] < 3
+
+
+def test_an_aperio_level_with_empty_tiles_that_no_finer_one_fits_is_left_out(tmp_path: Path, picture: Picture) -> None:
+    small = cv2.resize(picture, (270, 204), interpolation=cv2.INTER_AREA).astype(np.uint8)
+    for name, missing, count in (("a.svs", {(1, 0, 0)}, 1), ("b.svs", set[tuple[int, int, int]](), 2)):
+        write_pyramid(tmp_path / name, [picture, small], mpp=0.25, tile_px=64, missing=missing)
+        with open_tiff(tmp_path / name) as slide:
+            assert len(slide.pyramid.levels) == count
+            assert ("270 x 204 px with empty tiles is left out" in slide.info.reader_reason) == (count == 1)
+
+
 def test_a_whole_number_is_exact_whatever_the_sizes_say(tmp_path: Path, picture: Picture) -> None:
     path = tmp_path / "slide.svs"
     odd = picture[:529, :699]
@@ -298,6 +351,17 @@ def test_philips_levels_end_where_the_description_says(tmp_path: Path, picture: 
             assert float(theirs.properties["openslide.mpp-x"]) == pytest.approx(0.227)
         assert_like_openslide(slide, path)
         assert slide.associated_images()["macro"].shape == (64, 96, 3)
+
+
+def test_a_philips_level_that_is_described_larger_than_it_is_stored_is_declined(
+    tmp_path: Path, picture: Picture
+) -> None:
+    # The description says that the level is half the size of level 0; it is a quarter.
+    quarter = cv2.resize(np.pad(picture, ((0, 238), (0, 68), (0, 0))), (192, 192)).astype(np.uint8)
+    spacing = (0.00025, 0.00025)
+    path = philips_file(tmp_path / "slide.tiff", picture, quarter, [spacing, (2 * spacing[0], 2 * spacing[1])])
+    with pytest.raises(UnsupportedSlideError, match="384 x 384 px are described, 256 x 256 px are stored"):
+        open_tiff(path)
 
 
 def test_philips_without_a_spacing_for_each_level_is_declined(tmp_path: Path, picture: Picture, half: Picture) -> None:

@@ -51,8 +51,9 @@ class EncoderInfo:
 
     name: as given on the command line. slug: the name in paths. dim: D. input_px: side that tiles are resized to on
     the device, None where any size will do. mpp: recommended micrometres per pixel, None where any will do.
-    mpp_required: a grid at another mpp is an error (distilled LR encoders). weights_sha256: of the weights' file,
-    or a constant that names the version of a weightless encoder. precision: "float32", "bfloat16", "float16".
+    mpp_required: a grid at another mpp is an error (distilled LR encoders). tile_px: with it, the side of the tiles
+    that the encoder was made for, which a grid must have too. weights_sha256: of the weights' file, or a constant that
+    names the version of a weightless encoder. precision: "float32", "bfloat16", "float16".
     transform: how pixels become inputs, as JSON-able values. licence: SPDX id or the model card's name for it.
     """
 
@@ -66,6 +67,7 @@ class EncoderInfo:
     mpp: float | None = None
     mpp_required: bool = False
     transform: Mapping[str, Any] = field(default_factory=dict)
+    tile_px: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,10 @@ class NonFiniteFeaturesError(EncoderOutputError):
 
 @runtime_checkable
 class PendingFeatures(Protocol):
-    """Features under way on a device."""
+    """Features under way on a device.
+
+    It may have ``ready`` (bool): False while ``result`` would wait. Without it, results are taken for ready.
+    """
 
     def result(self) -> FeatureArray:
         """Wait; float32 (B, D)."""
@@ -183,10 +188,15 @@ def block_indices(layers: Sequence[int], depth: int, name: str) -> list[int]:
 
 
 def check_finite(features: FeatureArray, name: str, whole: LayerFeatures | None = None) -> FeatureArray:
-    """``features`` (B, D) themselves when all are finite; raises NonFiniteFeaturesError with the bad rows otherwise."""
+    """``features`` (B, D) themselves when all are finite, and the CLS tokens of ``whole`` with them.
+
+    Raises NonFiniteFeaturesError with the bad rows otherwise.
+    """
     # One pass over the sums is enough to find out: a NaN or an infinity survives addition, and finite float32
     # values cannot overflow a float64 sum.
     sums = features.sum(axis=1, dtype=np.float64)
+    for cls in () if whole is None else whole.cls.values():
+        sums = sums + cls.sum(axis=1, dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(sums))
     if bad.size:
         raise NonFiniteFeaturesError(
@@ -199,7 +209,7 @@ def check_finite(features: FeatureArray, name: str, whole: LayerFeatures | None 
 
 
 def check_grid(info: EncoderInfo, grid: TileGrid) -> None:
-    """Raise ResolutionError when the encoder requires a resolution that the grid does not have.
+    """Raise ResolutionError when the encoder requires a resolution, or a size of tiles, that the grid does not have.
 
     The grid passes when either the mpp that was asked for or the one at which its tiles are really cut (both axes)
     lies within MPP_TOLERANCE, relative, of the encoder's. Encoders that only recommend a resolution always pass.
@@ -212,6 +222,13 @@ def check_grid(info: EncoderInfo, grid: TileGrid) -> None:
         all(abs(value - wanted) <= MPP_TOLERANCE * wanted for value in pair)
         for pair in ((grid.spec.mpp, grid.spec.mpp), grid.mpp_effective)
     ):
+        # Tiles are resized to the network's input in any case, but others show it another field of view.
+        if info.tile_px not in (None, grid.spec.size_px):
+            raise ResolutionError(
+                f"encoder {info.name} was made for tiles of {info.tile_px} px ({info.tile_px * wanted:g} um), but the "
+                f"grid {grid.label} has tiles of {grid.spec.size_px} px",
+                remedy=f"cut tiles of that size: --tile-px {info.tile_px}",
+            )
         return
     raise ResolutionError(
         f"encoder {info.name} was made for {wanted:g} um/px ({label}), but the grid {grid.label} "

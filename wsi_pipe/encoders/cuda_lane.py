@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wsi_pipe.encoders.base import LayerFeatures, TileArray
-from wsi_pipe.errors import DeviceError
+from wsi_pipe.encoders.devices import device_errors
 
 __all__ = ["Arriving", "CudaLane", "Tokens"]
 
@@ -28,16 +28,19 @@ class Arriving:
         self._rows = rows
         self._event = event
 
+    @property
+    def ready(self) -> bool:
+        """True where ``wait`` returns at once, or raises."""
+        try:
+            return self._event is None or bool(self._event.query())
+        except RuntimeError:
+            return True
+
     def wait(self) -> LayerFeatures:
         """Wait until they are there. Raises DeviceError when the device failed on the way."""
         if self._event is not None:
-            try:
+            with device_errors(self._device, all_of_them=True):
                 self._event.synchronize()
-            except RuntimeError as error:
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise DeviceError(
-                    f"{self._device} failed: {first}", remedy="check the device and its driver, then run again"
-                ) from error
         rows = self._rows
         return LayerFeatures(
             self._features[:rows].numpy(),
@@ -72,7 +75,8 @@ class CudaLane:
             tokens_back = [
                 (block, self._back(cls), None if maps is None else self._back(maps)) for block, cls, maps in tokens
             ]
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # By default a thread that waits for an event spins, and takes a core from reading and decoding.
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record(main)
         return Arriving(self.device, back, tokens_back, rows, done)
 
@@ -87,6 +91,14 @@ class CudaLane:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.staging.append((torch.empty(size, dtype=torch.uint8, pin_memory=True), event))
         return self.staging[-1]
+
+    def release(self) -> None:
+        """Give the pinned buffers back to the system, of batches that have been waited for."""
+        self.staging.clear()
+        # What is freed stays with torch's own pool of pinned memory, by size, until that is emptied.
+        empty = getattr(torch._C, "_host_emptyCache", None)
+        if empty is not None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            empty()
 
     @staticmethod
     def _back(values: Tensor) -> Tensor:

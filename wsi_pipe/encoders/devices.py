@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 
 from wsi_pipe.errors import ConfigError, DeviceError
 
-__all__ = ["PRECISIONS", "cpu_has_bfloat16", "is_out_of_memory", "resolve_devices", "resolve_precision"]
+__all__ = [
+    "PRECISIONS",
+    "cpu_has_bfloat16",
+    "device_errors",
+    "is_out_of_memory",
+    "resolve_devices",
+    "resolve_precision",
+    "shared_precision",
+]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -84,9 +93,60 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "float16"
 
 
+def shared_precision(asked: str, preferred: str, devices: Sequence[torch.device]) -> str:
+    """The one precision of an encoder's replicas on ``devices``, so that a feature does not depend on its replica.
+
+    asked: what the user wants, "auto" or a precision, which each device must have. preferred: what the encoder's table
+    names, a wish that counts on GPUs alone and only where all devices have hardware for it. Raises as
+    ``resolve_precision`` does.
+    """
+    if asked != "auto":
+        for device in devices:
+            resolve_precision(asked, device)
+        return asked
+    own = [resolve_precision("auto", device) for device in devices]
+    if preferred != "auto" and all(device.type == "cuda" for device in devices):
+        # Every GPU multiplies float16 and float32; bfloat16 only those for which "auto" takes it.
+        return preferred if preferred != "bfloat16" or set(own) == {"bfloat16"} else "float16"
+    if len(set(own)) == 1:
+        return own[0]
+    # Of unlike GPUs all have float16; with a CPU among them nothing but float32 is sure.
+    return "float32" if any(device.type == "cpu" for device in devices) else "float16"
+
+
+_FULL = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """True where an error says that the device, or the CPU's allocator, has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    # cuBLAS and cuDNN take memory of their own, and say so in their own words.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
+
+
+_OF_DEVICE = ("CUDA", "cuDNN", "CUDNN", "CUBLAS", "cuBLAS", "NCCL", "HIP", "MPS")
+
+
+@contextmanager
+def device_errors(device: torch.device, *, all_of_them: bool = False) -> Iterator[None]:
+    """Raise what a device or its libraries fail with inside as DeviceError.
+
+    Running out of memory passes as it is, for who may take a smaller batch, and so do errors that are not the
+    device's; with ``all_of_them``, for what only waits for the device, neither does.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, DeviceError) or not (all_of_them or _is_of_device(error)):
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DeviceError(
+            f"{device} failed: {first}", remedy="check the device and its driver, then run again"
+        ) from error
+
+
+def _is_of_device(error: RuntimeError) -> bool:
+    # torch.compile names the device in its complaints too.
+    compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    return not (compiling or is_out_of_memory(error)) and any(word in str(error) for word in _OF_DEVICE)

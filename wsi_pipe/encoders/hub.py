@@ -79,18 +79,14 @@ def download(
                 raise _gated(name, page) from error
             raise WeightsError(f"encoder {name}: {page} does not exist", remedy=_by_hand(name, page)) from error
         except errors.LocalEntryNotFoundError as error:
-            raise _no_network(name, page) from error
+            # So it reports also a server that answers, with an error, and keeps that as the cause.
+            if _status(error.__cause__) is None:
+                raise _no_network(name, page) from error
+            raise _refused(name, page, error.__cause__ or error) from error
         except errors.EntryNotFoundError:
             continue
         except (errors.HfHubHTTPError, OSError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if status in (401, 403):
-                raise _gated(name, page) from error
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise WeightsError(
-                f"weights of encoder {name} cannot be downloaded from {page}: {first}",
-                remedy=f"try again later, or {_by_hand(name, page)}",
-            ) from error
+            raise _refused(name, page, error) from error
     raise WeightsError(f"encoder {name}: {page} has no file {' or '.join(filenames)}", remedy=_by_hand(name, page))
 
 
@@ -113,6 +109,22 @@ def reachable(timeout_s: float = 10.0) -> bool:
             return True
     except OSError:
         return False
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error holds, None where no server answered."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _refused(name: str, page: str, error: BaseException) -> WeightsError:
+    if _status(error) in (401, 403):
+        return _gated(name, page)
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return WeightsError(
+        f"weights of encoder {name} cannot be downloaded from {page}: {first}",
+        remedy=f"try again later, or {_by_hand(name, page)}",
+    )
 
 
 def _no_network(name: str, page: str) -> WeightsError:

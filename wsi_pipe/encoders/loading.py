@@ -12,8 +12,9 @@ import torch
 
 from wsi_pipe.encoders import hub
 from wsi_pipe.encoders.architectures import PooledNetwork, build, build_unfilled, timm_recipe
-from wsi_pipe.encoders.base import EncoderInfo, encoder_slug
-from wsi_pipe.encoders.devices import resolve_devices
+from wsi_pipe.encoders.base import EncoderInfo
+from wsi_pipe.encoders.devices import resolve_devices, shared_precision
+from wsi_pipe.encoders.naming import is_lr_file, slug_of
 from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.encoders.registry import RegistryEntry, find_entry
 from wsi_pipe.encoders.torch_encoder import ReplicatedEncoder, TorchEncoder
@@ -35,9 +36,11 @@ __all__ = ["build_random", "check_dimension", "load_torch_encoder", "normalised_
 class _Source:
     """Where an encoder's weights come from and how they are read.
 
-    path: an own checkpoint. The rest as in RegistryEntry.
+    path: an own checkpoint. known_as: the name under which weights lie in a folder, the table's where an alias was
+    given. The rest as in RegistryEntry.
     """
 
+    known_as: str
     path: Path | None = None
     hub_id: str = ""
     hub_type: str = "model"
@@ -61,8 +64,7 @@ def load_torch_encoder(
     """See ``wsi_pipe.encoders.load_encoder``; everything but "texture"."""
     devices = resolve_devices(device)
     base, at, checkpoint = name.partition("@")
-    # A folder's name may hold an "@" too.
-    distilled = name.endswith(".safetensors") and not base.startswith("timm:") and (not at or Path(name).is_file())
+    distilled = is_lr_file(name)
     if at and not checkpoint:
         raise ConfigError(f"encoder {name!r} names no file after '@'", remedy=f"write {base}@FILE")
     preferred = "auto"
@@ -89,7 +91,7 @@ def load_torch_encoder(
             recipe = _resized(recipe, input_px)
         network, weights = _network(recipe, info, source, random_weights=random_weights, input_px=input_px)
         info = dataclasses.replace(info, weights_sha256=weights, input_px=recipe.preprocessing.input_px)
-    precision = preferred if precision == "auto" and devices[0].type == "cuda" else precision
+    precision = shared_precision(precision, preferred, devices)
     replicas = []
     for place in devices:
         # Each replica needs weights of its own; the last may have the network itself.
@@ -111,29 +113,21 @@ def _resized(recipe: Recipe, input_px: int) -> Recipe:
 
 def _from_timm(model: str, name: str) -> tuple[Recipe, EncoderInfo, _Source]:
     recipe, facts = timm_recipe(model)
-    info = EncoderInfo(
-        name, _slug(f"timm:{model}", name), recipe.dim, "", facts["licence"], input_px=recipe.preprocessing.input_px
-    )
+    info = EncoderInfo(name, slug_of(name), recipe.dim, "", facts["licence"], input_px=recipe.preprocessing.input_px)
     classifier = facts["classifier"]
     heads = [classifier] if isinstance(classifier, str) else list(classifier or ())
     return recipe, info, _Source(
+        known_as=f"timm:{model}",
         hub_id=facts["hub_id"],
         files=(facts["file"],) if facts["file"] else ("model.safetensors", "pytorch_model.bin"),
         ignore=tuple(rf"{head.replace('.', chr(92) + '.')}\..*" for head in heads),
     )  # fmt: skip
 
 
-def _slug(base: str, name: str) -> str:
-    """The name in paths: of own weights their file's name alone, so that moving the file changes nothing."""
-    checkpoint = name.partition("@")[2]
-    return encoder_slug(f"{base}@{Path(checkpoint).stem}" if checkpoint else base)
-
-
 def _from_registry(entry: RegistryEntry, name: str) -> tuple[Recipe, EncoderInfo, _Source]:
-    # An alias gives the same slug as the name, so that one encoder has one place in a bag.
-    slug = _slug(entry.name, name)
-    info = EncoderInfo(name, slug, entry.dim, "", entry.licence, input_px=entry.input_px, mpp=entry.mpp)
+    info = EncoderInfo(name, slug_of(name), entry.dim, "", entry.licence, input_px=entry.input_px, mpp=entry.mpp)
     return entry.recipe, info, _Source(
+        known_as=entry.name,
         path=entry.local_file,
         hub_id=entry.hub_id,
         hub_type=entry.hub_type,
@@ -153,7 +147,9 @@ def _network(
     name = info.name
     if random_weights:
         return build_random(recipe, info.slug, input_px=input_px), random_weights_id(info.slug)
-    path = source.path or hub.download(name, source.hub_id, source.files, gated=source.gated, repo_type=source.hub_type)
+    path = source.path or hub.download(
+        source.known_as, source.hub_id, source.files, gated=source.gated, repo_type=source.hub_type
+    )
     network = build_unfilled(recipe, name=name, input_px=input_px)
     state = normalised_state(network, read_state(path, source.nested), name, str(path), source.prefix, source.keys)
     load_into(network.trunk, state, name, str(path), ignore=source.ignore)

@@ -220,5 +220,6 @@ def load_lr_network(
         input_px=header.recipe.preprocessing.input_px,
         mpp=header.tile.mpp,
         mpp_required=True,
+        tile_px=header.tile.size_px,
     )
     return network, header.recipe, info

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from wsi_pipe.encoders.architectures import PooledNetwork
 from wsi_pipe.encoders.base import EncoderInfo, FeatureArray, LayerFeatures, TileArray, block_indices, check_finite
 from wsi_pipe.encoders.cuda_lane import Arriving, CudaLane, Tokens
-from wsi_pipe.encoders.devices import PRECISIONS, is_out_of_memory, resolve_precision
+from wsi_pipe.encoders.devices import PRECISIONS, device_errors, is_out_of_memory, resolve_precision
 from wsi_pipe.encoders.pixels import Normaliser, normalise
 from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.errors import ConfigError, DeviceError
@@ -58,6 +59,11 @@ class _Result:
         self._name = name
         self._parts = parts
 
+    @property
+    def ready(self) -> bool:
+        """True where ``result`` need not wait for the device."""
+        return all(part.ready for part in self._parts)
+
     def _whole(self) -> LayerFeatures:
         parts = [part.wait() for part in self._parts]
         if len(parts) == 1:
@@ -91,7 +97,7 @@ class TorchEncoder:
     precisions run the matrix products in it and keep norms and the residual stream in float32. compile: run the
     network through torch.compile; batches are then filled up to one size, since each new size compiles anew.
 
-    Raises ConfigError for a precision that the device has not, DeviceError when the weights do not fit on it.
+    Raises ConfigError for a precision that the device has not, DeviceError when it fails or the weights do not fit.
     """
 
     def __init__(
@@ -113,21 +119,22 @@ class TorchEncoder:
         if self._dtype != torch.float32:
             to_mixed_precision(network, self._dtype)
         try:
-            self.network: PooledNetwork = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            with device_errors(device):
+                self.network: PooledNetwork = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+                self._cuda = CudaLane(device) if device.type == "cuda" else None
+                self._normalise = Normaliser(recipe.preprocessing, device)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if isinstance(error, DeviceError) or not is_out_of_memory(error):
                 raise
             raise DeviceError(
                 f"encoder {info.name} does not fit into the memory of {device}", remedy="use a smaller encoder or cpu"
             ) from error
-        self._normalise = Normaliser(recipe.preprocessing, device)
         self._compile = compile
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.network) if compile else self.network
         self._limit: int | None = None
         self._suggested: dict[int, int] = {}
         self._largest = 0
         self._lock = threading.Lock()
-        self._cuda = CudaLane(device) if device.type == "cuda" else None
 
     @property
     def depth(self) -> int:
@@ -189,6 +196,9 @@ class TorchEncoder:
             return self._fastest(tile_px)
         finally:
             self._compile, self._forward = compiled, forward
+            if self._cuda is not None:
+                # The largest that was tried may be many times the one that was taken.
+                self._cuda.release()
 
     def _fastest(self, tile_px: int) -> int:
         speeds: dict[int, float] = {}
@@ -245,7 +255,8 @@ class TorchEncoder:
         By the time that this returns, the error is gone and with it what its traceback held in memory.
         """
         try:
-            return self._launch_one(tiles, wanted)
+            with device_errors(self.device):
+                return self._launch_one(tiles, wanted)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 return None
@@ -255,7 +266,8 @@ class TorchEncoder:
 
     def _free(self) -> None:
         if self._cuda is not None:
-            torch.cuda.empty_cache()
+            with device_errors(self.device):
+                torch.cuda.empty_cache()
 
     def _empty(self, wanted: _Wanted) -> Arriving:
         none = torch.empty((0, self.info.dim))
@@ -264,7 +276,7 @@ class TorchEncoder:
 
     def _launch_one(self, tiles: TileArray, wanted: _Wanted) -> Arriving:
         rows = len(tiles)
-        if self._compile:
+        if self._compile and not wanted.layers:  # layers come from the network as it is, which takes any size
             tiles = self._filled(tiles)
         if self._cuda is not None:
             with torch.inference_mode():
@@ -286,17 +298,28 @@ class TorchEncoder:
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D), not waited for, of normalised images (B, 3, S, S) that lie on the device."""
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), self._numbers():
             return self._forward(images)
 
-    def _autocast(self) -> torch.autocast:
-        half = self._dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self._dtype if half else None, enabled=half)
+    @contextmanager
+    def _numbers(self) -> Iterator[None]:
+        """Compute in the encoder's precision inside."""
+        if self._dtype != torch.float32:
+            with torch.autocast(self.device.type, dtype=self._dtype):
+                yield
+            return
+        # By torch's default a GPU's convolutions round float32 to TF32's 10 bits, less than float32 promises.
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
 
     def _compute(self, tiles: Tensor, wanted: _Wanted) -> tuple[Tensor, list[Tokens]]:
         """Features float32 (B, D), and the wanted tokens, of uint8 tiles on the device."""
         images = self._normalise(tiles)
-        with self._autocast():
+        with self._numbers():
             if not wanted.layers:
                 return self._forward(images).float(), []
             blocks = block_indices(wanted.layers, self.depth, self.info.name)

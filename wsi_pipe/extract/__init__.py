@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
+from wsi_pipe.encoders.naming import check_slugs
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.extract.encoding import Encoding
 from wsi_pipe.extract.lines import END, Lines, StoppedError
@@ -45,13 +46,14 @@ def extract_features(
     and the number of tiles encoded, from the encoding thread.
 
     A slide whose reading or whose features fail (also by a resolution that its encoder was not made for) comes out as
-    a SlideFailure. Raises ConfigError for layers that an encoder has not and for a name that ``encoders`` has not,
-    and DeviceError, which concerns all slides. What ``items`` itself raises is raised here.
+    a SlideFailure. Raises ConfigError for layers that an encoder has not, for two encoders of one slug, and for a name
+    that ``encoders`` has not, and DeviceError, which concerns all slides. What ``items`` itself raises is raised here.
     """
     if dtype not in ("float16", "float32"):
         raise ConfigError(f"feature dtype {dtype!r} must be float16 or float32")
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch size {batch_size} must be at least 1")
+    check_slugs((name, encoder.info.slug) for name, encoder in encoders.items())
     if layers:
         for name, encoder in encoders.items():
             depth = encoder.depth if isinstance(encoder, LayeredEncoder) else 0

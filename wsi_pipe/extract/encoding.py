@@ -19,6 +19,9 @@ from wsi_pipe.tiles import TileBatch
 
 __all__ = ["Encoding"]
 
+ARRIVAL_POLL_S = 0.002
+"""How often results under way are asked for while there is nothing to encode; a batch takes tens of milliseconds."""
+
 
 @dataclass
 class _Flight:
@@ -28,6 +31,11 @@ class _Flight:
     rows: list[Rows]
     pending: Any
     started: float
+
+    @property
+    def ready(self) -> bool:
+        """False where waiting for the results would take time; encoders that do not say have them at once."""
+        return bool(getattr(self.pending, "ready", True))
 
 
 class Encoding:
@@ -60,10 +68,14 @@ class Encoding:
     def run(self) -> None:
         """Encode until the queue ends; hand out END after the last slide."""
         while True:
-            # While nothing is there to encode, bring home what is under way, so that finished slides do not wait for
-            # the next one to be read.
+            # While nothing is there to encode, bring home what has arrived, so that finished slides do not wait for the
+            # next one to be read. Not what is under way: the next tiles would wait for it, and the device for them.
             while self._lines.waiting.empty and any(self._flights.values()):
-                self._land(next(name for name, flights in self._flights.items() if flights))
+                arrived = next((name for name, flights in self._flights.items() if flights and flights[0].ready), None)
+                if arrived is None:
+                    self._lines.waiting.wait(ARRIVAL_POLL_S)
+                else:
+                    self._land(arrived)
             entry = self._lines.waiting.get()
             if entry is END:
                 break

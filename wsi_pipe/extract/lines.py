@@ -52,16 +52,22 @@ class ByteQueue:
             self._change.notify_all()
             return item
 
+    def wait(self, seconds: float) -> None:
+        """Return when there is an item, or after so long."""
+        with self._change:
+            if not self._items:
+                self._wait(seconds)
+
     @property
     def empty(self) -> bool:
         """True where ``get`` would wait."""
         with self._change:
             return not self._items
 
-    def _wait(self) -> None:
+    def _wait(self, seconds: float = POLL_S) -> None:
         if self._stopped.is_set():
             raise StoppedError
-        self._change.wait(POLL_S)
+        self._change.wait(seconds)
 
 
 class Lines:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from wsi_pipe.config import fingerprint
+from wsi_pipe.encoders.naming import slug_of
 from wsi_pipe.geometry import TileGrid
 
 __all__ = ["features_fingerprint", "grid_fingerprint"]
@@ -35,6 +36,9 @@ def features_fingerprint(
     layers: Sequence[int],
     dtype: str,
 ) -> str:
-    """SHA-256 over a grid (``source``, see ``grid_fingerprint``) and everything that its features depend on."""
-    how = (encoder, weights_sha256, precision, transform, dim)
+    """SHA-256 over a grid (``source``, see ``grid_fingerprint``) and everything that its features depend on.
+
+    encoder: its name as given; an alias of it, and a file that was moved, are the same encoder.
+    """
+    how = (slug_of(encoder), weights_sha256, precision, transform, dim)
     return fingerprint("extract", EXTRACT_VERSION, source, reader, how, tuple(layers), dtype)

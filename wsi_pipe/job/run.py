@@ -12,6 +12,7 @@ from pathlib import Path
 from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders import encoder_of_job
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
+from wsi_pipe.encoders.naming import check_slugs, slug_of
 from wsi_pipe.errors import EncoderError, OutputError, WsiPipeError, in_words
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_features
 from wsi_pipe.geometry import TileGrid
@@ -31,11 +32,13 @@ Progress = Callable[[str, str, int], None]
 def load_encoders(settings: JobSettings) -> dict[str, Encoder]:
     """Every encoder that the settings name, loaded once.
 
-    Raises EncoderError when one cannot be had, ConfigError when it lacks the layers that the settings ask for.
+    Raises EncoderError when one cannot be had, ConfigError when it lacks the layers that the settings ask for and,
+    before any is loaded, when two would have one name in bags.
     """
     extract = settings.extract
     labels = [spec.label for spec in settings.tile.specs]
     names = dict.fromkeys(name for label in labels for name in extract.encoders_of(label))
+    check_slugs((name, slug_of(name)) for name in names)
     encoders = {name: encoder_of_job(name, extract) for name in names}
     for name, encoder in encoders.items():
         block_indices(extract.layers, encoder.depth if isinstance(encoder, LayeredEncoder) else 0, name)

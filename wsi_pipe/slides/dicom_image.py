@@ -12,7 +12,7 @@ from typing import Any
 from wsi_pipe.errors import SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import IntPair
 from wsi_pipe.slides.base import RGBArray
-from wsi_pipe.slides.codecs import JPEG_REDUCES, CodecError, Decoder, JpegDecoder, PlainDecoder
+from wsi_pipe.slides.codecs import JPEG_REDUCES, CodecError, Decoder, JpegDecoder, PlainDecoder, read_jpeg_head
 from wsi_pipe.slides.dicom_frames import Frame, frame_table, join_fragments
 from wsi_pipe.slides.jpeg2000 import Jpeg2000Decoder
 from wsi_pipe.slides.native import MAX_TILE_BYTES
@@ -84,6 +84,7 @@ class DicomImage:
         if len(alike) > 1:
             raise UnsupportedSlideError(f"{self._name}: the pieces of a concatenation differ in size or coding")
         self._decoder = _decoder(first, self.block_px)
+        self._jpeg_ycbcr = first.syntax in JPEG_SYNTAXES and _colour(first) != "RGB"
         self.reduces: tuple[int, ...] = (1,) if first.syntax in PLAIN_SYNTAXES else JPEG_REDUCES
         self._frames = self._place(instances)
 
@@ -104,23 +105,24 @@ class DicomImage:
                     )
                 frames[cell] = (instance.source, frame)
             at += count
-        full = not any(instance.tags.get("PerFrameFunctionalGroupsSequence") for instance in instances)
-        if full and at != self._grid[0] * self._grid[1]:
+        if (
+            any(_organization(instance) == "TILED_FULL" for instance in instances)
+            and at != self._grid[0] * self._grid[1]
+        ):
             raise UnsupportedSlideError(
-                f"{self._name}: {at} frames for {self._grid[0]} x {self._grid[1]} tiles: focal planes or optical paths "
-                "are not read"
+                f"{self._name}: {at} frames for {self._grid[0]} x {self._grid[1]} tiles: frames are lacking, or focal "
+                "planes or optical paths are there, which are not read"
             )
         return frames
 
     def _cells(self, instance: Instance, start: int, count: int) -> list[IntPair]:
         """The cell of each frame of an instance whose first frame is number ``start`` of the level."""
         columns = self._grid[0]
-        groups = instance.tags.get("PerFrameFunctionalGroupsSequence") or []
-        kind = str(instance.tags.get("DimensionOrganizationType", "") or ("TILED_SPARSE" if groups else "TILED_FULL"))
-        if kind == "TILED_FULL":
+        if _organization(instance) == "TILED_FULL":
             if instance.number("TotalPixelMatrixFocalPlanes", 1) != 1:
                 raise UnsupportedSlideError(f"{instance.source.name}: several focal planes are not read")
             return [(i % columns, i // columns) for i in range(start, start + count)]
+        groups = instance.tags.get("PerFrameFunctionalGroupsSequence") or []
         if len(groups) != count:
             raise UnsupportedSlideError(f"{instance.source.name}: {len(groups)} frame positions for {count} frames")
         return [self._sparse_cell(instance, group) for group in groups]
@@ -167,9 +169,24 @@ class DicomImage:
         if cell is None:
             return
         try:
-            self.decode(cell, self.fetch([cell])[0], 1)
+            data = self.fetch([cell])[0]
+            self._check_colours(data)
+            self.decode(cell, data, 1)
         except CodecError as error:
             raise UnsupportedSlideError(f"{self._name}: frame at column {cell[0]}, row {cell[1]}: {error}") from error
+
+    def _check_colours(self, data: Any) -> None:
+        """Raise CodecError where a JPEG frame says of its colours what contradicts the tags."""
+        raw, fragments = data
+        if self._jpeg_ycbcr and read_jpeg_head(join_fragments(raw) if fragments else raw).adobe_transform == 0:
+            raise CodecError("the JPEG stream is marked as RGB, the DICOM tags say YCbCr")
+
+
+def _organization(instance: Instance) -> str:
+    """TILED_FULL or TILED_SPARSE; what an instance says goes before what it looks like."""
+    stated = str(instance.tags.get("DimensionOrganizationType", "") or "")
+    groups = instance.tags.get("PerFrameFunctionalGroupsSequence")
+    return stated or ("TILED_SPARSE" if groups else "TILED_FULL")
 
 
 def _frame(data: tuple[bytes, bool]) -> bytes | memoryview:

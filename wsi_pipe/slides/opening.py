@@ -29,7 +29,8 @@ class _Reader:
     """One way to open a slide.
 
     name: what ``reader=`` calls it; the two fast readers share one. function: module and function, imported when asked
-    for. takes: whether the file is worth asking about. urls: reads byte ranges of a URL.
+    for. takes: whether the file is worth asking about. urls: reads byte ranges of a URL. fallback: why it reads a slide
+    that others have declined, of a reader that cannot say anything of the file itself.
     """
 
     name: str
@@ -37,9 +38,11 @@ class _Reader:
     function: str
     takes: Callable[[str | Path], bool] = lambda path: True
     urls: bool = False
+    fallback: str | None = None
 
-    def open(self, path: str | Path, mpp: FloatPair | None) -> BaseSlide:
-        slide = getattr(importlib.import_module(self.module), self.function)(path, mpp=mpp)
+    def open(self, path: str | Path, mpp: FloatPair | None, *, declined: bool) -> BaseSlide:
+        options = {"reason": self.fallback} if declined and self.fallback else {}
+        slide = getattr(importlib.import_module(self.module), self.function)(path, mpp=mpp, **options)
         assert isinstance(slide, BaseSlide)
         return slide
 
@@ -51,7 +54,7 @@ def _looks_dicom(path: str | Path) -> bool:
 _TABLE = (
     _Reader("tiff", "wsi_pipe.slides.dicom", "open_dicom", takes=_looks_dicom, urls=True),
     _Reader("tiff", "wsi_pipe.slides.tiff", "open_tiff", takes=lambda path: not _looks_dicom(path), urls=True),
-    _Reader("openslide", "wsi_pipe.slides.openslide", "open_openslide"),
+    _Reader("openslide", "wsi_pipe.slides.openslide", "open_openslide", fallback="a format that OpenSlide knows"),
     _Reader("image", "wsi_pipe.slides.image", "open_image"),
 )
 
@@ -116,7 +119,7 @@ def _first(path: str | Path, readers: Sequence[_Reader], mpp: FloatPair | None, 
     remedy: str | None = None
     for entry in readers:
         try:
-            slide = entry.open(path, mpp)
+            slide = entry.open(path, mpp, declined=bool(reasons))
         except UnsupportedSlideError as error:
             reasons.append(f"{entry.name}: {_reason(error, path)}")
             remedy = error.remedy

@@ -62,6 +62,11 @@ class TiffImage:
                 f"{self._name}: {stored[0]} x {stored[1]} px in tiles of {self.block_px[0]} x {self.block_px[1]} px "
                 "is out of bounds"
             )
+        if self.size_px[0] > stored[0] or self.size_px[1] > stored[1]:
+            raise UnsupportedSlideError(
+                f"{self._name}: {self.size_px[0]} x {self.size_px[1]} px are described, "
+                f"{stored[0]} x {stored[1]} px are stored"
+            )
         self._stored_px = stored
         self._grid = (-(-stored[0] // self.block_px[0]), -(-stored[1] // self.block_px[1]))
         self._check_pixels()
@@ -142,6 +147,11 @@ class TiffImage:
                     counts = self.directory.array(self._counts_tag).astype(np.uint64)
                     table = self._table = (offsets, counts)
         return table
+
+    def is_whole(self) -> bool:
+        """False where a tile is empty; reads the table of all tiles."""
+        offsets, counts = self.table()
+        return bool(offsets.all() and counts.all())
 
     def fetch(self, cells: Sequence[IntPair]) -> list[Any]:
         """Raw bytes of blocks, a tuple of one item a plane; None for a missing block. Raises SlideReadError."""

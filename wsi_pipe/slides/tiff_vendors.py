@@ -14,6 +14,7 @@ from wsi_pipe.geometry import FloatPair
 from wsi_pipe.slides.ndpi import read_ndpi
 from wsi_pipe.slides.scn import SCN_NAMESPACE, read_scn
 from wsi_pipe.slides.source import Source
+from wsi_pipe.slides.tiff_gaps import fill_gaps
 from wsi_pipe.slides.tiff_ifd import SUB_IFDS, Directory, read_directory
 from wsi_pipe.slides.tiff_image import TILE_WIDTH, TiffImage
 from wsi_pipe.slides.tiff_layout import (
@@ -65,7 +66,9 @@ def _aperio(source: Source, directories: Sequence[Directory], text: str) -> Tiff
     tiled = [d for d in directories if TILE_WIDTH in d]
     if not tiled:
         raise UnsupportedSlideError(f"{source.name}: the Aperio slide has no tiled image")
-    images = [TiffImage(source, d) for d in tiled]
+    stored = [TiffImage(source, d) for d in tiled]
+    images, left_out = fill_gaps(stored)
+    note = "".join(f"; a level of {w} x {h} px with empty tiles is left out" for w, h in left_out)
     pairs = (part.split("=", 1) for part in text.split("|")[1:] if "=" in part)
     properties = {key.strip(): value.strip() for key, value in pairs}
     mpp = positive(properties.get("MPP"))
@@ -78,7 +81,7 @@ def _aperio(source: Source, directories: Sequence[Directory], text: str) -> Tiff
             associated["thumbnail" if i == 1 else words[0] if words else f"image {i}"] = directory
     return TiffLayout(
         vendor="aperio",
-        description=f"Aperio SVS with {images[0].codec} tiles",
+        description=f"Aperio SVS with {stored[0].codec} tiles{note}",
         images=images,
         mpp=None if mpp is None else (mpp, mpp),
         mpp_source="none" if mpp is None else "aperio.MPP",

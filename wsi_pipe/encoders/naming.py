@@ -1,0 +1,44 @@
+"""What an encoder's name on the command line stands for, and its one name in paths, without loading anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from wsi_pipe.encoders.base import encoder_slug
+from wsi_pipe.encoders.registry import find_entry
+from wsi_pipe.errors import ConfigError, UnknownEncoderError
+
+__all__ = ["check_slugs", "is_lr_file", "slug_of"]
+
+
+def is_lr_file(name: str) -> bool:
+    """True where a name is the path of an LR encoder, and not NAME@FILE."""
+    base, at, _ = name.partition("@")
+    # A folder's name may hold an "@" too.
+    return name.endswith(".safetensors") and not base.startswith("timm:") and (not at or Path(name).is_file())
+
+
+def slug_of(name: str) -> str:
+    """The slug of an encoder's name: one for a name and its aliases in any case, and for a file wherever it lies."""
+    if is_lr_file(name):
+        return encoder_slug(Path(name).stem)
+    base, _, checkpoint = name.partition("@")
+    if not base.startswith("timm:"):
+        # Unknown are "texture", an encoder that was handed over ready, and one of a table that is not at hand.
+        with suppress(UnknownEncoderError):
+            base = find_entry(base).name
+    return encoder_slug(f"{base}@{Path(checkpoint).stem}" if checkpoint else base)
+
+
+def check_slugs(slugs: Iterable[tuple[str, str]]) -> None:
+    """Raise ConfigError where two encoders of (name, slug) share a slug: their features would have one place."""
+    first: dict[str, str] = {}
+    for name, slug in slugs:
+        other = first.setdefault(slug, name)
+        if other != name:
+            raise ConfigError(
+                f"encoders {other} and {name} are both called {slug!r} in bags, where each needs a name of its own",
+                remedy="give one of them, or rename one's file",
+            )
