@@ -36,6 +36,8 @@ class FilledImage:
     factor: pixels of the finer level to one of this, along each side.
     """
 
+    origin_px: IntPair = (0, 0)
+
     def __init__(self, image: TiffImage, finer: ProbedImage, factor: int) -> None:
         self._image = image
         self._finer = finer
@@ -77,6 +79,15 @@ class FilledImage:
             pixels = self._finer.decode((column, row), raw, 1)[: inside[0], : inside[1]]
             paste(out, pixels[:block_h, :block_w], x - x0, y - y0)
         return reduce_by_mean(out, self._factor * reduce, WHITE)
+
+    def decode_into(self, datas: Sequence[Any], outs: Sequence[RGBArray], reduce: int) -> list[bool]:
+        """See BatchImage.decode_into; tiles that are put together from the finer level go one by one."""
+        stored = [i for i, data in enumerate(datas) if not isinstance(data, _Finer)]
+        done = [False] * len(datas)
+        found = self._image.decode_into([datas[i] for i in stored], [outs[i] for i in stored], reduce)
+        for i, good in zip(stored, found, strict=True):
+            done[i] = good
+        return done
 
     def probe(self) -> None:
         """See ProbedImage.probe."""
