@@ -6,6 +6,7 @@ import functools
 import itertools
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -16,8 +17,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from numpy.typing import NDArray
 
+from tests.slides.test_dicom import tiles_of
+from tests.slides.test_dicom import write_level as write_dicom_level
+from tests.slides.test_ndpi import build as build_ndpi
+from tests.slides.test_source import Server
+from tests.slides.test_tiff import philips_file
 from wsi_pipe.errors import SlideReadError
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.array import ArraySlide
@@ -91,6 +98,39 @@ def array_case(folder: Path) -> Case:
     return Case(lambda: ArraySlide(truth, mpp=MPP, block_px=(256, 192)), truth)
 
 
+def ndpi_case(folder: Path) -> Case:
+    # 126 blocks of 8 px a row, two restart intervals.
+    per_cm = (282, (5, [(round(1e8 / MPP), 10000)])), (283, (5, [(round(1e8 / MPP), 10000)]))
+    path = build_ndpi(folder / "slide.ndpi", picture(), 63, tags=dict(per_cm))
+    return Case(lambda: open_slide(path, reader="tiff"), (picture(), half_picture()), 32, 3.0, path)
+
+
+def dicom_case(folder: Path) -> Case:
+    for name, pixels, factor in (("a.dcm", picture(), 1), ("b.dcm", half_picture(), 2)):
+        # Whole chroma: halved, it would differ from box means by more than the luma that this is about.
+        frames = [simplejpeg.encode_jpeg(tile, 95, colorsubsampling="444") for tile in tiles_of(pixels, 128)]
+        spacing = factor * MPP / 1000
+        write_dicom_level(folder / name, pixels, frames=frames, mm_per_px=(spacing, spacing))
+    return Case(lambda: open_slide(folder, reader="tiff"), (picture(), half_picture()), 32, 3.0, folder)
+
+
+def philips_case(folder: Path) -> Case:
+    # Its level 0 counts the padding up to whole tiles, so the picture is not all of it.
+    spacing = MPP / 1000
+    spacings = [(spacing, spacing), (2 * spacing, 2 * spacing)]
+    path = philips_file(folder / "slide.tiff", picture(), half_picture(), spacings)
+    return Case(lambda: open_slide(path, reader="tiff"), path=path)
+
+
+def http_case(folder: Path) -> Case:
+    local = pyramid_file("tiff", 12, 1.5, jpeg_colour="rgb")(folder)
+    assert local.path is not None
+    server = Server()
+    server.files["slide.svs"] = local.path.read_bytes()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return Case(lambda: open_slide(server.url("slide.svs"), reader="tiff"), local.truth, 12, 1.5)
+
+
 def save_cv2(path: Path, rgb: RGBArray) -> None:
     assert cv2.imwrite(str(path), cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, 101])
 
@@ -125,6 +165,10 @@ WRITTEN: dict[str, Callable[[Path], Case]] = {
     "tiff: generic, deflate": pyramid_file("tiff", 0, 0, compression="deflate", style="generic"),
     "tiff: generic, raw, BigTIFF": pyramid_file("tiff", 0, 0, compression="none", style="generic", bigtiff=True),
     "tiff: OME, JPEG in planes": pyramid_file("tiff", 12, 1.5, style="ome", planar=True),
+    "tiff: NDPI": ndpi_case,
+    "tiff: DICOM": dicom_case,
+    "tiff: Philips": philips_case,
+    "tiff: SVS behind a URL": http_case,
     "openslide: SVS, JPEG as RGB": pyramid_file("openslide", 12, 1.5, jpeg_colour="rgb"),
     "openslide: SVS, JPEG 2000": pyramid_file("openslide", 0, 0, compression="jpeg2000", quality=0, jpeg_colour="rgb"),
     "openslide: generic, deflate": pyramid_file("openslide", 0, 0, compression="deflate", style="generic"),
