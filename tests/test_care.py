@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from wsi_pipe.care import job_status, repair_job, verify_job
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.errors import JobLockedError, ManifestError
 from wsi_pipe.job import read_outcomes
+from wsi_pipe.job import run as job_run
 from wsi_pipe.job.lock import hold_job, holder_of
 
 MakeSlide = Callable[..., Path]
@@ -131,6 +133,45 @@ def test_repair_puts_aside_what_is_wrong_and_nothing_else(archive: Path, tmp_pat
     assert features(job) == before
     assert {p: p.stat().st_mtime_ns for p in untouched} == untouched
     assert not [finding for finding in verify_job(job) if finding.problems]
+
+
+def test_repair_leaves_what_the_next_run_brings_up_to_date(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second resolution, and features of another type: sound bags, whose features are good or simply not wanted."""
+    job = tmp_path / "job"
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "3") == 0
+    before = features(job)
+    assert cli("tile", archive, "-o", job, "-r", "5x", "-r", "20x", "--limit", "3") == 0
+    shutil.copy(job / "bags/s1.h5", job / "bags/s2.h5")
+    findings = {finding.slide_id: finding for finding in verify_job(job)}
+    assert {name: (finding.status, finding.stale) for name, finding in findings.items()} == {
+        "s0": ("stale", True),
+        "s1": ("stale", True),
+        "s2": ("done", False),
+    }
+    capsys.readouterr()
+    assert cli("verify", job, "--repair") == 1
+    assert "1 files put aside, 2 stale ones left for the next run" in capsys.readouterr().out
+    assert [path.name for path in (job / "quarantine").rglob("*.h5")] == ["s2.h5"]
+    assert {name: data for name, data in before.items() if not name.startswith("s2")} == features(job)
+    asked: list[tuple[str, str]] = []
+    extract = job_run.extract_features
+
+    def noting(items: Any, *more: Any, **options: Any) -> Any:
+        listed = list(items)
+        asked.extend((item.slide_id, grid.label) for item in listed for grid in item.grids)
+        return extract(listed, *more, **options)
+
+    monkeypatch.setattr(job_run, "extract_features", noting)
+    assert cli("run", "-o", job) == 0
+    # The features of the stale bags at 5x are in the new ones without having been computed again.
+    assert sorted(asked) == [("s0", "20x"), ("s1", "20x"), ("s2", "20x"), ("s2", "5x")]
+    assert {name: data for name, data in features(job).items() if name.endswith(" 5x")} == before
+    assert cli("tile", "-o", job) == 0
+    config = job / "config.toml"
+    config.write_text(config.read_text().replace('dtype = "float16"', 'dtype = "float32"'))
+    assert {repair.action for repair in repair_job(job)} == {"left"}
 
 
 def test_repair_refuses_what_is_no_job(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ __all__ = ["status", "verify"]
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True), metavar="JOB|BAG...")
-@click.option("--repair", is_flag=True, help="Move what is wrong into JOB/quarantine; the next run makes it again.")
+@click.option("--repair", is_flag=True, help="Move what is broken or foreign into JOB/quarantine, to be made anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(paths: tuple[Path, ...], repair: bool, as_json: bool) -> int:
     """Check every bag of a job directory, or single bags; exit code 1 when something is wrong.
@@ -31,9 +31,11 @@ def verify(paths: tuple[Path, ...], repair: bool, as_json: bool) -> int:
             print_json([dataclasses.asdict(item) for item in repairs])
         else:
             for item in repairs:
-                done = f"moved to {item.moved_to}" if item.moved_to else "deleted"
+                done = f"moved to {item.moved_to}" if item.moved_to else item.action
                 click.echo(f"{item.path}: {'; '.join(item.problems)}: {done}")
-            click.echo(f"{len(repairs)} files put aside; run again to make what is missing")
+            left = sum(item.action == "left" for item in repairs)
+            more = f", {left} stale ones left for the next run to bring up to date" if left else ""
+            click.echo(f"{len(repairs) - left} files put aside{more}; run again to make what is missing")
         return EXIT_FAILED if repairs else 0
     bags = [path for path in paths if path.is_file()]
     findings = [*verify_bags(bags)]
