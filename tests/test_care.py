@@ -27,6 +27,7 @@ from wsi_pipe.errors import JobLockedError, ManifestError
 from wsi_pipe.job import read_outcomes
 from wsi_pipe.job import run as job_run
 from wsi_pipe.job.lock import hold_job, holder_of
+from wsi_pipe.report.summary import summarise
 
 MakeSlide = Callable[..., Path]
 MAIN = [sys.executable, "-m", "wsi_pipe"]
@@ -217,6 +218,51 @@ def test_status_counts_and_paces(archive: Path, tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="is not a job directory"):
         job_status(archive)
     assert cli("status", job) == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["here", "workers"])
+def test_a_run_that_finds_all_done_leaves_what_the_slides_cost(
+    archive: Path, tmp_path: Path, options: list[str]
+) -> None:
+    job = tmp_path / "job"
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "3", *options) == 0
+    lines = (job / "outcomes.jsonl").read_bytes()
+    figures = summarise(list(read_outcomes(job).values()))
+    assert figures["seconds"].keys() >= {"read", "encode", "extract"}
+    assert figures["seconds_by_level"]["5x"].keys() >= {"read", "encode"}
+    for command in ("run", "assemble", "extract", "tile", "segment") if not options else ("run",):
+        assert cli(command, "-o", job, *options) == 0
+        assert (job / "outcomes.jsonl").read_bytes() == lines, command
+    # What is made anew is noted with its own times; the stages that were valid keep theirs.
+    before = read_outcomes(job)["s1"]
+    (job / "bags/s1.h5").unlink()
+    (job / "tissue/s0.geojson").unlink()
+    assert cli("run", "-o", job, *options) == 0
+    after = read_outcomes(job)
+    assert len((job / "outcomes.jsonl").read_text().splitlines()) == 5
+    assert after["s1"].seconds["segment"] == before.seconds["segment"]
+    assert after["s1"].seconds["read"] != before.seconds["read"]
+    assert after["s0"].cached == ("tile", "extract", "assemble")
+    assert after["s0"].counts.keys() >= {"read_s.5x", "encode_s.5x"}
+
+
+def test_pace_counts_only_slides_that_were_made(archive: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "2") == 0
+    lines = job / "outcomes.jsonl"
+    lines.write_text(lines.read_text().replace('"finished_utc": "20', '"finished_utc": "19'))
+    started = datetime.now(UTC) - timedelta(hours=1)
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "3") == 0
+    told = json.loads((job / ".lock").read_text())
+    assert told["unchanged"] == 2
+    begun = started.strftime("%Y-%m-%dT%H:%M:%SZ")
+    with hold_job(job, {"started_utc": begun, "slides": 10}) as tell:
+        tell(unchanged=2)
+        state = job_status(job, started + timedelta(hours=1))
+        cli("status", job)
+    assert (state.finished_in_run, state.unchanged_in_run) == (1, 2)
+    assert state.slides_per_hour == pytest.approx(1, rel=1e-3)
+    assert state.hours_left == pytest.approx(7, rel=1e-3)
 
 
 def test_failures_are_listed_with_remedies_and_retried_alone(

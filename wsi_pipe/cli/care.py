@@ -78,6 +78,8 @@ def status(job: Path, as_json: bool) -> int:
         )
         if state.slides_per_hour is not None and state.hours_left is not None:
             rows.append(["pace", f"{state.slides_per_hour:,.0f} slides/h, {state.hours_left:.1f} h left"])
+        if state.unchanged_in_run:
+            rows.append(["unchanged", f"{state.unchanged_in_run:,} slides were right already"])
     print_table({"": "left", " ": "left"}, rows)
     if state.failures:
         click.echo()

@@ -32,6 +32,9 @@ from wsi_pipe.outcome import SlideOutcome, Stage
 
 __all__ = ["assemble", "extract", "run", "segment", "tile"]
 
+TELL_S = 1.0
+"""How often at most a run that resumes says how many slides it found valid."""
+
 
 def _run_until(
     until: Stage, values: dict[str, Any], after: Callable[[JobPaths, JobSettings, list[SlideEntry]], None] | None = None
@@ -50,8 +53,9 @@ def _run_until(
     outcomes: list[SlideOutcome] = []
     start = time.perf_counter()
     stopped: WsiPipeError | None = None
+    unchanged, told = 0, start
     about = {"started_utc": utc_now(), "slides": len(entries), "until": until}
-    with hold_job(job, about), LogLines(values["log_json"]) as log:
+    with hold_job(job, about) as tell, LogLines(values["log_json"]) as log:
         paths = open_job(job, settings, entries)
         log.event("start", **about)
         with RunDisplay(len(entries), quiet=values["as_json"] or values["log_json"] == "-") as display:
@@ -69,7 +73,12 @@ def _run_until(
                 for outcome in results:
                     outcomes.append(outcome)
                     display.finished(outcome)
+                    unchanged += outcome.nothing_new
+                    if outcome.nothing_new and time.perf_counter() - told > TELL_S:
+                        told = time.perf_counter()
+                        tell(unchanged=unchanged)
                     log.event("slide", **outcome.to_json())
+                tell(unchanged=unchanged)
             except (JobError, EncoderError) as error:
                 stopped = error
             except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from wsi_pipe.execute import Done, Failed, Where, run
 from wsi_pipe.files import output_error
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import open_entry
-from wsi_pipe.job.record import append_outcome, utc_now
+from wsi_pipe.job.record import OutcomeLog, utc_now
 from wsi_pipe.job.run import Progress, process
 from wsi_pipe.job.task import slide_task
 from wsi_pipe.manifest import SlideEntry, is_url
@@ -49,10 +49,10 @@ def dispatch(
 ) -> Generator[SlideOutcome, None, None]:
     """Take slides to ``until`` where ``where`` says; outcomes come, and are noted in the job, as slides finish.
 
-    In this process, slides share batches; elsewhere each is a task of its own. With ``where.resources``, masks and
-    grids are made on any worker and features on those that offer the resources. encoders: those loaded already, for
-    work in this process. A process that dies or takes too
-    long fails its slide alone. Raises OutputError when the job's folder cannot be written or is nearly full,
+    What comes tells of this run alone; for what is noted see ``OutcomeLog``. In this process, slides share batches;
+    elsewhere each is a task of its own. With ``where.resources``, masks and grids are made on any worker and features
+    on those that offer the resources. encoders: those loaded already, for work in this process. A process that dies
+    or takes too long fails its slide alone. Raises OutputError when the job's folder cannot be written or is nearly full,
     EncoderError when no worker can encode, WorkerError when a scheduler goes away.
     """
     feed: Iterable[SlideEntry] = _while_space(entries, paths)
@@ -83,11 +83,12 @@ def dispatch(
         results = _in_two_phases(task, keep_features, feed, where, until)
     else:
         results = _outcomes(run(partial(task, until, keep_features), feed, where))
+    log = OutcomeLog(paths)
     # Workers end when this generator does, also by an error, whoever may still hold on to that.
     with contextlib.closing(results):
         for outcome in results:
             check_folder(paths)
-            append_outcome(paths, outcome)
+            log.note(outcome)
             if progress and "extract" not in outcome.cached:
                 for label, count in outcome.tiles.items():
                     progress(outcome.slide_id, label, count)

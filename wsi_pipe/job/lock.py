@@ -7,8 +7,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ def lock_path(root: Path) -> Path:
 
 
 @contextmanager
-def hold_job(root: Path, about: dict[str, Any]) -> Iterator[None]:
-    """Hold the job directory; ``about`` is told to whoever asks meanwhile.
+def hold_job(root: Path, about: dict[str, Any]) -> Iterator[Callable[..., None]]:
+    """Hold the job directory; ``about`` is told to whoever asks meanwhile, and what the given function is called with.
 
     The operating system lets go when the process ends, however it ends. Raises JobLockedError when another run holds
     it, OutputError when the folder cannot be written.
@@ -46,14 +46,27 @@ def hold_job(root: Path, about: dict[str, Any]) -> Iterator[None]:
                 remedy="wait for it (wsi-pipe status), end it, or give another --out",
             ) from error
         try:
-            text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **about}).encode()
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, text, 0)
+            said = {"pid": os.getpid(), "host": socket.gethostname(), **about}
+            _say(handle, said)
         except OSError as error:
             raise output_error(lock_path(root), error) from error
-        yield
+
+        def tell(**more: Any) -> None:
+            said.update(more)
+            # Nothing depends on it: a full disk shows where results are written.
+            with suppress(OSError):
+                _say(handle, said)
+
+        yield tell
     finally:
         os.close(handle)
+
+
+def _say(handle: int, what: dict[str, Any]) -> None:
+    text = json.dumps(what).encode()
+    # Cut to length afterwards: who reads in between finds all of the new text, not nothing.
+    os.pwrite(handle, text, 0)
+    os.ftruncate(handle, len(text))
 
 
 def _take(handle: int) -> None:

@@ -18,7 +18,7 @@ from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.features import Wanted, assemble, missing_features, store_features, wanted_features
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import Prepared, StageClock, open_entry, prepare
-from wsi_pipe.job.record import append_outcome, utc_now
+from wsi_pipe.job.record import OutcomeLog, utc_now
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
 
@@ -94,7 +94,7 @@ class _Run:
         self.settings, self.paths, self.until = settings, paths, until
         self.encoders = encoders
         self.keep_features = keep_features
-        self.record = record
+        self.log = OutcomeLog(paths) if record else None
         self.progress = progress or (lambda slide_id, what, amount: None)
         self.finished: deque[SlideOutcome] = deque()
         self.under_way: dict[str, _Work] = {}
@@ -232,7 +232,7 @@ class _Run:
                 seconds=work.clock.seconds,
                 tiles={grid.label: len(grid) for grid in prepared.grids} if prepared else {},
                 counts=prepared.counts if prepared else {},
-                cached=cached if cached is not None else prepared.cached if prepared else (),
+                cached=cached if cached is not None else prepared.cached if prepared else work.clock.cached,
                 finished_utc=utc_now(),
             )
         )
@@ -256,8 +256,8 @@ class _Run:
         )
 
     def _note(self, outcome: SlideOutcome) -> None:
-        if self.record:
-            append_outcome(self.paths, outcome)
+        if self.log:
+            self.log.note(outcome)
         self.finished.append(outcome)
 
     def _drain(self) -> Iterator[SlideOutcome]:
