@@ -52,8 +52,9 @@ def dispatch(
     What comes tells of this run alone; for what is noted see ``OutcomeLog``. In this process, slides share batches;
     elsewhere each is a task of its own. With ``where.resources``, masks and grids are made on any worker and features
     on those that offer the resources. encoders: those loaded already, for work in this process. A process that dies
-    or takes too long fails its slide alone. Raises OutputError when the job's folder cannot be written or is nearly full,
-    EncoderError when no worker can encode, WorkerError when a scheduler goes away.
+    or takes too long fails its slide alone; a worker that cannot encode or write is left out, and its slides go to
+    others. Raises OutputError when the job's folder is nearly full or no worker can write it, EncoderError when no
+    worker can encode, WorkerError when a scheduler goes away.
     """
     feed: Iterable[SlideEntry] = _while_space(entries, paths)
     if where.scheduler is None:
@@ -82,7 +83,7 @@ def dispatch(
     if where.scheduler and where.resources and until in ("extract", "assemble"):
         results = _in_two_phases(task, keep_features, feed, where, until)
     else:
-        results = _outcomes(run(partial(task, until, keep_features), feed, where))
+        results = _outcomes(run(partial(task, until, keep_features), feed, where, blames_worker=_worker_is_at_fault))
     log = OutcomeLog(paths)
     # Workers end when this generator does, also by an error, whoever may still hold on to that.
     with contextlib.closing(results):
@@ -158,10 +159,15 @@ def _landed(entry: SlideEntry, landed: threading.Event | None) -> SlideEntry:
     return entry
 
 
+def _worker_is_at_fault(error: Exception) -> bool:
+    """Whether another worker may do what this one could not: its device may be gone, a mount or weights missing."""
+    return isinstance(error, (OutputError, EncoderError))
+
+
 def _outcomes(
     results: Generator[Done[SlideEntry, SlideOutcome] | Failed[SlideEntry], None, None],
 ) -> Generator[SlideOutcome, None, None]:
-    """One outcome for each result. Raises what concerns the whole job."""
+    """One outcome for each result. Raises what concerns the whole job, and what no worker could do."""
     with contextlib.closing(results):
         for result in results:
             if isinstance(result, Done):
@@ -218,7 +224,11 @@ def _in_two_phases(
         try:
             anywhere = dataclasses.replace(where, resources=None)
             with contextlib.closing(
-                _outcomes(run(partial(task, "tile", keep_features), note(entries), anywhere))
+                _outcomes(
+                    run(
+                        partial(task, "tile", keep_features), note(entries), anywhere, blames_worker=_worker_is_at_fault
+                    )
+                )
             ) as laid:
                 for outcome in laid:
                     entry = by_id.pop(outcome.slide_id)
@@ -245,6 +255,8 @@ def _in_two_phases(
     thread = threading.Thread(target=lay_grids, name="lay-grids", daemon=True)
     thread.start()
     try:
-        yield from _outcomes(run(partial(task, until, keep_features), with_grids(), where))
+        yield from _outcomes(
+            run(partial(task, until, keep_features), with_grids(), where, blames_worker=_worker_is_at_fault)
+        )
     finally:
         stop.set()
