@@ -215,8 +215,10 @@ def _cause(code: int | None) -> str:
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """The worker process: calls until the pipe closes or the parent is gone. The parent alone answers to Ctrl-C."""
+    """The worker process: calls until the pipe closes or the parent is gone. The parent alone answers to Ctrl-C, and to
+    SIGTERM, which a batch system sends to all processes of a job at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     pipe = Connection(descriptor)
     while True:

@@ -31,6 +31,7 @@ __all__ = ["MIN_FREE_BYTES", "check_folder", "dispatch"]
 MIN_FREE_BYTES = 64 << 20
 """Less free space than this ends a run before the next slide, while what is under way can still be written."""
 
+POLL_S = 0.1
 STAGED_AHEAD = 2
 LAID_AHEAD = 1000
 """Slides whose grids may wait for a worker that can encode."""
@@ -57,8 +58,9 @@ def dispatch(
     worker can encode, WorkerError when a scheduler goes away.
     """
     feed: Iterable[SlideEntry] = _while_space(entries, paths)
+    stopped = threading.Event()
     if where.scheduler is None:
-        feed = _staged_ahead(feed, settings)
+        feed = _staged_ahead(feed, settings, stopped)
     if where.here:
         here = process(
             feed,
@@ -68,6 +70,7 @@ def dispatch(
             encoders=encoders,
             keep_features=keep_features,
             progress=progress,
+            stopped=stopped,
         )
         with contextlib.closing(here):
             yield from here
@@ -119,8 +122,13 @@ def _while_space(entries: Iterable[SlideEntry], paths: JobPaths) -> Iterator[Sli
         yield entry
 
 
-def _staged_ahead(entries: Iterable[SlideEntry], settings: JobSettings) -> Iterator[SlideEntry]:
-    """The entries, those behind URLs copied to the cache (where their format needs that) before they are asked for."""
+def _staged_ahead(
+    entries: Iterable[SlideEntry], settings: JobSettings, stopped: threading.Event
+) -> Iterator[SlideEntry]:
+    """The entries, those behind URLs copied to the cache (where their format needs that) before they are asked for.
+
+    ``stopped`` ends them, also while a copy is waited for.
+    """
     waiting: deque[tuple[SlideEntry, threading.Event | None]] = deque()
     orders: queue.SimpleQueue[tuple[SlideEntry, threading.Event] | None] = queue.SimpleQueue()
     # A daemon: a copy that takes minutes must not keep an interrupted run from ending.
@@ -135,9 +143,11 @@ def _staged_ahead(entries: Iterable[SlideEntry], settings: JobSettings) -> Itera
             waiting.append((entry, landed))
             # Local slides cost nothing to have at hand; of remote ones a few are copied ahead.
             while waiting and (waiting[0][1] is None or len(waiting) > STAGED_AHEAD):
-                yield _landed(*waiting.popleft())
-        while waiting:
-            yield _landed(*waiting.popleft())
+                if not _landed(waiting[0][1], stopped):
+                    return
+                yield waiting.popleft()[0]
+        while waiting and _landed(waiting[0][1], stopped):
+            yield waiting.popleft()[0]
     finally:
         orders.put(None)
 
@@ -153,10 +163,12 @@ def _stage_each(orders: queue.SimpleQueue[tuple[SlideEntry, threading.Event] | N
             landed.set()
 
 
-def _landed(entry: SlideEntry, landed: threading.Event | None) -> SlideEntry:
-    if landed:
-        landed.wait()
-    return entry
+def _landed(landed: threading.Event | None, stopped: threading.Event) -> bool:
+    """Wait for a copy; False where the run ended meanwhile."""
+    while landed is not None and not landed.wait(POLL_S):
+        if stopped.is_set():
+            return False
+    return True
 
 
 def _worker_is_at_fault(error: Exception) -> bool:

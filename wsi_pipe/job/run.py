@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -63,15 +64,16 @@ def process(
     keep_features: bool = False,
     progress: Progress | None = None,
     record: bool = True,
+    stopped: threading.Event | None = None,
 ) -> Generator[SlideOutcome, None, None]:
     """Take slides through the stages up to ``until``, doing just what is missing or stale; one outcome each.
 
     Outcomes come, and with ``record`` are noted in the job, as slides finish. A slide's error ends that slide alone.
     ``entries`` is consumed lazily; while one slide's tiles are encoded the next one is segmented. Raises OutputError
     when the job's folder cannot be written any more and DeviceError when the device fails, both after what was done
-    is on disk.
+    is on disk. stopped: as in ``extract_features``, for ``entries`` that wait.
     """
-    run = _Run(settings, paths, until, encoders, keep_features, progress, record)
+    run = _Run(settings, paths, until, encoders, keep_features, progress, record, stopped)
     if STAGES.index(until) < STAGES.index("extract"):
         yield from run.without_features(entries)
     else:
@@ -90,10 +92,12 @@ class _Run:
         keep_features: bool,
         progress: Progress | None,
         record: bool,
+        stopped: threading.Event | None,
     ) -> None:
         self.settings, self.paths, self.until = settings, paths, until
         self.encoders = encoders
         self.keep_features = keep_features
+        self.stopped = stopped
         self.log = OutcomeLog(paths) if record else None
         self.progress = progress or (lambda slide_id, what, amount: None)
         self.finished: deque[SlideOutcome] = deque()
@@ -129,6 +133,7 @@ class _Run:
             dtype=extract.dtype,
             layers=extract.layers,
             progress=self.progress,
+            stopped=self.stopped,
         )
         try:
             for result in results:
