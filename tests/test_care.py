@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -23,7 +24,7 @@ import pytest
 from wsi_pipe.bag import check_bag, read_bag
 from wsi_pipe.care import job_status, repair_job, verify_job
 from wsi_pipe.cli import group, run_group
-from wsi_pipe.errors import JobLockedError, ManifestError
+from wsi_pipe.errors import JobLockedError, ManifestError, OutputError
 from wsi_pipe.job import read_outcomes
 from wsi_pipe.job import run as job_run
 from wsi_pipe.job.lock import hold_job, holder_of
@@ -198,6 +199,22 @@ def test_asking_for_the_state_of_a_job_does_not_keep_a_run_out(tmp_path: Path) -
     threading.Timer(0.05, os.close, [handle]).start()
     with hold_job(tmp_path, {}):
         assert holder_of(tmp_path) is not None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_not_taken_for_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Lustre without -o flock, NFS without its lock daemon."""
+
+    def flock(handle: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OutputError, match=r"gives no locks \(.*Lustre: -o flock") as caught, hold_job(tmp_path, {}):
+        pass
+    assert not isinstance(caught.value, JobLockedError)
+    assert holder_of(tmp_path) is None
 
 
 def test_status_counts_and_paces(archive: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -12,10 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from wsi_pipe.errors import JobLockedError
+from wsi_pipe.errors import JobLockedError, OutputError
 from wsi_pipe.files import output_error
 
 __all__ = ["hold_job", "holder_of"]
+
+HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+"""What says that another has the lock; anything else says that there are none, as on Lustre without -o flock."""
 
 
 def lock_path(root: Path) -> Path:
@@ -28,7 +32,7 @@ def hold_job(root: Path, about: dict[str, Any]) -> Iterator[Callable[..., None]]
     """Hold the job directory; ``about`` is told to whoever asks meanwhile, and what the given function is called with.
 
     The operating system lets go when the process ends, however it ends. Raises JobLockedError when another run holds
-    it, OutputError when the folder cannot be written.
+    it, OutputError when the folder cannot be written or lies on a file system without locks.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -39,6 +43,8 @@ def hold_job(root: Path, about: dict[str, Any]) -> Iterator[Callable[..., None]]
         try:
             _take(handle)
         except OSError as error:
+            if error.errno not in HELD:
+                raise _no_locks(root, error) from error
             other = _read(root)
             who = f"process {other.get('pid', '?')} on {other.get('host', '?')}, since {other.get('started_utc', '?')}"
             raise JobLockedError(
@@ -75,10 +81,18 @@ def _take(handle: int) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        except OSError:
-            if last:
+        except OSError as error:
+            if last or error.errno not in HELD:
                 raise
             time.sleep(0.1)
+
+
+def _no_locks(root: Path, error: OSError) -> OutputError:
+    """Going on without would let two runs write the same files, and each delete what the other has half-written."""
+    return OutputError(
+        f"{root}: its file system gives no locks ({error.strerror}), so two runs here could spoil each other's work",
+        remedy="mount it with locks (Lustre: -o flock; NFS: start lockd on the server), or give another --out",
+    )
 
 
 def holder_of(root: Path) -> dict[str, Any] | None:
@@ -89,8 +103,9 @@ def holder_of(root: Path) -> dict[str, Any] | None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return _read(root)
+    except OSError as error:
+        # Where there are no locks nobody holds one.
+        return _read(root) if error.errno in HELD else None
     finally:
         os.close(handle)
     return None
