@@ -104,6 +104,22 @@ def test_a_time_out_really_ends_the_process() -> None:
     assert "--timeout" in str(errors(results)[hang])
 
 
+def test_getting_ready_is_not_in_an_items_time() -> None:
+    """Starting a process and loading an encoder once ended the first slides of a tight time-out."""
+    ready = partial(eval, "__import__('time').sleep(3)")
+    items = ["1", "2", "__import__('time').sleep(600)", "3"]
+    results = list(run(EVAL, items, Where(timeout_s=2), ready=ready))
+    assert values(results) == {"1": 1, "2": 2, "3": 3}
+    assert isinstance(errors(results)[items[2]], TaskTimeoutError)
+
+
+def test_what_goes_wrong_in_getting_ready_is_said() -> None:
+    raising = "(_ for _ in ()).throw(__import__('wsi_pipe.errors').errors.DeviceError('no GPU'))"
+    (first,) = run(EVAL, ["1"], Where(workers=2), ready=partial(eval, raising), blames_worker=blamed)
+    assert isinstance(first, Failed)
+    assert isinstance(first.error, DeviceError)
+
+
 def test_closing_early_ends_the_workers() -> None:
     results = run(EVAL, ["__import__('os').getpid()"] * 2 + ["__import__('time').sleep(600)"] * 2, Where(workers=2))
     first = next(results)

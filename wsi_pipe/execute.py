@@ -34,6 +34,8 @@ R = TypeVar("R")
 
 POLL_S = 0.2
 KILL_GRACE_S = 2.0
+READY_S = 600.0
+"""What a process may take to load what all items need, where items have a time-out."""
 WORKERS_POLL_S = 2.0
 RESULT_S = 10.0
 AHEAD = 2
@@ -87,6 +89,7 @@ def run(
     where: Where,
     *,
     blames_worker: Callable[[Exception], bool] = lambda error: False,
+    ready: Callable[[], object] | None = None,
 ) -> Generator[Done[T, R] | Failed[T], None, None]:
     """Apply ``fn`` to every item; results come as they are finished, in no fixed order.
 
@@ -94,14 +97,15 @@ def run(
     the generator ends the workers. On a scheduler, an item that is a Done comes back as it is, and None means that the
     next item is not there yet. blames_worker: whether an error that ``fn`` raised is its worker's fault rather than the
     item's: that worker gets no more items, and the item goes to another; it is Failed only once there is no other.
+    ready: called in each process that can be killed before its first item; neither it nor the start is in an item's time.
     Raises WorkerError when a scheduler cannot be reached or goes away; what was handed out before stays valid.
     """
     if where.workers < 1:
         raise ConfigError(f"{where.workers} workers: at least 1 is needed")
     if where.scheduler:
-        return _on_scheduler(fn, items, where, blames_worker)
+        return _on_scheduler(fn, items, where, blames_worker, ready)
     known = cast("Iterable[T]", items)
-    return _here(fn, known) if where.here else _in_processes(fn, known, where, blames_worker)
+    return _here(fn, known) if where.here else _in_processes(fn, known, where, blames_worker, ready)
 
 
 def _here(fn: Callable[[T], R], items: Iterable[T]) -> Generator[Done[T, R] | Failed[T]]:
@@ -124,18 +128,45 @@ class KillableWorker:
         self._environment = None if cores is None else os.environ | cores_environment(cores)
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+        self._ready: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self.exit_code: int | None = None
         """Of the process that died in the last call, where one did and its code is known."""
 
-    def call(self, fn: Callable[[T], R], item: T, timeout_s: float | None, stop: threading.Event | None = None) -> R:
+    def call(
+        self,
+        fn: Callable[[T], R],
+        item: T,
+        timeout_s: float | None,
+        stop: threading.Event | None = None,
+        ready: Callable[[], object] | None = None,
+    ) -> R:
         """``fn(item)`` in the process.
+
+        ready: called in a process before its first item and outside the item's time, to load what all items need.
 
         Raises what ``fn`` raises; TaskTimeoutError when it takes longer than ``timeout_s`` and WorkerError when the
         process dies, both after the process is gone (the next call starts another). ``stop`` set by another thread
         ends the call by WorkerError.
         """
         pipe = self._start()
+        # Also without anything to load a process takes its time to start.
+        ready = ready or (None if timeout_s is None else _nothing)
+        if ready is not None and self._ready is not self._process:
+            limit_s = None if timeout_s is None else max(timeout_s, READY_S)
+            self._ask(pipe, _call_ready, ready, limit_s, stop, "getting ready")
+            self._ready = self._process
+        return self._ask(pipe, fn, item, timeout_s, stop, "it")
+
+    def _ask(
+        self,
+        pipe: Connection,
+        fn: Callable[[T], R],
+        item: T,
+        timeout_s: float | None,
+        stop: threading.Event | None,
+        what: str,
+    ) -> R:
         self.exit_code = None
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
@@ -147,7 +178,7 @@ class KillableWorker:
                 if deadline is not None and time.monotonic() > deadline:
                     self.kill()
                     raise TaskTimeoutError(
-                        f"took longer than {timeout_s:g} s and was ended",
+                        f"{'' if what == 'it' else what + ' '}took longer than {timeout_s:g} s and was ended",
                         remedy="give more time with --timeout, or leave the slide out",
                     )
             kind, value = pipe.recv()
@@ -248,12 +279,25 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
+def _nothing() -> None:
+    pass
+
+
+def _call_ready(ready: Callable[[], object]) -> None:
+    ready()
+
+
 def _attempt(
-    worker: KillableWorker, fn: Callable[[T], R], item: T, where: Where, stop: threading.Event
+    worker: KillableWorker,
+    fn: Callable[[T], R],
+    item: T,
+    where: Where,
+    stop: threading.Event,
+    ready: Callable[[], object] | None,
 ) -> Done[T, R] | Failed[T]:
     for attempt in range(where.retries + 1):
         try:
-            return Done(item, worker.call(fn, item, where.timeout_s, stop))
+            return Done(item, worker.call(fn, item, where.timeout_s, stop, ready))
         except WorkerError as error:
             if attempt == where.retries or stop.is_set():
                 return Failed(item, error)
@@ -267,7 +311,11 @@ def _left_out(worker: str, error: Exception) -> None:
 
 
 def _in_processes(
-    fn: Callable[[T], R], items: Iterable[T], where: Where, blames_worker: Callable[[Exception], bool]
+    fn: Callable[[T], R],
+    items: Iterable[T],
+    where: Where,
+    blames_worker: Callable[[Exception], bool],
+    ready: Callable[[], object] | None,
 ) -> Generator[Done[T, R] | Failed[T], None, None]:
     stop = threading.Event()
     # Each would take all cores for its threads, of which there would be N times too many.
@@ -285,7 +333,7 @@ def _in_processes(
                 except StopIteration:
                     break
                 worker = idle.pop()
-                running[pool.submit(_attempt, worker, fn, item, where, stop)] = worker
+                running[pool.submit(_attempt, worker, fn, item, where, stop, ready)] = worker
             if not running:
                 return
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -330,13 +378,13 @@ def _end_own_workers() -> None:
         _own_workers.pop().kill()
 
 
-def run_killable(fn: Callable[[T], R], timeout_s: float, item: T) -> R:
+def run_killable(fn: Callable[[T], R], timeout_s: float, item: T, *, ready: Callable[[], object] | None = None) -> R:
     """``fn(item)`` in a child of this process that is killed when it takes too long; the child stays for the next.
 
     What a Dask worker calls: Dask itself cannot end a task that runs. Raises as ``KillableWorker.call``.
     """
     with _own_worker() as worker:
-        return worker.call(fn, item, timeout_s)
+        return worker.call(fn, item, timeout_s, ready=ready)
 
 
 def run_bounded(fn: Callable[[T], R], cpu_s: float, item: T) -> R:
@@ -381,13 +429,14 @@ def _on_scheduler(
     items: Iterable[T | Done[T, R] | None],
     where: Where,
     blames_worker: Callable[[Exception], bool],
+    ready: Callable[[], object] | None,
 ) -> Generator[Done[T, R] | Failed[T], None, None]:
     import distributed as dask_distributed
 
     # Dask states no types.
     distributed: Any = dask_distributed
     assert where.scheduler is not None
-    task = fn if where.timeout_s is None else partial(run_killable, fn, where.timeout_s)
+    task = fn if where.timeout_s is None else partial(run_killable, fn, where.timeout_s, ready=ready)
     # What Dask's client logs of a lost connection, with tracebacks, is told here in one line.
     log = logging.getLogger("distributed.client")
     log.addFilter(silence := _Silence())

@@ -22,7 +22,7 @@ from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.job.record import OutcomeLog, utc_now
 from wsi_pipe.job.run import Progress, process
-from wsi_pipe.job.task import slide_task
+from wsi_pipe.job.task import slide_task, warm_up
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
 
@@ -83,10 +83,11 @@ def dispatch(
         memory = max(extract.memory_mib // where.workers, 64)
         share = dataclasses.replace(settings, extract=dataclasses.replace(extract, memory_mib=memory))
     task = partial(slide_task, share, str(paths.root.absolute()))
+    ready = partial(warm_up, share)
     if where.scheduler and where.resources and until in ("extract", "assemble"):
-        results = _in_two_phases(task, keep_features, feed, where, until)
+        results = _in_two_phases(task, ready, keep_features, feed, where, until)
     else:
-        results = _outcomes(run(partial(task, until, keep_features), feed, where, blames_worker=_worker_is_at_fault))
+        results = _run(partial(task, until, keep_features), partial(ready, until), feed, where)
     log = OutcomeLog(paths)
     # Workers end when this generator does, also by an error, whoever may still hold on to that.
     with contextlib.closing(results):
@@ -176,6 +177,15 @@ def _worker_is_at_fault(error: Exception) -> bool:
     return isinstance(error, (OutputError, EncoderError))
 
 
+def _run(
+    task: Callable[[SlideEntry], SlideOutcome],
+    ready: Callable[[], None],
+    entries: Iterable[SlideEntry | Done[SlideEntry, SlideOutcome] | None],
+    where: Where,
+) -> Generator[SlideOutcome, None, None]:
+    return _outcomes(run(task, entries, where, blames_worker=_worker_is_at_fault, ready=ready))
+
+
 def _outcomes(
     results: Generator[Done[SlideEntry, SlideOutcome] | Failed[SlideEntry], None, None],
 ) -> Generator[SlideOutcome, None, None]:
@@ -207,6 +217,7 @@ def failed_outcome(entry: SlideEntry, error: Exception) -> SlideOutcome:
 
 def _in_two_phases(
     task: Callable[..., SlideOutcome],
+    warm: Callable[[Stage], None],
     keep_features: bool,
     entries: Iterable[SlideEntry],
     where: Where,
@@ -236,11 +247,7 @@ def _in_two_phases(
         try:
             anywhere = dataclasses.replace(where, resources=None)
             with contextlib.closing(
-                _outcomes(
-                    run(
-                        partial(task, "tile", keep_features), note(entries), anywhere, blames_worker=_worker_is_at_fault
-                    )
-                )
+                _run(partial(task, "tile", keep_features), partial(warm, "tile"), note(entries), anywhere)
             ) as laid:
                 for outcome in laid:
                     entry = by_id.pop(outcome.slide_id)
@@ -267,8 +274,6 @@ def _in_two_phases(
     thread = threading.Thread(target=lay_grids, name="lay-grids", daemon=True)
     thread.start()
     try:
-        yield from _outcomes(
-            run(partial(task, until, keep_features), with_grids(), where, blames_worker=_worker_is_at_fault)
-        )
+        yield from _run(partial(task, until, keep_features), partial(warm, until), with_grids(), where)
     finally:
         stop.set()
