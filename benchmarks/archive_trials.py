@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import psutil
 
 from wsi_pipe.bag import check_bag, read_bag
 from wsi_pipe.job import read_outcomes
+from wsi_pipe.outcome import STAGES
 from wsi_pipe.synthetic import make_cohort
 
 RUN = [sys.executable, "-m", "wsi_pipe", "run"]
@@ -44,11 +46,11 @@ def features(job: Path) -> str:
     return digest.hexdigest()
 
 
-def watched(command: list[str], log: Path) -> dict[str, Any]:
+def watched(command: list[str], log: Path, **environment: str) -> dict[str, Any]:
     """Run a command to its end; wall seconds, exit code and the peak of memory over all its processes."""
     start, peak, samples = time.perf_counter(), 0, []
     with log.open("wb") as handle:
-        process = psutil.Popen(command, stdout=handle, stderr=handle)
+        process = psutil.Popen(command, stdout=handle, stderr=handle, env=os.environ | environment)
         while process.poll() is None:
             total = 0
             for one in [process, *_children(process)]:
@@ -186,9 +188,10 @@ def many(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         for workers in (1, 2):
             job = folder / f"job-{repeat}-{workers}"
             command = [*RUN, "--slides", str(folder / "half.csv"), "-o", str(job), *options]
-            # The time-out makes a single worker a process of its own too: like is compared with like.
+            # The time-out makes a single worker a process of its own too, and each has one core: like is compared
+            # with like.
             command += ["--workers", str(workers), "--timeout", "600"]
-            spent[workers] = watched(command, folder / "run.log")["seconds"]
+            spent[workers] = watched(command, folder / "run.log", WSI_PIPE_CORES=str(workers))["seconds"]
         ratios.append(spent[1] / spent[2])
     job = folder / "job"
     whole = watched(
@@ -205,9 +208,14 @@ def many(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "memory late over early": float(late / early),
         "peak MiB, all processes": whole["peak_mib"],
         "overhead a slide, ms": 1000 * (2 * whole["seconds"] - inside) / len(outcomes),
+        **{f"{stage}, ms (median)": 1000 * _median(o.seconds.get(stage, 0.0) for o in outcomes) for stage in STAGES},
         "seconds": whole["seconds"],
         "ok": len(outcomes) == arguments.count and late / early < 1.2,
     }
+
+
+def _median(values: Iterable[float]) -> float:
+    return float(np.median(list(values)))
 
 
 def plan(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:

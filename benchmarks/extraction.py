@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import platform
@@ -60,15 +59,10 @@ def lay_grid(path: Path, slide_mpp: float | None, mpp: float) -> TileGrid:
         return plan_grids(slide.pyramid, mask, TileSettings(resolutions=(mpp,)))[0]
 
 
-def first(grid: TileGrid, count: int) -> TileGrid:
-    """The first tiles of a grid."""
-    return dataclasses.replace(grid, cells=grid.cells[:count], tissue=grid.tissue[:count])
-
-
 def shares(grid: TileGrid, total: int) -> list[TileGrid]:
     """The grid as often as it takes to come to ``total`` tiles, the last one cut."""
     whole, rest = divmod(total, len(grid))
-    return [grid] * whole + ([first(grid, rest)] if rest else [])
+    return [grid] * whole + ([grid.take(slice(rest))] if rest else [])
 
 
 class UsualTiles(torch.utils.data.Dataset[torch.Tensor]):
@@ -187,7 +181,7 @@ def measure(name: str, path: Path, args: argparse.Namespace, grid: TileGrid) -> 
     batch = args.batch_size or chosen.suggest_batch(grid.spec.size_px)
     total = max(batch, args.tiles - args.tiles % batch)
     grids = shares(grid, total)
-    kept = list(on_device(path, args.slide_mpp, first(grid, 4 * batch), chosen, batch))
+    kept = list(on_device(path, args.slide_mpp, grid.take(slice(4 * batch)), chosen, batch))
     kept = [images for images in kept if len(images) == batch] or kept
     batches = [kept[k % len(kept)] for k in range(total // batch)]
     options = {"batch_size": batch, "read_threads": args.read_threads}

@@ -22,7 +22,7 @@ from lrmil.distill import DistillSettings
 from lrmil.distill.children import ChildMap, child_map
 from lrmil.distill.evaluate import linear_baseline
 from lrmil.distill.student import Student
-from lrmil.distill.targets import DistillSlide, subset, target_stats, uniform_weights
+from lrmil.distill.targets import DistillSlide, target_stats, uniform_weights
 from lrmil.distill.train import distill
 from wsi_pipe.config import SegmentSettings, TileSettings
 from wsi_pipe.encoders import load_encoder
@@ -100,7 +100,7 @@ def halves(
                 found[part].append(
                     DistillSlide(
                         f"{path.stem}-{part}-{number}", f"{path.stem}-{number}", str(path), slide.pyramid.mpp or (0, 0),
-                        subset(low, chosen.rows), chosen, (features,), features, uniform_weights(chosen),
+                        low.take(chosen.rows), chosen, (features,), features, uniform_weights(chosen),
                         baseline[chosen.rows],
                     )
                 )  # fmt: skip

@@ -266,13 +266,6 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - begin, time.process_time() - cpu
 
 
-def part_of(grid: TileGrid, most: int) -> TileGrid:
-    """The first tiles of a grid."""
-    fields = {name: getattr(grid, name) for name in grid.__dataclass_fields__}
-    fields |= {"cells": grid.cells[:most], "tissue": grid.tissue[:most], "parent": None}
-    return TileGrid(**fields)
-
-
 def measure(path: Path, mpp: float, grid: TileGrid, args: argparse.Namespace, cores: list[int]) -> dict[str, Any]:
     """All ways on one grid: tiles a second (medians over repeats), and their ratios (medians of ratios)."""
     is_jpeg = args.codec == "jpeg"
@@ -479,7 +472,7 @@ def grids_of(path: Path, mpp: float, resolutions: tuple[float, ...], most: int) 
         view = read_overview(slide, settings.mpp)
         mask = find_tissue(view.rgb, view.um_per_px, view.scale_l0, settings)
         for grid in reversed(plan_grids(slide.pyramid, mask, TileSettings(resolutions=resolutions))):
-            yield part_of(grid, most)
+            yield grid.take(slice(most))
 
 
 def main() -> None:

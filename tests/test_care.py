@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from wsi_pipe.bag import check_bag, read_bag
-from wsi_pipe.care import job_status, repair_job, verify_job
+from wsi_pipe.care import job_status, quarantine_of, repair_job, verify_job
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.errors import JobLockedError, ManifestError, OutputError
 from wsi_pipe.job import read_outcomes
@@ -106,11 +106,16 @@ def test_bags_are_checked_in_one_process(archive: Path, tmp_path: Path, monkeypa
     execute._end_own_workers()
     monkeypatch.setattr(execute.subprocess, "Popen", counting)
     assert len(list(verify_job(job))) == 6
-    assert cli("run", "-o", job) == 0
+    monkeypatch.chdir(tmp_path)
+    assert cli("run", "-o", "job") == 0
+    assert {outcome.cached[-1] for outcome in read_outcomes(Path("job")).values()} == {"assemble"}
+    assert cli("verify", "job/bags/s0.h5") == 0
     assert len(started) == 1
 
 
-def test_repair_puts_aside_what_is_wrong_and_nothing_else(archive: Path, tmp_path: Path) -> None:
+def test_repair_puts_aside_what_is_wrong_and_nothing_else(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = tmp_path / "job"
     assert cli("run", archive, "-o", job, "-r", "5x", "--keep-features") == 0
     before = features(job)
@@ -130,6 +135,15 @@ def test_repair_puts_aside_what_is_wrong_and_nothing_else(archive: Path, tmp_pat
     assert Path(moved["s1.h5"].moved_to).is_file()
     assert not list(job.rglob("*.partial"))
     assert repair_job(job) == []
+    held = quarantine_of(job)
+    assert held.files == 5
+    assert held.size_bytes == sum(Path(repair.moved_to).stat().st_size for repair in moved.values() if repair.moved_to)
+    capsys.readouterr()
+    assert cli("verify", job, "--repair") == 0
+    assert f"{job / 'quarantine'} holds 5 files, 0." in capsys.readouterr().out
+    shutil.rmtree(job / "quarantine")
+    assert cli("verify", job, "--repair") == 0
+    assert "quarantine" not in capsys.readouterr().out
     assert job_status(job).waiting == 3
     assert cli("run", "-o", job) == 0
     assert features(job) == before
@@ -245,7 +259,7 @@ def test_a_run_that_finds_all_done_leaves_what_the_slides_cost(
     assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "3", *options) == 0
     lines = (job / "outcomes.jsonl").read_bytes()
     figures = summarise(list(read_outcomes(job).values()))
-    assert figures["seconds"].keys() >= {"read", "encode", "extract"}
+    assert figures["seconds"].keys() >= {"read", "encode"}
     assert figures["seconds_by_level"]["5x"].keys() >= {"read", "encode"}
     for command in ("run", "assemble", "extract", "tile", "segment") if not options else ("run",):
         assert cli(command, "-o", job, *options) == 0

@@ -56,6 +56,36 @@ def datasets(path: Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "@created_utc"}
 
 
+def test_features_go_straight_into_the_bag(
+    tmp_path: Path, make_slide: MakeSlide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of features in between is written where it is to be kept, and only there."""
+    from wsi_pipe.job import features
+
+    written: list[Path] = []
+    write = features.write_feature_file
+
+    def counting(path: Path, *arguments: Any) -> None:
+        written.append(path)
+        write(path, *arguments)
+
+    monkeypatch.setattr(features, "write_feature_file", counting)
+    slide = make_slide(tmp_path / "s.svs")
+    assert cli("run", slide, "-o", tmp_path / "a", "-r", "20x", "-r", "5x") == 0
+    assert not written
+    assert not (tmp_path / "a/features").exists()
+    assert cli("run", slide, "-o", tmp_path / "b", "-r", "20x", "-r", "5x", "--keep-features") == 0
+    assert len(written) == 2
+    one, other = (read_bag(tmp_path / job / "bags/s.h5") for job in "ab")
+    for ours, theirs in zip(one.levels, other.levels, strict=True):
+        assert np.array_equal(ours.features["texture"].values, theirs.features["texture"].values)
+        assert ours.features["texture"].fingerprint == theirs.features["texture"].fingerprint
+    # Another encoder's grid is added to the bag: what it holds stays, only the new goes through the engine.
+    assert cli("run", slide, "-o", tmp_path / "a", "-r", "20x", "-r", "5x", "-r", "10x") == 0
+    assert [level.grid.label for level in read_bag(tmp_path / "a/bags/s.h5").levels] == ["5x", "10x", "20x"]
+    assert check_bag(tmp_path / "a/bags/s.h5") == []
+
+
 def test_run_makes_a_valid_bag_with_aligned_grids(tmp_path: Path, make_slide: MakeSlide, run_json: RunJson) -> None:
     make_slide(tmp_path / "in" / "my slide 🔬.svs")
     code, result = run_json("run", tmp_path / "in", "-o", tmp_path / "job")

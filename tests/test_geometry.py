@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -145,3 +146,23 @@ def test_grids_refuse_arrays_that_do_not_belong_together() -> None:
         values = {name: getattr(good, name) for name in good.__dataclass_fields__}
         with pytest.raises(ValueError, match="belong"):
             TileGrid(**{**values, **wrong})
+
+
+def test_some_tiles_keep_their_places_and_parents() -> None:
+    g = dataclasses.replace(
+        grid([[c, 0] for c in range(10)]),
+        tissue=np.linspace(0, 1, 10, dtype=np.float32),
+        parent=np.arange(10, dtype=np.int32) // 4,
+        min_tissue=0.25,
+    )
+    some = g.take(np.array([7, 2]))
+    assert some.cells.tolist() == [[7, 0], [2, 0]]
+    assert some.parent is not None
+    assert some.parent.tolist() == [1, 0]
+    assert np.array_equal(some.corners_l0, g.corners_l0[[7, 2]])
+    assert (some.tissue.tolist(), some.min_tissue) == (g.tissue[[7, 2]].tolist(), 0.25)
+    assert len(g.take(slice(3))) == 3
+    assert dataclasses.replace(g, parent=None).take(slice(3)).parent is None
+    assert g.spread(4).cells[:, 0].tolist() == [0, 3, 6, 9]
+    assert len(g.spread(99)) == 10
+    assert len(g.take(slice(0)).spread(3)) == 0

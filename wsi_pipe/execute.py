@@ -97,7 +97,7 @@ def run(
     the generator ends the workers. On a scheduler, an item that is a Done comes back as it is, and None means that the
     next item is not there yet. blames_worker: whether an error that ``fn`` raised is its worker's fault rather than the
     item's: that worker gets no more items, and the item goes to another; it is Failed only once there is no other.
-    ready: called in each process that can be killed before its first item; neither it nor the start is in an item's time.
+    ready: called in each process that can be killed before its first item; outside the item's time, as is the start.
     Raises WorkerError when a scheduler cannot be reached or goes away; what was handed out before stays valid.
     """
     if where.workers < 1:

@@ -6,11 +6,13 @@ itself, ``_um`` micrometres, ``mpp`` micrometres per pixel. Pairs are (x, y) or 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -229,6 +231,20 @@ class TileGrid:
 
     def __len__(self) -> int:
         return len(self.cells)
+
+    def take(self, rows: NDArray[np.integer[Any]] | slice) -> TileGrid:
+        """Some of the tiles, in the order of ``rows``: indices or a slice.
+
+        ``parent`` goes along: it still numbers rows of the whole next coarser grid, so that what is taken belongs
+        beside that one, and not beside a part of it.
+        """
+        parent = None if self.parent is None else self.parent[rows]
+        return dataclasses.replace(self, cells=self.cells[rows], tissue=self.tissue[rows], parent=parent)
+
+    def spread(self, most: int) -> TileGrid:
+        """At most ``most`` of the tiles, spread evenly over the grid, in its order; see ``take``."""
+        rows = np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(np.int64)
+        return self.take(np.unique(rows))
 
     @property
     def label(self) -> str:

@@ -250,7 +250,7 @@ def _with_panel(
     """The picture with a title, a legend, a colour bar and a scale bar on white below it."""
     from PIL import Image, ImageDraw
 
-    height, width = picture.shape[:2]
+    width = picture.shape[1]
     size = int(np.clip(width / 55, 13, 22))
     line = round(size * 1.6)
     margin = size
@@ -259,11 +259,11 @@ def _with_panel(
     room = width - 2 * margin - (right[0] + 2 * margin if right else 0)
     rows = ([title] if title else []) + [e.text for e in entries]
     panel_height = margin + line * max(len(rows) + (1 if bar else 0), 1) + margin // 2
-    image = Image.new("RGB", (width, height + panel_height), (255, 255, 255))
-    image.paste(Image.fromarray(picture), (0, 0))
+    # The panel alone: PIL takes and gives back copies, of which the picture would need three.
+    image = Image.new("RGB", (width, panel_height), (255, 255, 255))
     draw = ImageDraw.Draw(image)
-    draw.line([(0, height), (width, height)], fill=(205, 205, 205))
-    y = height + margin
+    draw.line([(0, 0), (width, 0)], fill=(205, 205, 205))
+    y = margin
     if title:
         draw.text((margin, y + line // 2), _fitted(draw, title, font, room), fill=_INK, font=font, anchor="lm")
         y += line
@@ -277,10 +277,10 @@ def _with_panel(
         _colour_bar(image, draw, font, (margin, y), max(room, 1), line, *bar)
     if right is not None and um_per_px is not None:
         length, text = right
-        x1, y1 = width - margin, height + margin + line
+        x1, y1 = width - margin, margin + line
         draw.rectangle([x1 - length, y1, x1, y1 + max(3, size // 4)], fill=_INK)
         draw.text((x1 - length / 2, y1 - line // 2), text, fill=_INK, font=font, anchor="mm")
-    return np.asarray(image, np.uint8)
+    return np.concatenate([picture, np.asarray(image, np.uint8)])
 
 
 def _font(size: int) -> Any:

@@ -122,7 +122,7 @@ def load_slide(
         case_id=attrs.case_id,
         path=slide_path or attrs.slide_path,
         mpp=attrs.mpp_l0,
-        lr=subset(lr, children.rows),
+        lr=lr.take(children.rows),
         children=children,
         layers=tuple(chosen),
         final=np.asarray(final),
@@ -136,21 +136,6 @@ def _baseline(bag: Path, lr_label: str, encoder: str, children: ChildMap) -> NDA
         return np.asarray(read_level(bag, lr_label, encoder).features)[children.rows]
     except BagError:
         return None
-
-
-def subset(grid: TileGrid, rows: NDArray[np.int64]) -> TileGrid:
-    """Some tiles of a grid, in the order of ``rows``; without parents."""
-    return TileGrid(
-        spec=grid.spec,
-        mpp_effective=grid.mpp_effective,
-        origin_l0=grid.origin_l0,
-        stride_l0=grid.stride_l0,
-        tile_size_l0=grid.tile_size_l0,
-        cells=grid.cells[rows],
-        tissue=grid.tissue[rows],
-        upsampled=grid.upsampled,
-        min_tissue=grid.min_tissue,
-    )
 
 
 def compute_targets(

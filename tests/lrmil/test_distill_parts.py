@@ -14,7 +14,7 @@ from lrmil.distill.augment import stain_jitter, turn_tile
 from lrmil.distill.children import child_map, turn
 from lrmil.distill.evaluate import Agreement, RunningAgreement, linear_baseline
 from lrmil.distill.student import Student, pool_to, relative_blocks
-from lrmil.distill.targets import DistillSlide, attention_weights, subset, target_stats, uniform_weights
+from lrmil.distill.targets import DistillSlide, attention_weights, target_stats, uniform_weights
 from lrmil.distill.train import DistillHistory, losses_of
 from lrmil.errors import SettingsError
 from lrmil.pictures.distill import draw_distillation
@@ -67,7 +67,7 @@ def test_lr_tiles_without_children_are_left_out() -> None:
     )  # fmt: skip
     found = child_map(lr, fewer, "slide")
     assert found.rows.tolist() == [0, 1, 2, 3, 5]
-    assert subset(lr, found.rows).cells.tolist() == lr.cells[found.rows].tolist()
+    assert lr.take(found.rows).cells.tolist() == lr.cells[found.rows].tolist()
 
 
 def test_grids_without_definite_children_are_refused() -> None:

@@ -46,7 +46,8 @@ def open_bag(path: Path, schema: str = SCHEMA) -> Iterator[Any]:
         raise BagError(f"{path}: not a readable HDF5 file ({_first_line(error)})") from error
     with file:
         try:
-            found, version = file.attrs.get("schema"), int(file.attrs.get("schema_version", 0))
+            attrs = file.attrs
+            found, version = attrs.get("schema"), int(attrs.get("schema_version", 0))
             if found != schema:
                 raise BagError(f"{path}: is not a {schema} file (schema {found!r})")
             if version > SCHEMA_VERSION:
@@ -78,10 +79,12 @@ def read_attrs(path: Path) -> BagAttrs:
 
 def _attrs(path: Path, file: Any) -> BagAttrs:
     values: dict[str, Any] = {}
+    attrs = file.attrs
     for name in (f.name for f in fields(BagAttrs)):
-        if name not in file.attrs:
-            raise BagError(f"{path}: lacks the attribute {name}")
-        value = file.attrs[name]
+        try:
+            value = attrs[name]
+        except KeyError as error:
+            raise BagError(f"{path}: lacks the attribute {name}") from error
         if name == "mpp_l0":
             values[name] = (float(value[0]), float(value[1]))
         elif name in ("width_l0", "height_l0"):
@@ -100,7 +103,7 @@ def level_labels(file: Any) -> list[str]:
 
 
 def grid_of(group: Any) -> TileGrid:
-    """The grid stored in a level's group."""
+    """The grid stored in a level's group, or in a mapping of its data sets."""
     cells = group["cells"]
     attrs = cells.attrs
     spec = TileSpec(float(attrs["mpp"]), int(attrs["tile_size_px"]), int(attrs.get("overlap_px", 0)))
@@ -193,12 +196,13 @@ def _values_of(data: Any) -> FeatureArray:
 
 def _features_of(group: Any, slug: str) -> Features:
     data = group["features"][slug]
+    attrs = data.attrs
     layers = group["layers"][slug] if "layers" in group and slug in group["layers"] else {}
     return Features(
         values=_values_of(data),
         layers={block: _values_of(layers[block]) for block in layers},
         **{
-            name: str(data.attrs[name])
+            name: str(attrs[name])
             for name in ("encoder", "weights_sha256", "licence", "precision", "transform", "fingerprint")
         },
     )

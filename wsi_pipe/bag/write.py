@@ -29,12 +29,14 @@ def write_bag(path: Path, bag: Bag) -> None:
     Raises OutputError when it cannot be written, BagError when what was written does not hold together.
     """
     with atomic_path(path, check=_refuser(path, check_bag)) as temporary, _file_at(temporary) as file:
-        file.attrs["schema"] = SCHEMA
-        file.attrs["schema_version"] = SCHEMA_VERSION
+        attrs = file.attrs
+        attrs["schema"] = SCHEMA
+        attrs["schema_version"] = SCHEMA_VERSION
         for name in (f.name for f in fields(bag.attrs)):
-            file.attrs[name] = getattr(bag.attrs, name)
+            attrs[name] = getattr(bag.attrs, name)
+        levels = file.create_group("levels")
         for level in bag.levels:
-            _write_level(file.require_group("levels").create_group(level.grid.label), bag, level)
+            _write_level(levels.create_group(level.grid.label), bag, level)
         primary = f"/levels/{bag.attrs.primary_level}"
         file["coords"] = h5py.SoftLink(f"{primary}/coords")
         if bag.attrs.primary_encoder:
@@ -56,27 +58,28 @@ def _file_at(path: Path, mode: str = "w") -> Iterator[Any]:
 
 def _write_level(group: Any, bag: Bag, level: BagLevel) -> None:
     grid = level.grid
-    cells = _dataset(group, "cells", np.asarray(grid.cells, np.int32))
-    cells.attrs["origin_l0"] = np.asarray(grid.origin_l0, np.float64)
-    cells.attrs["stride_l0"] = np.asarray(grid.stride_l0, np.float64)
-    cells.attrs["tile_size_l0"] = np.asarray(grid.tile_size_l0, np.float64)
-    cells.attrs["tile_size_px"] = grid.spec.size_px
-    cells.attrs["overlap_px"] = grid.spec.overlap_px
-    cells.attrs["mpp"] = grid.spec.mpp
-    cells.attrs["mpp_effective"] = np.asarray(grid.mpp_effective, np.float64)
-    cells.attrs["upsampled"] = grid.upsampled
-    cells.attrs["min_tissue"] = grid.min_tissue
-    coords = _dataset(group, "coords", grid.coords)
+    # h5py makes a new object each time it is asked for attributes.
+    cells = _dataset(group, "cells", np.asarray(grid.cells, np.int32)).attrs
+    cells["origin_l0"] = np.asarray(grid.origin_l0, np.float64)
+    cells["stride_l0"] = np.asarray(grid.stride_l0, np.float64)
+    cells["tile_size_l0"] = np.asarray(grid.tile_size_l0, np.float64)
+    cells["tile_size_px"] = grid.spec.size_px
+    cells["overlap_px"] = grid.spec.overlap_px
+    cells["mpp"] = grid.spec.mpp
+    cells["mpp_effective"] = np.asarray(grid.mpp_effective, np.float64)
+    cells["upsampled"] = grid.upsampled
+    cells["min_tissue"] = grid.min_tissue
+    coords = _dataset(group, "coords", grid.coords).attrs
     mpp_l0 = sum(bag.attrs.mpp_l0) / 2
     # What TRIDENT and CLAM readers look for beside the coordinates.
-    coords.attrs["patch_size"] = grid.spec.size_px
-    coords.attrs["patch_size_level0"] = round(grid.tile_size_l0[0])
-    coords.attrs["level0_magnification"] = MICROMETRES_PER_MAGNIFICATION / mpp_l0
-    coords.attrs["target_magnification"] = MICROMETRES_PER_MAGNIFICATION / grid.spec.mpp
-    coords.attrs["overlap"] = grid.spec.overlap_px
-    coords.attrs["name"] = bag.attrs.slide_id
-    coords.attrs["level0_width"] = bag.attrs.width_l0
-    coords.attrs["level0_height"] = bag.attrs.height_l0
+    coords["patch_size"] = grid.spec.size_px
+    coords["patch_size_level0"] = round(grid.tile_size_l0[0])
+    coords["level0_magnification"] = MICROMETRES_PER_MAGNIFICATION / mpp_l0
+    coords["target_magnification"] = MICROMETRES_PER_MAGNIFICATION / grid.spec.mpp
+    coords["overlap"] = grid.spec.overlap_px
+    coords["name"] = bag.attrs.slide_id
+    coords["level0_width"] = bag.attrs.width_l0
+    coords["level0_height"] = bag.attrs.height_l0
     _dataset(group, "tissue", np.asarray(grid.tissue, np.float32))
     if grid.parent is not None:
         _dataset(group, "parent", np.asarray(grid.parent, np.int32))
@@ -87,10 +90,10 @@ def _write_level(group: Any, bag: Bag, level: BagLevel) -> None:
 
 
 def _write_features(group: Any, slug: str, features: Features) -> None:
-    data = _dataset(group.require_group("features"), slug, features.values)
+    attrs = _dataset(group.require_group("features"), slug, features.values).attrs
     for name in ("encoder", "weights_sha256", "licence", "precision", "transform", "fingerprint"):
-        data.attrs[name] = getattr(features, name)
-    data.attrs["sha256"] = content_digest([features.values])
+        attrs[name] = getattr(features, name)
+    attrs["sha256"] = content_digest([features.values])
     for block, values in features.layers.items():
         layer = _dataset(group.require_group("layers").require_group(slug), block, values)
         layer.attrs["sha256"] = content_digest([values])

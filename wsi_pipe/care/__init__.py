@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from wsi_pipe.care.repair import Repair, repair_job
+from wsi_pipe.care.repair import Quarantine, Repair, quarantine_of, repair_job
 from wsi_pipe.care.status import JobStatus, job_status
 from wsi_pipe.care.verify import Finding, verify_bags, verify_job
 
-__all__ = ["Finding", "JobStatus", "Repair", "job_status", "repair_job", "verify_bags", "verify_job"]
+__all__ = [
+    "Finding",
+    "JobStatus",
+    "Quarantine",
+    "Repair",
+    "job_status",
+    "quarantine_of",
+    "repair_job",
+    "verify_bags",
+    "verify_job",
+]

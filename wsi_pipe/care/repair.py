@@ -16,7 +16,7 @@ from wsi_pipe.job import JobPaths, load_slides, utc_now
 from wsi_pipe.job.guard import problems_guarded
 from wsi_pipe.job.lock import hold_job
 
-__all__ = ["Repair", "repair_job"]
+__all__ = ["Quarantine", "Repair", "quarantine_of", "repair_job"]
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,30 @@ class Repair:
     action: Literal["moved", "deleted", "left"] = "moved"
 
 
+@dataclass(frozen=True)
+class Quarantine:
+    """What repairs of a job put aside so far. folder: where it lies; files: how many; size_bytes: of all of them."""
+
+    folder: str
+    files: int
+    size_bytes: int
+
+
+def quarantine_of(root: Path) -> Quarantine:
+    """What lies in the quarantine of the job in ``root``; 0 files where there is none."""
+    folder = JobPaths(root).quarantine
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return Quarantine(str(folder), len(sizes), sum(sizes))
+
+
 def repair_job(root: Path) -> list[Repair]:
     """Move everything wrong in a job into ``quarantine/``: broken and foreign bags, grids and feature files that do
     not open, outputs that belong to no slide; and delete what interrupted writes left.
 
     The next run makes just those again. A sound bag of its own slide that is only stale stays where it is: the next
     run makes it anew out of the features in it that still fit, which in quarantine would have to be computed again.
-    Raises ManifestError when ``root`` is not a job, JobLockedError while a run is at work in it, OutputError when a
-    file cannot be moved.
+    Nobody empties the quarantine but the user. Raises ManifestError when ``root`` is not a job, JobLockedError while
+    a run is at work in it, OutputError when a file cannot be moved.
     """
     paths = JobPaths(root)
     if not paths.config.is_file():
@@ -74,7 +90,7 @@ def _broken_stage_files(paths: JobPaths) -> Iterator[tuple[Path, tuple[str, ...]
 
 
 def _put_aside(root: Path, path: Path, problems: tuple[str, ...]) -> Repair:
-    target = root / "quarantine" / path.relative_to(root)
+    target = JobPaths(root).quarantine / path.relative_to(root)
     number = 1
     while target.exists():
         target = target.with_name(f"{path.stem}.{number}{path.suffix}")

@@ -23,7 +23,7 @@ def verify(paths: tuple[Path, ...], repair: bool, as_json: bool) -> int:
     Checked: the schema, shapes and types, finite features, tiles inside their parents, attention, links, and that
     mask, grids and features belong together.
     """
-    from wsi_pipe.care import repair_job, verify_bags, verify_job
+    from wsi_pipe.care import quarantine_of, repair_job, verify_bags, verify_job
 
     if repair:
         repairs = [item for path in paths for item in repair_job(path)]
@@ -36,6 +36,13 @@ def verify(paths: tuple[Path, ...], repair: bool, as_json: bool) -> int:
             left = sum(item.action == "left" for item in repairs)
             more = f", {left} stale ones left for the next run to bring up to date" if left else ""
             click.echo(f"{len(repairs) - left} files put aside{more}; run again to make what is missing")
+            for path in paths:
+                held = quarantine_of(path)
+                if held.files:
+                    click.echo(
+                        f"{held.folder} holds {held.files} files, {held.size_bytes / 1e6:,.1f} MB; nothing reads them: "
+                        "delete the folder when you need them no more"
+                    )
         return EXIT_FAILED if repairs else 0
     bags = [path for path in paths if path.is_file()]
     findings = [*verify_bags(bags)]

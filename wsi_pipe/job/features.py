@@ -107,8 +107,9 @@ def _file_holds(prepared: Prepared, item: Wanted, paths: JobPaths) -> bool:
     return header.fingerprint == item.fingerprint and not problems_guarded(check_feature_file, path)
 
 
-def store_features(prepared: Prepared, computed: SlideFeatures, wanted: Iterable[Wanted], paths: JobPaths) -> None:
-    """Write what the engine computed, one file an encoder and grid. Raises OutputError when it cannot be written."""
+def computed_features(computed: SlideFeatures, wanted: Iterable[Wanted]) -> dict[str, tuple[Wanted, Features]]:
+    """What the engine computed of ``wanted``, by fingerprint."""
+    found = {}
     for item in wanted:
         values = computed.features.get(item.label, {}).get(item.info.slug)
         if values is None:
@@ -124,15 +125,30 @@ def store_features(prepared: Prepared, computed: SlideFeatures, wanted: Iterable
             fingerprint=item.fingerprint,
             layers={str(block): data for block, data in layers.items()},
         )
-        path = paths.features(prepared.entry.slide_id, item.label, item.info.slug)
-        write_feature_file(path, prepared.entry.slide_id, item.label, item.info.slug, features)
+        found[item.fingerprint] = (item, features)
+    return found
+
+
+def store_features(prepared: Prepared, computed: SlideFeatures, wanted: Iterable[Wanted], paths: JobPaths) -> None:
+    """Write what the engine computed, one file an encoder and grid. Raises OutputError when it cannot be written."""
+    slide_id = prepared.entry.slide_id
+    for item, features in computed_features(computed, wanted).values():
+        path = paths.features(slide_id, item.label, item.info.slug)
+        write_feature_file(path, slide_id, item.label, item.info.slug, features)
 
 
 def assemble(
-    prepared: Prepared, wanted: Iterable[Wanted], settings: ExtractSettings, paths: JobPaths, *, keep_features: bool
+    prepared: Prepared,
+    wanted: Iterable[Wanted],
+    settings: ExtractSettings,
+    paths: JobPaths,
+    *,
+    keep_features: bool,
+    computed: SlideFeatures | None = None,
 ) -> bool:
     """Put grids and features together in the slide's bag; False where the bag was already right.
 
+    computed: features that were made just now and have no files.
     Features that the settings do not want any more leave the bag; attention stays where its grid is unchanged. The
     feature files are removed once the bag holds them, unless ``keep_features``. Raises BagError when features are
     missing, OutputError when the bag cannot be written.
@@ -150,10 +166,13 @@ def assemble(
     except BagError:
         old = None
     old_features = {f.fingerprint: f for level in (old.levels if old else ()) for f in level.features.values()}
+    fresh = {key: value for key, (_, value) in computed_features(computed, wanted).items()} if computed else {}
     levels = []
     for grid in prepared.grids:
         own = {
-            item.info.slug: old_features.get(item.fingerprint) or _stored(prepared, item, grid, paths, settings.dtype)
+            item.info.slug: fresh.get(item.fingerprint)
+            or old_features.get(item.fingerprint)
+            or _stored(prepared, item, grid, paths, settings.dtype)
             for item in wanted
             if item.label == grid.label
         }

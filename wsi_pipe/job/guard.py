@@ -21,8 +21,10 @@ BYTES_PER_CPU_S = 10e6
 def read_guarded(fn: Callable[[Path], R], path: Path) -> R:
     """``fn(path)``, a function of ``wsi_pipe.bag``, in a long-lived child of this process, begun anew when it dies.
 
+    The path is made absolute: the child stays in the folder that this process was in when it began.
     Raises what ``fn`` raises, and BagError where HDF5 does not return or crashes the child.
     """
+    path = path.absolute()
     try:
         limit_s = CPU_S + path.stat().st_size / BYTES_PER_CPU_S
     except OSError as error:
@@ -45,4 +47,4 @@ def problems_guarded(check: Callable[[Path], list[str]], path: Path) -> list[str
     try:
         return read_guarded(check, path)
     except BagError as error:
-        return [error.message.removeprefix(f"{path}: ")]
+        return [error.message.removeprefix(f"{path.absolute()}: ")]

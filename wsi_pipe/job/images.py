@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from wsi_pipe.bag import read_grids
 from wsi_pipe.config import JobSettings
-from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.pictures import write_image
 from wsi_pipe.tiles import stream_tiles
 
-__all__ = ["save_tile_images", "spread"]
+__all__ = ["save_tile_images"]
 
 
 def save_tile_images(entry: SlideEntry, settings: JobSettings, paths: JobPaths, extension: str, most: int) -> int:
@@ -26,7 +23,7 @@ def save_tile_images(entry: SlideEntry, settings: JobSettings, paths: JobPaths, 
     slide = open_entry(entry, settings.reader, settings.cache)
     try:
         for grid in read_grids(paths.tiles(entry.slide_id)):
-            some = spread(grid, most)
+            some = grid.spread(most)
             folder = paths.tile_images(entry.slide_id, grid.label)
             for batch in stream_tiles(slide, some):
                 for pixels, index in zip(batch.pixels, batch.index, strict=True):
@@ -36,19 +33,3 @@ def save_tile_images(entry: SlideEntry, settings: JobSettings, paths: JobPaths, 
     finally:
         slide.close()
     return count
-
-
-def spread(grid: TileGrid, most: int) -> TileGrid:
-    """At most ``most`` tiles of a grid, spread evenly over it, in its order; without parents."""
-    picked = np.unique(np.linspace(0, len(grid) - 1, min(most, len(grid))).round().astype(np.int64))
-    return TileGrid(
-        spec=grid.spec,
-        mpp_effective=grid.mpp_effective,
-        origin_l0=grid.origin_l0,
-        stride_l0=grid.stride_l0,
-        tile_size_l0=grid.tile_size_l0,
-        cells=grid.cells[picked],
-        tissue=grid.tissue[picked],
-        upsampled=grid.upsampled,
-        min_tissue=grid.min_tissue,
-    )

@@ -41,6 +41,11 @@ class JobPaths:
         return self.root / "report.html"
 
     @property
+    def quarantine(self) -> Path:
+        """What ``wsi-pipe verify --repair`` put aside, as it lay in the job. Nothing reads it or needs it."""
+        return self.root / "quarantine"
+
+    @property
     def bags(self) -> Path:
         """The folder of bags."""
         return self.root / "bags"

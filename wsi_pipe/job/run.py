@@ -194,6 +194,10 @@ class _Run:
             return
         work.clock.seconds.update(result.seconds)
         work.prepared.counts.update(result.counts)
+        if self.until == "assemble" and not self.keep_features:
+            # Straight into the bag: a file in between would be written, read back and deleted.
+            self._assemble(work, result)
+            return
         try:
             with work.clock("extract"):
                 store_features(work.prepared, result, work.missing, self.paths)
@@ -204,7 +208,7 @@ class _Run:
             return
         self._assemble(work)
 
-    def _assemble(self, work: _Work) -> None:
+    def _assemble(self, work: _Work, computed: SlideFeatures | None = None) -> None:
         assert work.prepared is not None
         cached = work.prepared.cached if work.missing else (*work.prepared.cached, "extract")
         if self.until == "assemble":
@@ -216,6 +220,7 @@ class _Run:
                         self.settings.extract,
                         self.paths,
                         keep_features=self.keep_features,
+                        computed=computed,
                     )
             except OutputError:
                 raise

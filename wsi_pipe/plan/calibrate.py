@@ -11,7 +11,6 @@ from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders.base import Encoder
 from wsi_pipe.errors import WsiPipeError
 from wsi_pipe.extract import ExtractItem, SlideFailure, extract_features
-from wsi_pipe.job.images import spread
 from wsi_pipe.job.prepare import open_entry, slide_mask
 from wsi_pipe.manifest import SlideEntry, settings_of
 from wsi_pipe.plan.survey import PlanTotals
@@ -75,7 +74,7 @@ def calibrate(
         except WsiPipeError:
             continue
         found.slides += 1
-        for grid in (spread(g, tiles) for g in grids if len(g)):
+        for grid in (g.spread(tiles) for g in grids if len(g)):
             names = extract.encoders_of(grid.label)
             item = ExtractItem(
                 entry.slide_id, partial(open_entry, entry, settings.reader, settings.cache), [grid], {grid.label: names}
