@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -23,9 +24,11 @@ import pytest
 from wsi_pipe.bag import check_bag, read_bag
 from wsi_pipe.care import job_status, quarantine_of, repair_job, verify_job
 from wsi_pipe.cli import group, run_group
-from wsi_pipe.errors import JobLockedError, ManifestError
+from wsi_pipe.errors import JobLockedError, ManifestError, OutputError
 from wsi_pipe.job import read_outcomes
+from wsi_pipe.job import run as job_run
 from wsi_pipe.job.lock import hold_job, holder_of
+from wsi_pipe.report.summary import summarise
 
 MakeSlide = Callable[..., Path]
 MAIN = [sys.executable, "-m", "wsi_pipe"]
@@ -148,6 +151,45 @@ def test_repair_puts_aside_what_is_wrong_and_nothing_else(
     assert not [finding for finding in verify_job(job) if finding.problems]
 
 
+def test_repair_leaves_what_the_next_run_brings_up_to_date(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second resolution, and features of another type: sound bags, whose features are good or simply not wanted."""
+    job = tmp_path / "job"
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "3") == 0
+    before = features(job)
+    assert cli("tile", archive, "-o", job, "-r", "5x", "-r", "20x", "--limit", "3") == 0
+    shutil.copy(job / "bags/s1.h5", job / "bags/s2.h5")
+    findings = {finding.slide_id: finding for finding in verify_job(job)}
+    assert {name: (finding.status, finding.stale) for name, finding in findings.items()} == {
+        "s0": ("stale", True),
+        "s1": ("stale", True),
+        "s2": ("done", False),
+    }
+    capsys.readouterr()
+    assert cli("verify", job, "--repair") == 1
+    assert "1 files put aside, 2 stale ones left for the next run" in capsys.readouterr().out
+    assert [path.name for path in (job / "quarantine").rglob("*.h5")] == ["s2.h5"]
+    assert {name: data for name, data in before.items() if not name.startswith("s2")} == features(job)
+    asked: list[tuple[str, str]] = []
+    extract = job_run.extract_features
+
+    def noting(items: Any, *more: Any, **options: Any) -> Any:
+        listed = list(items)
+        asked.extend((item.slide_id, grid.label) for item in listed for grid in item.grids)
+        return extract(listed, *more, **options)
+
+    monkeypatch.setattr(job_run, "extract_features", noting)
+    assert cli("run", "-o", job) == 0
+    # The features of the stale bags at 5x are in the new ones without having been computed again.
+    assert sorted(asked) == [("s0", "20x"), ("s1", "20x"), ("s2", "20x"), ("s2", "5x")]
+    assert {name: data for name, data in features(job).items() if name.endswith(" 5x")} == before
+    assert cli("tile", "-o", job) == 0
+    config = job / "config.toml"
+    config.write_text(config.read_text().replace('dtype = "float16"', 'dtype = "float32"'))
+    assert {repair.action for repair in repair_job(job)} == {"left"}
+
+
 def test_repair_refuses_what_is_no_job(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="is not a job directory"):
         repair_job(tmp_path)
@@ -173,6 +215,22 @@ def test_asking_for_the_state_of_a_job_does_not_keep_a_run_out(tmp_path: Path) -
         assert holder_of(tmp_path) is not None
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_not_taken_for_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Lustre without -o flock, NFS without its lock daemon."""
+
+    def flock(handle: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OutputError, match=r"gives no locks \(.*Lustre: -o flock") as caught, hold_job(tmp_path, {}):
+        pass
+    assert not isinstance(caught.value, JobLockedError)
+    assert holder_of(tmp_path) is None
+
+
 def test_status_counts_and_paces(archive: Path, tmp_path: Path) -> None:
     job = tmp_path / "job"
     (archive / "bad.svs").write_bytes(b"no")
@@ -191,6 +249,51 @@ def test_status_counts_and_paces(archive: Path, tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="is not a job directory"):
         job_status(archive)
     assert cli("status", job) == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["here", "workers"])
+def test_a_run_that_finds_all_done_leaves_what_the_slides_cost(
+    archive: Path, tmp_path: Path, options: list[str]
+) -> None:
+    job = tmp_path / "job"
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "3", *options) == 0
+    lines = (job / "outcomes.jsonl").read_bytes()
+    figures = summarise(list(read_outcomes(job).values()))
+    assert figures["seconds"].keys() >= {"read", "encode"}
+    assert figures["seconds_by_level"]["5x"].keys() >= {"read", "encode"}
+    for command in ("run", "assemble", "extract", "tile", "segment") if not options else ("run",):
+        assert cli(command, "-o", job, *options) == 0
+        assert (job / "outcomes.jsonl").read_bytes() == lines, command
+    # What is made anew is noted with its own times; the stages that were valid keep theirs.
+    before = read_outcomes(job)["s1"]
+    (job / "bags/s1.h5").unlink()
+    (job / "tissue/s0.geojson").unlink()
+    assert cli("run", "-o", job, *options) == 0
+    after = read_outcomes(job)
+    assert len((job / "outcomes.jsonl").read_text().splitlines()) == 5
+    assert after["s1"].seconds["segment"] == before.seconds["segment"]
+    assert after["s1"].seconds["read"] != before.seconds["read"]
+    assert after["s0"].cached == ("tile", "extract", "assemble")
+    assert after["s0"].counts.keys() >= {"read_s.5x", "encode_s.5x"}
+
+
+def test_pace_counts_only_slides_that_were_made(archive: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "2") == 0
+    lines = job / "outcomes.jsonl"
+    lines.write_text(lines.read_text().replace('"finished_utc": "20', '"finished_utc": "19'))
+    started = datetime.now(UTC) - timedelta(hours=1)
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "3") == 0
+    told = json.loads((job / ".lock").read_text())
+    assert told["unchanged"] == 2
+    begun = started.strftime("%Y-%m-%dT%H:%M:%SZ")
+    with hold_job(job, {"started_utc": begun, "slides": 10}) as tell:
+        tell(unchanged=2)
+        state = job_status(job, started + timedelta(hours=1))
+        cli("status", job)
+    assert (state.finished_in_run, state.unchanged_in_run) == (1, 2)
+    assert state.slides_per_hour == pytest.approx(1, rel=1e-3)
+    assert state.hours_left == pytest.approx(7, rel=1e-3)
 
 
 def test_failures_are_listed_with_remedies_and_retried_alone(
@@ -230,28 +333,104 @@ def test_workers_give_the_same_bags(archive: Path, tmp_path: Path) -> None:
     assert len((tmp_path / "two/outcomes.jsonl").read_text().splitlines()) == 6
 
 
+@pytest.fixture
+def long_archive(archive: Path) -> Path:
+    """The six slides, each many times: more than is done before a signal arrives."""
+    for copy in range(20):
+        for path in sorted(archive.glob("s?.svs")):
+            (archive / f"{path.stem}-{copy}.svs").hardlink_to(path)
+    return archive
+
+
+def started(job: Path, process: subprocess.Popen[str]) -> bool:
+    """Wait for the first slide to be finished."""
+    deadline = time.monotonic() + 60
+    while not (job / "outcomes.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    return (job / "outcomes.jsonl").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: str(number.name))
 @pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["here", "workers"])
-def test_ctrl_c_ends_within_seconds_and_resumes(archive: Path, tmp_path: Path, options: list[str]) -> None:
+def test_ctrl_c_and_sigterm_end_within_seconds_and_the_run_resumes(
+    long_archive: Path, tmp_path: Path, options: list[str], number: signal.Signals
+) -> None:
     job = tmp_path / "job"
+    (long_archive / "a-bad.svs").write_bytes(b"no")
     process = subprocess.Popen(
-        [*MAIN, "run", str(archive), "-o", str(job), *options],
+        [*MAIN, "run", str(long_archive), "-o", str(job), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert started(job, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    assert "run the same command again to go on" in err
+    assert not list(job.rglob("*.partial"))
+    done = read_outcomes(job)
+    assert 0 < len(done) < 127
+    # What is told of failures and in the report is as of now.
+    assert ("a-bad," in (job / "failures.csv").read_text()) == ("a-bad" in done)
+    assert json.loads((job / "report.json").read_text())["slides"]["total"] == len(done)
+    (job / "bags").mkdir(exist_ok=True)
+    (job / "bags/.s9.h5.0123.partial").write_bytes(b"left by a run that was killed")
+    assert cli("run", "-o", job, "--only", "s0", "--only", "s1") == 0
+    assert not list(job.rglob("*.partial"))
+    assert all(check_bag(path) == [] for path in (job / "bags").glob("*.h5"))
+
+
+def test_a_second_ctrl_c_ends_at_once(archive: Path, tmp_path: Path) -> None:
+    """The first waits for the threads that are reading, one of which hangs in a dead mount here."""
+    job, mark = tmp_path / "job", tmp_path / "hangs"
+    code = (
+        "import sys, time, pathlib; from wsi_pipe.cli import main; from wsi_pipe.job import run\n"
+        f"def hang(*_): pathlib.Path({str(mark)!r}).touch(); time.sleep(600)\n"
+        "run.open_entry = hang; main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "run", str(archive), "-o", str(job), "--limit", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not (job / "outcomes.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+    while not mark.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode in (130, 0), err
-    assert "Traceback" not in err
-    if process.returncode == 130:
-        assert "run the same command again to go on" in err
-    assert not list(job.rglob("*.partial"))
-    assert cli("run", archive, "-o", job) == 0
-    assert all(check_bag(path) == [] for path in (job / "bags").glob("*.h5"))
-    assert len(list((job / "bags").glob("*.h5"))) == 6
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err, err
+    assert holder_of(job) is None
+
+
+def test_the_end_does_not_wait_for_a_copy_under_way(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wsi_pipe.config import JobSettings
+    from wsi_pipe.execute import Where
+    from wsi_pipe.job import dispatch as dispatching
+    from wsi_pipe.job import open_job
+    from wsi_pipe.manifest import SlideEntry, collect_slides
+
+    arrives = threading.Event()
+    monkeypatch.setattr(dispatching, "open_entry", lambda *_: arrives.wait(600))
+    entries = [*collect_slides([str(archive)])[:2], SlideEntry("far", "https://127.0.0.1:1/far.svs", "far")]
+    paths = open_job(tmp_path / "job", JobSettings(), entries)
+    results = dispatching.dispatch(entries, JobSettings(), paths, Where())
+    try:
+        assert next(results).slide_id == "s0"
+        start = time.monotonic()
+        results.close()
+        assert time.monotonic() - start < 10
+    finally:
+        arrives.set()
+    assert "far" not in read_outcomes(tmp_path / "job")
 
 
 def test_an_interrupt_inside_a_callback_is_heard() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from wsi_pipe.errors import ConfigError, SlideOpenError, TaskTimeoutError, WorkerError
+from wsi_pipe.errors import ConfigError, DeviceError, SlideOpenError, TaskTimeoutError, WorkerError
 from wsi_pipe.execute import Done, Failed, KillableWorker, Where, run
 
 # What runs elsewhere is named by module and must be importable there: built-ins and the project's own functions are.
@@ -104,6 +104,22 @@ def test_a_time_out_really_ends_the_process() -> None:
     assert "--timeout" in str(errors(results)[hang])
 
 
+def test_getting_ready_is_not_in_an_items_time() -> None:
+    """Starting a process and loading an encoder once ended the first slides of a tight time-out."""
+    ready = partial(eval, "__import__('time').sleep(3)")
+    items = ["1", "2", "__import__('time').sleep(600)", "3"]
+    results = list(run(EVAL, items, Where(timeout_s=2), ready=ready))
+    assert values(results) == {"1": 1, "2": 2, "3": 3}
+    assert isinstance(errors(results)[items[2]], TaskTimeoutError)
+
+
+def test_what_goes_wrong_in_getting_ready_is_said() -> None:
+    raising = "(_ for _ in ()).throw(__import__('wsi_pipe.errors').errors.DeviceError('no GPU'))"
+    (first,) = run(EVAL, ["1"], Where(workers=2), ready=partial(eval, raising), blames_worker=blamed)
+    assert isinstance(first, Failed)
+    assert isinstance(first.error, DeviceError)
+
+
 def test_closing_early_ends_the_workers() -> None:
     results = run(EVAL, ["__import__('os').getpid()"] * 2 + ["__import__('time').sleep(600)"] * 2, Where(workers=2))
     first = next(results)
@@ -153,6 +169,43 @@ def test_items_are_taken_as_they_are_needed() -> None:
     next(results)
     assert len(taken) <= 4
     results.close()
+
+
+def blamed(error: Exception) -> bool:
+    return isinstance(error, DeviceError)
+
+
+def unfit(marker: Path, then: str) -> str:
+    """An item that only the process which comes first cannot do."""
+    raising = "(_ for _ in ()).throw(__import__('wsi_pipe.errors').errors.DeviceError('the GPU fell off the bus'))"
+    me = "str(__import__('os').getpid())"
+    # Opening with "x" succeeds for one process alone.
+    return (
+        f"{raising} if (__import__('os').path.exists({str(marker)!r}) and open({str(marker)!r}).read() == {me}) or "
+        f"(not __import__('os').path.exists({str(marker)!r}) and open({str(marker)!r}, 'x').write({me})) else {then}"
+    )
+
+
+def test_a_worker_that_is_to_blame_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    items = [unfit(tmp_path / "unfit", f"(__import__('time').sleep(0.1), {n})[1]") for n in range(12)]
+    results = list(run(EVAL, items, Where(workers=2), blames_worker=blamed))
+    assert not errors(results)
+    assert sorted(values(results).values()) == list(range(12))  # type: ignore[type-var]
+    assert [record.getMessage() for record in caplog.records] == [
+        next(record.getMessage() for record in caplog.records if "GPU fell off the bus" in record.getMessage())
+    ]
+
+
+def test_what_no_worker_can_do_is_said_and_tried_on_each_once(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    raising = "(_ for _ in ()).throw(__import__('wsi_pipe.errors').errors.DeviceError('no GPU'))"
+    bad = f"(open({str(count)!r}, 'a').write('x'), {raising})"
+    results = run(EVAL, [bad, *(f"{bad} + ({n},)" for n in range(20))], Where(workers=2), blames_worker=blamed)
+    first = next(results)
+    assert isinstance(first, Failed)
+    assert isinstance(first.error, DeviceError)
+    results.close()
+    assert count.read_text() == "xx"
 
 
 def test_what_cannot_be_sent_back_is_an_error_of_its_item() -> None:
@@ -267,6 +320,35 @@ def test_dask_runs_everything_once_also_when_a_worker_is_killed(cluster: Any) ->
             workers[0].kill()
     assert sorted(values(results).values()) == list(range(30))  # type: ignore[type-var]
     assert len(results) == 30
+
+
+@pytest.mark.slow
+def test_dask_worker_that_is_to_blame_does_not_end_the_run(cluster: Any, tmp_path: Path) -> None:
+    cluster.scheduler()
+    workers = [cluster.worker("--no-nanny") for _ in range(3)]
+    items = [unfit(tmp_path / "unfit", f"(__import__('time').sleep(0.2), {n})[1]") for n in range(30)]
+    results = []
+    for result in run(EVAL, items, Where(scheduler=cluster.address), blames_worker=blamed):
+        results.append(result)
+        if len(results) == 10:
+            # One of those that others' items are bound to goes away as well.
+            fit = next(worker for worker in workers if str(worker.pid) != (tmp_path / "unfit").read_text())
+            fit.kill()
+    assert not errors(results)
+    assert sorted(values(results).values()) == list(range(30))  # type: ignore[type-var]
+
+
+@pytest.mark.slow
+def test_dask_says_when_no_worker_is_left(cluster: Any) -> None:
+    cluster.scheduler()
+    for _ in range(2):
+        cluster.worker("--no-nanny")
+    raising = "(_ for _ in ()).throw(__import__('wsi_pipe.errors').errors.DeviceError('no GPU'))"
+    results = run(EVAL, [raising] * 20, Where(scheduler=cluster.address), blames_worker=blamed)
+    first = next(results)
+    assert isinstance(first, Failed)
+    assert isinstance(first.error, DeviceError)
+    results.close()
 
 
 @pytest.mark.slow

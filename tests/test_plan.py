@@ -133,6 +133,12 @@ def test_sample_is_spread_over_the_list() -> None:
     assert spread_sample(entries, 0) == []
 
 
+def test_a_small_archive_takes_seconds_not_no_hours() -> None:
+    from wsi_pipe.cli.plan import _duration
+
+    assert [_duration(s) for s in (0.4, 90, 600, 7200, 3.6e6)] == ["0.4 s", "90.0 s", "10 min", "2.0 h", "1,000.0 h"]
+
+
 def test_command(tmp_path: Path, make_slide: MakeSlide, capsys: pytest.CaptureFixture[str]) -> None:
     make_slide(tmp_path / "in/a.svs")
     make_slide(tmp_path / "in/b.svs", seed=1)

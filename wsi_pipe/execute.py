@@ -16,9 +16,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar, cast
@@ -33,6 +34,8 @@ R = TypeVar("R")
 
 POLL_S = 0.2
 KILL_GRACE_S = 2.0
+READY_S = 600.0
+"""What a process may take to load what all items need, where items have a time-out."""
 WORKERS_POLL_S = 2.0
 RESULT_S = 10.0
 AHEAD = 2
@@ -64,36 +67,45 @@ class Where:
 
 @dataclass(frozen=True)
 class Done(Generic[T, R]):
-    """An item and what the callable returned."""
+    """An item and what the callable returned; worker: who did it, empty for this process."""
 
     item: T
     value: R
+    worker: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class Failed(Generic[T]):
-    """An item whose process died, took too long, or whose callable raised; the error says which."""
+    """An item whose process died, took too long, or whose callable raised; the error says which. worker: as in Done."""
 
     item: T
     error: Exception
+    worker: str = field(default="", compare=False)
 
 
 def run(
-    fn: Callable[[T], R], items: Iterable[T | Done[T, R] | None], where: Where
+    fn: Callable[[T], R],
+    items: Iterable[T | Done[T, R] | None],
+    where: Where,
+    *,
+    blames_worker: Callable[[Exception], bool] = lambda error: False,
+    ready: Callable[[], object] | None = None,
 ) -> Generator[Done[T, R] | Failed[T], None, None]:
     """Apply ``fn`` to every item; results come as they are finished, in no fixed order.
 
     items: consumed lazily, a few ahead of what is finished. fn: a picklable callable when it runs elsewhere. Closing
     the generator ends the workers. On a scheduler, an item that is a Done comes back as it is, and None means that the
-    next item is not there yet. Raises WorkerError when a scheduler cannot be reached or goes away; what was handed out
-    before stays valid.
+    next item is not there yet. blames_worker: whether an error that ``fn`` raised is its worker's fault rather than the
+    item's: that worker gets no more items, and the item goes to another; it is Failed only once there is no other.
+    ready: called in each process that can be killed before its first item; outside the item's time, as is the start.
+    Raises WorkerError when a scheduler cannot be reached or goes away; what was handed out before stays valid.
     """
     if where.workers < 1:
         raise ConfigError(f"{where.workers} workers: at least 1 is needed")
     if where.scheduler:
-        return _on_scheduler(fn, items, where)
+        return _on_scheduler(fn, items, where, blames_worker, ready)
     known = cast("Iterable[T]", items)
-    return _here(fn, known) if where.here else _in_processes(fn, known, where)
+    return _here(fn, known) if where.here else _in_processes(fn, known, where, blames_worker, ready)
 
 
 def _here(fn: Callable[[T], R], items: Iterable[T]) -> Generator[Done[T, R] | Failed[T]]:
@@ -116,18 +128,45 @@ class KillableWorker:
         self._environment = None if cores is None else os.environ | cores_environment(cores)
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+        self._ready: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self.exit_code: int | None = None
         """Of the process that died in the last call, where one did and its code is known."""
 
-    def call(self, fn: Callable[[T], R], item: T, timeout_s: float | None, stop: threading.Event | None = None) -> R:
+    def call(
+        self,
+        fn: Callable[[T], R],
+        item: T,
+        timeout_s: float | None,
+        stop: threading.Event | None = None,
+        ready: Callable[[], object] | None = None,
+    ) -> R:
         """``fn(item)`` in the process.
+
+        ready: called in a process before its first item and outside the item's time, to load what all items need.
 
         Raises what ``fn`` raises; TaskTimeoutError when it takes longer than ``timeout_s`` and WorkerError when the
         process dies, both after the process is gone (the next call starts another). ``stop`` set by another thread
         ends the call by WorkerError.
         """
         pipe = self._start()
+        # Also without anything to load a process takes its time to start.
+        ready = ready or (None if timeout_s is None else _nothing)
+        if ready is not None and self._ready is not self._process:
+            limit_s = None if timeout_s is None else max(timeout_s, READY_S)
+            self._ask(pipe, _call_ready, ready, limit_s, stop, "getting ready")
+            self._ready = self._process
+        return self._ask(pipe, fn, item, timeout_s, stop, "it")
+
+    def _ask(
+        self,
+        pipe: Connection,
+        fn: Callable[[T], R],
+        item: T,
+        timeout_s: float | None,
+        stop: threading.Event | None,
+        what: str,
+    ) -> R:
         self.exit_code = None
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
@@ -139,7 +178,7 @@ class KillableWorker:
                 if deadline is not None and time.monotonic() > deadline:
                     self.kill()
                     raise TaskTimeoutError(
-                        f"took longer than {timeout_s:g} s and was ended",
+                        f"{'' if what == 'it' else what + ' '}took longer than {timeout_s:g} s and was ended",
                         remedy="give more time with --timeout, or leave the slide out",
                     )
             kind, value = pipe.recv()
@@ -207,8 +246,10 @@ def _cause(code: int | None) -> str:
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """The worker process: calls until the pipe closes or the parent is gone. The parent alone answers to Ctrl-C."""
+    """The worker process: calls until the pipe closes or the parent is gone. The parent alone answers to Ctrl-C, and to
+    SIGTERM, which a batch system sends to all processes of a job at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     pipe = Connection(descriptor)
     while True:
@@ -238,12 +279,25 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
+def _nothing() -> None:
+    pass
+
+
+def _call_ready(ready: Callable[[], object]) -> None:
+    ready()
+
+
 def _attempt(
-    worker: KillableWorker, fn: Callable[[T], R], item: T, where: Where, stop: threading.Event
+    worker: KillableWorker,
+    fn: Callable[[T], R],
+    item: T,
+    where: Where,
+    stop: threading.Event,
+    ready: Callable[[], object] | None,
 ) -> Done[T, R] | Failed[T]:
     for attempt in range(where.retries + 1):
         try:
-            return Done(item, worker.call(fn, item, where.timeout_s, stop))
+            return Done(item, worker.call(fn, item, where.timeout_s, stop, ready))
         except WorkerError as error:
             if attempt == where.retries or stop.is_set():
                 return Failed(item, error)
@@ -252,8 +306,16 @@ def _attempt(
     raise AssertionError("the last attempt returns")
 
 
+def _left_out(worker: str, error: Exception) -> None:
+    logging.getLogger(__name__).warning("%s gets no more work, others take over: %s", worker, error)
+
+
 def _in_processes(
-    fn: Callable[[T], R], items: Iterable[T], where: Where
+    fn: Callable[[T], R],
+    items: Iterable[T],
+    where: Where,
+    blames_worker: Callable[[Exception], bool],
+    ready: Callable[[], object] | None,
 ) -> Generator[Done[T, R] | Failed[T], None, None]:
     stop = threading.Event()
     # Each would take all cores for its threads, of which there would be N times too many.
@@ -262,21 +324,30 @@ def _in_processes(
     pool = ThreadPoolExecutor(where.workers, thread_name_prefix="worker")
     running: dict[Future[Done[T, R] | Failed[T]], KillableWorker] = {}
     source = iter(items)
+    again: deque[T] = deque()
     try:
         while True:
             while idle:
                 try:
-                    item = next(source)
+                    item = again.popleft() if again else next(source)
                 except StopIteration:
                     break
                 worker = idle.pop()
-                running[pool.submit(_attempt, worker, fn, item, where, stop)] = worker
+                running[pool.submit(_attempt, worker, fn, item, where, stop, ready)] = worker
             if not running:
                 return
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                idle.append(running.pop(future))
-                yield future.result()
+                worker, result = running.pop(future), future.result()
+                if isinstance(result, Failed) and blames_worker(result.error):
+                    worker.kill()
+                    if idle or running:
+                        _left_out(f"worker process {everyone.index(worker) + 1} of {len(everyone)}", result.error)
+                        again.append(result.item)
+                        continue
+                else:
+                    idle.append(worker)
+                yield result
     finally:
         stop.set()
         for worker in everyone:
@@ -307,13 +378,13 @@ def _end_own_workers() -> None:
         _own_workers.pop().kill()
 
 
-def run_killable(fn: Callable[[T], R], timeout_s: float, item: T) -> R:
+def run_killable(fn: Callable[[T], R], timeout_s: float, item: T, *, ready: Callable[[], object] | None = None) -> R:
     """``fn(item)`` in a child of this process that is killed when it takes too long; the child stays for the next.
 
     What a Dask worker calls: Dask itself cannot end a task that runs. Raises as ``KillableWorker.call``.
     """
     with _own_worker() as worker:
-        return worker.call(fn, item, timeout_s)
+        return worker.call(fn, item, timeout_s, ready=ready)
 
 
 def run_bounded(fn: Callable[[T], R], cpu_s: float, item: T) -> R:
@@ -342,23 +413,30 @@ def _bounded(fn: Callable[[T], R], cpu_s: float, item: T) -> R:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _guarded(fn: Callable[[T], R], item: T) -> tuple[str, Any]:
-    """An error as a value: Dask would otherwise log it with a traceback on the worker."""
+def _guarded(fn: Callable[[T], R], item: T) -> tuple[str, Any, str]:
+    """What came of it, and on which worker. An error as a value: Dask would log it with a traceback on the worker."""
+    import distributed
+
+    address: str = distributed.get_worker().address
     try:
-        return ("value", fn(item))
+        return ("value", fn(item), address)
     except Exception as error:
-        return ("error", error)
+        return ("error", error, address)
 
 
 def _on_scheduler(
-    fn: Callable[[T], R], items: Iterable[T | Done[T, R] | None], where: Where
+    fn: Callable[[T], R],
+    items: Iterable[T | Done[T, R] | None],
+    where: Where,
+    blames_worker: Callable[[Exception], bool],
+    ready: Callable[[], object] | None,
 ) -> Generator[Done[T, R] | Failed[T], None, None]:
     import distributed as dask_distributed
 
     # Dask states no types.
     distributed: Any = dask_distributed
     assert where.scheduler is not None
-    task = fn if where.timeout_s is None else partial(run_killable, fn, where.timeout_s)
+    task = fn if where.timeout_s is None else partial(run_killable, fn, where.timeout_s, ready=ready)
     # What Dask's client logs of a lost connection, with tracebacks, is told here in one line.
     log = logging.getLogger("distributed.client")
     log.addFilter(silence := _Silence())
@@ -371,7 +449,8 @@ def _on_scheduler(
             remedy="start one with 'dask scheduler' and workers with 'dask worker ADDRESS'",
         ) from error
     try:
-        yield from _through(client, distributed.as_completed([], loop=client.loop), task, iter(items), where)
+        finished = distributed.as_completed([], loop=client.loop)
+        yield from _through(client, finished, task, iter(items), where, blames_worker)
     except OSError as error:
         # Errors of fn and of items are values by now: what is left is Dask's connection.
         if isinstance(error, WsiPipeError):
@@ -397,20 +476,68 @@ def _gone(where: Where) -> WorkerError:
     )
 
 
+class _Workers:
+    """Which of a scheduler's workers may have work: those that offer the resources, but for those to blame."""
+
+    def __init__(self, client: Any, where: Where) -> None:
+        self._client, self._where = client, where
+        self._blamed: dict[str, Exception] = {}
+
+    def blame(self, worker: str, error: Exception) -> None:
+        """Give ``worker`` no more work, as far as others are there."""
+        if worker not in self._blamed and self.others():
+            _left_out(f"the worker at {worker}", error)
+        self._blamed[worker] = error
+
+    def praise(self, worker: str) -> None:
+        """What a worker had at hand when it was blamed has come out well: it is fit again."""
+        self._blamed.pop(worker, None)
+
+    def present(self) -> set[str]:
+        """Addresses of the workers that are there and offer the resources."""
+        wanted = (self._where.resources or {}).items()
+        known: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
+        return {
+            address
+            for address, facts in known.items()
+            if all((facts.get("resources") or {}).get(name, 0) >= amount for name, amount in wanted)
+        }
+
+    def others(self) -> set[str] | None:
+        """Workers that nothing is known against; None where that is so of all, or none at all is there."""
+        if not self._blamed:
+            return None
+        present = self.present()
+        return present - self._blamed.keys() if present else None
+
+    @property
+    def last_error(self) -> Exception | None:
+        """Why the last one was blamed."""
+        return next(reversed(self._blamed.values()), None)
+
+
 def _through(
-    client: Any, finished: Any, task: Callable[[T], R], source: Iterator[T | Done[T, R] | None], where: Where
+    client: Any,
+    finished: Any,
+    task: Callable[[T], R],
+    source: Iterator[T | Done[T, R] | None],
+    where: Where,
+    blames_worker: Callable[[Exception], bool],
 ) -> Iterator[Done[T, R] | Failed[T]]:
     """Items through a connected client, a bounded number in flight; results are dropped there once they are here."""
-    running: dict[Any, T] = {}
+    running: dict[Any, tuple[T, set[str] | None]] = {}
+    again: deque[T] = deque()
+    workers = _Workers(client, where)
     exhausted = False
     room, asked = 1, 0.0
     try:
         while True:
             if time.monotonic() - asked > WORKERS_POLL_S:
                 room, asked = AHEAD * max(sum(client.nthreads().values()), 1), time.monotonic()
-            while not exhausted and len(running) < room:
+                again += _stranded(running, workers)
+            while (again or not exhausted) and len(running) < room:
                 try:
-                    item = next(source)
+                    item = again.popleft() if again else next(source)
                 except StopIteration:
                     exhausted = True
                     break
@@ -419,29 +546,59 @@ def _through(
                 if isinstance(item, Done):
                     yield item
                     continue
+                others = workers.others()
+                if others is not None and not others:
+                    assert workers.last_error is not None
+                    yield Failed(item, workers.last_error)
+                    continue
                 future = client.submit(
-                    _guarded, task, item, pure=False, retries=where.retries, resources=where.resources
+                    _guarded,
+                    task,
+                    item,
+                    pure=False,
+                    retries=where.retries,
+                    resources=where.resources,
+                    workers=sorted(others) if others else None,
                 )
-                running[future] = item
+                running[future] = item, others
                 finished.add(future)
             if not running:
-                if exhausted:
+                if exhausted and not again:
                     return
                 continue
             future = _next_done(finished, client, where, 1.0 if exhausted or len(running) >= room else POLL_S)
-            if future is None:
+            if future is None or future not in running:
                 continue
-            outcome: Done[T, R] | Failed[T] | None = _outcome(running[future], future, where)
+            outcome: Done[T, R] | Failed[T] | None = _outcome(running[future][0], future, where)
             if outcome is None:
                 finished.add(future)
                 continue
             del running[future]
             future.release()
+            if isinstance(outcome, Failed) and blames_worker(outcome.error):
+                workers.blame(outcome.worker, outcome.error)
+                # Whether another is there is asked where it is handed out.
+                again.append(outcome.item)
+                continue
+            if isinstance(outcome, Done):
+                workers.praise(outcome.worker)
             yield outcome
     finally:
         for future in running:
             with contextlib.suppress(Exception):
                 future.cancel()
+
+
+def _stranded(running: dict[Any, tuple[T, set[str] | None]], workers: _Workers) -> Iterator[T]:
+    """Items that wait for workers all of which have gone meanwhile; Dask would let them wait for ever."""
+    bound = [(future, item, allowed) for future, (item, allowed) in running.items() if allowed is not None]
+    present = workers.present() if bound else set()
+    for future, item, allowed in bound:
+        if not allowed & present:
+            del running[future]
+            with contextlib.suppress(Exception):
+                future.cancel()
+            yield item
 
 
 def _next_done(queue: Any, client: Any, where: Where, patience_s: float) -> Any:
@@ -463,7 +620,7 @@ def _outcome(item: T, future: Any, where: Where) -> Done[T, R] | Failed[T] | Non
     Raises WorkerError when the scheduler is gone.
     """
     try:
-        kind, value = future.result(timeout=RESULT_S)
+        kind, value, worker = future.result(timeout=RESULT_S)
     except CancelledError as error:
         # Nobody here cancels what is awaited: a scheduler that started anew knows nothing of it.
         raise _gone(where) from error
@@ -475,4 +632,4 @@ def _outcome(item: T, future: Any, where: Where) -> Done[T, R] | Failed[T] | Non
             raise _gone(where) from error
         # Dask's own words for a worker that died too often.
         return Failed(item, WorkerError(f"its Dask worker died or was lost ({type(error).__name__}: {error})"))
-    return Failed(item, value) if kind == "error" else Done(item, value)
+    return Failed(item, value, worker) if kind == "error" else Done(item, value, worker)

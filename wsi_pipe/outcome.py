@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 __all__ = ["STAGES", "SlideOutcome", "Stage", "Status"]
@@ -11,6 +11,13 @@ __all__ = ["STAGES", "SlideOutcome", "Stage", "Status"]
 Status = Literal["done", "empty", "failed"]
 Stage = Literal["open", "segment", "tile", "extract", "assemble"]
 STAGES: tuple[Stage, ...] = ("open", "segment", "tile", "extract", "assemble")
+TIMES = {
+    "segment": ("segment",),
+    "tile": ("tile",),
+    "extract": ("read", "encode", "extract"),
+    "assemble": ("assemble",),
+}
+"""Which entries of ``seconds`` belong to a stage that may be valid already."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,18 @@ class SlideOutcome:
     counts: Mapping[str, float] = field(default_factory=dict)
     cached: tuple[str, ...] = ()
     finished_utc: str = ""
+
+    @property
+    def nothing_new(self) -> bool:
+        """Whether the run found all of it valid and made nothing."""
+        went_through = {stage for stage, times in TIMES.items() if any(time in self.seconds for time in times)}
+        return self.status != "failed" and went_through <= set(self.cached)
+
+    def keeping(self, before: SlideOutcome) -> SlideOutcome:
+        """This outcome with the times and counts of ``before``, the slide's last, for the stages that are still its."""
+        times = [time for stage in self.cached for time in TIMES.get(stage, ()) if time in before.seconds]
+        counts = {**before.counts, **self.counts} if "extract" in self.cached else self.counts
+        return replace(self, seconds={**self.seconds, **{time: before.seconds[time] for time in times}}, counts=counts)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values, one line of ``outcomes.jsonl``."""

@@ -134,7 +134,7 @@ def read_grids(path: Path) -> tuple[TileGrid, ...]:
 
 @dataclass(frozen=True)
 class FeatureHeader:
-    """What one encoder's features say of themselves; dim: D."""
+    """What one encoder's features say of themselves; dim: D; layers: the blocks whose CLS is stored too."""
 
     encoder: str
     weights_sha256: str
@@ -142,6 +142,7 @@ class FeatureHeader:
     transform: str
     fingerprint: str
     dim: int
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,16 @@ def read_header(path: Path) -> BagHeader:
 def _feature_headers(group: Any) -> dict[str, FeatureHeader]:
     names = ("encoder", "weights_sha256", "precision", "transform", "fingerprint")
     return {
-        slug: FeatureHeader(**{name: str(data.attrs[name]) for name in names}, dim=int(data.shape[1]))
+        slug: FeatureHeader(
+            **{name: str(data.attrs[name]) for name in names}, dim=int(data.shape[1]), layers=_blocks_of(group, slug)
+        )
         for slug, data in (group["features"].items() if "features" in group else ())
     }
+
+
+def _blocks_of(group: Any, slug: str) -> tuple[int, ...]:
+    layers = group.get("layers", {})
+    return tuple(sorted(int(block) for block in layers[slug])) if slug in layers else ()
 
 
 def _values_of(data: Any) -> FeatureArray:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from wsi_pipe.bag import check_bag, check_feature_file
 from wsi_pipe.care.verify import verify_job
@@ -20,11 +21,16 @@ __all__ = ["Quarantine", "Repair", "quarantine_of", "repair_job"]
 
 @dataclass(frozen=True)
 class Repair:
-    """One file put aside. moved_to: where it lies now, or "" for a temporary file that was deleted."""
+    """One file with something wrong, and what was done about it.
+
+    action: "moved" (to ``moved_to``), "deleted" (a temporary file), or "left" (a sound bag of other settings, which
+    the next run brings up to date).
+    """
 
     path: str
     moved_to: str
     problems: tuple[str, ...]
+    action: Literal["moved", "deleted", "left"] = "moved"
 
 
 @dataclass(frozen=True)
@@ -44,21 +50,25 @@ def quarantine_of(root: Path) -> Quarantine:
 
 
 def repair_job(root: Path) -> list[Repair]:
-    """Move everything wrong in a job into ``quarantine/``: broken, foreign and stale bags, grids and feature files
-    that do not open, outputs that belong to no slide; and delete what interrupted writes left.
+    """Move everything wrong in a job into ``quarantine/``: broken and foreign bags, grids and feature files that do
+    not open, outputs that belong to no slide; and delete what interrupted writes left.
 
-    The next run makes just those again; nobody empties the quarantine but the user. Raises ManifestError when ``root``
-    is not a job, JobLockedError while a run is at work in it, OutputError when a file cannot be moved.
+    The next run makes just those again. A sound bag of its own slide that is only stale stays where it is: the next
+    run makes it anew out of the features in it that still fit, which in quarantine would have to be computed again.
+    Nobody empties the quarantine but the user. Raises ManifestError when ``root`` is not a job, JobLockedError while
+    a run is at work in it, OutputError when a file cannot be moved.
     """
     paths = JobPaths(root)
     if not paths.config.is_file():
         raise ManifestError(f"{root}: is not a job directory", remedy="give the folder of wsi-pipe run to --repair")
     with hold_job(root, {"started_utc": utc_now(), "until": "repair"}):
-        wrong = [(Path(f.path), f.problems) for f in verify_job(root) if f.problems and Path(f.path).is_file()]
+        found = [f for f in verify_job(root) if f.problems and Path(f.path).is_file()]
+        wrong = [(Path(f.path), f.problems) for f in found if not f.stale]
         wrong += list(_broken_stage_files(paths))
         repairs = [_put_aside(root, path, problems) for path, problems in wrong]
         left = ("left by an interrupted write",)
-        repairs += [Repair(str(path), "", left) for path in remove_partial_files(root)]
+        repairs += [Repair(str(path), "", left, "deleted") for path in remove_partial_files(root)]
+        repairs += [Repair(f.path, "", f.problems, "left") for f in found if f.stale]
     return repairs
 
 

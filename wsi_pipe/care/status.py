@@ -21,7 +21,9 @@ class JobStatus:
 
     waiting: slides without an outcome, and those whose bag was put aside since. run: what the running process said of
     itself, or None.
-    finished_in_run, slides_per_hour, hours_left: of that run, None where none is or nothing is finished yet.
+    finished_in_run: slides that it made something of; unchanged_in_run: those that it found valid, which say nothing of
+    its pace. slides_per_hour, hours_left: of that run, None where none is or nothing is finished yet; until the run has
+    come by them, slides that are valid count as still to do.
     """
 
     slides: int
@@ -31,6 +33,7 @@ class JobStatus:
     waiting: int
     run: dict[str, Any] | None
     finished_in_run: int | None
+    unchanged_in_run: int | None
     slides_per_hour: float | None
     hours_left: float | None
     failures: tuple[SlideOutcome, ...]
@@ -56,6 +59,7 @@ def job_status(root: Path, now: datetime | None = None) -> JobStatus:
         waiting=sum(end is None for end in ends),
         run=run,
         finished_in_run=finished,
+        unchanged_in_run=None if run is None else int(run.get("unchanged", 0)),
         slides_per_hour=rate,
         hours_left=left,
         failures=tuple(end for end in ends if end is not None and end.status == "failed"),
@@ -75,10 +79,11 @@ def _pace(
     if run is None or "started_utc" not in run:
         return None, None, None
     started = str(run["started_utc"])
-    finished = sum(outcome.finished_utc >= started for outcome in outcomes.values())
+    finished = sum(outcome.finished_utc >= started and not outcome.nothing_new for outcome in outcomes.values())
     begun = datetime.fromisoformat(started)
     hours = ((now or datetime.now(begun.tzinfo)) - begun).total_seconds() / 3600
     if not finished or hours <= 0:
         return finished, None, None
     rate = finished / hours
-    return finished, rate, max(int(run.get("slides", 0)) - finished, 0) / rate
+    left = int(run.get("slides", 0)) - int(run.get("unchanged", 0)) - finished
+    return finished, rate, max(left, 0) / rate

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from wsi_pipe.bag import BagHeader, check_bag, read_attrs, read_header
-from wsi_pipe.config import ExtractSettings, JobSettings
+from wsi_pipe.bag import BagHeader, FeatureHeader, check_bag, read_attrs, read_header
+from wsi_pipe.config import JobSettings
 from wsi_pipe.errors import BagError, ManifestError
 from wsi_pipe.job import JobPaths, load_settings, load_slides, read_outcomes
 from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
 from wsi_pipe.job.guard import problems_guarded, read_guarded
 from wsi_pipe.outcome import SlideOutcome
+from wsi_pipe.slides.opening import READERS
 
 __all__ = ["Finding", "verify_bags", "verify_job"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check says of one bag; no problems where it is right."""
+    """What a check says of one bag; no problems where it is right.
+
+    stale: the bag is sound and its own slide's, and its problems are only that the job's settings are others by now:
+    the next run brings it up to date, and keeps the features that still fit.
+    """
 
     slide_id: str
     path: str
     status: str
     problems: tuple[str, ...] = ()
+    stale: bool = False
 
 
 def verify_bags(bags: Sequence[Path]) -> Iterator[Finding]:
@@ -72,12 +80,25 @@ def _verify_slide(slide_id: str, paths: JobPaths, settings: JobSettings, outcome
     if problems_found:
         return Finding(slide_id, str(path), "broken", tuple(problems_found))
     bag = read_guarded(read_header, path)
-    return Finding(slide_id, str(path), bag.attrs.status, tuple(_mismatches(bag, slide_id, paths, settings)))
+    wrong, stale = tuple(_wrong(bag, slide_id, settings)), tuple(_stale(bag, slide_id, paths, settings))
+    status = "stale" if stale and not wrong else bag.attrs.status
+    return Finding(slide_id, str(path), status, (*wrong, *stale), stale=bool(stale and not wrong))
 
 
-def _mismatches(bag: BagHeader, slide_id: str, paths: JobPaths, settings: JobSettings) -> Iterator[str]:
+def _wrong(bag: BagHeader, slide_id: str, settings: JobSettings) -> Iterator[str]:
+    """What no settings of the job can have made."""
     if bag.attrs.slide_id != slide_id:
         yield f"is the bag of another slide, {bag.attrs.slide_id!r}"
+    for label, slug, features, source in _features_of(bag):
+        known = _known_transform(features)
+        if known is None:
+            yield f"{label}: the transform of {slug} is not JSON"
+        elif not _made_from(features, known, source, settings, any_settings=True):
+            yield f"{label}: features of {slug} belong to another slide or grid"
+
+
+def _stale(bag: BagHeader, slide_id: str, paths: JobPaths, settings: JobSettings) -> Iterator[str]:
+    """What the next run does by itself."""
     stored = _stored_fingerprint(paths.tissue(slide_id))
     if stored is not None and stored != bag.attrs.fingerprint_segment:
         yield "was made from another tissue mask: run again"
@@ -94,35 +115,62 @@ def _mismatches(bag: BagHeader, slide_id: str, paths: JobPaths, settings: JobSet
         yield f"has grids at {', '.join(have)}, the job wants {', '.join(wanted)}: run again"
     elif have != wanted:
         yield "has tiles of another size than the job wants: run again"
-    yield from _foreign_features(bag, settings.extract, settings.reader)
-
-
-def _foreign_features(bag: BagHeader, extract: ExtractSettings, reader: str) -> Iterator[str]:
     for grid in bag.grids:
-        source, held = grid_fingerprint(bag.attrs.slide_fingerprint, grid), bag.features[grid.label]
-        have = {features.encoder for features in held.values()}
-        lacking = [name for name in extract.encoders_of(grid.label) if name not in have]
+        have_here = {features.encoder for features in bag.features[grid.label].values()}
+        lacking = [name for name in settings.extract.encoders_of(grid.label) if name not in have_here]
         if lacking:
             yield f"{grid.label}: lacks the features of {', '.join(lacking)}: run again"
-        for slug, features in held.items():
-            try:
-                transform = json.loads(features.transform)
-            except ValueError:
-                yield f"{grid.label}: the transform of {slug} is not JSON"
-                continue
-            expected = features_fingerprint(
-                source,
-                reader,
-                encoder=features.encoder,
-                weights_sha256=features.weights_sha256,
-                precision=features.precision,
-                transform=transform,
-                dim=features.dim,
-                layers=extract.layers,
-                dtype=extract.dtype,
-            )
-            if expected != features.fingerprint:
-                yield f"{grid.label}: features of {slug} belong to another slide, grid or setting: run again"
+    for label, slug, features, source in _features_of(bag):
+        known = _known_transform(features)
+        if known is not None and not _made_from(features, known, source, settings):
+            yield f"{label}: features of {slug} were made with other settings: run again"
+
+
+def _features_of(bag: BagHeader) -> Iterator[tuple[str, str, FeatureHeader, str]]:
+    """Level, slug, header and the fingerprint of the grid of all features in a bag."""
+    for grid in bag.grids:
+        source = grid_fingerprint(bag.attrs.slide_fingerprint, grid)
+        for slug, features in bag.features[grid.label].items():
+            yield grid.label, slug, features, source
+
+
+def _known_transform(features: FeatureHeader) -> Mapping[str, Any] | None:
+    try:
+        transform = json.loads(features.transform)
+    except ValueError:
+        return None
+    return transform if isinstance(transform, dict) else None
+
+
+def _made_from(
+    features: FeatureHeader,
+    transform: Mapping[str, Any],
+    source: str,
+    settings: JobSettings,
+    *,
+    any_settings: bool = False,
+) -> bool:
+    """Whether features are of this grid, with the job's settings or (``any_settings``) with any they may have had."""
+    extract = settings.extract
+    ways = [(settings.reader, extract.layers, extract.dtype)]
+    if any_settings:
+        layers = dict.fromkeys((extract.layers, features.layers))
+        ways += itertools.product(READERS, layers, ("float16", "float32"))
+    return any(
+        features.fingerprint
+        == features_fingerprint(
+            source,
+            reader,
+            encoder=features.encoder,
+            weights_sha256=features.weights_sha256,
+            precision=features.precision,
+            transform=transform,
+            dim=features.dim,
+            layers=layers,
+            dtype=dtype,
+        )
+        for reader, layers, dtype in ways
+    )
 
 
 def _stored_fingerprint(path: Path) -> str | None:

@@ -1,7 +1,8 @@
 """The command line: each command parses, calls one library function, and prints.
 
 Commands load when they are called, so that ``wsi-pipe --help`` starts at once. Exit codes: 0 all done, 1 some slides
-failed or a check found something, 2 bad usage or nothing could be done, 130 interrupted.
+failed or a check found something, 2 bad usage or nothing could be done, 130 interrupted (Ctrl-C), 143 ended by SIGTERM,
+as batch systems do it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import _thread
 import importlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -19,11 +21,22 @@ import click
 from wsi_pipe import __version__
 from wsi_pipe.errors import WsiPipeError
 
-__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_USAGE", "LazyGroup", "main", "run_group"]
+__all__ = [
+    "EXIT_FAILED",
+    "EXIT_INTERRUPTED",
+    "EXIT_TERMINATED",
+    "EXIT_USAGE",
+    "LazyGroup",
+    "main",
+    "raise_if_interrupted",
+    "run_group",
+]
+
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("wsi_pipe.cli.info:info", "Show what slides are: size, levels, resolution, tiles."),
@@ -72,7 +85,7 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     table=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Start with: wsi-pipe demo. Exit codes: 0 all done, 1 some failed, 2 bad usage, 130 interrupted.",
+    epilog="Start with: wsi-pipe demo. Exit codes: 0 all done, 1 some failed, 2 bad usage, 130 or 143 interrupted.",
 )
 @click.version_option(__version__, prog_name="wsi-pipe")
 def group() -> None:
@@ -89,9 +102,13 @@ def run_group(command: click.Group, name: str, arguments: Sequence[str] | None =
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as leave:
         return leave.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo(f"{name}: interrupted; run the same command again to go on", err=True)
-        return EXIT_INTERRUPTED
+    except (KeyboardInterrupt, click.Abort) as error:
+        # Click makes an Abort of the interrupt.
+        terminated = isinstance(error, TerminatedError) or isinstance(error.__cause__, TerminatedError)
+        click.echo(
+            f"{name}: {'terminated' if terminated else 'interrupted'}; run the same command again to go on", err=True
+        )
+        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
     except click.ClickException as error:
         error.show()
         return EXIT_USAGE
@@ -109,8 +126,33 @@ def run_group(command: click.Group, name: str, arguments: Sequence[str] | None =
         return EXIT_USAGE
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM came: what ends for Ctrl-C ends for this as well."""
+
+
+_heard: list[int] = []
+"""Signals that came, so that one whose exception some library swallowed is not lost."""
+
+
+def _hear(number: int, frame: object) -> None:
+    _heard.append(number)
+    raise TerminatedError if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def raise_if_interrupted() -> None:
+    """Raise again what Ctrl-C or SIGTERM raised before: for who goes on, and so has not seen it."""
+    if _heard:
+        raise TerminatedError if _heard[-1] == signal.SIGTERM else KeyboardInterrupt
+
+
 def keep_interrupts() -> None:
-    """Make sure that Ctrl-C is heard: where it falls into a callback of Python's own, Python prints and drops it."""
+    """Make sure that Ctrl-C is heard: where it falls into a callback of Python's own, Python prints and drops it.
+
+    SIGTERM, with which SLURM and Kubernetes announce the end, is heard as well: Python would die of it on the spot.
+    """
+    signal.signal(signal.SIGTERM, _hear)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _hear)
     before = sys.unraisablehook
 
     def hook(dropped: Any) -> None:
@@ -118,7 +160,8 @@ def keep_interrupts() -> None:
             before(dropped)
             return
         # A moment later, when the callback is over.
-        again = threading.Timer(0.05, _thread.interrupt_main)
+        number = signal.SIGTERM if issubclass(dropped.exc_type, TerminatedError) else signal.SIGINT
+        again = threading.Timer(0.05, _thread.interrupt_main, [number])
         again.daemon = True
         again.start()
 

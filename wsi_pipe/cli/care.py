@@ -15,7 +15,7 @@ __all__ = ["status", "verify"]
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True), metavar="JOB|BAG...")
-@click.option("--repair", is_flag=True, help="Move what is wrong into JOB/quarantine; the next run makes it again.")
+@click.option("--repair", is_flag=True, help="Move what is broken or foreign into JOB/quarantine, to be made anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(paths: tuple[Path, ...], repair: bool, as_json: bool) -> int:
     """Check every bag of a job directory, or single bags; exit code 1 when something is wrong.
@@ -31,9 +31,11 @@ def verify(paths: tuple[Path, ...], repair: bool, as_json: bool) -> int:
             print_json([dataclasses.asdict(item) for item in repairs])
         else:
             for item in repairs:
-                done = f"moved to {item.moved_to}" if item.moved_to else "deleted"
+                done = f"moved to {item.moved_to}" if item.moved_to else item.action
                 click.echo(f"{item.path}: {'; '.join(item.problems)}: {done}")
-            click.echo(f"{len(repairs)} files put aside; run again to make what is missing")
+            left = sum(item.action == "left" for item in repairs)
+            more = f", {left} stale ones left for the next run to bring up to date" if left else ""
+            click.echo(f"{len(repairs) - left} files put aside{more}; run again to make what is missing")
             for path in paths:
                 held = quarantine_of(path)
                 if held.files:
@@ -83,6 +85,8 @@ def status(job: Path, as_json: bool) -> int:
         )
         if state.slides_per_hour is not None and state.hours_left is not None:
             rows.append(["pace", f"{state.slides_per_hour:,.0f} slides/h, {state.hours_left:.1f} h left"])
+        if state.unchanged_in_run:
+            rows.append(["unchanged", f"{state.unchanged_in_run:,} slides were right already"])
     print_table({"": "left", " ": "left"}, rows)
     if state.failures:
         click.echo()

@@ -121,11 +121,7 @@ def describe(outcome: SlideOutcome) -> str:
         return f"failed{where}: {outcome.reason}" + (f"; {outcome.remedy}" if outcome.remedy else "")
     tiles = ", ".join(f"{count:,} tiles at {label}" for label, count in outcome.tiles.items())
     what = f"empty: {outcome.reason}" if outcome.status == "empty" else tiles or "done"
-    return f"{what} ({sum(outcome.seconds.values()):.1f} s{', nothing to do' if _all_cached(outcome) else ''})"
-
-
-def _all_cached(outcome: SlideOutcome) -> bool:
-    return "assemble" in outcome.cached
+    return f"{what} ({sum(outcome.seconds.values()):.1f} s{', nothing to do' if outcome.nothing_new else ''})"
 
 
 def print_json(value: Any) -> None:

@@ -121,12 +121,8 @@ def _show(shown: list[Any], totals: Any, rates: Any, workers: int) -> None:
         rows.append(
             ["measured", f"{rates.slide_s:.2f} s a slide before its tiles; {each} ({rates.tiles:,} tiles tried)"]
         )
-        rows.append(
-            [
-                "hours",
-                f"{rates.hours(totals, workers):.2f} on {workers} worker{'s' if workers > 1 else ''} like this one",
-            ]
-        )
+        who = f"{workers} worker{'s' if workers > 1 else ''} like this one"
+        rows.append(["time", f"{_duration(rates.hours(totals, workers) * 3600)} on {who}"])
         rows.append(["gigabytes", f"{rates.gigabytes(totals):.3f} of bags"])
     print_table({"": "left", " ": "left"}, rows)
     if totals.failing:
@@ -135,6 +131,13 @@ def _show(shown: list[Any], totals: Any, rates: Any, workers: int) -> None:
             {"will fail": "left", "cause": "left", "remedy": "left"},
             ([p.slide_id, p.problem, p.remedy or ""] for p in totals.failing[:SHOWN]),
         )
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes or seconds, whichever says something."""
+    if seconds >= 2 * 3600:
+        return f"{seconds / 3600:,.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.1f} s"
 
 
 def _row(p: Any, labels: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from wsi_pipe.cli import EXIT_FAILED
+from wsi_pipe.cli import EXIT_FAILED, raise_if_interrupted
 from wsi_pipe.cli.display import LogLines, RunDisplay, print_json, print_outcomes
 from wsi_pipe.cli.options import (
     collect_entries,
@@ -32,11 +32,18 @@ from wsi_pipe.outcome import SlideOutcome, Stage
 
 __all__ = ["assemble", "extract", "run", "segment", "tile"]
 
+TELL_S = 1.0
+"""How often at most a run that resumes says how many slides it found valid."""
+
 
 def _run_until(
-    until: Stage, values: dict[str, Any], after: Callable[[JobPaths, JobSettings, list[SlideEntry]], None] | None = None
+    until: Stage,
+    values: dict[str, Any],
+    after: Callable[[JobPaths, JobSettings, list[SlideEntry]], None] | None = None,
+    *,
+    report: bool = False,
 ) -> int:
-    """Parse, process, print; the exit code."""
+    """Parse, process, print; the exit code. after: what a run that was not stopped does at its end."""
     from wsi_pipe.job.dispatch import check_folder, dispatch
     from wsi_pipe.job.lock import hold_job
     from wsi_pipe.job.run import load_encoders
@@ -50,9 +57,12 @@ def _run_until(
     outcomes: list[SlideOutcome] = []
     start = time.perf_counter()
     stopped: WsiPipeError | None = None
+    unchanged, told = 0, start
     about = {"started_utc": utc_now(), "slides": len(entries), "until": until}
-    with hold_job(job, about), LogLines(values["log_json"]) as log:
+    with hold_job(job, about) as tell, LogLines(values["log_json"]) as log:
         paths = open_job(job, settings, entries)
+        # Of a run that was killed: nobody else writes here now.
+        remove_partial_files(job)
         log.event("start", **about)
         with RunDisplay(len(entries), quiet=values["as_json"] or values["log_json"] == "-") as display:
             results = dispatch(
@@ -67,15 +77,24 @@ def _run_until(
             )
             try:
                 for outcome in results:
+                    raise_if_interrupted()
                     outcomes.append(outcome)
                     display.finished(outcome)
+                    unchanged += outcome.nothing_new
+                    if outcome.nothing_new and time.perf_counter() - told > TELL_S:
+                        told = time.perf_counter()
+                        tell(unchanged=unchanged)
                     log.event("slide", **outcome.to_json())
+                tell(unchanged=unchanged)
             except (JobError, EncoderError) as error:
                 stopped = error
             except KeyboardInterrupt:
                 # Ends workers and reading threads now, not when the garbage collector comes by.
                 results.close()
                 remove_partial_files(job)
+                with contextlib.suppress(OutputError):
+                    check_folder(paths)
+                    _write_end(paths, settings, report)
                 raise
             finally:
                 results.close()
@@ -86,9 +105,9 @@ def _run_until(
             # Where the folder cannot be written, the error that says so is already on its way.
             with contextlib.suppress(OutputError):
                 check_folder(paths)
-                write_failures(paths)
+                _write_end(paths, settings, report)
         else:
-            write_failures(paths)
+            _write_end(paths, settings, report)
             if after:
                 done = {outcome.slide_id for outcome in outcomes if outcome.status == "done"}
                 after(paths, settings, [entry for entry in entries if entry.slide_id in done])
@@ -100,6 +119,15 @@ def _run_until(
     if stopped:
         click.echo(f"wsi-pipe: error: {stopped}", err=True)
     return EXIT_FAILED if stopped or any(outcome.status == "failed" for outcome in outcomes) else 0
+
+
+def _write_end(paths: JobPaths, settings: JobSettings, report: bool) -> None:
+    """What is written at the end of a run, also of one that was stopped: failures.csv, and the report."""
+    write_failures(paths)
+    if report:
+        from wsi_pipe.report import write_report
+
+        write_report(paths.root, list(read_outcomes(paths.root).values()), settings)
 
 
 def _print(
@@ -213,10 +241,4 @@ def run(report: bool, **values: Any) -> int:
     wsi-pipe run archive/ -o job
     wsi-pipe run archive/ -o job -r 20x -r 5x -e 20x=uni -e 5x=lr.safetensors
     """
-
-    def write(paths: JobPaths, settings: JobSettings, done: list[SlideEntry]) -> None:
-        from wsi_pipe.report import write_report
-
-        write_report(paths.root, list(read_outcomes(paths.root).values()), settings)
-
-    return _run_until("assemble", values, write if report else None)
+    return _run_until("assemble", values, report=report)

@@ -35,6 +35,7 @@ def extract_features(
     dtype: str = "float16",
     layers: Sequence[int] = (),
     progress: Progress | None = None,
+    stopped: threading.Event | None = None,
 ) -> Iterator[SlideFeatures | SlideFailure]:
     """Features of every slide of ``items``, each as soon as it is finished.
 
@@ -43,7 +44,8 @@ def extract_features(
     encoder's own choice. read_threads: see ``stream_tiles``. memory_bytes: for tiles that are read and not yet
     encoded; the features of slides under way come on top. dtype: "float16" or "float32", of what is handed out.
     layers: blocks whose CLS is handed out beside the features (-1 is the last). progress: called with slide_id, label
-    and the number of tiles encoded, from the encoding thread.
+    and the number of tiles encoded, from the encoding thread. stopped: set here once the work ends early, by an error
+    or by the caller: ``items`` that wait for something must look at it and end, else the end waits for them.
 
     A slide whose reading or whose features fail (also by a resolution that its encoder was not made for) comes out as
     a SlideFailure. Raises ConfigError for layers that an encoder has not, for two encoders of one slug, and for a name
@@ -58,7 +60,9 @@ def extract_features(
         for name, encoder in encoders.items():
             depth = encoder.depth if isinstance(encoder, LayeredEncoder) else 0
             block_indices(layers, depth, name)
-    return _run(items, dict(encoders), batch_size, read_threads, memory_bytes, np.dtype(dtype), tuple(layers), progress)
+    return _run(
+        items, dict(encoders), batch_size, read_threads, memory_bytes, np.dtype(dtype), tuple(layers), progress, stopped
+    )
 
 
 def _run(
@@ -70,11 +74,12 @@ def _run(
     dtype: np.dtype[Any],
     layers: tuple[int, ...],
     progress: Progress | None,
+    stopped: threading.Event | None,
 ) -> Iterator[SlideFeatures | SlideFailure]:
     # Where slides share batches, two are read at a time, so that opening one does not keep the device waiting.
     readers = 2 if any(getattr(encoder, "shares_batches", False) for encoder in encoders.values()) else 1
     # Half for the tiles that wait, half for the native tiles that the readers hold decoded.
-    lines = Lines(memory_bytes // 2)
+    lines = Lines(memory_bytes // 2, stopped)
     reading = Reading(
         lines,
         encoders,

@@ -76,8 +76,8 @@ class Lines:
     Every wait ends with StoppedError once ``stopped`` is set.
     """
 
-    def __init__(self, waiting_bytes: int) -> None:
-        self.stopped = threading.Event()
+    def __init__(self, waiting_bytes: int, stopped: threading.Event | None = None) -> None:
+        self.stopped = stopped or threading.Event()
         self.items: queue.Queue[Any] = queue.Queue(ITEMS_AHEAD)
         self.waiting = ByteQueue(waiting_bytes, self.stopped)
         self.done: queue.Queue[Any] = queue.Queue(RESULTS_AHEAD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.record import (
+    OutcomeLog,
     append_outcome,
     load_settings,
     load_slides,
@@ -15,6 +16,7 @@ from wsi_pipe.job.record import (
 
 __all__ = [
     "JobPaths",
+    "OutcomeLog",
     "append_outcome",
     "load_settings",
     "load_slides",

@@ -20,9 +20,9 @@ from wsi_pipe.execute import Done, Failed, Where, run
 from wsi_pipe.files import output_error
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import open_entry
-from wsi_pipe.job.record import append_outcome, utc_now
+from wsi_pipe.job.record import OutcomeLog, utc_now
 from wsi_pipe.job.run import Progress, process
-from wsi_pipe.job.task import slide_task
+from wsi_pipe.job.task import slide_task, warm_up
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
 
@@ -31,6 +31,7 @@ __all__ = ["MIN_FREE_BYTES", "check_folder", "dispatch"]
 MIN_FREE_BYTES = 64 << 20
 """Less free space than this ends a run before the next slide, while what is under way can still be written."""
 
+POLL_S = 0.1
 STAGED_AHEAD = 2
 LAID_AHEAD = 1000
 """Slides whose grids may wait for a worker that can encode."""
@@ -49,15 +50,17 @@ def dispatch(
 ) -> Generator[SlideOutcome, None, None]:
     """Take slides to ``until`` where ``where`` says; outcomes come, and are noted in the job, as slides finish.
 
-    In this process, slides share batches; elsewhere each is a task of its own. With ``where.resources``, masks and
-    grids are made on any worker and features on those that offer the resources. encoders: those loaded already, for
-    work in this process. A process that dies or takes too
-    long fails its slide alone. Raises OutputError when the job's folder cannot be written or is nearly full,
-    EncoderError when no worker can encode, WorkerError when a scheduler goes away.
+    What comes tells of this run alone; for what is noted see ``OutcomeLog``. In this process, slides share batches;
+    elsewhere each is a task of its own. With ``where.resources``, masks and grids are made on any worker and features
+    on those that offer the resources. encoders: those loaded already, for work in this process. A process that dies
+    or takes too long fails its slide alone; a worker that cannot encode or write is left out, and its slides go to
+    others. Raises OutputError when the job's folder is nearly full or no worker can write it, EncoderError when no
+    worker can encode, WorkerError when a scheduler goes away.
     """
     feed: Iterable[SlideEntry] = _while_space(entries, paths)
+    stopped = threading.Event()
     if where.scheduler is None:
-        feed = _staged_ahead(feed, settings)
+        feed = _staged_ahead(feed, settings, stopped)
     if where.here:
         here = process(
             feed,
@@ -67,6 +70,7 @@ def dispatch(
             encoders=encoders,
             keep_features=keep_features,
             progress=progress,
+            stopped=stopped,
         )
         with contextlib.closing(here):
             yield from here
@@ -79,15 +83,17 @@ def dispatch(
         memory = max(extract.memory_mib // where.workers, 64)
         share = dataclasses.replace(settings, extract=dataclasses.replace(extract, memory_mib=memory))
     task = partial(slide_task, share, str(paths.root.absolute()))
+    ready = partial(warm_up, share)
     if where.scheduler and where.resources and until in ("extract", "assemble"):
-        results = _in_two_phases(task, keep_features, feed, where, until)
+        results = _in_two_phases(task, ready, keep_features, feed, where, until)
     else:
-        results = _outcomes(run(partial(task, until, keep_features), feed, where))
+        results = _run(partial(task, until, keep_features), partial(ready, until), feed, where)
+    log = OutcomeLog(paths)
     # Workers end when this generator does, also by an error, whoever may still hold on to that.
     with contextlib.closing(results):
         for outcome in results:
             check_folder(paths)
-            append_outcome(paths, outcome)
+            log.note(outcome)
             if progress and "extract" not in outcome.cached:
                 for label, count in outcome.tiles.items():
                     progress(outcome.slide_id, label, count)
@@ -117,8 +123,13 @@ def _while_space(entries: Iterable[SlideEntry], paths: JobPaths) -> Iterator[Sli
         yield entry
 
 
-def _staged_ahead(entries: Iterable[SlideEntry], settings: JobSettings) -> Iterator[SlideEntry]:
-    """The entries, those behind URLs copied to the cache (where their format needs that) before they are asked for."""
+def _staged_ahead(
+    entries: Iterable[SlideEntry], settings: JobSettings, stopped: threading.Event
+) -> Iterator[SlideEntry]:
+    """The entries, those behind URLs copied to the cache (where their format needs that) before they are asked for.
+
+    ``stopped`` ends them, also while a copy is waited for.
+    """
     waiting: deque[tuple[SlideEntry, threading.Event | None]] = deque()
     orders: queue.SimpleQueue[tuple[SlideEntry, threading.Event] | None] = queue.SimpleQueue()
     # A daemon: a copy that takes minutes must not keep an interrupted run from ending.
@@ -133,9 +144,11 @@ def _staged_ahead(entries: Iterable[SlideEntry], settings: JobSettings) -> Itera
             waiting.append((entry, landed))
             # Local slides cost nothing to have at hand; of remote ones a few are copied ahead.
             while waiting and (waiting[0][1] is None or len(waiting) > STAGED_AHEAD):
-                yield _landed(*waiting.popleft())
-        while waiting:
-            yield _landed(*waiting.popleft())
+                if not _landed(waiting[0][1], stopped):
+                    return
+                yield waiting.popleft()[0]
+        while waiting and _landed(waiting[0][1], stopped):
+            yield waiting.popleft()[0]
     finally:
         orders.put(None)
 
@@ -151,16 +164,32 @@ def _stage_each(orders: queue.SimpleQueue[tuple[SlideEntry, threading.Event] | N
             landed.set()
 
 
-def _landed(entry: SlideEntry, landed: threading.Event | None) -> SlideEntry:
-    if landed:
-        landed.wait()
-    return entry
+def _landed(landed: threading.Event | None, stopped: threading.Event) -> bool:
+    """Wait for a copy; False where the run ended meanwhile."""
+    while landed is not None and not landed.wait(POLL_S):
+        if stopped.is_set():
+            return False
+    return True
+
+
+def _worker_is_at_fault(error: Exception) -> bool:
+    """Whether another worker may do what this one could not: its device may be gone, a mount or weights missing."""
+    return isinstance(error, (OutputError, EncoderError))
+
+
+def _run(
+    task: Callable[[SlideEntry], SlideOutcome],
+    ready: Callable[[], None],
+    entries: Iterable[SlideEntry | Done[SlideEntry, SlideOutcome] | None],
+    where: Where,
+) -> Generator[SlideOutcome, None, None]:
+    return _outcomes(run(task, entries, where, blames_worker=_worker_is_at_fault, ready=ready))
 
 
 def _outcomes(
     results: Generator[Done[SlideEntry, SlideOutcome] | Failed[SlideEntry], None, None],
 ) -> Generator[SlideOutcome, None, None]:
-    """One outcome for each result. Raises what concerns the whole job."""
+    """One outcome for each result. Raises what concerns the whole job, and what no worker could do."""
     with contextlib.closing(results):
         for result in results:
             if isinstance(result, Done):
@@ -188,6 +217,7 @@ def failed_outcome(entry: SlideEntry, error: Exception) -> SlideOutcome:
 
 def _in_two_phases(
     task: Callable[..., SlideOutcome],
+    warm: Callable[[Stage], None],
     keep_features: bool,
     entries: Iterable[SlideEntry],
     where: Where,
@@ -217,7 +247,7 @@ def _in_two_phases(
         try:
             anywhere = dataclasses.replace(where, resources=None)
             with contextlib.closing(
-                _outcomes(run(partial(task, "tile", keep_features), note(entries), anywhere))
+                _run(partial(task, "tile", keep_features), partial(warm, "tile"), note(entries), anywhere)
             ) as laid:
                 for outcome in laid:
                     entry = by_id.pop(outcome.slide_id)
@@ -244,6 +274,6 @@ def _in_two_phases(
     thread = threading.Thread(target=lay_grids, name="lay-grids", daemon=True)
     thread.start()
     try:
-        yield from _outcomes(run(partial(task, until, keep_features), with_grids(), where))
+        yield from _run(partial(task, until, keep_features), partial(warm, until), with_grids(), where)
     finally:
         stop.set()

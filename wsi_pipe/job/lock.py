@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from wsi_pipe.errors import JobLockedError
+from wsi_pipe.errors import JobLockedError, OutputError
 from wsi_pipe.files import output_error
 
 __all__ = ["hold_job", "holder_of"]
+
+HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+"""What says that another has the lock; anything else says that there are none, as on Lustre without -o flock."""
 
 
 def lock_path(root: Path) -> Path:
@@ -24,11 +28,11 @@ def lock_path(root: Path) -> Path:
 
 
 @contextmanager
-def hold_job(root: Path, about: dict[str, Any]) -> Iterator[None]:
-    """Hold the job directory; ``about`` is told to whoever asks meanwhile.
+def hold_job(root: Path, about: dict[str, Any]) -> Iterator[Callable[..., None]]:
+    """Hold the job directory; ``about`` is told to whoever asks meanwhile, and what the given function is called with.
 
     The operating system lets go when the process ends, however it ends. Raises JobLockedError when another run holds
-    it, OutputError when the folder cannot be written.
+    it, OutputError when the folder cannot be written or lies on a file system without locks.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -39,6 +43,8 @@ def hold_job(root: Path, about: dict[str, Any]) -> Iterator[None]:
         try:
             _take(handle)
         except OSError as error:
+            if error.errno not in HELD:
+                raise _no_locks(root, error) from error
             other = _read(root)
             who = f"process {other.get('pid', '?')} on {other.get('host', '?')}, since {other.get('started_utc', '?')}"
             raise JobLockedError(
@@ -46,14 +52,27 @@ def hold_job(root: Path, about: dict[str, Any]) -> Iterator[None]:
                 remedy="wait for it (wsi-pipe status), end it, or give another --out",
             ) from error
         try:
-            text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **about}).encode()
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, text, 0)
+            said = {"pid": os.getpid(), "host": socket.gethostname(), **about}
+            _say(handle, said)
         except OSError as error:
             raise output_error(lock_path(root), error) from error
-        yield
+
+        def tell(**more: Any) -> None:
+            said.update(more)
+            # Nothing depends on it: a full disk shows where results are written.
+            with suppress(OSError):
+                _say(handle, said)
+
+        yield tell
     finally:
         os.close(handle)
+
+
+def _say(handle: int, what: dict[str, Any]) -> None:
+    text = json.dumps(what).encode()
+    # Cut to length afterwards: who reads in between finds all of the new text, not nothing.
+    os.pwrite(handle, text, 0)
+    os.ftruncate(handle, len(text))
 
 
 def _take(handle: int) -> None:
@@ -62,10 +81,18 @@ def _take(handle: int) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        except OSError:
-            if last:
+        except OSError as error:
+            if last or error.errno not in HELD:
                 raise
             time.sleep(0.1)
+
+
+def _no_locks(root: Path, error: OSError) -> OutputError:
+    """Going on without would let two runs write the same files, and each delete what the other has half-written."""
+    return OutputError(
+        f"{root}: its file system gives no locks ({error.strerror}), so two runs here could spoil each other's work",
+        remedy="mount it with locks (Lustre: -o flock; NFS: start lockd on the server), or give another --out",
+    )
 
 
 def holder_of(root: Path) -> dict[str, Any] | None:
@@ -76,8 +103,9 @@ def holder_of(root: Path) -> dict[str, Any] | None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return _read(root)
+    except OSError as error:
+        # Where there are no locks nobody holds one.
+        return _read(root) if error.errno in HELD else None
     finally:
         os.close(handle)
     return None

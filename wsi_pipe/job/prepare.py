@@ -48,10 +48,11 @@ GEOJSON_KEY = "wsi_pipe"
 
 
 class StageClock:
-    """Wall seconds by stage of one slide, and the stage it is in."""
+    """Wall seconds by stage of one slide, the stage it is in, and whether its mask was valid already."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.cached: tuple[str, ...] = ()
         self.stage: Stage = "open"
 
     @contextmanager
@@ -108,15 +109,15 @@ def prepare(
     try:
         with clock("segment"):
             mask, segment_fingerprint, segment_cached = _segment(entry, slide, segment_settings, settings, paths)
+        if segment_cached:
+            clock.cached = ("segment",)
         if not tile:
             return None
         with clock("tile"):
             prepared = _tile(entry, slide, mask, segment_fingerprint, tile_settings, paths)
     finally:
         slide.close()
-    if segment_cached:
-        prepared = dataclasses.replace(prepared, cached=("segment", *prepared.cached))
-    return prepared
+    return dataclasses.replace(prepared, cached=(*clock.cached, *prepared.cached))
 
 
 def _segment(

@@ -18,6 +18,7 @@ from wsi_pipe.manifest import SlideEntry, read_manifest, write_manifest
 from wsi_pipe.outcome import SlideOutcome
 
 __all__ = [
+    "OutcomeLog",
     "append_outcome",
     "load_settings",
     "load_slides",
@@ -79,6 +80,28 @@ def append_outcome(paths: JobPaths, outcome: SlideOutcome) -> None:
 def read_outcomes(root: Path) -> dict[str, SlideOutcome]:
     """The last outcome of each slide, by slide id. A line cut short by a crash is passed over."""
     return {outcome.slide_id: outcome for outcome in _lines(JobPaths(root).outcomes)}
+
+
+class OutcomeLog:
+    """The outcomes of one run, noted beside those of the runs before it.
+
+    A slide of which all was valid already is not noted again, and one of which some was keeps the times and counts of
+    what was: else a run that does nothing would take from the report what the slides cost.
+    """
+
+    def __init__(self, paths: JobPaths) -> None:
+        self._paths = paths
+        self._before = read_outcomes(paths.root)
+
+    def note(self, outcome: SlideOutcome) -> None:
+        """Add the outcome as far as it says anything new. Raises OutputError when it cannot be written."""
+        before = self._before.get(outcome.slide_id)
+        if before is not None and before.status != "failed":
+            same = (before.status, before.path) == (outcome.status, outcome.path)
+            if outcome.nothing_new and same and outcome.seconds.keys() <= before.seconds.keys():
+                return
+            outcome = outcome.keeping(before)
+        append_outcome(self._paths, outcome)
 
 
 def write_failures(paths: JobPaths) -> None:

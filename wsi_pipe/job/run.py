@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.features import Wanted, assemble, missing_features, store_features, wanted_features
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import Prepared, StageClock, open_entry, prepare
-from wsi_pipe.job.record import append_outcome, utc_now
+from wsi_pipe.job.record import OutcomeLog, utc_now
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
 
@@ -66,15 +67,16 @@ def process(
     keep_features: bool = False,
     progress: Progress | None = None,
     record: bool = True,
+    stopped: threading.Event | None = None,
 ) -> Generator[SlideOutcome, None, None]:
     """Take slides through the stages up to ``until``, doing just what is missing or stale; one outcome each.
 
     Outcomes come, and with ``record`` are noted in the job, as slides finish. A slide's error ends that slide alone.
     ``entries`` is consumed lazily; while one slide's tiles are encoded the next one is segmented. Raises OutputError
     when the job's folder cannot be written any more and DeviceError when the device fails, both after what was done
-    is on disk.
+    is on disk. stopped: as in ``extract_features``, for ``entries`` that wait.
     """
-    run = _Run(settings, paths, until, encoders, keep_features, progress, record)
+    run = _Run(settings, paths, until, encoders, keep_features, progress, record, stopped)
     if STAGES.index(until) < STAGES.index("extract"):
         yield from run.without_features(entries)
     else:
@@ -93,11 +95,13 @@ class _Run:
         keep_features: bool,
         progress: Progress | None,
         record: bool,
+        stopped: threading.Event | None,
     ) -> None:
         self.settings, self.paths, self.until = settings, paths, until
         self.encoders = encoders
         self.keep_features = keep_features
-        self.record = record
+        self.stopped = stopped
+        self.log = OutcomeLog(paths) if record else None
         self.progress = progress or (lambda slide_id, what, amount: None)
         self.finished: deque[SlideOutcome] = deque()
         self.under_way: dict[str, _Work] = {}
@@ -132,6 +136,7 @@ class _Run:
             dtype=extract.dtype,
             layers=extract.layers,
             progress=self.progress,
+            stopped=self.stopped,
         )
         try:
             for result in results:
@@ -240,7 +245,7 @@ class _Run:
                 seconds=work.clock.seconds,
                 tiles={grid.label: len(grid) for grid in prepared.grids} if prepared else {},
                 counts=prepared.counts if prepared else {},
-                cached=cached if cached is not None else prepared.cached if prepared else (),
+                cached=cached if cached is not None else prepared.cached if prepared else work.clock.cached,
                 finished_utc=utc_now(),
             )
         )
@@ -264,8 +269,8 @@ class _Run:
         )
 
     def _note(self, outcome: SlideOutcome) -> None:
-        if self.record:
-            append_outcome(self.paths, outcome)
+        if self.log:
+            self.log.note(outcome)
         self.finished.append(outcome)
 
     def _drain(self) -> Iterator[SlideOutcome]:

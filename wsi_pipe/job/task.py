@@ -16,7 +16,7 @@ from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
 if TYPE_CHECKING:
     from wsi_pipe.encoders.base import Encoder
 
-__all__ = ["slide_task"]
+__all__ = ["slide_task", "warm_up"]
 
 _encoders: dict[str, dict[str, Encoder]] = {}
 """Encoders of this process, by settings: loaded once, kept for the next slide."""
@@ -37,11 +37,22 @@ def slide_task(settings: JobSettings, root: str, until: Stage, keep_features: bo
     if STAGES.index(until) < STAGES.index("extract"):
         return _process(settings, paths, until, keep_features, entry, None)
     with _encoding:
-        key = fingerprint(settings.extract, settings.tile.resolutions)
-        if key not in _encoders:
-            _encoders.clear()
-            _encoders[key] = load_encoders(settings)
-        return _process(settings, paths, until, keep_features, entry, _encoders[key])
+        return _process(settings, paths, until, keep_features, entry, _loaded(settings))
+
+
+def warm_up(settings: JobSettings, until: Stage) -> None:
+    """Load what every slide needs, before the first one's time begins. Raises as ``slide_task``."""
+    if STAGES.index(until) >= STAGES.index("extract"):
+        with _encoding:
+            _loaded(settings)
+
+
+def _loaded(settings: JobSettings) -> dict[str, Encoder]:
+    key = fingerprint(settings.extract, settings.tile.resolutions)
+    if key not in _encoders:
+        _encoders.clear()
+        _encoders[key] = load_encoders(settings)
+    return _encoders[key]
 
 
 def _process(
