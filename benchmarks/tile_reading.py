@@ -218,6 +218,7 @@ def native_streams(path: Path, mpp: float, blocks: Iterable[tuple[Plane, IntPair
     with open_tiff(path, mpp=mpp) as slide:
         for plane, cell in blocks:
             image: Any = slide.images[plane.level]
+            image = getattr(image, "_image", image)  # of a level whose gaps are filled from the finer one
             (data,) = slide.fetch(plane, [cell])
             streams.append(image._decoder.stream(data[0]))
     return streams

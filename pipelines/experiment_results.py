@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from lrmil.distill import DistillResult
 from lrmil.errors import FiguresError
@@ -343,4 +344,7 @@ def _draw(path: Path, results: Results) -> None:
             label = f"{arm.name} ({cost['tiles']:.0f} tiles)"
             axes.errorbar([cost["end_to_end_s"]], [auc.value], yerr=bars, fmt="o", color=colour, capsize=3, label=label)
         axes.set(xlabel="seconds a slide at inference, end to end", ylabel="AUC, 95 % interval by case", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(frameon=False)
