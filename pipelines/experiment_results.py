@@ -38,6 +38,8 @@ WEAK_AUC = 0.6
 """Below this a teacher's fold is warned of."""
 FIXED_STAGES = ("open", "segment", "plan")
 """Stages whose cost does not depend on the resolution."""
+TRANSFER = "transfer"
+"""Measured once more by itself; ``encode`` holds it."""
 NAMES = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "ece": "calibration error"}
 
 
@@ -301,12 +303,15 @@ def _cost(results: Results) -> str:
             rows.append([name, *(f"{value / unit:.{digits}f}" for value in known), ratio])
 
     def sums(kind: str, *, fixed: bool) -> list[float]:
-        return [sum(v for k, v in c[kind].items() if (k in FIXED_STAGES) == fixed) for c in (a, p, b)]
+        # The copy to the device is a part of encoding, and is there once more by itself.
+        own = [{k: v for k, v in c[kind].items() if k != TRANSFER} for c in (a, p, b)]
+        return [sum(v for k, v in stages.items() if (k in FIXED_STAGES) == fixed) for stages in own]
 
     add("tiles", [c["tiles"] for c in (a, p, b)], 1, 1)
     add("bytes read, MB", [c["bytes_read"] for c in (a, p, b)], 1e6)
     for stage in a["stages_s"]:
-        add(f"{stage}, s", [c["stages_s"].get(stage) for c in (a, p, b)], 1, 4)
+        name = f"{stage} (a part of encode)" if stage == TRANSFER else stage
+        add(f"{name}, s", [c["stages_s"].get(stage) for c in (a, p, b)], 1, 4)
     add(f"fixed ({', '.join(FIXED_STAGES)}), s", sums("stages_s", fixed=True))
     add("all other stages, s", sums("stages_s", fixed=False))
     add("all other stages, processor s", sums("stages_cpu_s", fixed=False))

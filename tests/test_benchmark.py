@@ -278,6 +278,27 @@ def test_totals_and_the_table_add_up() -> None:
     assert float(by_name["= all stages, one after the other"][column]) == pytest.approx(20.25, rel=0.01)
 
 
+def test_the_copy_to_a_device_is_counted_once() -> None:
+    record = record_of()
+    copied = tuple(
+        dataclasses.replace(m, stages={**m.stages, "transfer": Spent(3.0, 2.0)}) if m.kind == STAGED else m
+        for m in record.measurements
+    )
+    # Encoding holds the copy; that it was made once more, for its own clock, is the benchmark's own expense.
+    spent = 2.0 * sum(m.kind == STAGED for m in copied)
+    with_copy = dataclasses.replace(record, measurements=copied, process=Spent(100.0, record.process.cpu_s + spent))
+    assert comparisons(with_copy) == comparisons(record)
+    assert project(with_copy, Assumptions()) == project(record, Assumptions())
+    _, rows = stage_table(with_copy)
+    own = [row for row in rows if row[0] == "of which transfer"]
+    # Two slides, each of 3 s and 2 s of processor time, in both arms.
+    assert own == [["of which transfer", "6", "4", "6", "4"]]
+    assert [row for row in rows if row not in own] == stage_table(record)[1]
+    assert balance(with_copy).parts["transfer"] == pytest.approx(spent)
+    assert balance(with_copy).unexplained == pytest.approx(0.0, abs=1e-12)
+    assert "*transfer*: copy tiles" in markdown(with_copy, Assumptions())
+
+
 def test_wall_seconds_of_reading_are_divided_and_none_is_lost() -> None:
     before = {"fetch": (1.0, 0.5), "decode": (2.0, 2.0), "resample": (0.0, 0.0)}
     after = {"fetch": (2.0, 0.6), "decode": (8.0, 7.0), "resample": (2.0, 1.9)}

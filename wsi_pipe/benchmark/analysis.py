@@ -17,6 +17,7 @@ from wsi_pipe.benchmark.records import (
     READ_STAGES,
     STAGED,
     STAGES,
+    TRANSFER,
     Arm,
     BenchmarkRecord,
     Measurement,
@@ -94,7 +95,8 @@ class Comparison:
 class ArmTotals:
     """One arm, summed over slides and averaged over repeats.
 
-    stages: name -> (wall seconds, processor seconds) of the stage passes. run_stages: name -> wall seconds of the
+    stages: name -> (wall seconds, processor seconds) of the stage passes, TRANSFER too, which ``encode`` holds: sums
+    are over STAGES. run_stages: name -> wall seconds of the
     end-to-end passes, as ``wsi-pipe run`` reports them; they overlap. end_to_end_s, end_to_end_cpu_s: None for
     arms that have no such passes. energy_j: of the GPU, end to end. peak_memory_bytes: the most of any pass.
     """
@@ -117,6 +119,10 @@ class ArmTotals:
     def wall(self, stages: Sequence[str]) -> float:
         """Wall seconds of some stages."""
         return math.fsum(self.stages[s][0] for s in stages if s in self.stages)
+
+    def cpu(self, stages: Sequence[str]) -> float:
+        """Processor seconds of some stages."""
+        return math.fsum(self.stages[s][1] for s in stages if s in self.stages)
 
 
 @dataclass(frozen=True)
@@ -245,7 +251,7 @@ def _totals(record: BenchmarkRecord, arm: Arm) -> ArmTotals:
     def mean(values: Sequence[float]) -> float:
         return math.fsum(values) / n
 
-    present = [s for s in STAGES if any(s in m.stages for m in staged)]
+    present = [s for s in (*STAGES, TRANSFER) if any(s in m.stages for m in staged)]
     stages = {
         s: (mean([stage_wall(m, (s,)) for m in staged]), mean([stage_cpu(m, (s,)) for m in staged])) for s in present
     }
@@ -275,7 +281,8 @@ def _totals(record: BenchmarkRecord, arm: Arm) -> ArmTotals:
 def balance(record: BenchmarkRecord) -> Balance:
     """Processor seconds by part: what is paid once, the stages, the end-to-end passes; and the process's own count."""
     parts = {name: spent.cpu_s for name, spent in record.once.items()}
-    for stage in STAGES:
+    # The copy that was made once more for its own clock belongs to no arm's sum, and yet the process did it.
+    for stage in (*STAGES, TRANSFER):
         cpu = math.fsum(stage_cpu(m, (stage,)) for m in record.measurements if m.kind == STAGED)
         if cpu:
             parts[stage] = cpu

@@ -25,6 +25,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "STAGED",
     "STAGES",
+    "TRANSFER",
     "Arm",
     "BenchmarkRecord",
     "GpuSpent",
@@ -43,7 +44,10 @@ FIXED_STAGES = ("open", "segment", "plan")
 """What a slide costs before its first tile, whatever the resolution."""
 READ_STAGES = ("fetch", "decode", "resample", "handle", "read")
 """Slide to tiles. ``handle`` is planning and passing on; ``read`` stands for all of it where it cannot be divided."""
-ENCODE_STAGES = ("transfer", "encode")
+ENCODE_STAGES = ("encode",)
+TRANSFER = "transfer"
+"""The copy of tiles to the device, made once more by itself. ``encode`` holds the copy already: this is shown as a part
+of it, and no sum of stages has it."""
 STAGES = (*FIXED_STAGES, *READ_STAGES, *ENCODE_STAGES, "write")
 
 STAGED = "stages"
