@@ -456,7 +456,8 @@ def test_counts_are_those_of_an_independent_count(measured: BenchmarkRecord) -> 
                 wanted = sum(lengths[i] for i in touched)
                 assert m.bytes_read >= wanted
                 if m.kind == STAGED:
-                    assert m.bytes_read <= 1.01 * wanted
+                    assert m.overview_bytes_read is not None
+                    assert m.bytes_read - m.overview_bytes_read <= 1.01 * wanted
                 assert m.io_read_bytes is None or m.io_read_bytes >= m.bytes_read
 
 
@@ -466,8 +467,16 @@ def test_both_kinds_of_pass_count_alike_and_low_resolution_counts_less(measured:
         # End to end the reader's count holds the header and what the fingerprint is made of, too.
         assert staged.bytes_read <= whole.bytes_read
     low, high = totals(measured)[:2]
+    assert low.overview_bytes_read == high.overview_bytes_read
+    assert low.overview_bytes_read
+    assert low.overview_bytes_read < low.bytes_read
     assert low.tiles < high.tiles
     assert low.bytes_read < high.bytes_read
+
+
+def test_what_bytes_are_counted_is_said(measured: BenchmarkRecord) -> None:
+    assert "MB a slide, are the same at every resolution" in markdown(measured, Assumptions())
+    assert "was not counted" in markdown(record_of(), Assumptions())
 
 
 def test_no_slide_that_can_be_measured_is_an_error(tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ class Comparison:
 class ArmTotals:
     """One arm, summed over slides and averaged over repeats.
 
-    stages: name -> (wall seconds, processor seconds) of the stage passes, TRANSFER too, which ``encode`` holds: sums
-    are over STAGES. run_stages: name -> wall seconds of the
-    end-to-end passes, as ``wsi-pipe run`` reports them; they overlap. end_to_end_s, end_to_end_cpu_s: None for
+    overview_bytes_read: of bytes_read; None where it was not counted. stages: name -> (wall seconds, processor seconds)
+    of the stage passes, TRANSFER too, which ``encode`` holds: sums are over STAGES. run_stages: name -> wall seconds of
+    the end-to-end passes, as ``wsi-pipe run`` reports them; they overlap. end_to_end_s, end_to_end_cpu_s: None for
     arms that have no such passes. energy_j: of the GPU, end to end. peak_memory_bytes: the most of any pass.
     """
 
@@ -107,6 +107,7 @@ class ArmTotals:
     native_tiles: int
     bytes_read: int
     bytes_written: int
+    overview_bytes_read: int | None
     stages: dict[str, tuple[float, float]]
     run_stages: dict[str, float]
     end_to_end_s: float | None
@@ -255,6 +256,7 @@ def _totals(record: BenchmarkRecord, arm: Arm) -> ArmTotals:
     stages = {
         s: (mean([stage_wall(m, (s,)) for m in staged]), mean([stage_cpu(m, (s,)) for m in staged])) for s in present
     }
+    overviews = [m.overview_bytes_read for m in staged if m.overview_bytes_read is not None]
     energies = [m.gpu.energy_j for m in whole if m.gpu is not None and m.gpu.energy_j is not None]
     busy = [m.gpu.busy_s for m in whole if m.gpu is not None and m.gpu.busy_s is not None]
     device = [m.gpu.peak_memory_bytes for m in whole if m.gpu is not None and m.gpu.peak_memory_bytes is not None]
@@ -265,6 +267,7 @@ def _totals(record: BenchmarkRecord, arm: Arm) -> ArmTotals:
         native_tiles=round(mean([m.native_tiles for m in staged])),
         bytes_read=round(mean([m.bytes_read for m in staged])),
         bytes_written=round(mean([m.bytes_written for m in staged])),
+        overview_bytes_read=round(mean(overviews)) if len(overviews) == len(staged) else None,
         stages=stages,
         run_stages={
             s: mean([stage_wall(m, (s,)) for m in whole]) for s in dict.fromkeys(s for m in whole for s in m.stages)

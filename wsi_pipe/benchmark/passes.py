@@ -153,14 +153,15 @@ class Passes:
             slide = open_entry(entry, arm.reader)
             stages.add("open", meter.spent())
             try:
+                opened = slide.stats.bytes_fetched
                 grid, _ = self._grid(slide, entry, arm, stages)
-                blocks, fetched = slide.stats.blocks_decoded, slide.stats.bytes_fetched
+                blocks, overview = slide.stats.blocks_decoded, slide.stats.bytes_fetched - opened
                 features = []
                 per_chunk = max(CHUNK_BYTES // (3 * arm.size_px**2) // arm.batch_size, 1) * arm.batch_size
                 for first in range(0, len(grid), per_chunk):
                     chunk = _part(grid, slice(first, first + per_chunk))
                     features += self._encode(self._read(slide, chunk, arm, stats, stages), arm, stages)
-                blocks, fetched = slide.stats.blocks_decoded - blocks, slide.stats.bytes_fetched - fetched
+                blocks, fetched = slide.stats.blocks_decoded - blocks, slide.stats.bytes_fetched - opened
                 bag = self._bag(slide, entry, arm, grid, np.concatenate(features))
                 path = self.scratch / "staged" / f"{entry.slide_id}.h5"
                 meter = Meter()
@@ -186,6 +187,7 @@ class Passes:
             bytes_written=written,
             io_read_bytes=_since(io),
             gpu=gpu[0] if gpu else None,
+            overview_bytes_read=overview,
         )
 
     def _read(
@@ -274,7 +276,7 @@ class Passes:
             stages={stage: Spent(float(value), 0.0) for stage, value in outcome.seconds.items()},
             tiles=int(outcome.tiles[arm.label]),
             native_tiles=int(outcome.counts.get("blocks_decoded", 0)),
-            bytes_read=int(outcome.counts.get("bytes_fetched", 0)),
+            bytes_read=sum(int(outcome.counts.get(key, 0)) for key in ("prepare_bytes_fetched", "bytes_fetched")),
             bytes_written=written,
             io_read_bytes=_since(io),
             peak_memory_bytes=memory,

@@ -118,9 +118,11 @@ class Measurement:
 
     order: its place among all passes. kind: STAGED or END_TO_END. stages: by name; for END_TO_END their wall seconds
     overlap, and processor time is known of the whole only (0 in the stages). native_tiles: blocks of the file that
-    were decoded. bytes_read: as the reader counts them, of the tiles' blocks; for END_TO_END with the file's header
-    and what its fingerprint is made of. io_read_bytes: all that the process read, as the system counts it, if it does.
-    bytes_written: the bag. peak_memory_bytes: resident, of the process.
+    were decoded for tiles. bytes_read: as the reader counts them, of the overview that tissue is found on and of the
+    tiles' blocks; for END_TO_END also of the file's header and what its fingerprint is made of, each time that the run
+    opens the file. io_read_bytes: all that the process read, as the system counts it, if it does. bytes_written: the
+    bag. peak_memory_bytes: resident, of the process. overview_bytes_read: the overview's part of bytes_read, which does
+    not depend on the resolution; None for END_TO_END, and in older files, whose bytes_read lacks it.
     """
 
     slide: str
@@ -138,6 +140,7 @@ class Measurement:
     io_read_bytes: int | None = None
     peak_memory_bytes: int | None = None
     gpu: GpuSpent | None = None
+    overview_bytes_read: int | None = None
 
 
 @dataclass(frozen=True)

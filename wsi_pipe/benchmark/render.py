@@ -233,8 +233,20 @@ def _facts(record: BenchmarkRecord) -> list[str]:
         "Wall seconds of reading are divided by the clocks of its threads.",
         "End to end is what `wsi-pipe run` does with one slide: reading, encoding and writing overlap.",
         "Ratios are of sums over slides; intervals are of 4,000 bootstrap draws of slides, and of repeats within each.",
+        _bytes_in_words(record),
         f"Most memory that the process held: {peak / 2**20:,.0f} MiB.",
     ]
+
+
+def _bytes_in_words(record: BenchmarkRecord) -> str:
+    arms = [t for t in totals(record) if t.bytes_read]
+    words = "Bytes read are those of the overview that tissue is found on and of the tiles"
+    if not arms:
+        return "The reader does not tell how many bytes it reads."
+    if arms[0].overview_bytes_read is None:
+        return "Bytes read are those of the tiles: the overview that tissue is found on was not counted."
+    overview = arms[0].overview_bytes_read / arms[0].slides / 1e6
+    return f"{words}; the overview's, {figure(overview)} MB a slide, are the same at every resolution."
 
 
 def answers(record: BenchmarkRecord, assumptions: Assumptions) -> dict[str, Any]:

@@ -69,7 +69,8 @@ class Prepared:
     """A slide whose grids are known.
 
     attrs: the root attributes of its bag to be. grids: coarsest first. cached: stages that were valid already.
-    counts: tissue area in mm2 and so on, for the outcome.
+    counts: for the outcome. "tissue_mm2", and where tissue was looked for now "prepare_bytes_fetched": what was read of
+    the file until then, its header, what its fingerprint is made of and the overview.
     """
 
     entry: SlideEntry
@@ -115,6 +116,8 @@ def prepare(
             return None
         with clock("tile"):
             prepared = _tile(entry, slide, mask, segment_fingerprint, tile_settings, paths)
+        if not segment_cached:
+            prepared.counts["prepare_bytes_fetched"] = float(slide.stats.bytes_fetched)
     finally:
         slide.close()
     return dataclasses.replace(prepared, cached=(*clock.cached, *prepared.cached))
