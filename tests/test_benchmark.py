@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from wsi_pipe.benchmark import Assumptions, read_record, write_record
 from wsi_pipe.benchmark.analysis import balance, bootstrap_ratio, comparisons, totals, warnings_of
 from wsi_pipe.benchmark.measure import run_benchmark
-from wsi_pipe.benchmark.meters import ForeignLoad, Gpu, PeakMemory, drop_cache, io_read_bytes
+from wsi_pipe.benchmark.meters import ForeignLoad, Gpu, PeakMemory, drop_cache, give_back_memory, io_read_bytes
 from wsi_pipe.benchmark.passes import _divide
 from wsi_pipe.benchmark.peer import best_level, read_singly
 from wsi_pipe.benchmark.projection import assumptions_in_words, project
@@ -418,6 +418,8 @@ def test_stages_belong_to_their_passes(measured: BenchmarkRecord) -> None:
             assert {"open", "segment", "tile", "read", "encode", "assemble"} <= set(m.stages)
             assert m.peak_memory_bytes is not None
             assert m.peak_memory_bytes > 50 << 20
+            assert m.peak_memory_growth_bytes is not None
+            assert 0 <= m.peak_memory_growth_bytes < m.peak_memory_bytes
         elif m.arm.endswith("openslide"):
             assert set(m.stages) == {"open", "segment", "plan", "read", "encode", "write"}
         else:
@@ -510,12 +512,42 @@ def test_reading_tile_by_tile_gives_the_same_tiles() -> None:
 # Meters
 
 
+def test_arms_are_compared_by_the_memory_that_they_add() -> None:
+    record = record_of()
+    grown = tuple(
+        dataclasses.replace(m, peak_memory_growth_bytes=(m.repeat + 1) * (1 << 20) * (8 if m.arm == HR.id else 1))
+        if m.kind == END_TO_END
+        else m
+        for m in record.measurements
+    )
+    low, high = totals(dataclasses.replace(record, measurements=grown))
+    assert (low.peak_memory_growth_bytes, high.peak_memory_growth_bytes) == (3 << 20, 24 << 20)
+    assert low.peak_memory_bytes == high.peak_memory_bytes
+    words = markdown(dataclasses.replace(record, measurements=grown), Assumptions())
+    assert "1,024 MiB; most that a pass end to end added to what it found: 5x 3 MiB, 20x 24 MiB." in words
+    assert "held: 1,024 MiB.\n" in markdown(record, Assumptions())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the C library keeps what it likes")
+def test_memory_that_was_freed_is_not_taken_for_held() -> None:
+    give_back_memory()
+    before = PeakMemory()
+    before.bytes()
+    held = [bytes(1000) for _ in range(50_000)]
+    del held
+    give_back_memory()
+    after = PeakMemory()
+    after.bytes()
+    assert after.start_bytes - before.start_bytes < 30 << 20
+
+
 def test_meters_see_what_happens(tmp_path: Path) -> None:
     peak = PeakMemory()
     held = np.ones(64 << 20, np.uint8)
     with_it = peak.bytes()
     del held
     assert with_it > 64 << 20
+    assert with_it - peak.start_bytes > 60 << 20
     file = tmp_path / "data"
     file.write_bytes(b"x" * (1 << 20))
     before = io_read_bytes()

@@ -98,7 +98,8 @@ class ArmTotals:
     overview_bytes_read: of bytes_read; None where it was not counted. stages: name -> (wall seconds, processor seconds)
     of the stage passes, TRANSFER too, which ``encode`` holds: sums are over STAGES. run_stages: name -> wall seconds of
     the end-to-end passes, as ``wsi-pipe run`` reports them; they overlap. end_to_end_s, end_to_end_cpu_s: None for
-    arms that have no such passes. energy_j: of the GPU, end to end. peak_memory_bytes: the most of any pass.
+    arms that have no such passes. energy_j: of the GPU, end to end. peak_memory_bytes, peak_memory_growth_bytes:
+    the most of any pass, and the most that any added to what the process held already (all arms' encoders, say).
     """
 
     arm: str
@@ -115,6 +116,7 @@ class ArmTotals:
     energy_j: float | None
     gpu_busy_s: float | None
     peak_memory_bytes: int | None
+    peak_memory_growth_bytes: int | None
     gpu_peak_memory_bytes: int | None
 
     def wall(self, stages: Sequence[str]) -> float:
@@ -277,6 +279,9 @@ def _totals(record: BenchmarkRecord, arm: Arm) -> ArmTotals:
         energy_j=mean(energies) if energies else None,
         gpu_busy_s=mean(busy) if busy else None,
         peak_memory_bytes=max((m.peak_memory_bytes for m in whole if m.peak_memory_bytes), default=None),
+        peak_memory_growth_bytes=max(
+            (m.peak_memory_growth_bytes for m in whole if m.peak_memory_growth_bytes is not None), default=None
+        ),
         gpu_peak_memory_bytes=max(device, default=None),
     )
 

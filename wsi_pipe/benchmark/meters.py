@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import threading
@@ -18,7 +19,17 @@ import psutil
 from wsi_pipe.benchmark.records import GpuSpent, Machine, Spent
 from wsi_pipe.cores import available_cores
 
-__all__ = ["ForeignLoad", "Gpu", "Meter", "PeakMemory", "available_cores", "drop_cache", "io_read_bytes", "machine"]
+__all__ = [
+    "ForeignLoad",
+    "Gpu",
+    "Meter",
+    "PeakMemory",
+    "available_cores",
+    "drop_cache",
+    "give_back_memory",
+    "io_read_bytes",
+    "machine",
+]
 
 VERSIONS_OF = (
     "numpy", "opencv-python-headless", "torch", "timm", "tifffile", "imagecodecs", "simplejpeg", "openslide-python",
@@ -38,15 +49,26 @@ class Meter:
         return Spent(time.perf_counter() - self._wall, time.process_time() - self._cpu)
 
 
+def give_back_memory() -> None:
+    """Have the C library return free memory to the system, where it can.
+
+    Else a pass that is given what an earlier one has freed would seem to need no memory of its own.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class PeakMemory:
     """The most resident memory of the process since it was made.
 
-    Linux keeps the peak itself, and starts anew when asked to; where it does not, samples are taken.
+    Linux keeps the peak itself, and starts anew when asked to; where it does not, samples are taken. start_bytes: what
+    the process held then, which is also what other passes left in it.
     """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._sampled: int = self._process.memory_info().rss
+        self.start_bytes: int = self._process.memory_info().rss
+        self._sampled: int = self.start_bytes
         self._stop: threading.Event | None = None
         try:
             Path("/proc/self/clear_refs").write_text("5")

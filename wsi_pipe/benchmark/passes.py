@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 
 from wsi_pipe import __version__
 from wsi_pipe.bag import Bag, BagAttrs, BagLevel, Features, write_bag
-from wsi_pipe.benchmark.meters import Gpu, Meter, PeakMemory, available_cores, drop_cache, io_read_bytes
+from wsi_pipe.benchmark.meters import (
+    Gpu,
+    Meter,
+    PeakMemory,
+    available_cores,
+    drop_cache,
+    give_back_memory,
+    io_read_bytes,
+)
 from wsi_pipe.benchmark.peer import read_singly
 from wsi_pipe.benchmark.records import END_TO_END, STAGED, Arm, Measurement, SlideFacts, Spent
 from wsi_pipe.config import JobSettings
@@ -255,6 +263,7 @@ class Passes:
         settings = self._settings(arm)
         root = self.scratch / "job"
         paths = open_job(root, settings, [entry])
+        give_back_memory()
         io, peak = io_read_bytes(), PeakMemory()
         with self.gpu.watch() as gpu:
             meter = Meter()
@@ -281,6 +290,7 @@ class Passes:
             io_read_bytes=_since(io),
             peak_memory_bytes=memory,
             gpu=gpu[0] if gpu else None,
+            peak_memory_growth_bytes=max(memory - peak.start_bytes, 0),
         )
 
     def _bag(self, slide: Slide, entry: SlideEntry, arm: Arm, grid: TileGrid, values: NDArray[np.float32]) -> Bag:

@@ -123,6 +123,7 @@ class Measurement:
     opens the file. io_read_bytes: all that the process read, as the system counts it, if it does. bytes_written: the
     bag. peak_memory_bytes: resident, of the process. overview_bytes_read: the overview's part of bytes_read, which does
     not depend on the resolution; None for END_TO_END, and in older files, whose bytes_read lacks it.
+    peak_memory_growth_bytes: of peak_memory_bytes, what was not held when the pass began.
     """
 
     slide: str
@@ -141,6 +142,7 @@ class Measurement:
     peak_memory_bytes: int | None = None
     gpu: GpuSpent | None = None
     overview_bytes_read: int | None = None
+    peak_memory_growth_bytes: int | None = None
 
 
 @dataclass(frozen=True)
