@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from wsi_pipe.benchmark import Assumptions, read_record, write_record
 from wsi_pipe.benchmark.analysis import balance, bootstrap_ratio, comparisons, totals, warnings_of
-from wsi_pipe.benchmark.measure import run_benchmark
+from wsi_pipe.benchmark.measure import _devices, run_benchmark
 from wsi_pipe.benchmark.meters import ForeignLoad, Gpu, PeakMemory, drop_cache, give_back_memory, io_read_bytes
 from wsi_pipe.benchmark.passes import _divide
 from wsi_pipe.benchmark.peer import best_level, read_singly
@@ -557,7 +557,7 @@ def test_meters_see_what_happens(tmp_path: Path) -> None:
     if before is not None and after is not None:
         assert after - before >= 1 << 20
     assert 0 <= ForeignLoad().share() <= 1
-    gpu = Gpu(wanted=False)
+    gpu = Gpu(["cpu"])
     with gpu.watch() as spent:
         gpu.wait()
     assert spent == []
@@ -565,40 +565,48 @@ def test_meters_see_what_happens(tmp_path: Path) -> None:
 
 
 class FakeCuda:
-    """As much of torch.cuda and NVML as the meters use: 50 J and a utilisation of 80 % meanwhile."""
+    """As much of torch.cuda and NVML as the meters use: 50 J and a utilisation of 80 % meanwhile.
+
+    Of device n the UUID is "123n" and the peak 123 + n bytes; ``asked`` are the devices that anyone looked at.
+    """
 
     NVMLError = RuntimeError
 
     def __init__(self) -> None:
         self.millijoules = 1_000
         self.waits = 0
+        self.asked: set[int] = set()
 
     def is_available(self) -> bool:
         return True
 
     def get_device_name(self, index: int) -> str:
-        return "a GPU"
+        self.asked.add(index)
+        return f"GPU {index}"
 
     def get_device_properties(self, index: int) -> SimpleNamespace:
-        return SimpleNamespace(uuid="1234")
+        self.asked.add(index)
+        return SimpleNamespace(uuid=f"123{index}")
 
-    def synchronize(self) -> None:
+    def synchronize(self, index: int) -> None:
+        self.asked.add(index)
         self.waits += 1
 
-    def reset_peak_memory_stats(self) -> None:
-        pass
+    def reset_peak_memory_stats(self, index: int) -> None:
+        self.asked.add(index)
 
-    def max_memory_allocated(self) -> int:
-        return 123
+    def max_memory_allocated(self, index: int) -> int:
+        self.asked.add(index)
+        return 123 + index
 
     def nvmlInit(self) -> None:  # noqa: N802
         pass
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
-        assert uuid == "GPU-1234"
-        return "handle"
+        return f"handle of {uuid}"
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
+        self.asked.add(int(handle[-1]))
         self.millijoules += 50_000
         return self.millijoules
 
@@ -606,12 +614,17 @@ class FakeCuda:
         return SimpleNamespace(gpu=80)
 
 
-def test_the_gpu_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("devices", "indices"), [(["cuda"], [0]), (["cpu", "cuda:1"], [1]), (["cuda:2", "cuda:0"], [0, 2])]
+)
+def test_the_gpus_of_the_arms_are_watched_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, devices: list[str], indices: list[int]
+) -> None:
     fake = FakeCuda()
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=fake))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "pynvml", fake)  # type: ignore[arg-type]
-    gpu = Gpu(wanted=True)
-    assert gpu.name == "a GPU"
+    gpu = Gpu(devices)
+    assert gpu.name == ", ".join(f"GPU {index}" for index in indices)
     sampled = threading.Event()
     monkeypatch.setattr(
         fake, "nvmlDeviceGetUtilizationRates", lambda handle: (sampled.set(), SimpleNamespace(gpu=80))[1]
@@ -619,12 +632,22 @@ def test_the_gpu_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     with gpu.watch() as spent:
         assert sampled.wait(10)
     (found,) = spent
-    assert found.energy_j == pytest.approx(50.0)
+    # Every question for one device's counter finds it 50 J further: n devices were asked n times before and after.
+    n = len(indices)
+    assert found.energy_j == pytest.approx(50.0 * n * n)
     assert found.utilisation == pytest.approx(0.8)
     assert found.busy_s is not None
     assert found.busy_s > 0
-    assert found.peak_memory_bytes == 123
-    assert fake.waits == 2
+    assert found.peak_memory_bytes == sum(123 + index for index in indices)
+    assert fake.waits == 2 * n
+    assert fake.asked == set(indices)
+
+
+def test_an_arm_names_all_devices_of_its_encoder() -> None:
+    one, two = (SimpleNamespace(device=f"cuda:{i}") for i in range(2))
+    assert _devices(cast(Any, one)) == "cuda:0"
+    assert _devices(cast(Any, SimpleNamespace(replicas=(one, two)))) == "cuda:0,cuda:1"
+    assert _devices(cast(Any, SimpleNamespace())) == "cpu"
 
 
 # The command

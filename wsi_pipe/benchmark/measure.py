@@ -48,7 +48,7 @@ def arms_of(settings: JobSettings, encoders: Mapping[str, Encoder], compare: Seq
                     dim=encoder.info.dim,
                     weights_sha256=encoder.info.weights_sha256,
                     precision=encoder.info.precision,
-                    device=str(getattr(encoder, "device", "cpu")),
+                    device=_devices(encoder),
                     reader=settings.reader,
                     batch_size=batch_of(encoder, spec.size_px, settings.extract.batch_size),
                 )
@@ -58,6 +58,11 @@ def arms_of(settings: JobSettings, encoders: Mapping[str, Encoder], compare: Seq
             first = next(arm for arm in arms if arm.label == label)
             arms.append(dataclasses.replace(first, id=f"{label} {method}", reader="openslide", method=method))
     return arms
+
+
+def _devices(encoder: Encoder) -> str:
+    """The devices that an encoder computes on, by torch's names, separated by commas."""
+    return ",".join(str(getattr(one, "device", "cpu")) for one in getattr(encoder, "replicas", (encoder,)))
 
 
 def run_benchmark(
@@ -99,7 +104,7 @@ def run_benchmark(
     arms = arms_of(settings, encoders, compare)
     once["load encoders"] = meter.spent()
 
-    gpu = Gpu(any(arm.device.startswith("cuda") for arm in arms))
+    gpu = Gpu(device for arm in arms for device in arm.device.split(","))
     with tempfile.TemporaryDirectory(prefix="wsi-pipe-benchmark-", dir=folder) as scratch:
         bench = Passes(settings, encoders, gpu, cache, Path(scratch))
         meter = Meter()

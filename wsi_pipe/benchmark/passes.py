@@ -252,9 +252,10 @@ class Passes:
         import torch
 
         meter = Meter()
-        for tiles in batches:
-            torch.from_numpy(tiles).pin_memory().to(arm.device, non_blocking=True)
-        torch.cuda.synchronize()
+        devices = arm.device.split(",")
+        for i, tiles in enumerate(batches):
+            torch.from_numpy(tiles).pin_memory().to(devices[i % len(devices)], non_blocking=True)
+        self.gpu.wait()
         return meter.spent()
 
     def end_to_end(self, entry: SlideEntry, arm: Arm) -> Measurement:

@@ -66,8 +66,9 @@ class Spent:
 
 @dataclass(frozen=True)
 class GpuSpent:
-    """What the GPU did meanwhile. energy_j: of the whole board, by NVML. utilisation: mean share of time in which a
-    kernel ran, 0 to 1. busy_s: utilisation times seconds. peak_memory_bytes: allocated by this process at most."""
+    """What the GPUs that arms run on did meanwhile. energy_j: of the whole boards, by NVML. utilisation: mean share of
+    time in which a kernel ran, 0 to 1. busy_s: utilisation times seconds, of all of them. peak_memory_bytes: allocated
+    by this process at most."""
 
     energy_j: float | None = None
     utilisation: float | None = None
@@ -79,8 +80,9 @@ class GpuSpent:
 class Arm:
     """One way of doing it, which is compared with others.
 
-    label, mpp, size_px: the tiles. encoder: its name; weights_sha256 and dim are the encoder's. reader: as given to
-    ``open_slide``. method: "native" (``stream_tiles``), or "openslide" (one region for each tile, the peers' way).
+    label, mpp, size_px: the tiles. encoder: its name; weights_sha256 and dim are the encoder's. device: where it
+    computes; several are separated by commas. reader: as given to ``open_slide``. method: "native" (``stream_tiles``),
+    or "openslide" (one region for each tile, the peers' way).
     """
 
     id: str
