@@ -133,6 +133,26 @@ def test_tables_hold_the_figures_of_the_record(browser: Browser, drawn: tuple[Pa
     assert "</script><b>x</b>" in browser.evaluate("byId('footer').textContent")
 
 
+def test_the_copy_to_a_device_is_shown_as_a_part_of_encoding(browser: Browser, tmp_path: Path) -> None:
+    record = record_of((LR, HR))
+    copied = tuple(
+        dataclasses.replace(m, stages={**m.stages, "transfer": Spent(9.0, 9.0)}) for m in record.measurements
+    )
+    shown_rows = []
+    for one in (record, dataclasses.replace(record, measurements=copied)):
+        browser.open(write_outputs(tmp_path, one, Assumptions())[2])
+        assert browser.errors == []
+        shown_rows.append(
+            browser.evaluate(
+                "[...document.querySelectorAll('#stage-table tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+            )
+        )
+    without, with_copy = shown_rows
+    # Four slides of 9 s; no other figure of the table moves.
+    assert [row for row in with_copy if row not in without] == [["of which transfer", "36", "36", "1"]]
+    assert [row for row in with_copy if row in without] == without
+
+
 def test_processor_seconds_are_a_click_away(browser: Browser, drawn: tuple[Path, BenchmarkRecord]) -> None:
     page, record = drawn
     browser.open(page)

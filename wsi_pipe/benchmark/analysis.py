@@ -17,6 +17,7 @@ from wsi_pipe.benchmark.records import (
     READ_STAGES,
     STAGED,
     STAGES,
+    TRANSFER,
     Arm,
     BenchmarkRecord,
     Measurement,
@@ -94,9 +95,11 @@ class Comparison:
 class ArmTotals:
     """One arm, summed over slides and averaged over repeats.
 
-    stages: name -> (wall seconds, processor seconds) of the stage passes. run_stages: name -> wall seconds of the
-    end-to-end passes, as ``wsi-pipe run`` reports them; they overlap. end_to_end_s, end_to_end_cpu_s: None for
-    arms that have no such passes. energy_j: of the GPU, end to end. peak_memory_bytes: the most of any pass.
+    overview_bytes_read: of bytes_read; None where it was not counted. stages: name -> (wall seconds, processor seconds)
+    of the stage passes, TRANSFER too, which ``encode`` holds: sums are over STAGES. run_stages: name -> wall seconds of
+    the end-to-end passes, as ``wsi-pipe run`` reports them; they overlap. end_to_end_s, end_to_end_cpu_s: None for
+    arms that have no such passes. energy_j: of the GPU, end to end. peak_memory_bytes, peak_memory_growth_bytes:
+    the most of any pass, and the most that any added to what the process held already (all arms' encoders, say).
     """
 
     arm: str
@@ -105,6 +108,7 @@ class ArmTotals:
     native_tiles: int
     bytes_read: int
     bytes_written: int
+    overview_bytes_read: int | None
     stages: dict[str, tuple[float, float]]
     run_stages: dict[str, float]
     end_to_end_s: float | None
@@ -112,11 +116,16 @@ class ArmTotals:
     energy_j: float | None
     gpu_busy_s: float | None
     peak_memory_bytes: int | None
+    peak_memory_growth_bytes: int | None
     gpu_peak_memory_bytes: int | None
 
     def wall(self, stages: Sequence[str]) -> float:
         """Wall seconds of some stages."""
         return math.fsum(self.stages[s][0] for s in stages if s in self.stages)
+
+    def cpu(self, stages: Sequence[str]) -> float:
+        """Processor seconds of some stages."""
+        return math.fsum(self.stages[s][1] for s in stages if s in self.stages)
 
 
 @dataclass(frozen=True)
@@ -245,10 +254,11 @@ def _totals(record: BenchmarkRecord, arm: Arm) -> ArmTotals:
     def mean(values: Sequence[float]) -> float:
         return math.fsum(values) / n
 
-    present = [s for s in STAGES if any(s in m.stages for m in staged)]
+    present = [s for s in (*STAGES, TRANSFER) if any(s in m.stages for m in staged)]
     stages = {
         s: (mean([stage_wall(m, (s,)) for m in staged]), mean([stage_cpu(m, (s,)) for m in staged])) for s in present
     }
+    overviews = [m.overview_bytes_read for m in staged if m.overview_bytes_read is not None]
     energies = [m.gpu.energy_j for m in whole if m.gpu is not None and m.gpu.energy_j is not None]
     busy = [m.gpu.busy_s for m in whole if m.gpu is not None and m.gpu.busy_s is not None]
     device = [m.gpu.peak_memory_bytes for m in whole if m.gpu is not None and m.gpu.peak_memory_bytes is not None]
@@ -259,6 +269,7 @@ def _totals(record: BenchmarkRecord, arm: Arm) -> ArmTotals:
         native_tiles=round(mean([m.native_tiles for m in staged])),
         bytes_read=round(mean([m.bytes_read for m in staged])),
         bytes_written=round(mean([m.bytes_written for m in staged])),
+        overview_bytes_read=round(mean(overviews)) if len(overviews) == len(staged) else None,
         stages=stages,
         run_stages={
             s: mean([stage_wall(m, (s,)) for m in whole]) for s in dict.fromkeys(s for m in whole for s in m.stages)
@@ -268,6 +279,9 @@ def _totals(record: BenchmarkRecord, arm: Arm) -> ArmTotals:
         energy_j=mean(energies) if energies else None,
         gpu_busy_s=mean(busy) if busy else None,
         peak_memory_bytes=max((m.peak_memory_bytes for m in whole if m.peak_memory_bytes), default=None),
+        peak_memory_growth_bytes=max(
+            (m.peak_memory_growth_bytes for m in whole if m.peak_memory_growth_bytes is not None), default=None
+        ),
         gpu_peak_memory_bytes=max(device, default=None),
     )
 
@@ -275,7 +289,8 @@ def _totals(record: BenchmarkRecord, arm: Arm) -> ArmTotals:
 def balance(record: BenchmarkRecord) -> Balance:
     """Processor seconds by part: what is paid once, the stages, the end-to-end passes; and the process's own count."""
     parts = {name: spent.cpu_s for name, spent in record.once.items()}
-    for stage in STAGES:
+    # The copy that was made once more for its own clock belongs to no arm's sum, and yet the process did it.
+    for stage in (*STAGES, TRANSFER):
         cpu = math.fsum(stage_cpu(m, (stage,)) for m in record.measurements if m.kind == STAGED)
         if cpu:
             parts[stage] = cpu
@@ -295,6 +310,10 @@ MAX_UNEXPLAINED = 0.05
 def warnings_of(record: BenchmarkRecord) -> list[str]:
     """What speaks against taking the figures at their word, in sentences."""
     found = []
+    if record.interrupted:
+        found.append(
+            f"The benchmark ended early, {record.interrupted}. What is shown are the rounds that are complete."
+        )
     if record.foreign_load > MAX_FOREIGN:
         found.append(
             f"Other programs used {100 * record.foreign_load:.0f} % of the machine meanwhile: measure again when it is "

@@ -5,7 +5,7 @@ const head = ANS.comparisons.find(c => c.headline);
 const finestMpp = Math.min(...arms.map(a => a.mpp)), coarsestMpp = Math.max(...arms.map(a => a.mpp));
 const armColours = {};
 arms.forEach((a, i) => { armColours[a.id] = head && a.id === head.dear ? "hr" : head && a.id === head.cheap ? "lr" : ["s3", "s4", "s2", "s6", "s7", "s8"][i % 6]; });
-const STAGE_COLOURS = { open: "s8", segment: "s2", plan: "s9", fetch: "s4", decode: "s5", resample: "s6", handle: "s7", read: "s4", transfer: "accent", encode: "s1", write: "s3" };
+const STAGE_COLOURS = { open: "s8", segment: "s2", plan: "s9", fetch: "s4", decode: "s5", resample: "s6", handle: "s7", read: "s4", encode: "s1", write: "s3" };
 const ratioOf = (c, what) => c.ratios.find(r => r.what === what);
 /* With one encoder the resolution says it all. */
 const oneEncoder = new Set(arms.map(a => a.encoder)).size === 1;
@@ -77,7 +77,12 @@ byId("stages-note").textContent = `Seconds for ${n === 1 ? "the slide" : `all ${
   const withRatio = (label, values) => { const r = head ? [ratio(values[arms.findIndex(a => a.id === head.dear)], values[arms.findIndex(a => a.id === head.cheap)])] : []; return [label, ...values.map(show), ...r]; };
   for (const group of DATA.groups) {
     const present = group.stages.filter(s => ANS.totals.some(t => t.stages[s]));
-    for (const s of present) rows.push(withRatio(s, ANS.totals.map(t => t.stages[s] ? t.stages[s].wall_s : null)));
+    const own = s => ANS.totals.map(t => t.stages[s] ? t.stages[s].wall_s : null);
+    for (const s of present) {
+      rows.push(withRatio(s, own(s)));
+      const part = DATA.parts[s];
+      if (part && ANS.totals.some(t => t.stages[part])) rows.push(withRatio("of which " + part, own(part)));
+    }
     if (present.length > 1) rows.push(withRatio("= " + group.name, ANS.totals.map(t => wall(t, present))));
   }
   rows.push(withRatio("= one after the other", ANS.totals.map(t => wall(t, allStages))));
@@ -143,6 +148,6 @@ for (const link of document.querySelectorAll("[data-if]")) link.hidden = byId(li
 fill("facts", ANS.facts.map(f => el("li", {}, f.replaceAll("`", ""))));
 const books = ANS.balance;
 simpleTable("balance", ["Part", "s"], [...Object.entries(books.parts).map(([k, v]) => [k, number(v)]), ["= sum", number(books.explained_s)], ["The process, as the system counts it", number(books.process_s)], ["Not explained", (100 * books.unexplained).toFixed(1) + "%"]], row => row[0].startsWith("="));
-simpleTable("meaning", ["Stage", "What it is"], allStages.filter(s => ANS.totals.some(t => t.stages[s])).map(s => [s, DATA.meaning[s]]));
+simpleTable("meaning", ["Stage", "What it is"], [...allStages, ...Object.values(DATA.parts)].filter(s => ANS.totals.some(t => t.stages[s])).map(s => [s, DATA.meaning[s]]));
 for (const cell of byId("meaning").querySelectorAll(".num")) cell.classList.remove("num");
 fill("footer", `Made by wsi-pipe ${REC.wsi_pipe_version}. Measured with: ${REC.command}. This page stands by itself; all its figures follow from benchmark.json beside it.`);

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,17 @@ import psutil
 from wsi_pipe.benchmark.records import GpuSpent, Machine, Spent
 from wsi_pipe.cores import available_cores
 
-__all__ = ["ForeignLoad", "Gpu", "Meter", "PeakMemory", "available_cores", "drop_cache", "io_read_bytes", "machine"]
+__all__ = [
+    "ForeignLoad",
+    "Gpu",
+    "Meter",
+    "PeakMemory",
+    "available_cores",
+    "drop_cache",
+    "give_back_memory",
+    "io_read_bytes",
+    "machine",
+]
 
 VERSIONS_OF = (
     "numpy", "opencv-python-headless", "torch", "timm", "tifffile", "imagecodecs", "simplejpeg", "openslide-python",
@@ -38,15 +49,26 @@ class Meter:
         return Spent(time.perf_counter() - self._wall, time.process_time() - self._cpu)
 
 
+def give_back_memory() -> None:
+    """Have the C library return free memory to the system, where it can.
+
+    Else a pass that is given what an earlier one has freed would seem to need no memory of its own.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class PeakMemory:
     """The most resident memory of the process since it was made.
 
-    Linux keeps the peak itself, and starts anew when asked to; where it does not, samples are taken.
+    Linux keeps the peak itself, and starts anew when asked to; where it does not, samples are taken. start_bytes: what
+    the process held then, which is also what other passes left in it.
     """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._sampled: int = self._process.memory_info().rss
+        self.start_bytes: int = self._process.memory_info().rss
+        self._sampled: int = self.start_bytes
         self._stop: threading.Event | None = None
         try:
             Path("/proc/self/clear_refs").write_text("5")
@@ -116,46 +138,55 @@ class ForeignLoad:
 
 
 class Gpu:
-    """The first CUDA device, if there is one and ``wanted``: energy and utilisation by NVML, memory by torch."""
+    """The CUDA devices among ``devices``, which are torch's names, such as "cuda:1".
 
-    def __init__(self, wanted: bool) -> None:
+    Energy and utilisation come from NVML, memory from torch. Of several devices energy, busy seconds and memory are
+    added up, and utilisation is their mean. name: None where there is none of them.
+    """
+
+    def __init__(self, devices: Iterable[str]) -> None:
         self.name: str | None = None
-        self._handle: Any = None
+        self._indices: list[int] = []
+        self._handles: list[Any] = []
         self._nvml: Any = None
         self._torch: Any = None
+        wanted = sorted({int(name.partition(":")[2] or 0) for name in devices if name.startswith("cuda")})
         if not wanted:
             return
         import torch
 
         if not torch.cuda.is_available():
             return
-        self._torch = torch
-        self.name = torch.cuda.get_device_name(0)
+        self._torch, self._indices = torch, wanted
+        self.name = ", ".join(torch.cuda.get_device_name(index) for index in wanted)
         try:
             import pynvml  # in the extra "gpu"
 
             pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(0).uuid)
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            # NVML numbers the devices of the machine, torch those that the process sees: the UUID tells which is which.
+            uuids = [str(torch.cuda.get_device_properties(index).uuid) for index in wanted]
+            names = [uuid if uuid.startswith("GPU-") else f"GPU-{uuid}" for uuid in uuids]
+            self._handles = [pynvml.nvmlDeviceGetHandleByUUID(name) for name in names]
             self._nvml = pynvml
         except Exception:  # no NVML, an old driver, a device that hides its counters: measure without them
             self._nvml = None
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
-        if self._torch is not None:
-            self._torch.cuda.synchronize()
+        """Until the devices have done all that they were given."""
+        for index in self._indices:
+            self._torch.cuda.synchronize(index)
 
     @contextmanager
     def watch(self) -> Iterator[list[GpuSpent]]:
         """Measure the block; the list holds the result afterwards, and nothing without a GPU."""
         result: list[GpuSpent] = []
-        if self._torch is None:
+        if not self._indices:
             yield result
             return
-        self._torch.cuda.reset_peak_memory_stats()
+        for index in self._indices:
+            self._torch.cuda.reset_peak_memory_stats(index)
         self.wait()
-        samples: list[int] = []
+        samples: list[float] = []
         stop = threading.Event()
         sampler = threading.Thread(target=self._sample, args=(stop, samples), daemon=True)
         energy, start = self._energy(), time.perf_counter()
@@ -173,8 +204,8 @@ class Gpu:
                 GpuSpent(
                     energy_j=(after - energy) / 1000 if after is not None and energy is not None else None,
                     utilisation=share,
-                    busy_s=share * elapsed if share is not None else None,
-                    peak_memory_bytes=int(self._torch.cuda.max_memory_allocated()),
+                    busy_s=share * elapsed * len(self._indices) if share is not None else None,
+                    peak_memory_bytes=sum(int(self._torch.cuda.max_memory_allocated(i)) for i in self._indices),
                 )
             )
 
@@ -183,14 +214,15 @@ class Gpu:
         if self._nvml is None:
             return None
         try:
-            return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+            return sum(int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) for handle in self._handles)
         except self._nvml.NVMLError:
             return None
 
-    def _sample(self, stop: threading.Event, samples: list[int]) -> None:
+    def _sample(self, stop: threading.Event, samples: list[float]) -> None:
         while self._nvml is not None and not stop.wait(SAMPLE_S):
             try:
-                samples.append(int(self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu))
+                rates = [int(self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu) for handle in self._handles]
+                samples.append(sum(rates) / len(rates))
             except self._nvml.NVMLError:
                 return
 

@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 
 from wsi_pipe import __version__
 from wsi_pipe.bag import Bag, BagAttrs, BagLevel, Features, write_bag
-from wsi_pipe.benchmark.meters import Gpu, Meter, PeakMemory, available_cores, drop_cache, io_read_bytes
+from wsi_pipe.benchmark.meters import (
+    Gpu,
+    Meter,
+    PeakMemory,
+    available_cores,
+    drop_cache,
+    give_back_memory,
+    io_read_bytes,
+)
 from wsi_pipe.benchmark.peer import read_singly
 from wsi_pipe.benchmark.records import END_TO_END, STAGED, Arm, Measurement, SlideFacts, Spent
 from wsi_pipe.config import JobSettings
@@ -153,14 +161,15 @@ class Passes:
             slide = open_entry(entry, arm.reader)
             stages.add("open", meter.spent())
             try:
+                opened = slide.stats.bytes_fetched
                 grid, _ = self._grid(slide, entry, arm, stages)
-                blocks, fetched = slide.stats.blocks_decoded, slide.stats.bytes_fetched
+                blocks, overview = slide.stats.blocks_decoded, slide.stats.bytes_fetched - opened
                 features = []
                 per_chunk = max(CHUNK_BYTES // (3 * arm.size_px**2) // arm.batch_size, 1) * arm.batch_size
                 for first in range(0, len(grid), per_chunk):
                     chunk = _part(grid, slice(first, first + per_chunk))
                     features += self._encode(self._read(slide, chunk, arm, stats, stages), arm, stages)
-                blocks, fetched = slide.stats.blocks_decoded - blocks, slide.stats.bytes_fetched - fetched
+                blocks, fetched = slide.stats.blocks_decoded - blocks, slide.stats.bytes_fetched - opened
                 bag = self._bag(slide, entry, arm, grid, np.concatenate(features))
                 path = self.scratch / "staged" / f"{entry.slide_id}.h5"
                 meter = Meter()
@@ -186,6 +195,7 @@ class Passes:
             bytes_written=written,
             io_read_bytes=_since(io),
             gpu=gpu[0] if gpu else None,
+            overview_bytes_read=overview,
         )
 
     def _read(
@@ -242,9 +252,10 @@ class Passes:
         import torch
 
         meter = Meter()
-        for tiles in batches:
-            torch.from_numpy(tiles).pin_memory().to(arm.device, non_blocking=True)
-        torch.cuda.synchronize()
+        devices = arm.device.split(",")
+        for i, tiles in enumerate(batches):
+            torch.from_numpy(tiles).pin_memory().to(devices[i % len(devices)], non_blocking=True)
+        self.gpu.wait()
         return meter.spent()
 
     def end_to_end(self, entry: SlideEntry, arm: Arm) -> Measurement:
@@ -252,7 +263,10 @@ class Passes:
         self._before(entry)
         settings = self._settings(arm)
         root = self.scratch / "job"
+        # What a pass that failed has left belongs to other settings.
+        shutil.rmtree(root, ignore_errors=True)
         paths = open_job(root, settings, [entry])
+        give_back_memory()
         io, peak = io_read_bytes(), PeakMemory()
         with self.gpu.watch() as gpu:
             meter = Meter()
@@ -274,11 +288,12 @@ class Passes:
             stages={stage: Spent(float(value), 0.0) for stage, value in outcome.seconds.items()},
             tiles=int(outcome.tiles[arm.label]),
             native_tiles=int(outcome.counts.get("blocks_decoded", 0)),
-            bytes_read=int(outcome.counts.get("bytes_fetched", 0)),
+            bytes_read=sum(int(outcome.counts.get(key, 0)) for key in ("prepare_bytes_fetched", "bytes_fetched")),
             bytes_written=written,
             io_read_bytes=_since(io),
             peak_memory_bytes=memory,
             gpu=gpu[0] if gpu else None,
+            peak_memory_growth_bytes=max(memory - peak.start_bytes, 0),
         )
 
     def _bag(self, slide: Slide, entry: SlideEntry, arm: Arm, grid: TileGrid, values: NDArray[np.float32]) -> Bag:

@@ -25,6 +25,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "STAGED",
     "STAGES",
+    "TRANSFER",
     "Arm",
     "BenchmarkRecord",
     "GpuSpent",
@@ -43,7 +44,10 @@ FIXED_STAGES = ("open", "segment", "plan")
 """What a slide costs before its first tile, whatever the resolution."""
 READ_STAGES = ("fetch", "decode", "resample", "handle", "read")
 """Slide to tiles. ``handle`` is planning and passing on; ``read`` stands for all of it where it cannot be divided."""
-ENCODE_STAGES = ("transfer", "encode")
+ENCODE_STAGES = ("encode",)
+TRANSFER = "transfer"
+"""The copy of tiles to the device, made once more by itself. ``encode`` holds the copy already: this is shown as a part
+of it, and no sum of stages has it."""
 STAGES = (*FIXED_STAGES, *READ_STAGES, *ENCODE_STAGES, "write")
 
 STAGED = "stages"
@@ -62,8 +66,9 @@ class Spent:
 
 @dataclass(frozen=True)
 class GpuSpent:
-    """What the GPU did meanwhile. energy_j: of the whole board, by NVML. utilisation: mean share of time in which a
-    kernel ran, 0 to 1. busy_s: utilisation times seconds. peak_memory_bytes: allocated by this process at most."""
+    """What the GPUs that arms run on did meanwhile. energy_j: of the whole boards, by NVML. utilisation: mean share of
+    time in which a kernel ran, 0 to 1. busy_s: utilisation times seconds, of all of them. peak_memory_bytes: allocated
+    by this process at most."""
 
     energy_j: float | None = None
     utilisation: float | None = None
@@ -75,8 +80,9 @@ class GpuSpent:
 class Arm:
     """One way of doing it, which is compared with others.
 
-    label, mpp, size_px: the tiles. encoder: its name; weights_sha256 and dim are the encoder's. reader: as given to
-    ``open_slide``. method: "native" (``stream_tiles``), or "openslide" (one region for each tile, the peers' way).
+    label, mpp, size_px: the tiles. encoder: its name; weights_sha256 and dim are the encoder's. device: where it
+    computes; several are separated by commas. reader: as given to ``open_slide``. method: "native" (``stream_tiles``),
+    or "openslide" (one region for each tile, the peers' way).
     """
 
     id: str
@@ -114,9 +120,12 @@ class Measurement:
 
     order: its place among all passes. kind: STAGED or END_TO_END. stages: by name; for END_TO_END their wall seconds
     overlap, and processor time is known of the whole only (0 in the stages). native_tiles: blocks of the file that
-    were decoded. bytes_read: as the reader counts them, of the tiles' blocks; for END_TO_END with the file's header
-    and what its fingerprint is made of. io_read_bytes: all that the process read, as the system counts it, if it does.
-    bytes_written: the bag. peak_memory_bytes: resident, of the process.
+    were decoded for tiles. bytes_read: as the reader counts them, of the overview that tissue is found on and of the
+    tiles' blocks; for END_TO_END also of the file's header and what its fingerprint is made of, each time that the run
+    opens the file. io_read_bytes: all that the process read, as the system counts it, if it does. bytes_written: the
+    bag. peak_memory_bytes: resident, of the process. overview_bytes_read: the overview's part of bytes_read, which does
+    not depend on the resolution; None for END_TO_END, and in older files, whose bytes_read lacks it.
+    peak_memory_growth_bytes: of peak_memory_bytes, what was not held when the pass began.
     """
 
     slide: str
@@ -134,6 +143,8 @@ class Measurement:
     io_read_bytes: int | None = None
     peak_memory_bytes: int | None = None
     gpu: GpuSpent | None = None
+    overview_bytes_read: int | None = None
+    peak_memory_growth_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,9 @@ class Machine:
 class BenchmarkRecord:
     """Everything that was measured.
 
-    once: what is paid once a process: "start-up" (imports too), "load encoders", "warm up". cache: "warm" or "cold".
+    once: what is paid once a process: "start-up" (imports too), "load encoders", "warm up"; and "left out", passes that
+    are not among the measurements, of slides that failed or a round that was broken off. repeats: complete rounds.
+    interrupted: when and why measuring ended before all rounds were complete. cache: "warm" or "cold".
     process: the whole process from its start to the end of the last pass. foreign_load: share of the machine's
     processors that other programs used meanwhile, 0 to 1. skipped: slides left out, with the reason.
     """
@@ -173,6 +186,7 @@ class BenchmarkRecord:
     foreign_load: float = 0.0
     skipped: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
+    interrupted: str | None = None
     schema: str = SCHEMA
     schema_version: int = SCHEMA_VERSION
 

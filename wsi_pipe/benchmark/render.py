@@ -24,6 +24,7 @@ from wsi_pipe.benchmark.records import (
     FIXED_STAGES,
     READ_STAGES,
     STAGES,
+    TRANSFER,
     BenchmarkRecord,
     write_record,
 )
@@ -42,8 +43,8 @@ STAGE_MEANING = {
     "resample": "cut, average and filter into tiles",
     "handle": "plan the reading and pass tiles on",
     "read": "read tile by tile (cannot be divided)",
-    "transfer": "copy tiles to the device and do no more",
     "encode": "tiles to features, the copy to the device included",
+    TRANSFER: "copy tiles to the device and do no more, once more by itself; held by encode and in no sum",
     "write": "write and check the bag",
 }
 GROUPS = (
@@ -52,6 +53,8 @@ GROUPS = (
     ("encoding", ENCODE_STAGES),
     ("writing", ("write",)),
 )
+PART_OF = {"encode": TRANSFER}
+"""What is shown below a stage as a part of it."""
 RUN_STAGES_NOTE = (
     "Wall seconds of the end-to-end passes. They overlap, and hold what only a run does: `segment` and `tile` draw "
     "pictures and write mask and grids, `extract` stores features, `assemble` writes and checks the bag."
@@ -118,11 +121,16 @@ def stage_table(record: BenchmarkRecord) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, stages in GROUPS:
         present = [s for s in stages if any(s in arm.stages for arm in arms)]
-        rows += [[s, *(figure(v) for arm in arms for v in arm.stages.get(s, (None, None)))] for s in present]
+        for s in present:
+            rows.append([s, *(figure(v) for arm in arms for v in arm.stages.get(s, (None, None)))])
+            part = PART_OF.get(s)
+            if part and any(part in arm.stages for arm in arms):
+                values = (v for arm in arms for v in arm.stages.get(part, (None, None)))
+                rows.append([f"of which {part}", *(figure(v) for v in values)])
         if len(present) > 1:
-            sums = [(arm.wall(present), sum(arm.stages[s][1] for s in present if s in arm.stages)) for arm in arms]
+            sums = [(arm.wall(present), arm.cpu(present)) for arm in arms]
             rows.append([f"= {name}", *(figure(v) for pair in sums for v in pair)])
-    every = [(arm.wall(STAGES), sum(cpu for _, cpu in arm.stages.values())) for arm in arms]
+    every = [(arm.wall(STAGES), arm.cpu(STAGES)) for arm in arms]
     rows.append(["= all stages, one after the other", *(figure(v) for pair in every for v in pair)])
     rows.append(
         ["end to end, overlapped", *(figure(v) for arm in arms for v in (arm.end_to_end_s, arm.end_to_end_cpu_s))]
@@ -194,7 +202,7 @@ def markdown(record: BenchmarkRecord, assumptions: Assumptions) -> str:
 
 
 def _stages(record: BenchmarkRecord) -> list[str]:
-    return [s for s in STAGES if any(s in m.stages for m in record.measurements)]
+    return [s for s in (*STAGES, TRANSFER) if any(s in m.stages for m in record.measurements)]
 
 
 def _slides(record: BenchmarkRecord) -> str:
@@ -225,8 +233,31 @@ def _facts(record: BenchmarkRecord) -> list[str]:
         "Wall seconds of reading are divided by the clocks of its threads.",
         "End to end is what `wsi-pipe run` does with one slide: reading, encoding and writing overlap.",
         "Ratios are of sums over slides; intervals are of 4,000 bootstrap draws of slides, and of repeats within each.",
-        f"Most memory that the process held: {peak / 2**20:,.0f} MiB.",
+        _bytes_in_words(record),
+        _memory_in_words(record, peak),
     ]
+
+
+def _bytes_in_words(record: BenchmarkRecord) -> str:
+    arms = [t for t in totals(record) if t.bytes_read]
+    words = "Bytes read are those of the overview that tissue is found on and of the tiles"
+    if not arms:
+        return "The reader does not tell how many bytes it reads."
+    if arms[0].overview_bytes_read is None:
+        return "Bytes read are those of the tiles: the overview that tissue is found on was not counted."
+    overview = arms[0].overview_bytes_read / arms[0].slides / 1e6
+    return f"{words}; the overview's, {figure(overview)} MB a slide, are the same at every resolution."
+
+
+def _memory_in_words(record: BenchmarkRecord, peak: int) -> str:
+    """The process holds the encoders of all arms: what tells arms apart is by how much it grew."""
+    grown = [
+        f"{arm_name(record, t.arm)} {t.peak_memory_growth_bytes / 2**20:,.0f} MiB"
+        for t in totals(record)
+        if t.peak_memory_growth_bytes is not None
+    ]
+    words = f"Most memory that the process held: {peak / 2**20:,.0f} MiB"
+    return f"{words}; most that a pass end to end added to what it found: {', '.join(grown)}." if grown else f"{words}."
 
 
 def answers(record: BenchmarkRecord, assumptions: Assumptions) -> dict[str, Any]:
@@ -257,6 +288,7 @@ def write_outputs(folder: Path, record: BenchmarkRecord, assumptions: Assumption
             "record": to_mapping(record),
             "answers": answers(record, assumptions),
             "groups": [{"name": name, "stages": list(stages)} for name, stages in GROUPS],
+            "parts": PART_OF,
             "meaning": STAGE_MEANING,
             "run_stages_note": RUN_STAGES_NOTE.replace("`", ""),
         },

@@ -69,7 +69,8 @@ class Prepared:
     """A slide whose grids are known.
 
     attrs: the root attributes of its bag to be. grids: coarsest first. cached: stages that were valid already.
-    counts: tissue area in mm2 and so on, for the outcome.
+    counts: for the outcome. "tissue_mm2", and where tissue was looked for now "prepare_bytes_fetched": what was read of
+    the file until then, its header, what its fingerprint is made of and the overview.
     """
 
     entry: SlideEntry
@@ -79,8 +80,8 @@ class Prepared:
     counts: dict[str, float] = field(default_factory=dict)
 
 
-def open_entry(entry: SlideEntry, reader: str, cache: CacheSettings | None = None) -> Slide:
-    """The entry's slide, with the entry's mpp where it gives one."""
+def open_entry(entry: SlideEntry, reader: str, cache: CacheSettings | None = None, *, copy: bool = True) -> Slide:
+    """The entry's slide, with the entry's mpp where it gives one; see ``open_slide``."""
     place = cache or CacheSettings()
     return open_slide(
         entry.path,
@@ -88,6 +89,7 @@ def open_entry(entry: SlideEntry, reader: str, cache: CacheSettings | None = Non
         mpp=entry.mpp,
         cache_dir=Path(place.folder) if place.folder else None,
         cache_bytes=int(place.gib * 2**30),
+        copy=copy,
     )
 
 
@@ -115,6 +117,8 @@ def prepare(
             return None
         with clock("tile"):
             prepared = _tile(entry, slide, mask, segment_fingerprint, tile_settings, paths)
+        if not segment_cached:
+            prepared.counts["prepare_bytes_fetched"] = float(slide.stats.bytes_fetched)
     finally:
         slide.close()
     return dataclasses.replace(prepared, cached=(*clock.cached, *prepared.cached))
