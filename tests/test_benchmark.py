@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,7 +22,7 @@ from wsi_pipe.benchmark import Assumptions, read_record, write_record
 from wsi_pipe.benchmark.analysis import balance, bootstrap_ratio, comparisons, totals, warnings_of
 from wsi_pipe.benchmark.measure import _devices, run_benchmark
 from wsi_pipe.benchmark.meters import ForeignLoad, Gpu, PeakMemory, drop_cache, give_back_memory, io_read_bytes
-from wsi_pipe.benchmark.passes import _divide
+from wsi_pipe.benchmark.passes import Passes, _divide
 from wsi_pipe.benchmark.peer import best_level, read_singly
 from wsi_pipe.benchmark.projection import assumptions_in_words, project
 from wsi_pipe.benchmark.records import (
@@ -37,11 +37,13 @@ from wsi_pipe.benchmark.records import (
     Spent,
 )
 from wsi_pipe.benchmark.render import answers, figure, headline, markdown, stage_table, write_outputs
-from wsi_pipe.cli import group, run_group
+from wsi_pipe.cli import EXIT_INTERRUPTED, group, run_group
 from wsi_pipe.config import JobSettings, TileSettings
-from wsi_pipe.errors import ConfigError
+from wsi_pipe.errors import ConfigError, DeviceError
 from wsi_pipe.geometry import TileGrid, TileSpec
+from wsi_pipe.job.run import process
 from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.array import ArraySlide
 from wsi_pipe.synthetic import make_cohort
@@ -476,6 +478,99 @@ def test_both_kinds_of_pass_count_alike_and_low_resolution_counts_less(measured:
     assert low.bytes_read < high.bytes_read
 
 
+def entries_of(cohort: Path) -> list[SlideEntry]:
+    return [SlideEntry(p.stem, str(p), p.stem) for p in sorted(cohort.glob("*.tif"))]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, slide: str, after: int, error: BaseException) -> None:
+    """Have stage passes over a slide fail once ``after`` of them were made; ``slide`` "" stands for any."""
+    whole, made = Passes.staged, [0]
+
+    def staged(self: Passes, entry: SlideEntry, arm: Arm) -> Measurement:
+        if slide in ("", entry.slide_id):
+            made[0] += 1
+            if made[0] > after:
+                raise error
+        return whole(self, entry, arm)
+
+    monkeypatch.setattr(Passes, "staged", staged)
+
+
+COARSE = JobSettings(tile=TileSettings(resolutions=(2.0, 4.0)))
+"""Two arms that are quick to measure."""
+
+
+def test_a_slide_that_fails_late_is_skipped_and_the_rest_goes_on(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, second = entries_of(cohort)
+    failing(monkeypatch, first.slide_id, 3, ZeroDivisionError("division by zero"))
+    saved: list[BenchmarkRecord] = []
+    record = run_benchmark([first, second], COARSE, repeats=3, folder=tmp_path, save=saved.append)
+    assert dict(record.skipped) == {first.slide_id: "ZeroDivisionError: division by zero"}
+    assert [s.slide_id for s in record.slides] == [second.slide_id]
+    assert {(m.slide, m.repeat, m.kind) for m in record.measurements} == {
+        (second.slide_id, r, kind) for r in range(3) for kind in (STAGED, END_TO_END)
+    }
+    assert len(record.measurements) == 3 * 4
+    assert record.interrupted is None
+    # Two passes of both kinds in the first round and one of each before the failure in the second.
+    assert record.once["left out"].cpu_s > 0
+    assert [(r.repeats, len(r.slides)) for r in saved] == [(1, 2), (2, 1), (3, 1)]
+    write_record(tmp_path / "benchmark.json", record)
+    assert read_record(tmp_path / "benchmark.json") == record
+    assert f"Left out: {first.slide_id}: ZeroDivisionError: division by zero." in warnings_of(record)
+
+
+def test_a_run_that_fails_leaves_nothing_to_the_next_slide(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, second = entries_of(cohort)
+
+    def process_failing(entries: list[SlideEntry], *more: Any, **options: Any) -> Iterator[SlideOutcome]:
+        for outcome in process(entries, *more, **options):
+            if outcome.slide_id == first.slide_id:
+                yield dataclasses.replace(outcome, status="failed", reason="a bad tile")
+            else:
+                yield outcome
+
+    monkeypatch.setattr("wsi_pipe.benchmark.passes.process", process_failing)
+    record = run_benchmark([first, second], COARSE, repeats=1, folder=tmp_path)
+    assert dict(record.skipped) == {first.slide_id: f"{first.path}: a bad tile"}
+    assert [m.slide for m in record.measurements] == [second.slide_id] * 4
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (DeviceError("the device is gone"), "the device is gone"),
+        (ValueError("each slide fails"), "ValueError: each slide fails"),
+    ],
+)
+def test_what_ends_a_benchmark_leaves_its_complete_rounds(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException, reason: str
+) -> None:
+    # Two arms: the third stage pass over the one slide is in the second round, the second one in the first.
+    slides = entries_of(cohort)[:1]
+    saved: list[BenchmarkRecord] = []
+    failing(monkeypatch, "", 2, error)
+    with pytest.raises(type(error)):
+        run_benchmark(slides, COARSE, repeats=3, folder=tmp_path, save=saved.append)
+    assert [r.interrupted for r in saved] == [None, f"after 1 of 3 rounds: {reason}"]
+    record = saved[-1]
+    assert (record.repeats, len(record.measurements)) == (1, 4)
+    assert any(f"ended early, after 1 of 3 rounds: {reason}" in w for w in warnings_of(record))
+    assert "ended early" in markdown(record, Assumptions())
+    assert not list(tmp_path.iterdir()), "the scratch folder is gone"
+    saved.clear()
+    monkeypatch.undo()
+    failing(monkeypatch, "", 1, error)
+    with pytest.raises(type(error)):
+        run_benchmark(slides, COARSE, repeats=3, folder=tmp_path, save=saved.append)
+    assert saved == []
+
+
 def test_what_bytes_are_counted_is_said(measured: BenchmarkRecord) -> None:
     assert "MB a slide, are the same at every resolution" in markdown(measured, Assumptions())
     assert "was not counted" in markdown(record_of(), Assumptions())
@@ -655,6 +750,25 @@ def test_an_arm_names_all_devices_of_its_encoder() -> None:
 
 def run_cli(*arguments: str) -> int:
     return run_group(group, "wsi-pipe", list(arguments))
+
+
+def test_an_interrupted_command_draws_what_it_has(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slide = str(next(iter(sorted(cohort.glob("*.tif")))))
+    failing(monkeypatch, "", 2, KeyboardInterrupt())
+    out = tmp_path / "bench"
+    assert run_cli("benchmark", slide, "-r", "2um", "-r", "4um", "--repeats", "2", "-o", str(out)) == EXIT_INTERRUPTED
+    assert "benchmark: 1 of 2 rounds are complete, in " in capsys.readouterr().err
+    assert sorted(p.name for p in out.iterdir()) == ["benchmark.html", "benchmark.json", "benchmark.md"]
+    record = read_record(out / "benchmark.json")
+    assert record.repeats == 1
+    assert "The benchmark ended early, after 1 of 2 rounds: interrupted." in (out / "benchmark.md").read_text()
+    other = tmp_path / "other"
+    monkeypatch.undo()
+    failing(monkeypatch, "", 0, KeyboardInterrupt())
+    assert run_cli("benchmark", slide, "-r", "2um", "--repeats", "2", "-o", str(other)) == EXIT_INTERRUPTED
+    assert not other.exists()
 
 
 def test_the_command_measures_and_draws_again(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

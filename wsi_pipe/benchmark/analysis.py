@@ -310,6 +310,10 @@ MAX_UNEXPLAINED = 0.05
 def warnings_of(record: BenchmarkRecord) -> list[str]:
     """What speaks against taking the figures at their word, in sentences."""
     found = []
+    if record.interrupted:
+        found.append(
+            f"The benchmark ended early, {record.interrupted}. What is shown are the rounds that are complete."
+        )
     if record.foreign_load > MAX_FOREIGN:
         found.append(
             f"Other programs used {100 * record.foreign_load:.0f} % of the machine meanwhile: measure again when it is "

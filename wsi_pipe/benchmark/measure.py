@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ from wsi_pipe.benchmark.records import END_TO_END, STAGED, Arm, BenchmarkRecord,
 from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders import encoder_of_job
 from wsi_pipe.encoders.base import Encoder, batch_of
-from wsi_pipe.errors import ConfigError
+from wsi_pipe.errors import ConfigError, EncoderError, EncoderOutputError, OutputError, in_words
 from wsi_pipe.manifest import SlideEntry
 
 __all__ = ["CACHES", "Progress", "arms_of", "run_benchmark"]
@@ -75,6 +76,7 @@ def run_benchmark(
     command: str = "",
     folder: Path | None = None,
     progress: Progress | None = None,
+    save: Callable[[BenchmarkRecord], None] | None = None,
 ) -> BenchmarkRecord:
     """Measure every arm on every slide ``repeats`` times, arms taking turns so that drifts of the machine hit all.
 
@@ -82,8 +84,11 @@ def run_benchmark(
     ``wsi-pipe run`` calls, in a scratch job inside ``folder`` (default: the system's temporary folder). cache: "warm"
     reads every slide once before, "cold" has the system drop the slide's pages before each pass.
 
-    Slides that cannot be measured (unreadable, without tissue) are listed in ``skipped``. Raises ConfigError when none
-    is left, and EncoderError when an encoder cannot be had.
+    Slides that cannot be measured (unreadable, without tissue), or fail in any pass, are listed in ``skipped`` and have
+    no measurements. save: called with the record so far when a round over all slides is complete, and once more, with
+    the reason in ``interrupted``, when something ends the measuring later, which is then raised all the same. Raises
+    ConfigError when no slide is left, EncoderError when an encoder cannot be had or fails, OutputError when the scratch
+    job cannot be written.
     """
     if repeats < 1:
         raise ConfigError(f"{repeats} repeats are too few", remedy="give --repeats 1 or more")
@@ -110,46 +115,113 @@ def run_benchmark(
         meter = Meter()
         facts, skipped, usable = bench.survey(entries, arms)
         once["warm up"] = meter.spent()
-        measurements: list[Measurement] = []
-        total = repeats * len(usable) * sum(2 if arm.method == "native" else 1 for arm in arms)
-        for repeat, entry, arm, kind in _turns(repeats, usable, arms):
-            if progress is not None:
-                progress(len(measurements), total, f"{entry.slide_id}, {arm.id}, {kind.replace('_', ' ')}")
-            one = bench.staged if kind == STAGED else bench.end_to_end
-            measurements.append(dataclasses.replace(one(entry, arm), repeat=repeat, order=len(measurements)))
+        course = _Course(bench, arms, repeats, usable, skipped, progress)
+
+        def record(interrupted: str | None = None) -> BenchmarkRecord:
+            measurements, left_out = course.complete()
+            names = {entry.slide_id for entry in course.usable}
+            return BenchmarkRecord(
+                created_utc=now_utc(),
+                wsi_pipe_version=__version__,
+                command=command or " ".join(Path(sys.argv[0]).name if i == 0 else a for i, a in enumerate(sys.argv)),
+                machine=machine(gpu),
+                repeats=course.rounds,
+                cache=cache,
+                threads=extract.read_threads or available_cores(),
+                arms=tuple(arms),
+                slides=tuple(fact for fact in facts if fact.slide_id in names),
+                measurements=measurements,
+                once={**once, **({"left out": left_out} if left_out.wall_s else {})},
+                process=Spent(time.time() - now + once["start-up"].wall_s, time.process_time()),
+                foreign_load=foreign.share(),
+                skipped=dict(course.skipped),
+                settings={
+                    "segment": repr(settings.segment),
+                    "tile": repr(settings.tile),
+                    "extract": repr(settings.extract),
+                },
+                interrupted=interrupted,
+            )
+
+        try:
+            for _ in range(repeats):
+                course.next_round()
+                if save is not None:
+                    save(record())
+        except (KeyboardInterrupt, Exception) as error:
+            if course.rounds and save is not None:
+                reason = in_words(error)[0] if isinstance(error, Exception) else "interrupted"
+                save(record(f"after {course.rounds} of {repeats} rounds: {reason}"))
+            raise
         if progress is not None:
-            progress(total, total, "done")
-    return BenchmarkRecord(
-        created_utc=now_utc(),
-        wsi_pipe_version=__version__,
-        command=command or " ".join(Path(sys.argv[0]).name if i == 0 else a for i, a in enumerate(sys.argv)),
-        machine=machine(gpu),
-        repeats=repeats,
-        cache=cache,
-        threads=extract.read_threads or available_cores(),
-        arms=tuple(arms),
-        slides=tuple(facts),
-        measurements=tuple(measurements),
-        once=once,
-        process=Spent(time.time() - now + once["start-up"].wall_s, time.process_time()),
-        foreign_load=foreign.share(),
-        skipped=skipped,
-        settings={
-            "segment": repr(settings.segment),
-            "tile": repr(settings.tile),
-            "extract": repr(settings.extract),
-        },
-    )
+            progress(course.total, course.total, "done")
+        return record()
 
 
-def _turns(
-    repeats: int, entries: Sequence[SlideEntry], arms: Sequence[Arm]
-) -> Iterator[tuple[int, SlideEntry, Arm, str]]:
-    """Every pass; arms go round by one place from repeat to repeat, so that none is always first."""
-    for repeat in range(repeats):
-        for entry in entries:
-            for k in range(len(arms)):
-                arm = arms[(k + repeat) % len(arms)]
-                yield repeat, entry, arm, STAGED
-                if arm.method == "native":
-                    yield repeat, entry, arm, END_TO_END
+class _Course:
+    """The passes, round by round: what was measured, and what turned out to be of no use.
+
+    rounds: how many are complete. usable: slides that have not failed yet. Seconds of passes that are in no record are
+    kept, so that the books of what is left still balance.
+    """
+
+    def __init__(
+        self,
+        bench: Passes,
+        arms: Sequence[Arm],
+        repeats: int,
+        usable: Sequence[SlideEntry],
+        skipped: Mapping[str, str],
+        progress: Progress | None,
+    ) -> None:
+        self.usable, self.skipped, self.rounds = list(usable), dict(skipped), 0
+        self._bench, self._arms, self._progress = bench, arms, progress
+        self._passes = sum(2 if arm.method == "native" else 1 for arm in arms)
+        self._repeats = repeats
+        self.total = repeats * len(usable) * self._passes
+        self._measured: list[Measurement] = []
+        self._broken: list[Spent] = []
+
+    def next_round(self) -> None:
+        """Every arm over every slide; arms go round by one place from round to round, so that none is always first.
+
+        A slide that fails is skipped, in this round and with all that was measured of it before. Raises what concerns
+        all slides, EncoderError and OutputError, and the error of the last slide there is.
+        """
+        first = self.rounds % len(self._arms)
+        for entry in list(self.usable):
+            try:
+                for arm in (*self._arms[first:], *self._arms[:first]):
+                    for kind in (STAGED, END_TO_END) if arm.method == "native" else (STAGED,):
+                        self._pass(entry, arm, kind)
+            except Exception as error:
+                # As in a run, an error that nobody foresaw is its slide's own; so are features that are no numbers.
+                everyones = isinstance(error, EncoderError | OutputError) and not isinstance(error, EncoderOutputError)
+                if everyones or len(self.usable) == 1:
+                    raise
+                self.usable.remove(entry)
+                self.skipped[entry.slide_id] = in_words(error)[0]
+                # What was measured of it stays in the count of passes done.
+                lost = sum(m.slide == entry.slide_id for m in self._measured)
+                self.total -= self._repeats * self._passes - lost
+        self.rounds += 1
+
+    def complete(self) -> tuple[tuple[Measurement, ...], Spent]:
+        """Measurements of complete rounds over slides that never failed; and what all other passes took."""
+        names = {entry.slide_id for entry in self.usable}
+        good = tuple(m for m in self._measured if m.repeat < self.rounds and m.slide in names)
+        rest = [Spent(m.wall_s, m.cpu_s) for m in self._measured if m.repeat >= self.rounds or m.slide not in names]
+        rest += self._broken
+        return good, Spent(math.fsum(s.wall_s for s in rest), math.fsum(s.cpu_s for s in rest))
+
+    def _pass(self, entry: SlideEntry, arm: Arm, kind: str) -> None:
+        done = len(self._measured)
+        if self._progress is not None:
+            self._progress(done, self.total, f"{entry.slide_id}, {arm.id}, {kind.replace('_', ' ')}")
+        meter = Meter()
+        try:
+            one = (self._bench.staged if kind == STAGED else self._bench.end_to_end)(entry, arm)
+        except BaseException:
+            self._broken.append(meter.spent())
+            raise
+        self._measured.append(dataclasses.replace(one, repeat=self.rounds, order=done))

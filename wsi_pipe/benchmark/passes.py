@@ -263,6 +263,8 @@ class Passes:
         self._before(entry)
         settings = self._settings(arm)
         root = self.scratch / "job"
+        # What a pass that failed has left belongs to other settings.
+        shutil.rmtree(root, ignore_errors=True)
         paths = open_job(root, settings, [entry])
         give_back_memory()
         io, peak = io_read_bytes(), PeakMemory()

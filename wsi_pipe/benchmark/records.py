@@ -164,7 +164,9 @@ class Machine:
 class BenchmarkRecord:
     """Everything that was measured.
 
-    once: what is paid once a process: "start-up" (imports too), "load encoders", "warm up". cache: "warm" or "cold".
+    once: what is paid once a process: "start-up" (imports too), "load encoders", "warm up"; and "left out", passes that
+    are not among the measurements, of slides that failed or a round that was broken off. repeats: complete rounds.
+    interrupted: when and why measuring ended before all rounds were complete. cache: "warm" or "cold".
     process: the whole process from its start to the end of the last pass. foreign_load: share of the machine's
     processors that other programs used meanwhile, 0 to 1. skipped: slides left out, with the reason.
     """
@@ -184,6 +186,7 @@ class BenchmarkRecord:
     foreign_load: float = 0.0
     skipped: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
+    interrupted: str | None = None
     schema: str = SCHEMA
     schema_version: int = SCHEMA_VERSION
 

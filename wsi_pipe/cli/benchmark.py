@@ -85,8 +85,8 @@ def benchmark(**values: Any) -> int:
     )
     source: Path | None = values["source"]
     if source is None:
-        record = _measure(values)
         folder = values["out"] or Path("benchmark")
+        record = _measure(values, folder, assumptions)
     else:
         if values["sources"] or values["manifest"]:
             raise ConfigError("slides are given together with --from", remedy="give one or the other")
@@ -100,21 +100,38 @@ def benchmark(**values: Any) -> int:
     return 0
 
 
-def _measure(values: dict[str, Any]) -> BenchmarkRecord:
+def _measure(values: dict[str, Any], folder: Path, assumptions: Assumptions) -> BenchmarkRecord:
+    """Measure; ``benchmark.json`` is written after every round, and all files when something ends it early."""
+    from wsi_pipe.benchmark import write_record
     from wsi_pipe.benchmark.measure import run_benchmark
+    from wsi_pipe.benchmark.render import write_outputs
+
+    latest: list[BenchmarkRecord] = []
+
+    def save(record: BenchmarkRecord) -> None:
+        write_record(folder / "benchmark.json", record)
+        latest[:] = [record]
 
     settings = _with_low_resolution(settings_from(values, None, None), values["encoder_lr"])
     entries = collect_entries({**values, "mask": None, "only": ()})
     quiet = values["as_json"]
-    return run_benchmark(
-        entries,
-        settings,
-        repeats=values["repeats"],
-        compare=values["compare"],
-        cache=values["cache"],
-        command=shlex.join(["wsi-pipe", *sys.argv[1:]]),
-        progress=None if quiet else _show,
-    )
+    try:
+        return run_benchmark(
+            entries,
+            settings,
+            repeats=values["repeats"],
+            compare=values["compare"],
+            cache=values["cache"],
+            command=shlex.join(["wsi-pipe", *sys.argv[1:]]),
+            progress=None if quiet else _show,
+            save=save,
+        )
+    except (KeyboardInterrupt, Exception):
+        if latest:
+            written = write_outputs(folder, latest[0], assumptions)
+            rounds = f"{latest[0].repeats} of {values['repeats']} rounds are complete"
+            click.echo(f"benchmark: {rounds}, in {', '.join(str(path) for path in written)}", err=True)
+        raise
 
 
 def _with_low_resolution(settings: JobSettings, name: str | None) -> JobSettings:
