@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import json
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
+import fsspec
+import numpy as np
 import pytest
 
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.config import JobSettings
+from wsi_pipe.extract import ExtractItem, extract_features
+from wsi_pipe.geometry import TileGrid, TileSpec
 from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.job.run import load_encoders
 from wsi_pipe.manifest import SlideEntry
-from wsi_pipe.plan import MetadataCache, SlideFacts, exact_tiles, slide_facts, spread_sample, survey, total
+from wsi_pipe.plan import (
+    NEEDS_STAGING,
+    Calibration,
+    MetadataCache,
+    SlideFacts,
+    calibrate,
+    exact_tiles,
+    slide_facts,
+    spread_sample,
+    survey,
+    total,
+)
+from wsi_pipe.plan.calibrate import _apart
 
 MakeSlide = Callable[..., Path]
 SETTINGS = JobSettings()
@@ -56,10 +75,10 @@ def test_an_error_that_nobody_foresaw_costs_its_own_slide(
 ) -> None:
     good, odd = make_slide(tmp_path / "good.svs"), make_slide(tmp_path / "odd.svs")
 
-    def opened(one: SlideEntry, *more: Any) -> Any:
+    def opened(one: SlideEntry, *more: Any, **options: Any) -> Any:
         if one.slide_id == "odd":
             raise ZeroDivisionError("division by zero")
-        return open_entry(one, *more)
+        return open_entry(one, *more, **options)
 
     for module in ("wsi_pipe.plan.metadata", "wsi_pipe.job.describe"):
         monkeypatch.setattr(f"{module}.open_entry", opened)
@@ -106,6 +125,83 @@ def test_metadata_is_read_once_and_again_when_the_file_changes(tmp_path: Path, m
         (second,) = survey([entry(slide)], SETTINGS, cache, describe=describe)
     assert len(looked) == 2
     assert (first.mpp, second.mpp) == ((0.5, 0.5), (0.25, 0.25))
+
+
+@pytest.fixture
+def remote_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a picture, which is read from a copy only."""
+    monkeypatch.setenv("WSI_PIPE_CACHE", str(tmp_path / "cache"))
+    files = fsspec.filesystem("memory")
+    files.pipe("/plan/a.png", bytes(cv2.imencode(".png", np.full((600, 800, 3), 120, np.uint8))[1]))
+    yield "memory://plan/a.png"
+    files.rm("/plan", recursive=True)
+
+
+def test_what_would_have_to_be_copied_is_said_and_not_copied(
+    tmp_path: Path, make_slide: MakeSlide, remote_png: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away, here = entry(remote_png, mpp=(0.5, 0.5)), entry(make_slide(tmp_path / "s.svs"))
+    with MetadataCache() as cache:
+        first, second = survey([away, here], SETTINGS, cache)
+    assert (first.problem, first.note, dict(first.tiles)) == (None, NEEDS_STAGING, {})
+    assert (second.problem, second.note) == (None, "")
+    assert exact_tiles(away, first, SETTINGS) == first
+    sums = total([first, second])
+    assert (sums.slides, sums.staging, sums.failing, sums.tiles) == (2, 1, [], dict(second.tiles))
+    rates = calibrate([away], SETTINGS, load_encoders(SETTINGS), tiles=2)
+    assert rates.slides == 0
+    assert Calibration(slide_s=3600.0).hours(sums) == pytest.approx(1.0)
+    assert run_group(group, "wsi-pipe", ["plan", remote_png, here.path, "--slide-mpp", "0.5", "--sample", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "needs staging  1, copied before they are read" in " ".join(printed.split("\n"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_was_copied_before_is_planned_from_the_copy(remote_png: str) -> None:
+    away = entry(remote_png, mpp=(0.5, 0.5))
+    open_entry(away, "auto").close()
+    with MetadataCache() as cache:
+        (plan,) = survey([away], SETTINGS, cache)
+    assert plan.note == ""
+    assert plan.covering == {"5x": 1, "20x": 12}
+
+
+@pytest.mark.parametrize("most", [2, 5, 1000])
+def test_what_is_timed_was_not_read_just_before(
+    tmp_path: Path, make_slide: MakeSlide, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    tried: list[tuple[str, list[tuple[int, int]]]] = []
+
+    def extract(items: list[ExtractItem], *more: Any, **options: Any) -> Any:
+        (grid,) = items[0].grids
+        tried.append((grid.label, [(int(c), int(r)) for c, r in grid.cells]))
+        return extract_features(items, *more, **options)
+
+    # By name, since the package has a function of the module's name.
+    monkeypatch.setattr(sys.modules["wsi_pipe.plan.calibrate"], "extract_features", extract)
+    entries = [entry(make_slide(tmp_path / f"{name}.svs", seed=seed)) for seed, name in enumerate("ab")]
+    found = calibrate(entries, SETTINGS, load_encoders(SETTINGS), tiles=most)
+    assert found.slides == 2
+    for label in ("5x", "20x"):
+        # The second slide has no need of warming up.
+        warm, first, second = (cells for name, cells in tried if name == label)
+        assert warm
+        assert first
+        assert second
+        assert max(map(len, (warm, first, second))) <= most
+        assert not set(warm) & set(first)
+    assert found.tiles == sum(len(cells) for _, cells in tried) - sum(
+        len(next(cells for name, cells in tried if name == label)) for label in ("5x", "20x")
+    )
+    assert all(seconds > 0 for seconds in found.tile_s.values())
+
+
+def test_a_single_tile_is_warmed_up_on_and_timed() -> None:
+    cells = np.array([[3, 4]], np.int32)
+    one = TileGrid(
+        TileSpec(0.5, 256), (0.5, 0.5), (0.0, 0.0), (256.0, 256.0), (256.0, 256.0), cells, np.ones(1, np.float32)
+    )
+    assert [len(grid) for grid in _apart(one, 128)] == [1, 1]
 
 
 def test_a_long_list_plans_in_bounded_memory() -> None:

@@ -5,6 +5,7 @@
     WsiPipeError
     ├── SlideError                       something about one slide
     │   ├── SlideOpenError (OSError)         not there, not readable, empty, truncated, not a slide
+    │   │   └── NeedsCopyError               read from a local copy only, and none may be made
     │   ├── SlideReadError (OSError)         opened, but a region or a native tile cannot be decoded
     │   ├── UnsupportedSlideError (ValueError)   a reader cannot prove that it understands the file
     │   ├── MissingMppError (ValueError)     no resolution in the file, and none given
@@ -40,6 +41,7 @@ __all__ = [
     "ManifestError",
     "MaskError",
     "MissingMppError",
+    "NeedsCopyError",
     "OutputError",
     "ResolutionError",
     "SlideError",
@@ -93,6 +95,10 @@ class SlideError(WsiPipeError):
 
 class SlideOpenError(SlideError, OSError):
     """The slide is not there, not readable, empty, truncated, or not a slide."""
+
+
+class NeedsCopyError(SlideOpenError):
+    """A slide behind a URL can be read from a local copy only; there is none, and none may be made now."""
 
 
 class SlideReadError(SlideError, OSError):

@@ -56,8 +56,9 @@ def plan(
 ) -> int:
     """Say what a run over SLIDES would take, and what would fail with which remedy; heavy work is not done.
 
-    Every slide is opened. The tissue of a sample is found, and its share stands for the others'. Hours come from
-    reading and encoding some tiles of a few slides on this machine. Exit code 1 when slides would fail.
+    Every slide is opened, and none is copied: of one behind a URL that is read from a copy it is said that it needs
+    staging. The tissue of a sample is found, and its share stands for the others'. Hours come from reading and encoding
+    some tiles of a few slides on this machine. Exit code 1 when slides would fail.
     """
     from wsi_pipe.plan import MetadataCache, calibrate, exact_tiles, spread_sample, survey, total
 
@@ -65,7 +66,7 @@ def plan(
     entries = collect_entries(values)
     by_id = {entry.slide_id: entry for entry in entries}
     with MetadataCache(metadata) as cache:
-        tried = [p for p in survey(spread_sample(entries, sample), settings, cache) if not p.problem]
+        tried = [p for p in survey(spread_sample(entries, sample), settings, cache) if not p.problem and not p.note]
         exact = {p.slide_id: exact_tiles(by_id[p.slide_id], p, settings) for p in tried}
         kept = _share([p for p in exact.values() if not p.problem])
         lines = each.open("w", encoding="utf-8") if each else None
@@ -115,6 +116,10 @@ def _show(shown: list[Any], totals: Any, rates: Any, workers: int) -> None:
     click.echo()
     empty = f"{totals.empty:,} of {totals.counted:,} looked at are empty"
     rows = [["slides", f"{totals.slides:,}: {len(totals.failing):,} will fail, {empty}"]]
+    if totals.staging:
+        rows.append(
+            ["needs staging", f"{totals.staging:,}, copied before they are read: not in tiles, time and gigabytes"]
+        )
     rows += [[f"tiles at {label}", f"{count:,}"] for label, count in totals.tiles.items()]
     if rates and rates.slides:
         each = ", ".join(f"{1 / s:,.0f} tiles/s at {label}" for label, s in rates.tile_s.items() if s)
@@ -143,7 +148,13 @@ def _duration(seconds: float) -> str:
 def _row(p: Any, labels: list[str]) -> list[str]:
     mpp = "unknown" if p.mpp is None else f"{p.mpp[0]:.4g}"
     note = (
-        "fails" if p.problem else (f"empty: {p.empty_reason}" if p.empty_reason else "") if p.counted else "estimated"
+        "fails"
+        if p.problem
+        else p.note
+        if p.note
+        else (f"empty: {p.empty_reason}" if p.empty_reason else "")
+        if p.counted
+        else "estimated"
     )
     return [
         p.slide_id,

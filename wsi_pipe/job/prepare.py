@@ -80,8 +80,8 @@ class Prepared:
     counts: dict[str, float] = field(default_factory=dict)
 
 
-def open_entry(entry: SlideEntry, reader: str, cache: CacheSettings | None = None) -> Slide:
-    """The entry's slide, with the entry's mpp where it gives one."""
+def open_entry(entry: SlideEntry, reader: str, cache: CacheSettings | None = None, *, copy: bool = True) -> Slide:
+    """The entry's slide, with the entry's mpp where it gives one; see ``open_slide``."""
     place = cache or CacheSettings()
     return open_slide(
         entry.path,
@@ -89,6 +89,7 @@ def open_entry(entry: SlideEntry, reader: str, cache: CacheSettings | None = Non
         mpp=entry.mpp,
         cache_dir=Path(place.folder) if place.folder else None,
         cache_bytes=int(place.gib * 2**30),
+        copy=copy,
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from wsi_pipe.plan.calibrate import Calibration, calibrate
-from wsi_pipe.plan.metadata import MetadataCache, SlideFacts, slide_facts
+from wsi_pipe.plan.metadata import NEEDS_STAGING, MetadataCache, SlideFacts, slide_facts
 from wsi_pipe.plan.survey import PlanTotals, SlidePlan, exact_tiles, spread_sample, survey, total
 
 __all__ = [
+    "NEEDS_STAGING",
     "Calibration",
     "MetadataCache",
     "PlanTotals",

@@ -11,6 +11,7 @@ from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders.base import Encoder
 from wsi_pipe.errors import WsiPipeError
 from wsi_pipe.extract import ExtractItem, SlideFailure, extract_features
+from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.prepare import open_entry, slide_mask
 from wsi_pipe.manifest import SlideEntry, settings_of
 from wsi_pipe.plan.survey import PlanTotals
@@ -37,8 +38,8 @@ class Calibration:
     tiles: int = 0
 
     def hours(self, totals: PlanTotals, workers: int = 1) -> float:
-        """Hours that the planned slides take, over ``workers`` that share nothing."""
-        seconds = (totals.slides - len(totals.failing)) * self.slide_s
+        """Hours that the planned slides take, over ``workers`` that share nothing; without those that need staging."""
+        seconds = (totals.slides - len(totals.failing) - totals.staging) * self.slide_s
         seconds += sum(self.tile_s.get(label, 0.0) * count for label, count in totals.tiles.items())
         return seconds / workers / 3600
 
@@ -47,10 +48,22 @@ class Calibration:
         return sum(self.bytes_per_tile.get(label, 0) * count for label, count in totals.tiles.items()) / 1e9
 
 
+def _apart(grid: TileGrid, most: int) -> tuple[TileGrid, TileGrid]:
+    """Tiles to warm up on (kernels, batch size), and others to time, at most ``most`` of each.
+
+    Tiles that were read just now come out of the system's memory, and the hours would lack the time of the disk. The
+    first are taken for warming up, a third of a small grid; the others are spread over the rest. A single tile is both.
+    """
+    first = min(most, len(grid) // 3 or 1)
+    rest = grid.take(slice(first, None)) if len(grid) > 1 else grid
+    return grid.take(slice(0, first)), rest.spread(most)
+
+
 def calibrate(
     entries: Sequence[SlideEntry], settings: JobSettings, encoders: Mapping[str, Encoder], tiles: int = 128
 ) -> Calibration:
-    """Read and encode up to ``tiles`` tiles of each grid of the given slides; what fails is passed over.
+    """Read and encode up to ``tiles`` tiles of each grid of the given slides; what fails is passed over, and so is what
+    would have to be copied first.
 
     With no slide that works, all rates are zero and ``slides`` says so.
     """
@@ -64,7 +77,7 @@ def calibrate(
         try:
             start = time.perf_counter()
             segment, tile = settings_of(entry, settings.segment, settings.tile)
-            slide = open_entry(entry, settings.reader, settings.cache)
+            slide = open_entry(entry, settings.reader, settings.cache, copy=False)
             try:
                 mask = slide_mask(entry, slide, segment)
                 grids = plan_grids(slide.pyramid, mask, tile)
@@ -74,13 +87,15 @@ def calibrate(
         except WsiPipeError:
             continue
         found.slides += 1
-        for grid in (g.spread(tiles) for g in grids if len(g)):
-            names = extract.encoders_of(grid.label)
-            item = ExtractItem(
-                entry.slide_id, partial(open_entry, entry, settings.reader, settings.cache), [grid], {grid.label: names}
-            )
-            # The first batch pays for warming up (kernels, batch size): it is not counted.
-            for counted in (False, True):
+        for warm, timed in (_apart(g, tiles) for g in grids if len(g)):
+            for grid in (timed,) if timed.label in counts else (warm, timed):
+                names = extract.encoders_of(grid.label)
+                item = ExtractItem(
+                    entry.slide_id,
+                    partial(open_entry, entry, settings.reader, settings.cache, copy=False),
+                    [grid],
+                    {grid.label: names},
+                )
                 start = time.perf_counter()
                 (result,) = extract_features(
                     [item],
@@ -91,7 +106,7 @@ def calibrate(
                     dtype=extract.dtype,
                     layers=extract.layers,
                 )
-                if counted and not isinstance(result, SlideFailure):
+                if grid is timed and not isinstance(result, SlideFailure):
                     spent[grid.label] = spent.get(grid.label, 0.0) + time.perf_counter() - start
                     counts[grid.label] = counts.get(grid.label, 0) + len(grid)
     found.slide_s = sum(spent_before) / len(spent_before) if spent_before else 0.0

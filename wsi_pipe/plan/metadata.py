@@ -10,22 +10,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from wsi_pipe.errors import in_words
+from wsi_pipe.config import CacheSettings
+from wsi_pipe.errors import NeedsCopyError, in_words
 from wsi_pipe.files import output_error
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.manifest import SlideEntry, is_url
 
-__all__ = ["MetadataCache", "SlideFacts", "slide_facts"]
+__all__ = ["NEEDS_STAGING", "MetadataCache", "SlideFacts", "slide_facts"]
 
 COMMIT_EVERY = 1000
+
+NEEDS_STAGING = "needs staging"
+"""Of a slide behind a URL that is read from a local copy, which is not there yet."""
 
 
 @dataclass(frozen=True)
 class SlideFacts:
     """What opening a slide tells. error and remedy: why it cannot be opened, or None.
 
-    sizes_px: (width, height) of each level. mpp: (x, y) as the file states it, or None.
+    sizes_px: (width, height) of each level. mpp: (x, y) as the file states it, or None. note: NEEDS_STAGING where no
+    more can be told without copying the slide, else "".
     """
 
     sizes_px: tuple[IntPair, ...] = ()
@@ -35,16 +40,22 @@ class SlideFacts:
     reader: str = ""
     error: str | None = None
     remedy: str | None = None
+    note: str = ""
 
     def pyramid(self, mpp: FloatPair | None) -> Pyramid:
         """The pyramid, at the user's mpp where one is given."""
         return Pyramid.from_sizes(self.sizes_px, mpp or self.mpp)
 
 
-def slide_facts(entry: SlideEntry, reader: str) -> SlideFacts:
-    """Open a slide and look; what is wrong with it is in the facts, nothing is raised."""
+def slide_facts(entry: SlideEntry, reader: str, cache: CacheSettings | None = None) -> SlideFacts:
+    """Open a slide and look; what is wrong with it is in the facts, nothing is raised.
+
+    A slide behind a URL that cannot be read by byte ranges is not copied: a plan over an archive would copy it all.
+    """
     try:
-        slide = open_entry(SlideEntry(entry.slide_id, entry.path, entry.case_id), reader)
+        slide = open_entry(SlideEntry(entry.slide_id, entry.path, entry.case_id), reader, cache, copy=False)
+    except NeedsCopyError:
+        return SlideFacts(note=NEEDS_STAGING)
     except Exception as error:
         # A damaged file may fail in ways that nobody foresaw: the plan says so and goes on.
         reason, remedy = in_words(error)

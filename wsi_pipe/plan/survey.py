@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from wsi_pipe.errors import WsiPipeError, in_words
 from wsi_pipe.geometry import FloatPair, Pyramid, TissueMask
 from wsi_pipe.job.prepare import open_entry, slide_mask
 from wsi_pipe.manifest import SlideEntry, settings_of
-from wsi_pipe.plan.metadata import MetadataCache, SlideFacts, slide_facts
+from wsi_pipe.plan.metadata import NEEDS_STAGING, MetadataCache, SlideFacts, slide_facts
 from wsi_pipe.tiling import plan_grids
 
 __all__ = ["PlanTotals", "SlidePlan", "exact_tiles", "spread_sample", "survey", "total"]
@@ -30,7 +30,8 @@ class SlidePlan:
     """What a run would make of one slide.
 
     problem, remedy: why it will fail, or None. covering: by label, tiles that cover the whole slide. tiles: by label,
-    tiles with tissue: counted where ``counted``, else estimated.
+    tiles with tissue: counted where ``counted``, else estimated. note: NEEDS_STAGING where neither can be told without
+    copying the slide.
     """
 
     slide_id: str
@@ -44,6 +45,7 @@ class SlidePlan:
     tiles: Mapping[str, int] = field(default_factory=dict)
     counted: bool = False
     empty_reason: str | None = None
+    note: str = ""
 
 
 def spread_sample(entries: Sequence[SlideEntry], most: int) -> list[SlideEntry]:
@@ -59,16 +61,18 @@ def survey(
     cache: MetadataCache,
     *,
     kept: Mapping[str, float] | None = None,
-    describe: Callable[[SlideEntry, str], SlideFacts] = slide_facts,
+    describe: Callable[[SlideEntry, str], SlideFacts] | None = None,
 ) -> Iterator[SlidePlan]:
-    """The plan of each slide from its metadata alone, one after the other, in bounded memory.
+    """The plan of each slide from its metadata alone, one after the other, in bounded memory; no slide is copied.
 
+    describe: ``slide_facts`` by default.
     kept: by label, the share of covering tiles that hold tissue, as ``exact_tiles`` of a sample gives it.
     """
+    look = describe or partial(slide_facts, cache=settings.cache)
     for entry in entries:
         facts = cache.get(entry.path, settings.reader)
         if facts is None:
-            facts = describe(entry, settings.reader)
+            facts = look(entry, settings.reader)
             cache.put(entry.path, settings.reader, facts)
         yield _plan(entry, facts, settings, kept or {})
 
@@ -80,11 +84,14 @@ def _plan(entry: SlideEntry, facts: SlideFacts, settings: JobSettings, kept: Map
         mpp=entry.mpp or facts.mpp,
         mpp_source="user" if entry.mpp else facts.mpp_source,
         vendor=facts.vendor,
+        note=facts.note,
     )
     if facts.error:
         return dataclasses.replace(base, problem=facts.error, remedy=facts.remedy)
     if entry.mask and not Path(entry.mask).is_file():
         return dataclasses.replace(base, problem=f"its mask {entry.mask} is not there", remedy="check the column mask")
+    if facts.note:
+        return base
     try:
         _, tile = settings_of(entry, settings.segment, settings.tile)
         covering = _covering(facts.pyramid(entry.mpp), tile)
@@ -113,10 +120,15 @@ def _strides(mpp: FloatPair | None, settings: TileSettings) -> tuple[tuple[str, 
 
 
 def exact_tiles(entry: SlideEntry, plan: SlidePlan, settings: JobSettings) -> SlidePlan:
-    """The plan with its tiles counted: the slide's tissue is found, as a run would, and nothing is written."""
+    """The plan with its tiles counted: the slide's tissue is found, as a run would, and nothing is written.
+
+    A slide that needs staging is not copied, and its plan stays as it is.
+    """
+    if plan.note == NEEDS_STAGING:
+        return plan
     segment, tile = settings_of(entry, settings.segment, settings.tile)
     try:
-        slide = open_entry(entry, settings.reader, settings.cache)
+        slide = open_entry(entry, settings.reader, settings.cache, copy=False)
         try:
             mask = slide_mask(entry, slide, segment)
             grids = plan_grids(slide.pyramid, mask, tile)
@@ -133,12 +145,13 @@ def exact_tiles(entry: SlideEntry, plan: SlidePlan, settings: JobSettings) -> Sl
 
 @dataclass
 class PlanTotals:
-    """Sums over all slides. failing: their plans, all of them."""
+    """Sums over all slides. failing: their plans, all of them. staging: slides that need staging and have no tiles."""
 
     slides: int = 0
     tiles: dict[str, int] = field(default_factory=dict)
     counted: int = 0
     empty: int = 0
+    staging: int = 0
     failing: list[SlidePlan] = field(default_factory=list)
 
 
@@ -149,6 +162,7 @@ def total(plans: Iterable[SlidePlan], each: Callable[[SlidePlan], object] | None
         sums.slides += 1
         sums.counted += plan.counted
         sums.empty += plan.counted and not any(plan.tiles.values())
+        sums.staging += plan.note == NEEDS_STAGING and not plan.problem
         if plan.problem:
             sums.failing.append(plan)
         for label, count in plan.tiles.items():

@@ -66,16 +66,19 @@ def open_slide(
     mpp: float | FloatPair | None = None,
     cache_dir: Path | None = None,
     cache_bytes: int | None = None,
+    copy: bool = True,
 ) -> Slide:
     """Open a slide: a file, a folder that holds one DICOM series, or a URL that fsspec understands.
 
     reader: "auto" asks the fast reader, OpenSlide and the image reader in turn; a name asks that one only. mpp: what
     the user states as micrometres per level-0 pixel, one value or (x, y); it goes before the file's own. cache_dir:
     where a URL is copied to when its format cannot be read by byte ranges; by default the user's cache folder.
-    cache_bytes: what all such copies together may take; the least recently used go first.
+    cache_bytes: what all such copies together may take; the least recently used go first. copy: off to make no copy;
+    one that is there already is read all the same.
     ``info.reader`` and ``info.reader_reason`` say who reads it and why.
 
-    Raises SlideOpenError when the file is not there, not readable, empty or damaged, UnsupportedSlideError when no
+    Raises SlideOpenError when the file is not there, not readable, empty or damaged, NeedsCopyError when it could only
+    be read from a copy that may not be made, UnsupportedSlideError when no
     reader understands it, ConfigError for an unknown reader or an mpp that is not above zero.
     """
     if reader not in READERS:
@@ -86,7 +89,7 @@ def open_slide(
         raise ConfigError(str(error)) from error
     readers = [entry for entry in _TABLE if reader in ("auto", entry.name)]
     if is_url(path):
-        return _open_url(str(path), readers, given, cache_dir, cache_bytes)
+        return _open_url(str(path), readers, given, cache_dir, cache_bytes, copy)
     found = _existing(Path(path))
     slide = _first(found, [entry for entry in readers if entry.takes(found)], given)
     slide.info = replace(slide.info, path=str(path))
@@ -94,7 +97,12 @@ def open_slide(
 
 
 def _open_url(
-    url: str, readers: Sequence[_Reader], mpp: FloatPair | None, cache_dir: Path | None, cache_bytes: int | None
+    url: str,
+    readers: Sequence[_Reader],
+    mpp: FloatPair | None,
+    cache_dir: Path | None,
+    cache_bytes: int | None,
+    copy: bool,
 ) -> Slide:
     from wsi_pipe.slides.staging import LIMIT_BYTES, stage
 
@@ -105,7 +113,7 @@ def _open_url(
             return _first(url, by_range, mpp)
         except UnsupportedSlideError as error:
             declined = f"not read by byte ranges ({_reason(error, url)}), so "
-    staged = stage(url, cache_dir, limit_bytes=LIMIT_BYTES if cache_bytes is None else cache_bytes)
+    staged = stage(url, cache_dir, limit_bytes=LIMIT_BYTES if cache_bytes is None else cache_bytes, fetch=copy)
     slide = _first(staged.path, [entry for entry in readers if entry.takes(staged.path)], mpp, shown=url)
     note = f"{declined}copied to {staged.path}" if staged.fetched else f"{declined}found at {staged.path}"
     slide.info = replace(slide.info, path=url, reader_reason=f"{slide.info.reader_reason}; {note}")

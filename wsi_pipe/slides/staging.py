@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsi_pipe.errors import OutputError, SlideOpenError
+from wsi_pipe.errors import NeedsCopyError, OutputError, SlideOpenError
 from wsi_pipe.files import TEMPORARY_SUFFIX, atomic_path
 
 __all__ = ["CACHE_VARIABLE", "Staged", "default_cache_dir", "stage"]
@@ -52,11 +52,11 @@ def default_cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "wsi-pipe"
 
 
-def stage(url: str, cache_dir: Path | None = None, *, limit_bytes: int = LIMIT_BYTES) -> Staged:
+def stage(url: str, cache_dir: Path | None = None, *, limit_bytes: int = LIMIT_BYTES, fetch: bool = True) -> Staged:
     """A local copy of the file at ``url``, fetched where it is not there yet.
 
-    Raises SlideOpenError when the URL cannot be read, or the file is larger than the whole cache may be, OutputError
-    when the copy cannot be written.
+    Raises SlideOpenError when the URL cannot be read, or the file is larger than the whole cache may be, NeedsCopyError
+    when it would have to be fetched and ``fetch`` is off, OutputError when the copy cannot be written.
     """
     from wsi_pipe.slides.remote import open_url
 
@@ -79,6 +79,8 @@ def stage(url: str, cache_dir: Path | None = None, *, limit_bytes: int = LIMIT_B
             f"{url}: {size / 2**30:.1f} GiB are more than the cache of {limit_bytes / 2**30:.1f} GiB holds",
             remedy="copy the slide to a local disk and give its path",
         )
+    if not fetch:
+        raise NeedsCopyError(f"{url}: is read from a local copy, which is not there yet")
     _make_room(folder, limit_bytes - (size or 0))
     _fetch(url, files, inner, path, size)
     _make_room(folder, limit_bytes, keep=path)
