@@ -8,6 +8,7 @@ import math
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from wsi_pipe.benchmark import Assumptions, read_record, write_record
 from wsi_pipe.benchmark.analysis import balance, bootstrap_ratio, comparisons, totals, warnings_of
-from wsi_pipe.benchmark.measure import _devices, run_benchmark
+from wsi_pipe.benchmark.measure import _devices, arms_of, run_benchmark
 from wsi_pipe.benchmark.meters import ForeignLoad, Gpu, PeakMemory, drop_cache, give_back_memory, io_read_bytes
 from wsi_pipe.benchmark.passes import Passes, _divide
 from wsi_pipe.benchmark.peer import best_level, read_singly
@@ -38,16 +39,22 @@ from wsi_pipe.benchmark.records import (
 )
 from wsi_pipe.benchmark.render import answers, figure, headline, markdown, stage_table, write_outputs
 from wsi_pipe.cli import EXIT_INTERRUPTED, group, run_group
-from wsi_pipe.config import JobSettings, TileSettings
+from wsi_pipe.config import JobSettings, SegmentSettings, TileSettings
+from wsi_pipe.encoders import load_encoder
 from wsi_pipe.errors import ConfigError, DeviceError
 from wsi_pipe.geometry import TileGrid, TileSpec
 from wsi_pipe.job.run import process
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import SlideOutcome
+from wsi_pipe.overview import read_overview
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.array import ArraySlide
+from wsi_pipe.slides.source import FileSource
+from wsi_pipe.slides.tiff_image import TiffImage
 from wsi_pipe.synthetic import make_cohort
 from wsi_pipe.tiles import stream_tiles
+from wsi_pipe.tiling import plan_grids
+from wsi_pipe.tissue import find_tissue
 
 MACHINE = Machine("a processor", 2, 8 << 30, "Linux", "3.11.7", versions={"numpy": "2.0"})
 LR = Arm("5x texture", "5x", 2.0, 256, "texture", 162, "0" * 64)
@@ -348,7 +355,7 @@ def test_doubts_are_said() -> None:
     assert any("17 % of the processor time belongs to no stage" in w for w in warnings_of(lost))
 
 
-def test_the_books_balance() -> None:
+def test_a_record_that_was_made_to_balance_does() -> None:
     record = record_of()
     books = balance(record)
     assert books.parts["start-up"] == 2.0
@@ -431,11 +438,6 @@ def test_stages_belong_to_their_passes(measured: BenchmarkRecord) -> None:
 
 
 def test_counts_are_those_of_an_independent_count(measured: BenchmarkRecord) -> None:
-    from wsi_pipe.config import SegmentSettings
-    from wsi_pipe.overview import read_overview
-    from wsi_pipe.tiling import plan_grids
-    from wsi_pipe.tissue import find_tissue
-
     for facts in measured.slides:
         with tifffile.TiffFile(facts.path) as file:
             page = file.pages[0]
@@ -463,6 +465,93 @@ def test_counts_are_those_of_an_independent_count(measured: BenchmarkRecord) -> 
                     assert m.overview_bytes_read is not None
                     assert m.bytes_read - m.overview_bytes_read <= 1.01 * wanted
                 assert m.io_read_bytes is None or m.io_read_bytes >= m.bytes_read
+
+
+def test_the_books_of_a_real_benchmark_balance(measured: BenchmarkRecord) -> None:
+    # Within a fifth: passes of 0.1 s leave much of what is between them, and threads' clocks tick. Of what was paid
+    # before, which here is a whole test session and would hide all else, nothing is counted.
+    books, before = balance(measured), measured.once["start-up"].cpu_s
+    explained, whole = books.explained_s - before, books.process_s - before
+    assert whole > 0
+    assert explained / whole == pytest.approx(1.0, abs=0.2)
+
+
+class Watched:
+    """What was really read of slides and decoded, counted where it happens: byte ranges of files, blocks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ranges: list[tuple[int, int]] = []
+        self.decoded: list[int] = []
+        read, decode, decode_into = FileSource.read, TiffImage.decode, TiffImage.decode_into
+
+        def reading(source: FileSource, offset: int, length: int) -> bytes:
+            data = read(source, offset, length)
+            self.ranges.append((offset, len(data)))
+            return data
+
+        def decoding(image: TiffImage, cell: Any, data: Any, reduce: int) -> Any:
+            block = decode(image, cell, data, reduce)
+            self.decoded.append(1)
+            return block
+
+        def decoding_into(image: TiffImage, datas: Any, outs: Any, reduce: int) -> list[bool]:
+            done = decode_into(image, datas, outs, reduce)
+            self.decoded.append(sum(done))
+            return done
+
+        monkeypatch.setattr(FileSource, "read", reading)
+        monkeypatch.setattr(TiffImage, "decode", decoding)
+        monkeypatch.setattr(TiffImage, "decode_into", decoding_into)
+
+    def take(self) -> tuple[int, int]:
+        """Bytes read and blocks decoded since the last call."""
+        found = sum(length for _, length in self.ranges), sum(self.decoded)
+        self.ranges.clear()
+        self.decoded.clear()
+        return found
+
+
+@pytest.mark.parametrize("resolution", [0.5, 2.0])
+def test_bytes_and_native_tiles_are_those_really_read_and_decoded(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, resolution: float
+) -> None:
+    entry, job = entries_of(cohort)[0], JobSettings(tile=TileSettings(resolutions=(resolution,)))
+    encoders = {"texture": load_encoder("texture")}
+    (arm,) = arms_of(job, encoders)
+    bench = Passes(job, encoders, Gpu([]), "warm", tmp_path)
+    watched = Watched(monkeypatch)
+    with closing(open_slide(entry.path)) as slide:
+        # A reader decodes a block or two to prove that it understands the file.
+        opening, probes = watched.take()
+        overview = read_overview(slide, job.segment.mpp)
+        overview_bytes, overview_blocks = watched.take()
+        mask = find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, job.segment)
+        (grid,) = plan_grids(slide.pyramid, mask, job.tile)
+    staged = bench.staged(entry, arm)
+    read, decoded = watched.take()
+    assert staged.tiles == len(grid)
+    assert staged.bytes_read == read - opening
+    assert staged.overview_bytes_read == overview_bytes
+    assert staged.native_tiles == decoded - overview_blocks - probes
+    whole = bench.end_to_end(entry, arm)
+    read, decoded = watched.take()
+    assert whole.tiles == len(grid)
+    assert whole.bytes_read == read
+    # A run opens the slide twice.
+    assert whole.native_tiles == decoded - overview_blocks - 2 * probes
+    assert whole.bytes_read - staged.bytes_read == 2 * opening
+
+
+def test_high_resolution_counts_what_a_run_reports(measured: BenchmarkRecord, tmp_path: Path) -> None:
+    slide = measured.slides[0]
+    assert run_cli("run", slide.path, "-r", "20x", "-e", "texture", "-o", str(tmp_path / "job")) == 0
+    (line,) = (tmp_path / "job/outcomes.jsonl").read_text().splitlines()
+    outcome = json.loads(line)
+    for kind in (STAGED, END_TO_END):
+        found = next(m for m in measured.of("20x texture", kind) if m.slide == slide.slide_id)
+        assert outcome["tiles"] == {"20x": found.tiles}
+        assert outcome["counts"]["blocks_decoded"] == found.native_tiles
+    assert outcome["counts"]["prepare_bytes_fetched"] + outcome["counts"]["bytes_fetched"] == found.bytes_read
 
 
 def test_both_kinds_of_pass_count_alike_and_low_resolution_counts_less(measured: BenchmarkRecord) -> None:
