@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import Client
 
 from wsi_pipe.errors import ConfigError, DeviceError, SlideOpenError, TaskTimeoutError, WorkerError
 from wsi_pipe.execute import Done, Failed, KillableWorker, Where, run
@@ -326,6 +327,9 @@ def test_dask_runs_everything_once_also_when_a_worker_is_killed(cluster: Any) ->
 def test_dask_worker_that_is_to_blame_does_not_end_the_run(cluster: Any, tmp_path: Path) -> None:
     cluster.scheduler()
     workers = [cluster.worker("--no-nanny") for _ in range(3)]
+    # Were the unfit one alone there at first, no worker would be left.
+    with Client(cluster.address) as client:
+        client.wait_for_workers(3, timeout=60)
     items = [unfit(tmp_path / "unfit", f"(__import__('time').sleep(0.2), {n})[1]") for n in range(30)]
     results = []
     for result in run(EVAL, items, Where(scheduler=cluster.address), blames_worker=blamed):
