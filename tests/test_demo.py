@@ -35,7 +35,7 @@ def test_every_step_is_a_command_with_options_that_exist(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_the_whole_demo_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "demo"
-    assert run_group(group, ["demo", "-o", str(folder), "--slides", "12"]) == 0
+    assert run_group(group, "wsi-pipe", ["demo", "-o", str(folder), "--slides", "12"]) == 0
     assert "lr-fold1.png" in capfd.readouterr().out
     # What predicts at the end reads 5x alone, through the encoder that was distilled.
     predictor = Predictor.load(folder / "runs" / "5x" / "fold_1" / "model.safetensors")
