@@ -28,6 +28,7 @@ from lrmil.store import FeatureStore
 from pipelines.experiment_results import Arm, Results, measure_cost, summarise, write_results
 from pipelines.experiment_settings import ABLATIONS, ExperimentSettings, load_experiment
 from wsi_pipe.config import fingerprint, to_mapping
+from wsi_pipe.cores import available_cores
 from wsi_pipe.encoders import load_encoder
 from wsi_pipe.encoders.lr_file import read_lr_header
 from wsi_pipe.errors import ConfigError, JobError, WsiPipeError
@@ -130,6 +131,7 @@ class Experiment:
             size_px=(c.size_px, c.size_px),
             mpp=c.mpp,
             tissue_fraction=c.tissue_fraction,
+            workers=available_cores(),
         )
         write_text_atomically(mark, stamp)
 
