@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lrmil.config import LossSettings, TrainSettings
 from lrmil.distill import DistillSettings
-from wsi_pipe.config import ExtractSettings, JobSettings, TileSettings
+from wsi_pipe.config import ExtractSettings, JobSettings, TileSettings, from_mapping, load_toml, to_mapping
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.geometry import level_label
 from wsi_pipe.synthetic import SIGNALS
 
-__all__ = ["ABLATIONS", "CohortSettings", "ExperimentSettings"]
+__all__ = ["ABLATIONS", "CohortSettings", "ExperimentSettings", "load_experiment"]
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no final loss": {"final": 0.0},
@@ -105,3 +107,43 @@ class ExperimentSettings:
         """Of a classifier with a teacher's loss, or with the labels alone."""
         plain = LossSettings(ce=1.0, bag=0.0, soft=0.0, hard=0.0)
         return dataclasses.replace(self.mil, loss=loss or plain)
+
+
+def load_experiment(preset: Path, changes: Sequence[str] = ()) -> ExperimentSettings:
+    """Settings of a preset with ``changes`` over it, each "KEY=VALUE"; of two with one key the later holds.
+
+    KEY: dotted, as in TOML (``distill.epochs``). VALUE: as in TOML, quotes around a string left out at will; a table
+    stands for the whole of the preset's. Raises ConfigError naming the preset when it is missing or wrong by itself,
+    and naming the changes when they have no "=", or when a key, a type or a value is wrong.
+    """
+    values = to_mapping(load_toml(ExperimentSettings, preset))
+    for change in changes:
+        key, equals, text = change.partition("=")
+        parts = [part.strip() for part in key.split(".")]
+        if not equals or not all(parts):
+            raise ConfigError(
+                f"--set {change}: is not of the form KEY=VALUE", remedy="write, for one, distill.epochs=8"
+            )
+        table = values
+        for part in parts[:-1]:
+            inner = table.get(part)
+            # What is no table in the preset becomes one here, and is refused by its type below.
+            table[part] = dict(inner) if isinstance(inner, Mapping) else {}
+            table = table[part]
+        table[parts[-1]] = _toml_value(text.strip())
+    try:
+        return from_mapping(ExperimentSettings, values)
+    except ConfigError as error:
+        # The preset alone was fine, so it is the changes.
+        shown = " ".join(f"--set {change}" for change in changes)
+        raise ConfigError(f"{shown}: {error.message}", remedy=error.remedy) from error
+
+
+def _toml_value(text: str) -> Any:
+    """A TOML value, or the text itself where it is none: most names need no quotes then."""
+    try:
+        found = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    # More than one key: a line break in the text began another.
+    return found["value"] if found.keys() == {"value"} else text

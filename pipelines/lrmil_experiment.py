@@ -2,6 +2,7 @@
 
     python -m pipelines.lrmil_experiment pipelines/presets/cpu.toml -o out
     python -m pipelines.lrmil_experiment PRESET -o out --slides slides.csv --labels labels.csv
+    python -m pipelines.lrmil_experiment PRESET -o out --set cohort.slides=60 --set distill.epochs=8
 
 Run again, it goes on where it stopped: every stage keeps what is done and still fits the settings.
 """
@@ -25,8 +26,9 @@ from lrmil.pictures.distill import draw_distillation
 from lrmil.splits import SplitTable, make_splits, read_splits
 from lrmil.store import FeatureStore
 from pipelines.experiment_results import Arm, Results, measure_cost, summarise, write_results
-from pipelines.experiment_settings import ABLATIONS, ExperimentSettings
-from wsi_pipe.config import fingerprint, load_toml, to_mapping
+from pipelines.experiment_settings import ABLATIONS, ExperimentSettings, load_experiment
+from wsi_pipe.config import fingerprint, to_mapping
+from wsi_pipe.cores import available_cores
 from wsi_pipe.encoders import load_encoder
 from wsi_pipe.encoders.lr_file import read_lr_header
 from wsi_pipe.errors import ConfigError, JobError, WsiPipeError
@@ -129,6 +131,7 @@ class Experiment:
             size_px=(c.size_px, c.size_px),
             mpp=c.mpp,
             tissue_fraction=c.tissue_fraction,
+            workers=available_cores(),
         )
         write_text_atomically(mark, stamp)
 
@@ -279,11 +282,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slides", type=Path, help="CSV of slides, as wsi-pipe takes it  [a synthetic cohort]")
     parser.add_argument("--labels", type=Path, help="CSV of labels, as lrmil takes it")
     parser.add_argument("--splits", type=Path, help="CSV of folds, as lrmil split writes it  [made anew]")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], dest="changes",
+        help="a setting over the preset's, such as distill.epochs=8; may be given again",
+    )  # fmt: skip
     parser.add_argument("--signal", help="signal of the synthetic cohort, over the preset's")
     parser.add_argument("--ablation", metavar="FOLD", help="leave out the losses one by one on this fold")
     given = parser.parse_args(arguments)
     try:
-        settings = load_toml(ExperimentSettings, given.preset)
+        settings = load_experiment(given.preset, given.changes)
         if given.signal:
             settings = dataclasses.replace(settings, cohort=dataclasses.replace(settings.cohort, signal=given.signal))
         splits = read_splits(given.splits) if given.splits else None

@@ -13,7 +13,7 @@ from lrmil.errors import LeakageError
 from lrmil.experiment import Cohort
 from lrmil.splits import SplitTable
 from pipelines import lrmil_experiment
-from pipelines.experiment_settings import ABLATIONS, CohortSettings, ExperimentSettings
+from pipelines.experiment_settings import ABLATIONS, CohortSettings, ExperimentSettings, load_experiment
 from pipelines.lrmil_experiment import HR, LR, STAGE1, STAGE2, Experiment, check_student, main
 from wsi_pipe.config import load_toml
 from wsi_pipe.encoders.architectures import timm_recipe
@@ -50,6 +50,73 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         CohortSettings(signal="loud")
     with pytest.raises(ConfigError, match="2 or more"):
         ExperimentSettings(folds=1)
+
+
+def test_settings_over_the_preset() -> None:
+    preset = PRESETS / "cpu.toml"
+    plain = load_toml(ExperimentSettings, preset)
+    assert load_experiment(preset) == plain
+    found = load_experiment(
+        preset,
+        [
+            "cohort.slides=60", "cohort.signal=fine", "distill.epochs = 3", "distill.epochs=8", "distill.lr=1",
+            "mil.model.hidden=32", "teacher=timm:test_vit", 'student="copy"', "random_student=false",
+            "distill.layers=[0, -1]", "student_px=96",
+        ],
+    )  # fmt: skip
+    assert found.cohort == dataclasses.replace(plain.cohort, slides=60, signal="fine")
+    assert found.distill == dataclasses.replace(plain.distill, epochs=8, lr=1.0, layers=(0, -1))
+    assert found.mil.model == dataclasses.replace(plain.mil.model, hidden=32)
+    assert (found.teacher, found.student, found.random_student, found.student_px) == (
+        "timm:test_vit",
+        "copy",
+        False,
+        96,
+    )
+    assert found.mil.epochs == plain.mil.epochs
+    # Two settings that must change together.
+    coarse = load_experiment(preset, ["hr_mpp=4.0", "lr_mpp=8.0"])
+    assert (coarse.hr, coarse.lr) == ("2.5x", "1.25x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("cohort.slidez=60", r"--set cohort\.slidez=60: settings\.cohort: unknown setting 'slidez'; known ones are"),
+        ("cohort.slides=many", "settings.cohort.slides: 'many' is not a valid int"),
+        ("cohort.slides=1.5", "settings.cohort.slides: 1.5 is not a valid int"),
+        ("random_student=True", "'True' is not a valid bool"),
+        ("teacher.name=x", "settings.teacher: {'name': 'x'} is not a valid str"),
+        ("cohort.signal=loud", "signal 'loud' must be one of"),
+        ("distill.epochs=0", "epochs 0 must be at least 1"),
+        ("folds=1", "2 or more"),
+        ("folds", "is not of the form KEY=VALUE"),
+        ("cohort..slides=60", "is not of the form KEY=VALUE"),
+        ("=60", "is not of the form KEY=VALUE"),
+        ("folds=3\nprecision='float32'", "is not a valid int"),
+    ],
+)
+def test_wrong_settings_over_the_preset_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(PRESETS / "cpu.toml", ["split_seed=1", change])
+    assert main([str(PRESETS / "cpu.toml"), "-o", str(tmp_path / "out"), "--set", change]) == 2
+    assert capsys.readouterr().err.startswith(f"lrmil_experiment: error: --set {change}: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_and_settings_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ExperimentSettings] = []
+
+    def stop(self: Experiment, **options: object) -> None:
+        seen.append(self.settings)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(Experiment, "run", stop)
+    arguments = [str(PRESETS / "cpu.toml"), "-o", str(tmp_path / "out"), "--signal", "coarse"]
+    assert main([*arguments, "--set", "cohort.slides=7", "--set", "cohort.seed=3"]) == 2
+    assert seen[0].cohort == CohortSettings(signal="coarse", slides=7, seed=3)
 
 
 class _Store:

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from wsi_pipe.errors import ConfigError
+from wsi_pipe.errors import ConfigError, OutputError
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.write import write_pyramid
 from wsi_pipe.synthetic import SIGNALS, Signal, SlideSpec, SyntheticSlide, make_cohort, plan_cohort
@@ -328,6 +328,31 @@ def test_a_cohort_on_disk(tmp_path: Path) -> None:
     make_cohort(tmp_path / "again", 5, seed=2, size_px=(512, 384), signal="middle")
     for item in slides:
         assert (tmp_path / "again" / item.path.name).read_bytes() == item.path.read_bytes()
+
+
+@pytest.mark.slow
+def test_several_processes_write_the_same_files(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    one = make_cohort(tmp_path / "one", 3, seed=9, size_px=(512, 512), downsamples=(1, 4, 16))
+    two = make_cohort(
+        tmp_path / "two", 3, seed=9, size_px=(512, 512), downsamples=(1, 4, 16), workers=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert [s.spec for s in one] == [s.spec for s in two]
+    files = [{p.name: p.read_bytes() for p in sorted((tmp_path / name).iterdir())} for name in ("one", "two")]
+    assert len(files[0]) == 5
+    assert files[0] == files[1]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    with pytest.raises(ConfigError, match="0 processes"):
+        make_cohort(tmp_path / "none", 3, workers=0)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_what_a_drawing_process_raises_reaches_the_caller(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OutputError):
+        make_cohort(tmp_path / "file", 4, size_px=(256, 256), workers=2)
 
 
 def test_a_slide_streams_to_a_file(tmp_path: Path) -> None:

@@ -54,12 +54,14 @@ class RunningAgreement:
         return Agreement(1 - self._error / self._total, self._cosine / self._count)
 
 
-def child_targets(slide: DistillSlide, layer: int | None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The teacher on the children of every LR tile, (M, k * k, D) with 0 where there is none, and the mask (M, k * k).
+def child_targets(
+    slide: DistillSlide, layer: int | None, tiles: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The teacher on the children of LR tiles, (M, k * k, D) with 0 where there is none, and the mask (M, k * k).
 
-    layer: which, None for the final features.
+    layer: which, None for the final features. tiles: int64 (M,), which tiles, None for all of the slide.
     """
-    rows = slide.children.children
+    rows = slide.children.children if tiles is None else slide.children.children[tiles]
     data = slide.final if layer is None else slide.layers[layer]
     present = rows >= 0
     values = np.asarray(data[np.maximum(rows, 0)], np.float32)

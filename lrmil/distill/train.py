@@ -7,6 +7,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lrmil.checkpoint import read_tensors, write_tensors
-from lrmil.distill.children import turn
 from lrmil.distill.evaluate import RunningAgreement, child_targets, final_target
-from lrmil.distill.pixels import PixelBatch, PixelSource
+from lrmil.distill.feed import Feed
+from lrmil.distill.pixels import PixelSource
 from lrmil.distill.settings import DistillSettings
 from lrmil.distill.student import Student, StudentOutput
 from lrmil.distill.targets import DistillSlide, TargetStats
 from lrmil.errors import DivergedError, ModelFileError, ResumeError
 from lrmil.losses import final_distillation_loss, patch_distillation_loss
+from wsi_pipe.encoders.pixels import Normaliser
 from wsi_pipe.encoders.recipe import Preprocessing
-from wsi_pipe.encoders.torch_encoder import normalise
 
-__all__ = ["DistillHistory", "distill"]
+__all__ = ["DistillHistory", "Runner", "distill", "losses_of"]
 
 STATE_KIND = "lrmil.distill-state"
 
@@ -45,45 +46,40 @@ class DistillHistory:
     finished: bool = False
 
 
-class _Targets:
-    """Targets of one set of slides, gathered batch by batch on the device."""
+class Runner:
+    """Runs a student on tiles, uint8 (B, S, S, 3) on the device, with the numbers of ``precision``."""
 
-    def __init__(self, slides: Sequence[DistillSlide], stats: TargetStats, device: torch.device) -> None:
-        self.slides, self.stats, self.device = slides, stats, device
-        self.k = slides[0].children.k
+    def __init__(
+        self, student: Student, preprocessing: Preprocessing, device: torch.device, precision: torch.dtype
+    ) -> None:
+        self.student, self.device = student, device
+        self._half = precision == torch.bfloat16
+        self._normalise = Normaliser(preprocessing, device)
 
-    def of(self, batch: PixelBatch) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """Layers T_l (B, k*k, C_l), final (B, k*k, D), mask and weights (B, k*k), turned as the tiles are."""
-        rows, weights = [], []
-        for slide, tile, symmetry in zip(batch.slide, batch.tile, batch.symmetry, strict=True):
-            one = self.slides[slide]
-            rows.append(turn(one.children.children[tile], self.k, int(symmetry)))
-            weights.append(turn(one.weights[tile], self.k, int(symmetry)))
-        children = np.stack(rows)
-        means, stds = self.stats.layer_mean, self.stats.layer_std
-        layers = [
-            self._gather(batch, children, [slide.layers[i] for slide in self.slides], means[i], stds[i])
-            for i in range(len(means))
-        ]
-        everything = [slide.final for slide in self.slides]
-        final = self._gather(batch, children, everything, self.stats.final_mean, self.stats.final_std)
-        mask = torch.from_numpy(children >= 0).to(self.device)
-        return layers, final, mask, torch.from_numpy(np.stack(weights)).float().to(self.device)
+    def __call__(self, pixels: Tensor) -> StudentOutput:
+        """Features and token maps, see ``Student``."""
+        images = self._normalise(pixels)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
+            output: StudentOutput = self.student(images)
+        return output
 
-    def _gather(
-        self,
-        batch: PixelBatch,
-        children: NDArray[Any],
-        values: Sequence[NDArray[np.floating[Any]]],
-        mean: NDArray[np.float32],
-        std: NDArray[np.float32],
-    ) -> Tensor:
-        out = np.zeros((*children.shape, len(mean)), np.float32)
-        for i, slide in enumerate(batch.slide):
-            present = children[i] >= 0
-            data = values[slide][children[i][present].astype(np.int64)]
-            out[i, present] = (np.asarray(data, np.float32) - mean) / std
-        return torch.from_numpy(out).to(self.device)
+
+class _LossSum:
+    """The mean loss over tiles, in float64, summed where the losses are: reading each would wait for its step."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Apple's GPUs have no float64.
+        self._total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+        self._count = 0
+
+    def add(self, loss: Tensor, tiles: int) -> None:
+        """loss: the mean over ``tiles``."""
+        self._total += loss.detach().to(self._total.device).double() * tiles
+        self._count += tiles
+
+    def mean(self) -> float:
+        """0 where nothing was added."""
+        return float(self._total) / max(self._count, 1)
 
 
 def distill(
@@ -113,20 +109,17 @@ def distill(
     best = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
     if state is not None and state.is_file():
         history, best_value, best = _resume(state, student, optimizer, run)
-    source = PixelSource(train, settings)
-    targets = _Targets(train, stats, device)
-    val_source = PixelSource(val, settings) if val else None
-    val_targets = _Targets(val, stats, device) if val else None
-    steps = max(math.ceil(len(source) / settings.batch_size), 1)
+    run_student = Runner(student, preprocessing, device, precision)
+    feed = Feed(PixelSource(train, settings), stats, device)
+    val_feed = Feed(PixelSource(val, settings), stats, device) if val else None
+    steps = max(math.ceil(len(feed) / settings.batch_size), 1)
     while not history.finished:
         epoch = len(history.epochs)
         # Everything random in an epoch comes from its number, so a resumed run meets the same.
         torch.manual_seed(settings.seed * 100_003 + epoch)
-        figures = {
-            "loss": _epoch(student, preprocessing, source, targets, optimizer, settings, epoch, steps, precision)
-        }
-        if val_source is not None and val_targets is not None:
-            figures |= _validate(student, preprocessing, val_source, val_targets, settings, precision)
+        figures = {"loss": _epoch(run_student, feed, optimizer, settings, epoch, steps)}
+        if val_feed is not None:
+            figures |= _validate(run_student, val_feed, settings)
         watched = figures.get("val_loss", figures["loss"])
         if not math.isfinite(watched):
             raise DivergedError(f"epoch {epoch + 1}: the loss is {watched}", remedy="lower lr")
@@ -178,66 +171,45 @@ def losses_of(
     return loss
 
 
-def _variance(targets: _Targets, settings: DistillSettings) -> Tensor:
-    values = targets.stats.variance if settings.layer_variance else np.ones_like(targets.stats.variance)
-    return torch.from_numpy(values).to(targets.device)
-
-
-def _forward(
-    student: Student, pixels: NDArray[np.uint8], pre: Preprocessing, device: torch.device, precision: torch.dtype
-) -> StudentOutput:
-    images = normalise(torch.from_numpy(np.ascontiguousarray(pixels)).to(device), pre)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-        output: StudentOutput = student(images)
-    return output
+def _variance(feed: Feed, settings: DistillSettings) -> Tensor:
+    values = feed.stats.variance if settings.layer_variance else np.ones_like(feed.stats.variance)
+    return torch.from_numpy(values).to(feed.device)
 
 
 def _epoch(
-    student: Student,
-    pre: Preprocessing,
-    source: PixelSource,
-    targets: _Targets,
-    optimizer: torch.optim.Optimizer,
-    settings: DistillSettings,
-    epoch: int,
-    steps: int,
-    precision: torch.dtype,
+    run: Runner, feed: Feed, optimizer: torch.optim.Optimizer, settings: DistillSettings, epoch: int, steps: int
 ) -> float:
+    student = run.student
     student.train()
-    variance = _variance(targets, settings)
-    total, count = 0.0, 0
+    variance = _variance(feed, settings)
+    losses = _LossSum(feed.device)
     recent: deque[NDArray[np.uint8]] = deque(maxlen=max(NORM_TILES // settings.batch_size, 1))
-    for step, batch in enumerate(source.shuffled([settings.seed, epoch])):
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(settings, min((epoch + (step + 1) / steps) / settings.epochs, 1.0))
-        output = _forward(student, batch.pixels, pre, targets.device, precision)
-        loss = losses_of(output, targets.of(batch), variance, settings)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
-        optimizer.step()
-        total += float(loss.detach()) * len(batch.tile)
-        count += len(batch.tile)
-        recent.append(batch.pixels)
-    _settle_norms(student, pre, recent, targets.device, precision)
-    return total / max(count, 1)
+    with closing(feed.shuffled([settings.seed, epoch])) as batches:
+        for step, batch in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = _rate(settings, min((epoch + (step + 1) / steps) / settings.epochs, 1.0))
+            loss = losses_of(run(batch.pixels), batch.targets, variance, settings)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
+            optimizer.step()
+            losses.add(loss, len(batch.source.tile))
+            recent.append(batch.source.pixels)
+    _settle_norms(run, recent)
+    return losses.mean()
 
 
 @torch.no_grad()
-def _settle_norms(
-    student: Student,
-    pre: Preprocessing,
-    recent: Iterable[NDArray[np.uint8]],
-    device: torch.device,
-    precision: torch.dtype,
-) -> None:
+def _settle_norms(run: Runner, recent: Iterable[NDArray[np.uint8]]) -> None:
     """Means and variances of batch norms, anew over the last batches as the weights now are.
 
     Their running averages lag by tens of steps, which on few slides is many epochs: the network that is validated and
     exported would not be the one that is trained. Wu and Johnson 2021 ("Rethinking 'batch' in BatchNorm") call it
     precise BN.
     """
-    norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [
+        m for m in run.student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
@@ -245,41 +217,36 @@ def _settle_norms(
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over batches
     for pixels in recent:
-        _forward(student, pixels, pre, device, precision)
+        run(torch.from_numpy(pixels).to(run.device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
 
 @torch.inference_mode()
-def _validate(
-    student: Student,
-    pre: Preprocessing,
-    source: PixelSource,
-    targets: _Targets,
-    settings: DistillSettings,
-    precision: torch.dtype,
-) -> dict[str, float]:
-    student.eval()
-    stats, slides = targets.stats, targets.slides
-    variance = _variance(targets, settings)
+def _validate(run: Runner, feed: Feed, settings: DistillSettings) -> dict[str, float]:
+    run.student.eval()
+    stats, slides = feed.stats, feed.slides
+    variance = _variance(feed, settings)
     layers = [RunningAgreement(m, s) for m, s in zip(stats.layer_centre, stats.layer_std, strict=True)]
     final = RunningAgreement(stats.final_centre, stats.final_std)
-    total, count = 0.0, 0
-    wanted = {i: final_target(slide) for i, slide in enumerate(slides)}
-    children = {i: [child_targets(s, n) for n in range(len(layers))] for i, s in enumerate(slides)}
-    for batch in source.in_order():
-        output = _forward(student, batch.pixels, pre, targets.device, precision)
-        total += float(losses_of(output, targets.of(batch), variance, settings)) * len(batch.tile)
-        count += len(batch.tile)
-        slide = int(batch.slide[0])
-        for n, patches in enumerate(output.patches):
-            values, present = children[slide][n]
-            predicted = patches.float().cpu().numpy() * stats.layer_std[n] + stats.layer_mean[n]
-            mask = present[batch.tile]
-            layers[n].add(predicted[mask], values[batch.tile][mask])
-        predicted = output.final.float().cpu().numpy() * stats.final_std + stats.final_mean
-        final.add(predicted, wanted[slide][batch.tile])
-    figures = {"val_loss": total / max(count, 1)}
+    losses = _LossSum(feed.device)
+    at, wanted = -1, np.zeros((0, 0), np.float32)
+    with closing(feed.in_order()) as batches:
+        for batch in batches:
+            output = run(batch.pixels)
+            tiles = batch.source.tile
+            losses.add(losses_of(output, batch.targets, variance, settings), len(tiles))
+            if at != batch.source.slide[0]:
+                # Slides come one after another, so the targets of one are all that is held.
+                at = int(batch.source.slide[0])
+                wanted = final_target(slides[at])
+            for n, patches in enumerate(output.patches):
+                values, present = child_targets(slides[at], n, tiles)
+                predicted = patches.float().cpu().numpy() * stats.layer_std[n] + stats.layer_mean[n]
+                layers[n].add(predicted[present], values[present])
+            predicted = output.final.float().cpu().numpy() * stats.final_std + stats.final_mean
+            final.add(predicted, wanted[tiles])
+    figures = {"val_loss": losses.mean()}
     for name, running in [*((f"layer{n}", r) for n, r in enumerate(layers)), ("final", final)]:
         agreement = running.result()
         figures[f"{name}_explained_variance"] = agreement.explained_variance

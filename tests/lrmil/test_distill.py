@@ -114,7 +114,8 @@ def test_the_exported_encoder_gives_the_features_of_training(
         pixels = np.concatenate([b.pixels for b in stream_tiles(slide, read_grids(bag)[0])])
         slide.close()
         with torch.inference_mode():
-            expected = train_module._forward(student, pixels, preprocessing, torch.device("cpu"), torch.float32).feature
+            run = train_module.Runner(student, preprocessing, torch.device("cpu"), torch.float32)
+            expected = run(torch.from_numpy(pixels)).feature
         found = read_level(bag, "5x", "lr-fold1").features
         assert len(found) > 0
         assert np.abs(found - expected.numpy()).max() <= 1e-4

@@ -17,7 +17,7 @@ from lrmil.distill.evaluate import Agreement, RunningAgreement, linear_baseline,
 from lrmil.distill.jitter import jittered_grids
 from lrmil.distill.student import Student, pool_to, relative_blocks
 from lrmil.distill.targets import DistillSlide, attention_weights, target_stats, uniform_weights
-from lrmil.distill.train import DistillHistory, _settle_norms, losses_of
+from lrmil.distill.train import DistillHistory, Runner, _settle_norms, losses_of
 from lrmil.errors import SettingsError
 from lrmil.pictures.distill import draw_distillation
 from wsi_pipe.encoders.architectures import PooledNetwork, timm_recipe
@@ -357,7 +357,7 @@ def test_batch_norms_are_those_of_the_network_as_it_is() -> None:
     seen: list[torch.Tensor] = []
     handle = norms[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
     student.train()
-    _settle_norms(student, GREY, batches, torch.device("cpu"), torch.float32)
+    _settle_norms(Runner(student, GREY, torch.device("cpu"), torch.float32), batches)
     handle.remove()
     means = torch.stack([x.mean((0, 2, 3)) for x in seen])
     assert len(seen) == 3

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+import multiprocessing
+import os
+import signal as signals
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsi_pipe.errors import ConfigError
+from wsi_pipe.cores import CORES_VARIABLE, core_shares
+from wsi_pipe.errors import ConfigError, WorkerError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.geometry import IntPair
 from wsi_pipe.synthetic.chance import generator
@@ -98,23 +104,26 @@ def make_cohort(
     mpp: float = 0.5,
     downsamples: Sequence[int] = (1, 4),
     quality: int = 85,
+    workers: int = 1,
     progress: Callable[[int, int], object] | None = None,
     **options: Any,
 ) -> list[CohortSlide]:
     """Write a cohort of pyramidal slides with ``slides.csv`` and ``labels.csv`` into a folder.
 
     ``slides.csv`` (slide, slide_id, case_id) is what wsi-pipe reads, ``labels.csv`` (slide_id, case_id, label) what
-    lrmil reads. downsamples: the levels, 1 first. quality: of the JPEG tiles. progress: called with (done, all) after
-    each slide. options: of ``plan_cohort`` and ``SlideSpec``. Raises ConfigError as ``plan_cohort`` does, OutputError
-    when the folder cannot be written.
-    """
-    from wsi_pipe.slides.write import write_pyramid
+    lrmil reads. downsamples: the levels, 1 first. quality: of the JPEG tiles. workers: processes that draw, each one
+    slide at a time; the files are the same whatever their number. More than one are started anew (spawn), so a script
+    that asks for them must keep its work below ``if __name__ == "__main__"``. progress: called with (done, all) after
+    each slide. options: of ``plan_cohort`` and ``SlideSpec``.
 
+    Raises ConfigError as ``plan_cohort`` does and for workers below 1, OutputError when the folder cannot be written,
+    WorkerError when a process dies.
+    """
+    if workers < 1:
+        raise ConfigError(f"{workers} processes cannot draw slides", remedy="give workers of 1 or more")
     folder = Path(folder)
     slides = plan_cohort(folder, n_slides, seed=seed, signal=signal, size_px=size_px, mpp=mpp, **options)
-    for done, item in enumerate(slides, start=1):
-        levels = SyntheticSlide(item.spec).levels(downsamples)
-        write_pyramid(item.path, levels, mpp=mpp, quality=quality)
+    for done, _ in enumerate(_written(slides, tuple(downsamples), mpp, quality, min(workers, len(slides))), start=1):
         if progress is not None:
             progress(done, len(slides))
     _write_csv(
@@ -126,6 +135,46 @@ def make_cohort(
         [("slide_id", "case_id", "label"), *((s.slide_id, s.case_id, s.label) for s in slides)],
     )
     return slides
+
+
+def _written(
+    slides: Sequence[CohortSlide], downsamples: Sequence[int], mpp: float, quality: int, workers: int
+) -> Iterator[None]:
+    """Write every slide, one item for each that is there, in any order."""
+    if workers == 1:
+        for slide in slides:
+            _write_slide(slide, downsamples, mpp, quality)
+            yield
+        return
+    cores = core_shares(workers)[-1]
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(cores,))
+    try:
+        for future in as_completed([pool.submit(_write_slide, slide, downsamples, mpp, quality) for slide in slides]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise WorkerError(
+            "a process that draws slides died",
+            remedy="give fewer workers if memory ran out, and look in the system log",
+        ) from error
+    finally:
+        # After an error or an interruption the slides that are being drawn are the last.
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(cores: int) -> None:
+    import cv2
+
+    # Ctrl-C reaches every process of the terminal; it is the parent who ends the work.
+    signals.signal(signals.SIGINT, signals.SIG_IGN)
+    os.environ[CORES_VARIABLE] = str(cores)
+    cv2.setNumThreads(cores)
+
+
+def _write_slide(slide: CohortSlide, downsamples: Sequence[int], mpp: float, quality: int) -> None:
+    from wsi_pipe.slides.write import write_pyramid
+
+    write_pyramid(slide.path, SyntheticSlide(slide.spec).levels(downsamples), mpp=mpp, quality=quality)
 
 
 def _write_csv(path: Path, rows: Sequence[tuple[str, ...]]) -> None:

@@ -1,0 +1,153 @@
+"""Batches as training takes them: pixels and targets on the device, gathered ahead of the step that needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lrmil.distill.ahead import run_ahead
+from lrmil.distill.children import turn
+from lrmil.distill.pixels import PixelBatch, PixelSource
+from lrmil.distill.targets import TargetStats
+
+__all__ = ["Feed", "ReadyBatch", "TargetBatch"]
+
+CUDA_AHEAD = 3
+"""Batches made ahead for a GPU. On a CPU none: a thread beside the step would take the cores that it computes on."""
+
+
+class TargetBatch(NamedTuple):
+    """layers: T_l (B, k*k, C_l) float32, final: (B, k*k, D) float32, both scaled and 0 where there is no child. mask:
+    (B, k*k) bool. weights: (B, k*k) float32. Child maps are turned as their tiles are."""
+
+    layers: list[Tensor]
+    final: Tensor
+    mask: Tensor
+    weights: Tensor
+
+
+class ReadyBatch(NamedTuple):
+    """source: which tiles these are. pixels: uint8 (B, S, S, 3). Tensors lie on the device."""
+
+    source: PixelBatch
+    pixels: Tensor
+    targets: TargetBatch
+
+
+class _Gathered(NamedTuple):
+    """A batch in memory, pinned where a GPU follows. values: layers and then final, as stored, not scaled yet."""
+
+    source: PixelBatch
+    pixels: Tensor
+    values: list[Tensor]
+    mask: Tensor
+    weights: Tensor
+
+
+class _Scale(NamedTuple):
+    """What one kind of target is scaled by, (C,) float32 each on the device."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class Feed:
+    """The batches of a source with their targets.
+
+    device: where they go. ahead: how many are made ahead in a thread, by default what suits the device; the batches are
+    the same whatever it is. What is still on its way from pinned memory when a batch is handed out arrives before the
+    device comes to work on it.
+    """
+
+    def __init__(
+        self, source: PixelSource, stats: TargetStats, device: torch.device, *, ahead: int | None = None
+    ) -> None:
+        self.source, self.stats, self.device = source, stats, device
+        self.slides = source.slides
+        self.ahead = (CUDA_AHEAD if device.type == "cuda" else 0) if ahead is None else ahead
+        k = self.slides[0].children.k
+        # Places of a child map after each of the eight symmetries.
+        self._turned = np.stack([turn(np.arange(k * k), k, symmetry) for symmetry in range(8)])
+        layers = range(len(stats.layer_mean))
+        self._stored: list[Sequence[NDArray[np.floating[Any]]]] = [
+            *([slide.layers[i] for slide in self.slides] for i in layers),
+            [slide.final for slide in self.slides],
+        ]
+        means, stds = [*stats.layer_mean, stats.final_mean], [*stats.layer_std, stats.final_std]
+        self._scales = [_scale(mean, std, device) for mean, std in zip(means, stds, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def shuffled(self, seed: Sequence[int]) -> Generator[ReadyBatch, None, None]:
+        """As ``PixelSource.shuffled``. Close it, if not read to its end."""
+        return self._ready(self.source.shuffled(seed))
+
+    def in_order(self) -> Generator[ReadyBatch, None, None]:
+        """As ``PixelSource.in_order``. Close it, if not read to its end."""
+        return self._ready(self.source.in_order())
+
+    def _ready(self, batches: Iterator[PixelBatch]) -> Generator[ReadyBatch, None, None]:
+        made = (self._gather(batch) for batch in batches)
+        with closing(run_ahead(made, self.ahead)) as gathered:
+            for batch in gathered:
+                yield self._moved(batch)
+
+    def _gather(self, batch: PixelBatch) -> _Gathered:
+        """One batch in memory."""
+        shape = len(batch.tile), self._turned.shape[1]
+        children = np.empty(shape, np.int64)
+        weights = np.empty(shape, np.float32)
+        parts = [(number, np.flatnonzero(batch.slide == number)) for number in np.unique(batch.slide).tolist()]
+        for number, at in parts:
+            children[at] = self.slides[number].children.children[batch.tile[at]]
+            weights[at] = self.slides[number].weights[batch.tile[at]]
+        row, turned = np.arange(shape[0])[:, None], self._turned[batch.symmetry]
+        children, weights = children[row, turned], weights[row, turned]
+        mask = children >= 0
+        values: list[Tensor] = []
+        for i, stored in enumerate(self._stored):
+            if i and all(one is other for one, other in zip(stored, self._stored[0], strict=True)):
+                # A teacher without blocks has its final features as the only layer.
+                values.append(values[0])
+                continue
+            dtype = np.result_type(*{stored[number].dtype for number, _ in parts})
+            out = np.zeros((*shape, stored[parts[0][0]].shape[1]), dtype)
+            for number, at in parts:
+                present = mask[at]
+                tile, place = np.nonzero(present)
+                out[at[tile], place] = stored[number][children[at][present]]
+            values.append(self._tensor(out))
+        return _Gathered(batch, self._tensor(batch.pixels), values, self._tensor(mask), self._tensor(weights))
+
+    def _tensor(self, values: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        # From pinned memory alone can a GPU fetch while the program goes on.
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def _moved(self, batch: _Gathered) -> ReadyBatch:
+        """The batch on the device, scaled there: half as much to move where targets are stored in float16."""
+        mask = self._move(batch.mask)
+        absent = ~mask[..., None]
+        found = []
+        for values, scale in zip(batch.values, self._scales, strict=True):
+            full = self._move(values).float()
+            found.append(full if scale is None else ((full - scale.mean) / scale.std).masked_fill_(absent, 0.0))
+        targets = TargetBatch(found[:-1], found[-1], mask, self._move(batch.weights))
+        return ReadyBatch(batch.source, self._move(batch.pixels), targets)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
+
+
+def _scale(mean: NDArray[np.float32], std: NDArray[np.float32], device: torch.device) -> _Scale | None:
+    """None for targets that are learnt as they are."""
+    if not mean.any() and (std == 1).all():
+        return None
+    return _Scale(torch.from_numpy(mean).to(device), torch.from_numpy(std).to(device))
