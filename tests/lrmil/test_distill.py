@@ -201,6 +201,32 @@ def test_cached_and_streamed_tiles_train_the_same_encoder(cohort: Path, tmp_path
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("teacher", ["texture", "timm:test_vit"])
+def test_targets_in_memory_and_in_files_train_the_same_encoder(cohort: Path, tmp_path: Path, teacher: str) -> None:
+    results, lines = [], []
+    options: dict[str, Any] = {"targets_dir": tmp_path / "targets", "teacher": teacher}
+    if teacher == "texture":
+        options["mil_teacher"] = mil_teacher(tmp_path / "hr.safetensors", "fold_1", load_encoder("texture").info.dim)
+    else:
+        options |= {"compute": True, "random_teacher": True, "student": "copy"}
+    for name, limit in (("memory", 4096), ("files", 0)):
+        settings = dataclasses.replace(QUICK, jitters=1, targets_mib=limit)
+        request = request_of(cohort, tmp_path / name / "lr.safetensors", settings=settings, **options)
+        said: list[str] = []
+        results.append(run_distillation(request, said.append))
+        lines.append([line for line in said if "scratch files" in line])
+    assert [len(found) for found in lines] == [0, 1]
+    assert results[0].history.epochs == results[1].history.epochs
+    assert results[0].baseline == results[1].baseline
+    assert results[0].mean == results[1].mean
+    assert results[0].path.read_bytes() == results[1].path.read_bytes()
+    assert not list((tmp_path / "files").glob("targets-*"))
+    # A limit on memory is no other run: what one began the other would go on with.
+    again = dataclasses.replace(request, settings=dataclasses.replace(settings, targets_mib=7))
+    assert run_distillation(again).history.epochs == results[0].history.epochs
+    assert "targets_mib" not in read_lr_header(results[0].path).training["settings"]
+
+
 def test_a_run_that_was_interrupted_gives_the_same_to_the_bit(
     cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
