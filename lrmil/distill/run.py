@@ -353,12 +353,8 @@ def _student(
         # The network interpolates its position embeddings to another input than it was built for.
         recipe = dataclasses.replace(recipe, args={**recipe.args, "dynamic_img_size": True})
     network: PooledNetwork = encoder.network
+    # A ConvNet has no blocks to match the teacher's with: its last map learns every layer.
     blocks = relative_blocks(layers, depth, network.depth) if layers and network.depth else []
-    if layers and not network.depth:
-        raise SettingsError(
-            f"student {request.student} has no blocks to match the teacher's layers with",
-            remedy="distil the final features alone with --layers none",
-        )
     torch.manual_seed(request.settings.seed)
     pixels = recipe.preprocessing.input_px or slide.lr.spec.size_px
     student = Student(

@@ -32,7 +32,6 @@ from wsi_pipe.job import open_job
 from wsi_pipe.job.dispatch import dispatch
 from wsi_pipe.manifest import read_manifest
 from wsi_pipe.slides import open_slide
-from wsi_pipe.synthetic import make_cohort
 from wsi_pipe.tiles import read_tiles, stream_tiles
 
 QUICK = DistillSettings(
@@ -41,18 +40,8 @@ QUICK = DistillSettings(
 
 
 @pytest.fixture(scope="session")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six slides of six cases, their job with texture features at 20x and 5x, and nothing else."""
-    root = tmp_path_factory.mktemp("distill")
-    make_cohort(root / "slides", 6, seed=3, size_px=(512, 512), mpp=0.5, max_slides_per_case=1)
-    entries = read_manifest(root / "slides" / "slides.csv")
-    settings = JobSettings(
-        tile=TileSettings(resolutions=(0.5, 2.0), tile_px=64), extract=ExtractSettings(encoders={"*": ("texture",)})
-    )
-    paths = open_job(root / "job", settings, entries)
-    outcomes = list(dispatch(entries, settings, paths, Where()))
-    assert [o.status for o in outcomes] == ["done"] * 6
-    return root
+def cohort(distill_cohort: Path) -> Path:
+    return distill_cohort
 
 
 def splits_of(cohort: Path, held: int = 2) -> SplitTable:
@@ -84,8 +73,21 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
+LAYERED: dict[str, Any] = {"teacher": "timm:test_vit", "random_teacher": True, "compute": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"student": "timm:test_vit"},
+        {"student": "timm:test_resnet"},
+        {**LAYERED, "student": "copy"},
+        {**LAYERED, "student": "timm:test_resnet"},
+    ],
+    ids=["vit", "convnet", "copy", "convnet of layers"],
+)
 def test_the_exported_encoder_gives_the_features_of_training(
-    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     trained: list[Any] = []
     original = run_module.distill
@@ -97,7 +99,7 @@ def test_the_exported_encoder_gives_the_features_of_training(
 
     monkeypatch.setattr(run_module, "distill", spy)
     out = tmp_path / "lr-fold1.safetensors"
-    result = run_distillation(request_of(cohort, out))
+    result = run_distillation(request_of(cohort, out, **options))
     assert len(result.history.epochs) == 2
     entries = read_manifest(cohort / "slides" / "slides.csv")[:2]
     settings = JobSettings(
@@ -120,6 +122,20 @@ def test_the_exported_encoder_gives_the_features_of_training(
         assert len(found) > 0
         assert np.abs(found - expected.numpy()).max() <= 1e-4
         assert expected.std() > 1e-3
+
+
+def test_a_convnet_learns_the_layers_of_a_vit(cohort: Path, tmp_path: Path) -> None:
+    # Standardised, so that it is not enough to find the mean.
+    settings = dataclasses.replace(QUICK, epochs=10, lr=5e-3, final=0.0, standardise="yes", stain=0.0)
+    request = request_of(cohort, tmp_path / "lr.safetensors", student="timm:test_resnet", settings=settings, **LAYERED)
+    result = run_distillation(request)
+    first, last = result.history.epochs[0], result.history.epochs[-1]
+    assert last["loss"] < 0.5 * first["loss"]
+    # On cases that it did not train on, too.
+    assert min(last[f"layer{n}_explained_variance"] for n in range(3)) > 0.4
+    # What is exported is the network alone.
+    network = load_encoder("timm:test_resnet", random_weights=True).network.trunk
+    assert weights_of(result.path).keys() == network.state_dict().keys()
 
 
 def test_the_file_says_which_slides_were_seen_and_none_of_them_is_held_out(cohort: Path, tmp_path: Path) -> None:
