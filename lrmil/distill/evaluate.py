@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lrmil.distill.ridge import RidgeSums
 from lrmil.distill.targets import DistillSlide, TargetStats
 
 __all__ = ["Agreement", "RunningAgreement", "child_targets", "linear_baseline", "mean_baseline"]
 
-RIDGE = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Ridge penalties tried, relative to the mean variance of the inputs."""
+BLOCK_TILES = 1024
+"""LR tiles whose children's targets are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,49 @@ def child_targets(
 
 def final_target(slide: DistillSlide) -> NDArray[np.float32]:
     """The weighted mean of the children's final features, (M, D): what a final feature can come nearest to."""
-    values, _ = child_targets(slide, None)
-    return np.asarray(np.einsum("mk,mkd->md", slide.weights, values), np.float32)
+    out = np.empty((len(slide), slide.final.shape[1]), np.float32)
+    for tiles in _blocks(slide):
+        values, _ = child_targets(slide, None, tiles)
+        out[tiles] = np.einsum("mk,mkd->md", slide.weights[tiles], values)
+    return out
+
+
+def _blocks(slide: DistillSlide) -> Iterator[NDArray[np.int64]]:
+    """The slide's LR tiles, a limited number at a time."""
+    for start in range(0, len(slide), BLOCK_TILES):
+        yield np.arange(start, min(start + BLOCK_TILES, len(slide)))
+
+
+class _Inputs:
+    """Undistilled LR features, each dimension standardised over the training tiles, and a column of ones."""
+
+    def __init__(self, train: Sequence[DistillSlide]) -> None:
+        count = sum(map(len, train))
+        # Row after row, as numpy sums the rows of one array, so that the cut into slides leaves no trace.
+        self._mean = self._summed(train, lambda x: x) / count
+        self._std = np.sqrt(self._summed(train, lambda x: (x - self._mean) ** 2) / count)
+        self._std[self._std == 0] = 1
+
+    @staticmethod
+    def _summed(
+        train: Sequence[DistillSlide], of: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    ) -> NDArray[np.float64]:
+        total: NDArray[np.float64] | None = None
+        for slide in train:
+            values = of(np.asarray(slide.baseline, np.float64))
+            total = values.sum(0) if total is None else np.vstack([total, values]).sum(0)
+        assert total is not None
+        return total
+
+    @property
+    def width(self) -> int:
+        """Columns, that of ones included."""
+        return len(self._mean) + 1
+
+    def of(self, slide: DistillSlide) -> NDArray[np.float64]:
+        """(M, width)."""
+        scaled = (np.asarray(slide.baseline, np.float64) - self._mean) / self._std
+        return np.hstack([scaled, np.ones((len(slide), 1))])
 
 
 def linear_baseline(
@@ -81,41 +123,60 @@ def linear_baseline(
     """Ridge regression from undistilled LR features to the teacher's HR features: one map for each place of a child.
 
     Keys "layer0", ... and "final", as the distilled student's figures. The penalty is the best of ``RIDGE`` on a part
-    of the training slides held out. Empty where a slide has no LR features of the teacher.
+    of the training slides held out. Empty where a slide has no LR features of the teacher. Slides are taken one by one:
+    in memory are the sums of one layer's maps.
     """
     if not train or not val or any(slide.baseline is None for slide in [*train, *val]):
         return {}
-    inputs = np.concatenate([np.asarray(s.baseline, np.float64) for s in train])
-    mean, std = inputs.mean(0), inputs.std(0)
-    std[std == 0] = 1
-
-    def scaled(slide: DistillSlide) -> NDArray[np.float64]:
-        return np.hstack([(np.asarray(slide.baseline, np.float64) - mean) / std, np.ones((len(slide), 1))])
-
-    x_train, x_val = np.concatenate([scaled(s) for s in train]), np.concatenate([scaled(s) for s in val])
-    ids = list(dict.fromkeys(slide.slide_id for slide in train))
-    order = np.random.default_rng(seed).permutation(len(ids))
-    held = {ids[i] for i in order[: max(len(order) // 6, 1)]}
-    inner = np.concatenate([np.full(len(slide), slide.slide_id in held) for slide in train])
-    if len(ids) == 1:
-        inner = np.arange(len(x_train)) % 6 == 0
+    inputs = _Inputs(train)
+    held = _held_out(train, seed)
     found = {}
-    for layer in range(len(train[0].layers)):
-        parts = [child_targets(s, layer) for s in train]
-        y, m = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-        parts = [child_targets(s, layer) for s in val]
-        y_val, m_val = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-        running = RunningAgreement(stats.layer_centre[layer], stats.layer_std[layer])
-        for place in range(y.shape[1]):
-            rows, wanted = m[:, place], m_val[:, place]
-            if rows.sum() > 1 and wanted.any():
-                solved = _ridge(x_train[rows], y[rows, place], inner[rows])
-                running.add(x_val[wanted] @ solved, y_val[wanted, place])
+    for layer, (centre, std) in enumerate(zip(stats.layer_centre, stats.layer_std, strict=True)):
+        running = RunningAgreement(centre, std)
+        maps = _place_maps(train, layer, inputs, held)
+        for slide in val:
+            x = inputs.of(slide)
+            for tiles in _blocks(slide):
+                values, present = child_targets(slide, layer, tiles)
+                for place, weights in maps.items():
+                    rows = present[:, place]
+                    running.add(x[tiles][rows] @ weights, values[rows, place])
         found[f"layer{layer}"] = running.result()
     running = RunningAgreement(stats.final_centre, stats.final_std)
-    y = np.concatenate([final_target(s) for s in train])
-    running.add(x_val @ _ridge(x_train, y, inner), np.concatenate([final_target(s) for s in val]))
+    sums = RidgeSums(inputs.width, train[0].final.shape[1])
+    for slide, apart in zip(train, held, strict=True):
+        sums.add(inputs.of(slide), final_target(slide), apart)
+    weights = sums.solve()
+    for slide in val:
+        running.add(inputs.of(slide) @ weights, final_target(slide))
     return found | {"final": running.result()}
+
+
+def _held_out(train: Sequence[DistillSlide], seed: int) -> list[NDArray[np.bool_]]:
+    """Which rows of each slide the penalty is chosen on: a sixth of the slides, or of the rows of a single one."""
+    ids = list(dict.fromkeys(slide.slide_id for slide in train))
+    order = np.random.default_rng(seed).permutation(len(ids))
+    chosen = {ids[i] for i in order[: max(len(order) // 6, 1)]}
+    if len(ids) > 1:
+        return [np.full(len(slide), slide.slide_id in chosen) for slide in train]
+    every_sixth = np.arange(sum(map(len, train))) % 6 == 0
+    return np.split(every_sixth, np.cumsum([len(slide) for slide in train])[:-1])
+
+
+def _place_maps(
+    train: Sequence[DistillSlide], layer: int, inputs: _Inputs, held: Sequence[NDArray[np.bool_]]
+) -> dict[int, NDArray[np.float64]]:
+    """Weights (inputs, C) by place of a child, without places that hardly a tile has a child at."""
+    width = train[0].layers[layer].shape[1]
+    sums = [RidgeSums(inputs.width, width) for _ in range(train[0].children.children.shape[1])]
+    for slide, apart in zip(train, held, strict=True):
+        x = inputs.of(slide)
+        for tiles in _blocks(slide):
+            values, present = child_targets(slide, layer, tiles)
+            for place, one in enumerate(sums):
+                rows = present[:, place]
+                one.add(x[tiles][rows], values[rows, place], apart[tiles][rows])
+    return {place: one.solve() for place, one in enumerate(sums) if one.count > 1}
 
 
 def mean_baseline(val: Sequence[DistillSlide], stats: TargetStats) -> dict[str, Agreement]:
@@ -124,29 +185,12 @@ def mean_baseline(val: Sequence[DistillSlide], stats: TargetStats) -> dict[str, 
     for layer, (centre, std) in enumerate(zip(stats.layer_centre, stats.layer_std, strict=True)):
         running = RunningAgreement(centre, std)
         for slide in val:
-            values, present = child_targets(slide, layer)
-            running.add(np.broadcast_to(centre, values[present].shape), values[present])
+            for tiles in _blocks(slide):
+                values, present = child_targets(slide, layer, tiles)
+                running.add(np.broadcast_to(centre, values[present].shape), values[present])
         found[f"layer{layer}"] = running.result()
     running = RunningAgreement(stats.final_centre, stats.final_std)
     for slide in val:
         wanted = final_target(slide)
         running.add(np.broadcast_to(stats.final_centre, wanted.shape), wanted)
     return found | {"final": running.result()}
-
-
-def _ridge(x: NDArray[np.float64], y: NDArray[np.floating[Any]], inner: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Weights (inputs, D) at the penalty that predicts the rows of ``inner`` best from the others."""
-    target = np.asarray(y, np.float64)
-
-    def solve(a: NDArray[np.float64], b: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
-        gram = a.T @ a
-        strength = penalty * np.trace(gram) / len(gram)
-        regular = strength * np.eye(len(gram))
-        regular[-1, -1] = 1e-9 * strength
-        result: NDArray[np.float64] = np.linalg.solve(gram + regular, a.T @ b)
-        return result
-
-    if not inner.any() or inner.all():
-        return solve(x, target, 1.0)
-    errors = [((x[inner] @ solve(x[~inner], target[~inner], p) - target[inner]) ** 2).sum() for p in RIDGE]
-    return solve(x, target, RIDGE[int(np.argmin(errors))])

@@ -128,8 +128,12 @@ class Feed:
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
-        # From pinned memory alone can a GPU fetch while the program goes on.
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+        if self.device.type != "cuda":
+            return tensor
+        # From pinned memory alone can a GPU fetch while the program goes on. A new thread would pin for the first GPU,
+        # and take memory there.
+        with torch.cuda.device(self.device):
+            return tensor.pin_memory()
 
     def _moved(self, batch: _Gathered) -> ReadyBatch:
         """The batch on the device, scaled there: half as much to move where targets are stored in float16."""

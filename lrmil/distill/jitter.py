@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lrmil.distill.children import child_map
+from lrmil.distill.shelf import Shelf
 from lrmil.distill.targets import DistillSlide, TargetItem, compute_targets, uniform_weights
 from wsi_pipe.bag import read_attrs, read_feature_file, read_grids
 from wsi_pipe.encoders.base import Encoder
@@ -67,12 +68,13 @@ def jittered_slides(
     layers: Sequence[int],
     folder: Path,
     seed: int,
+    shelf: Shelf,
 ) -> list[DistillSlide]:
     """``count`` more DistillSlides of each slide, under its id and case, with targets that the teacher gives now.
 
     bags: of the slides, in their order. hr_label: the level of the children; the slides' own grids are the LR ones.
     folder: where targets are kept, one file a slide and level; those that still fit are taken. Where the grids go
-    depends on ``seed`` and the slide's id alone, so folds that share a folder share its files.
+    depends on ``seed`` and the slide's id alone, so folds that share a folder share its files. shelf: keeps the arrays.
 
     Raises what ``compute_targets`` does.
     """
@@ -93,23 +95,23 @@ def jittered_slides(
             moved.append((slide, _Moved(lr, hr, target)))
             items.append(target)
     files = compute_targets(items, teacher, layers, folder)
-    return [_slide(slide, one, files, layers) for slide, one in moved]
+    return [_slide(slide, one, files, layers, shelf) for slide, one in moved]
 
 
 def _slide(
-    slide: DistillSlide, moved: _Moved, files: dict[tuple[str, str], Path], layers: Sequence[int]
+    slide: DistillSlide, moved: _Moved, files: dict[tuple[str, str], Path], layers: Sequence[int], shelf: Shelf
 ) -> DistillSlide:
     children = child_map(moved.lr, moved.hr, moved.target.name)
     stored = read_feature_file(files[moved.target.name, moved.hr.label])
     plain = read_feature_file(files[moved.target.name, moved.lr.label])
-    final = np.asarray(stored.values)
+    final = shelf.put(np.asarray(stored.values))
     rows = children.rows
     return dataclasses.replace(
         slide,
         lr=moved.lr.take(rows),
         children=children,
-        layers=tuple(np.asarray(stored.layers[str(layer)]) for layer in layers) or (final,),
+        layers=tuple(shelf.put(np.asarray(stored.layers[str(layer)])) for layer in layers) or (final,),
         final=final,
         weights=uniform_weights(children),
-        baseline=np.asarray(plain.values)[rows],
+        baseline=shelf.put(np.asarray(plain.values)[rows]),
     )

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from lrmil.checkpoint import load_model
 from lrmil.distill.evaluate import Agreement, linear_baseline, mean_baseline
 from lrmil.distill.jitter import jittered_slides
 from lrmil.distill.settings import DistillSettings
+from lrmil.distill.shelf import Shelf
 from lrmil.distill.student import Student, relative_blocks
 from lrmil.distill.targets import (
     DistillSlide,
@@ -109,31 +111,12 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
     bags = _training_bags(request)
     teacher = load_encoder(request.teacher, device=str(device), precision="auto", random_weights=request.random_teacher)
     layers, depth = _layers(teacher, settings)
-    files: dict[str, Path] = {}
-    folder = request.targets_dir or request.out.parent / f"{request.out.stem}.targets"
-    if request.compute:
-        say(f"teacher {teacher.info.name} over the tiles at {request.hr} of {len(bags)} slides")
-        made = compute_targets([_target(request, bag, attrs) for bag, attrs in bags.items()], teacher, layers, folder)
-        files = {bag.stem: made[bag.stem, request.hr] for bag in bags}
-    loaded = {bag: _load(request, bag, attrs, layers, depth, files) for bag, attrs in bags.items()}
-    places = {slide.slide_id: bag for bag, slide in loaded.items() if slide is not None}
-    slides = [slide for slide in loaded.values() if slide is not None]
-    if not slides:
-        raise SettingsError("no training slide has an LR tile with children", remedy="check splits and resolutions")
-    train, val = _inner_split(slides, settings)
-    names = tuple(s.slide_id for s in train), tuple(s.slide_id for s in val)
-    if settings.jitters:
-        say(f"teacher {teacher.info.name} over {settings.jitters} more grids of {len(train)} slides")
-        train += jittered_slides(
-            train,
-            [places[slide.slide_id] for slide in train],
-            settings.jitters,
-            hr_label=request.hr,
-            teacher=teacher,
-            layers=layers,
-            folder=folder,
-            seed=settings.seed,
-        )
+    with closing(Shelf(request.out.parent, settings.targets_mib << 20)) as shelf:
+        train, val = _slides(request, bags, teacher, layers, depth, shelf, say)
+    if shelf.file_bytes:
+        say(f"targets: {shelf.memory_bytes >> 20:,} MiB in memory, {shelf.file_bytes >> 20:,} MiB in scratch files")
+    # More grids of a slide stand under its id.
+    names = tuple(dict.fromkeys(s.slide_id for s in train)), tuple(s.slide_id for s in val)
     if request.mil_teacher is not None:
         identities = _identities(request)
         train, val = (_weighted(part, request, teacher, identities) for part in (train, val))
@@ -169,12 +152,12 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
             "fold": request.fold,
             "train_slides": list(names[0]),
             "val_slides": list(names[1]),
-            "settings": to_mapping(settings),
+            "settings": _stated(settings),
             "best_epoch": history.best,
             "figures": _finite(best),
         },
     )
-    # After the encoder is safe: with many tiles and wide layers this takes much memory.
+    # After the encoder is safe: with many tiles and wide layers this takes a while.
     baseline = linear_baseline(train, val, stats, settings.seed) if val else {}
     mean = mean_baseline(val, stats) if val else {}
     _write_history(request.out, history, best, baseline, mean)
@@ -210,6 +193,45 @@ def _training_bags(request: DistillRequest) -> dict[Path, BagAttrs]:
     return {paths[i]: attrs[i] for i in indices.train if attrs[i].status == "done"}
 
 
+def _slides(
+    request: DistillRequest,
+    bags: Mapping[Path, BagAttrs],
+    teacher: Encoder,
+    layers: Sequence[int],
+    depth: int,
+    shelf: Shelf,
+    say: Callable[[str], object],
+) -> tuple[list[DistillSlide], list[DistillSlide]]:
+    """Training slides, further grids of them included, and validation slides, with the teacher's targets."""
+    settings = request.settings
+    files: dict[str, Path] = {}
+    folder = request.targets_dir or request.out.parent / f"{request.out.stem}.targets"
+    if request.compute:
+        say(f"teacher {teacher.info.name} over the tiles at {request.hr} of {len(bags)} slides")
+        made = compute_targets([_target(request, bag, attrs) for bag, attrs in bags.items()], teacher, layers, folder)
+        files = {bag.stem: made[bag.stem, request.hr] for bag in bags}
+    loaded = {bag: _load(request, bag, attrs, layers, depth, files, shelf) for bag, attrs in bags.items()}
+    places = {slide.slide_id: bag for bag, slide in loaded.items() if slide is not None}
+    slides = [slide for slide in loaded.values() if slide is not None]
+    if not slides:
+        raise SettingsError("no training slide has an LR tile with children", remedy="check splits and resolutions")
+    train, val = _inner_split(slides, settings)
+    if settings.jitters:
+        say(f"teacher {teacher.info.name} over {settings.jitters} more grids of {len(train)} slides")
+        train += jittered_slides(
+            train,
+            [places[slide.slide_id] for slide in train],
+            settings.jitters,
+            hr_label=request.hr,
+            teacher=teacher,
+            layers=layers,
+            folder=folder,
+            seed=settings.seed,
+            shelf=shelf,
+        )
+    return train, val
+
+
 def _layers(teacher: Encoder, settings: DistillSettings) -> tuple[tuple[int, ...], int]:
     """Blocks of the teacher counted from 0, and its depth; none for a teacher without blocks."""
     depth = teacher.depth if isinstance(teacher, LayeredEncoder) else 0
@@ -219,7 +241,13 @@ def _layers(teacher: Encoder, settings: DistillSettings) -> tuple[tuple[int, ...
 
 
 def _load(
-    request: DistillRequest, bag: Path, attrs: BagAttrs, layers: Sequence[int], depth: int, files: Mapping[str, Path]
+    request: DistillRequest,
+    bag: Path,
+    attrs: BagAttrs,
+    layers: Sequence[int],
+    depth: int,
+    files: Mapping[str, Path],
+    shelf: Shelf,
 ) -> DistillSlide | None:
     slide = load_slide(
         bag,
@@ -230,6 +258,7 @@ def _load(
         layers,
         depth,
         files.get(bag.stem),
+        shelf,
     )
     return slide and dataclasses.replace(slide, case_id=attrs.case_id)
 
@@ -283,7 +312,7 @@ def _weighted(
     weighted = []
     with torch.inference_mode():
         for slide in slides:
-            features = torch.from_numpy(np.asarray(slide.final, np.float32))
+            features = torch.from_numpy(np.array(slide.final, np.float32))
             output = model(features, torch.tensor([0, len(features)]))
             if output.attention_logits is None:
                 raise SettingsError(f"{path}: has no attention per tile", remedy="give an attention model")
@@ -324,12 +353,8 @@ def _student(
         # The network interpolates its position embeddings to another input than it was built for.
         recipe = dataclasses.replace(recipe, args={**recipe.args, "dynamic_img_size": True})
     network: PooledNetwork = encoder.network
+    # A ConvNet has no blocks to match the teacher's with: its last map learns every layer.
     blocks = relative_blocks(layers, depth, network.depth) if layers and network.depth else []
-    if layers and not network.depth:
-        raise SettingsError(
-            f"student {request.student} has no blocks to match the teacher's layers with",
-            remedy="distil the final features alone with --layers none",
-        )
     torch.manual_seed(request.settings.seed)
     pixels = recipe.preprocessing.input_px or slide.lr.spec.size_px
     student = Student(
@@ -369,10 +394,21 @@ def _fingerprint(
         digest.update(slide.weights.tobytes())
     deciding = dataclasses.replace(request.settings, device="", cache_mib=0, threads=1)
     return fingerprint(
-        to_mapping(deciding), teacher.info.weights_sha256, request.student, request.lr, request.hr, request.fold,
+        _stated(deciding), teacher.info.weights_sha256, request.student, request.lr, request.hr, request.fold,
         [slide.slide_id for slide in slides], [len(slide) for slide in slides], stats.variance.tolist(),
         request.student_px, digest.hexdigest(),
     )  # fmt: skip
+
+
+def _stated(settings: DistillSettings) -> dict[str, Any]:
+    """Settings as files and fingerprints state them.
+
+    Without those that came later and change no result: runs from before go on, and their encoders, written again, stay
+    the same files to the byte, so that features made with them stay valid.
+    """
+    mapping = to_mapping(settings)
+    del mapping["targets_mib"]
+    return mapping
 
 
 def _state_path(out: Path) -> Path:

@@ -37,11 +37,12 @@ def relative_blocks(teacher_blocks: Sequence[int], teacher_depth: int, student_d
 class Student(nn.Module):
     """A network with a projection to the teacher's width for each layer that is learnt, and one for the final feature.
 
-    network: the encoder that is exported. blocks: its blocks for the layers, or empty for one layer taken from its last
-    map (the last block of a ViT, the last feature map of a ConvNet that is not coarser than k x k). layer_dims: the
-    teacher's widths. final_dim: D of the teacher. k: side of the child map. A projection is the identity where the
-    widths agree, so that a copy of the teacher starts as the paper's does. Raises SettingsError when the network has
-    neither blocks nor a map.
+    network: the encoder that is exported. blocks: its blocks for the layers, one each, or empty for all layers taken
+    from its last map (the last block of a ViT, the last feature map of a ConvNet that is not coarser than k x k).
+    layer_dims: the teacher's widths. final_dim: D of the teacher. k: side of the child map. A projection is the
+    identity where the widths agree, so that a copy of the teacher starts as the paper's does; but where several layers
+    come from one map each has a linear one, since the map cannot equal them all. Raises SettingsError when the network
+    has neither blocks nor a map, or its map is too coarse.
     """
 
     def __init__(
@@ -67,21 +68,25 @@ class Student(nn.Module):
                 f"the student's map at {side_px} px, {smallest} x {smallest}, is coarser than {k} x {k} HR tiles",
                 remedy="give the student larger inputs or a smaller patch",
             )
+        self._shared = len(maps) == 1 and len(layer_dims) > 1
+        widths = [int(m.shape[-1]) for m in (maps * len(layer_dims) if self._shared else maps)]
         self.layer_projections = nn.ModuleList(
-            _projection(int(m.shape[-1]), dim) for m, dim in zip(maps, layer_dims, strict=True)
+            nn.Linear(width, dim) if self._shared else _projection(width, dim)
+            for width, dim in zip(widths, layer_dims, strict=True)
         )
         self.final_projection = _projection(self.dim, final_dim)
 
     def forward(self, images: Tensor) -> StudentOutput:
         """Features and projected token maps of normalised images (B, 3, S, S)."""
         feature, maps = self._maps(images)
-        patches = tuple(
-            projection(pool_to(m, self.k)) for projection, m in zip(self.layer_projections, maps, strict=True)
-        )
+        pooled = [pool_to(m, self.k) for m in maps]
+        if self._shared:
+            pooled *= len(self.layer_projections)
+        patches = tuple(projection(p) for projection, p in zip(self.layer_projections, pooled, strict=True))
         return StudentOutput(feature, self.final_projection(feature), patches)
 
     def _maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The pooled feature, and token maps (B, h, w, C)."""
+        """The pooled feature, and token maps (B, h, w, C): of each block, or the one of a ConvNet."""
         if self.network.depth:
             feature, layers = self.network.forward_layers(images, self.blocks)
             return feature, [patches for _, patches in layers]

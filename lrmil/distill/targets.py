@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrmil.distill.children import ChildMap, child_map
+from lrmil.distill.shelf import Shelf
 from lrmil.errors import BagMismatchError, SettingsError
 from wsi_pipe.bag import (
     Features,
@@ -95,11 +96,13 @@ def load_slide(
     layers: Sequence[int],
     depth: int,
     targets: Path | None,
+    shelf: Shelf,
 ) -> DistillSlide | None:
     """One slide's grids and targets; None where no LR tile has a child.
 
-    targets: file of ``compute_targets`` to use instead of what the bag holds. Raises BagError or BagMismatchError when
-    the bag lacks a level, the encoder's features or its layers.
+    targets: file of ``compute_targets`` to use instead of what the bag holds. shelf: keeps the arrays. Raises BagError
+    or BagMismatchError when the bag lacks a level, the encoder's features or its layers, OutputError when the shelf has
+    no room for them.
     """
     grids = {grid.label: grid for grid in read_grids(bag)}
     for label in (lr_label, hr_label):
@@ -123,7 +126,8 @@ def load_slide(
             f"{bag}: holds no layers {', '.join(map(str, missing))} of {encoder} at {hr_label}",
             remedy=f"extract with --layers {','.join(map(str, layers))}, or distil with --targets compute",
         )
-    chosen = [np.asarray(held[str(layer)]) for layer in layers] or [np.asarray(final)]
+    kept = shelf.put(np.asarray(final))
+    baseline = _baseline(bag, lr_label, encoder, children)
     return DistillSlide(
         slide_id=attrs.slide_id,
         case_id=attrs.case_id,
@@ -131,10 +135,10 @@ def load_slide(
         mpp=attrs.mpp_l0,
         lr=lr.take(children.rows),
         children=children,
-        layers=tuple(chosen),
-        final=np.asarray(final),
+        layers=tuple(shelf.put(np.asarray(held[str(layer)])) for layer in layers) or (kept,),
+        final=kept,
         weights=uniform_weights(children),
-        baseline=_baseline(bag, lr_label, encoder, children),
+        baseline=None if baseline is None else shelf.put(baseline),
     )
 
 

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lrmil.checkpoint import read_tensors, write_tensors
-from lrmil.distill.evaluate import RunningAgreement, child_targets, final_target
 from lrmil.distill.feed import Feed
 from lrmil.distill.pixels import PixelSource
 from lrmil.distill.settings import DistillSettings
 from lrmil.distill.student import Student, StudentOutput
 from lrmil.distill.targets import DistillSlide, TargetStats
+from lrmil.distill.validation import judge_for
 from lrmil.errors import DivergedError, ModelFileError, ResumeError
 from lrmil.losses import final_distillation_loss, patch_distillation_loss
 from wsi_pipe.encoders.pixels import Normaliser
@@ -225,33 +225,14 @@ def _settle_norms(run: Runner, recent: Iterable[NDArray[np.uint8]]) -> None:
 @torch.inference_mode()
 def _validate(run: Runner, feed: Feed, settings: DistillSettings) -> dict[str, float]:
     run.student.eval()
-    stats, slides = feed.stats, feed.slides
     variance = _variance(feed, settings)
-    layers = [RunningAgreement(m, s) for m, s in zip(stats.layer_centre, stats.layer_std, strict=True)]
-    final = RunningAgreement(stats.final_centre, stats.final_std)
-    losses = _LossSum(feed.device)
-    at, wanted = -1, np.zeros((0, 0), np.float32)
+    losses, judge = _LossSum(feed.device), judge_for(feed)
     with closing(feed.in_order()) as batches:
         for batch in batches:
             output = run(batch.pixels)
-            tiles = batch.source.tile
-            losses.add(losses_of(output, batch.targets, variance, settings), len(tiles))
-            if at != batch.source.slide[0]:
-                # Slides come one after another, so the targets of one are all that is held.
-                at = int(batch.source.slide[0])
-                wanted = final_target(slides[at])
-            for n, patches in enumerate(output.patches):
-                values, present = child_targets(slides[at], n, tiles)
-                predicted = patches.float().cpu().numpy() * stats.layer_std[n] + stats.layer_mean[n]
-                layers[n].add(predicted[present], values[present])
-            predicted = output.final.float().cpu().numpy() * stats.final_std + stats.final_mean
-            final.add(predicted, wanted[tiles])
-    figures = {"val_loss": losses.mean()}
-    for name, running in [*((f"layer{n}", r) for n, r in enumerate(layers)), ("final", final)]:
-        agreement = running.result()
-        figures[f"{name}_explained_variance"] = agreement.explained_variance
-        figures[f"{name}_cosine"] = agreement.cosine
-    return figures
+            losses.add(losses_of(output, batch.targets, variance, settings), len(batch.source.tile))
+            judge.add(output, batch)
+    return {"val_loss": losses.mean()} | judge.figures()
 
 
 def _save(

@@ -11,7 +11,13 @@ import pytest
 from numpy.typing import NDArray
 
 from wsi_pipe.bag import Bag, BagAttrs, BagLevel, Features, write_bag
+from wsi_pipe.config import ExtractSettings, JobSettings, TileSettings
+from wsi_pipe.execute import Where
 from wsi_pipe.geometry import TileGrid, TileSpec
+from wsi_pipe.job import open_job
+from wsi_pipe.job.dispatch import dispatch
+from wsi_pipe.manifest import read_manifest
+from wsi_pipe.synthetic import make_cohort
 
 MPP_L0 = 0.25
 
@@ -88,3 +94,18 @@ def make_bag(bag_writer: MakeBag, tmp_path: Path) -> MakeBag:
         return bag_writer(tmp_path / folder, slide_id, features, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def distill_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six slides of six cases, their job with texture features at 20x and 5x, and nothing else."""
+    root = tmp_path_factory.mktemp("distill")
+    make_cohort(root / "slides", 6, seed=3, size_px=(512, 512), mpp=0.5, max_slides_per_case=1)
+    entries = read_manifest(root / "slides" / "slides.csv")
+    settings = JobSettings(
+        tile=TileSettings(resolutions=(0.5, 2.0), tile_px=64), extract=ExtractSettings(encoders={"*": ("texture",)})
+    )
+    paths = open_job(root / "job", settings, entries)
+    outcomes = list(dispatch(entries, settings, paths, Where()))
+    assert [o.status for o in outcomes] == ["done"] * 6
+    return root

@@ -32,7 +32,6 @@ from wsi_pipe.job import open_job
 from wsi_pipe.job.dispatch import dispatch
 from wsi_pipe.manifest import read_manifest
 from wsi_pipe.slides import open_slide
-from wsi_pipe.synthetic import make_cohort
 from wsi_pipe.tiles import read_tiles, stream_tiles
 
 QUICK = DistillSettings(
@@ -41,18 +40,8 @@ QUICK = DistillSettings(
 
 
 @pytest.fixture(scope="session")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six slides of six cases, their job with texture features at 20x and 5x, and nothing else."""
-    root = tmp_path_factory.mktemp("distill")
-    make_cohort(root / "slides", 6, seed=3, size_px=(512, 512), mpp=0.5, max_slides_per_case=1)
-    entries = read_manifest(root / "slides" / "slides.csv")
-    settings = JobSettings(
-        tile=TileSettings(resolutions=(0.5, 2.0), tile_px=64), extract=ExtractSettings(encoders={"*": ("texture",)})
-    )
-    paths = open_job(root / "job", settings, entries)
-    outcomes = list(dispatch(entries, settings, paths, Where()))
-    assert [o.status for o in outcomes] == ["done"] * 6
-    return root
+def cohort(distill_cohort: Path) -> Path:
+    return distill_cohort
 
 
 def splits_of(cohort: Path, held: int = 2) -> SplitTable:
@@ -84,8 +73,21 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
+LAYERED: dict[str, Any] = {"teacher": "timm:test_vit", "random_teacher": True, "compute": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"student": "timm:test_vit"},
+        {"student": "timm:test_resnet"},
+        {**LAYERED, "student": "copy"},
+        {**LAYERED, "student": "timm:test_resnet"},
+    ],
+    ids=["vit", "convnet", "copy", "convnet of layers"],
+)
 def test_the_exported_encoder_gives_the_features_of_training(
-    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     trained: list[Any] = []
     original = run_module.distill
@@ -97,7 +99,7 @@ def test_the_exported_encoder_gives_the_features_of_training(
 
     monkeypatch.setattr(run_module, "distill", spy)
     out = tmp_path / "lr-fold1.safetensors"
-    result = run_distillation(request_of(cohort, out))
+    result = run_distillation(request_of(cohort, out, **options))
     assert len(result.history.epochs) == 2
     entries = read_manifest(cohort / "slides" / "slides.csv")[:2]
     settings = JobSettings(
@@ -120,6 +122,20 @@ def test_the_exported_encoder_gives_the_features_of_training(
         assert len(found) > 0
         assert np.abs(found - expected.numpy()).max() <= 1e-4
         assert expected.std() > 1e-3
+
+
+def test_a_convnet_learns_the_layers_of_a_vit(cohort: Path, tmp_path: Path) -> None:
+    # Standardised, so that it is not enough to find the mean.
+    settings = dataclasses.replace(QUICK, epochs=10, lr=5e-3, final=0.0, standardise="yes", stain=0.0)
+    request = request_of(cohort, tmp_path / "lr.safetensors", student="timm:test_resnet", settings=settings, **LAYERED)
+    result = run_distillation(request)
+    first, last = result.history.epochs[0], result.history.epochs[-1]
+    assert last["loss"] < 0.5 * first["loss"]
+    # On cases that it did not train on, too.
+    assert min(last[f"layer{n}_explained_variance"] for n in range(3)) > 0.4
+    # What is exported is the network alone.
+    network = load_encoder("timm:test_resnet", random_weights=True).network.trunk
+    assert weights_of(result.path).keys() == network.state_dict().keys()
 
 
 def test_the_file_says_which_slides_were_seen_and_none_of_them_is_held_out(cohort: Path, tmp_path: Path) -> None:
@@ -199,6 +215,32 @@ def test_cached_and_streamed_tiles_train_the_same_encoder(cohort: Path, tmp_path
     assert results[0].history.epochs == results[1].history.epochs
     one, other = (weights_of(result.path) for result in results)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("teacher", ["texture", "timm:test_vit"])
+def test_targets_in_memory_and_in_files_train_the_same_encoder(cohort: Path, tmp_path: Path, teacher: str) -> None:
+    results, lines = [], []
+    options: dict[str, Any] = {"targets_dir": tmp_path / "targets", "teacher": teacher}
+    if teacher == "texture":
+        options["mil_teacher"] = mil_teacher(tmp_path / "hr.safetensors", "fold_1", load_encoder("texture").info.dim)
+    else:
+        options |= {"compute": True, "random_teacher": True, "student": "copy"}
+    for name, limit in (("memory", 4096), ("files", 0)):
+        settings = dataclasses.replace(QUICK, jitters=1, targets_mib=limit)
+        request = request_of(cohort, tmp_path / name / "lr.safetensors", settings=settings, **options)
+        said: list[str] = []
+        results.append(run_distillation(request, said.append))
+        lines.append([line for line in said if "scratch files" in line])
+    assert [len(found) for found in lines] == [0, 1]
+    assert results[0].history.epochs == results[1].history.epochs
+    assert results[0].baseline == results[1].baseline
+    assert results[0].mean == results[1].mean
+    assert results[0].path.read_bytes() == results[1].path.read_bytes()
+    assert not list((tmp_path / "files").glob("targets-*"))
+    # A limit on memory is no other run: what one began the other would go on with.
+    again = dataclasses.replace(request, settings=dataclasses.replace(settings, targets_mib=7))
+    assert run_distillation(again).history.epochs == results[0].history.epochs
+    assert "targets_mib" not in read_lr_header(results[0].path).training["settings"]
 
 
 def test_a_run_that_was_interrupted_gives_the_same_to_the_bit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,9 +20,10 @@ from lrmil.distill.ahead import run_ahead
 from lrmil.distill.children import ChildMap, child_map, turn
 from lrmil.distill.feed import Feed
 from lrmil.distill.pixels import PixelBatch
-from lrmil.distill.student import Student
+from lrmil.distill.student import Student, StudentOutput
 from lrmil.distill.targets import DistillSlide, TargetStats, target_stats, uniform_weights
 from lrmil.distill.train import distill
+from lrmil.distill.validation import DeviceJudge, HostJudge, Judge, judge_for
 from wsi_pipe.encoders.loading import build_random
 from wsi_pipe.encoders.recipe import Preprocessing, Recipe
 from wsi_pipe.geometry import TileGrid, TileSpec
@@ -219,6 +221,31 @@ def test_an_interrupted_step_ends_the_thread(monkeypatch: pytest.MonkeyPatch) ->
         small_run(monkeypatch, ahead=2)
     assert calls == [1]
     assert not threads()
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+def test_agreement_on_the_device_is_that_of_numpy(standardise: bool) -> None:
+    slides = [slide(i, 3, 5 + i, (5, 7, 6), np.float16) for i in range(3)]
+    weights = [one.weights / one.weights.sum(1, keepdims=True) for one in slides]
+    slides = [dataclasses.replace(one, weights=w) for one, w in zip(slides, weights, strict=True)]
+    stats = target_stats(slides, standardise=standardise)
+    feed = Feed(Source(slides, DistillSettings()), stats, CPU)  # type: ignore[arg-type]
+    judges: list[Judge] = [HostJudge(feed), DeviceJudge(feed)]
+    assert isinstance(judge_for(feed), HostJudge)
+    assert np.isnan([*judges[1].figures().values()]).all()
+    torch.manual_seed(0)
+    for batch in feed.in_order():
+        targets = batch.targets
+        # Right but for noise; what stands at absent children does not count.
+        patches = tuple((t + 0.5 * torch.randn_like(t)).where(targets.mask[..., None], 1e3) for t in targets.layers)
+        final = targets.final.mean(1) + torch.randn(len(targets.mask), 6)
+        for judge in judges:
+            judge.add(StudentOutput(final, final, patches), batch)
+    host, device = (judge.figures() for judge in judges)
+    assert host.keys() == device.keys()
+    for name, value in host.items():
+        assert device[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    assert 0.5 < host["layer0_explained_variance"] < 0.99
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_tiles() -> None:

@@ -200,6 +200,26 @@ def test_a_convolutional_student_uses_its_last_map_that_is_fine_enough() -> None
         Student(net, blocks=[], layer_dims=[10], final_dim=7, k=64, side_px=64)
 
 
+def test_a_convolutional_student_learns_every_layer_from_one_map() -> None:
+    net = build_random(Recipe("test_resnet", 96, GREY, "model", {}), "test_resnet")
+    torch.manual_seed(0)
+    # Its map has 192 channels: a layer of that width is projected too, or the map would have to equal it.
+    student = Student(net, blocks=[], layer_dims=[192, 10, 192], final_dim=7, k=4, side_px=64).eval()
+    assert [tuple(p.weight.shape) for p in student.layer_projections] == [(192, 192), (10, 192), (192, 192)]
+    images = torch.randn(2, 3, 64, 64)
+    output = student(images)
+    assert torch.allclose(output.feature, net(images), atol=1e-6)
+    maps = [m for m in net.trunk.forward_intermediates(images)[1] if m.shape[-1] >= 4]
+    assert maps[-1].shape[1] == 192
+    for projection, patches in zip(student.layer_projections, output.patches, strict=True):
+        for row in range(4):
+            for column in range(4):
+                part = maps[-1].shape[-1] // 4
+                area = maps[-1][:, :, row * part : (row + 1) * part, column * part : (column + 1) * part]
+                expected = projection(area.mean((2, 3)))
+                assert torch.allclose(patches[:, row * 4 + column], expected, atol=1e-5)
+
+
 def test_equal_widths_need_no_projection() -> None:
     student = vit_student()
     assert not [name for name, _ in student.named_parameters() if "projection" in name]
