@@ -142,7 +142,7 @@ class DicomImage:
     def fetch(self, cells: Sequence[IntPair]) -> list[Any]:
         """Raw data of each block: (bytes, whether they are fragments with item headers). Raises SlideReadError."""
         found = [self._frames.get(cell) for cell in cells]
-        data: dict[int, bytes] = {}
+        data: dict[int, bytes | memoryview] = {}
         for source in {id(item[0]): item[0] for item in found if item is not None}.values():
             mine = [i for i, item in enumerate(found) if item is not None and item[0] is source]
             spans = [item[1] for item in (found[i] for i in mine) if item is not None]

@@ -24,6 +24,7 @@ from wsi_pipe.geometry import IntPair
 __all__ = ["decode_tiles", "jpeg_decoder_name"]
 
 _ABI = 1
+_UINT8 = np.dtype(np.uint8)
 _VARIABLE = "WSI_PIPE_JPEG"
 
 
@@ -86,18 +87,27 @@ def decode_tiles(
         return [False] * count
     channels = outs[0].shape[2]
     shape = (-(-size_px[1] // reduce), -(-size_px[0] // reduce), channels)
-    places = np.empty((4, count), np.int64)
-    for i, out in enumerate(outs):
+    pixel = (channels, 1)
+    if channels not in (components, 3):
+        raise ValueError(f"arrays of {channels} channels for {components} components")
+    # Every array's address costs its dict; all else here is kept out of numpy, since it happens under Python's lock,
+    # which with many threads is what there is least of.
+    addresses: list[int] = []
+    strides: list[int] = []
+    for out in outs:
         # The library writes wherever it is told to, so this is the last place to look.
-        if out.shape != shape or out.dtype != np.uint8 or not out.flags.writeable:
+        address, read_only = out.__array_interface__["data"]
+        if out.shape != shape or out.dtype is not _UINT8 or read_only:
             raise ValueError(f"an array of {out.shape} {out.dtype} for a tile of {shape}")
-        if out.strides[1:] != (channels, 1) or channels not in (components, 3):
-            raise ValueError(f"an array with strides {out.strides} for {components} components")
-        places[2, i], places[3, i] = out.__array_interface__["data"][0], out.strides[0]
+        step = out.strides
+        if step[1:] != pixel:
+            raise ValueError(f"an array with strides {step} for {components} components")
+        addresses.append(address)
+        strides.append(step[0])
     # The arrays keep what the addresses point to. Nothing, as b"", has no address that would be asked for.
-    views = [np.frombuffer(data or b"\0", np.uint8) for data in datas]
-    for i, view in enumerate(views):
-        places[0, i], places[1, i] = view.__array_interface__["data"][0], view.size
+    views = [np.frombuffer(data or b"\0", _UINT8) for data in datas]
+    sources = [view.__array_interface__["data"][0] for view in views]
+    places = np.array([sources, [view.size for view in views], addresses, strides], np.int64)
     done = np.zeros(count, np.uint8)
     at = places.__array_interface__["data"][0]
     row = places.strides[0]

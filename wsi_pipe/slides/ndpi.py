@@ -159,7 +159,7 @@ class NdpiImage:
             return to_rgb(self._whole.decode(data, reduce))
         size = (self.block_px[0], len(data) * self._mcu[1])
         head = with_frame_size(self._head.kept, size)
-        parts = [jpeg_prefix(self._head.components, ycbcr=self._ycbcr), head]
+        parts: list[bytes | memoryview] = [jpeg_prefix(self._head.components, ycbcr=self._ycbcr), head]
         for i, piece in enumerate(data):
             if i:
                 parts.append(bytes((0xFF, 0xD0 + (i - 1) % 8)))
@@ -188,12 +188,12 @@ class NdpiImage:
         return 4 * self.block_px[0] * self._mcu[1] * 3 + (1 << 16)
 
 
-def _without_marker(piece: bytes) -> bytes:
+def _without_marker(piece: bytes | memoryview) -> bytes | memoryview:
     """The entropy-coded data of a piece, without the restart or end marker behind it."""
     if len(piece) >= 2 and piece[-2] == 0xFF and 0xD0 <= piece[-1] <= 0xD9:
         return piece[:-2]
     # Behind the last piece the stream's end marker may be followed by padding.
-    end = piece.rfind(b"\xff\xd9")
+    end = bytes(piece).rfind(b"\xff\xd9")
     return piece[:end] if end >= 0 else piece
 
 

@@ -51,14 +51,14 @@ class RemoteSource:
         if length == 0:
             return b""
         if length > BLOCK_BYTES:
-            return self.read_many([(offset, length)])[0]
+            return bytes(self.read_many([(offset, length)])[0])
         first, last = offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES
         starts = [block * BLOCK_BYTES for block in range(first, last + 1)]
         blocks = self.read_many([(start, min(BLOCK_BYTES, self.size - start)) for start in starts])
         skip = offset - starts[0]
         return b"".join(blocks)[skip : skip + length]
 
-    def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
+    def read_many(self, ranges: Sequence[Range]) -> list[bytes | memoryview]:
         """See Source.read_many."""
         for offset, length in ranges:
             self._check(offset, length)

@@ -36,8 +36,8 @@ class Source(Protocol):
     def read(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes from ``offset``. Raises SlideReadError when they cannot be had."""
 
-    def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
-        """The bytes of each range, in order. Raises SlideReadError when one cannot be had."""
+    def read_many(self, ranges: Sequence[Range]) -> list[bytes | memoryview]:
+        """The bytes of each range, in order; neighbours may be views of one piece of memory. Raises SlideReadError when one cannot be had."""
 
     def close(self) -> None:
         """Release the file; closing twice is fine."""
@@ -112,16 +112,19 @@ class FileSource:
         self.stats.add(bytes_fetched=length, requests=1)
         return data
 
-    def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
+    def read_many(self, ranges: Sequence[Range]) -> list[bytes | memoryview]:
         """See Source.read_many; what lies side by side in the file, as a row of tiles does, is read at once."""
-        found = [b""] * len(ranges)
+        found: list[bytes | memoryview] = [b""] * len(ranges)
         for run in _side_by_side(ranges):
             start, (end, length) = ranges[run[0]][0], ranges[run[-1]]
             data = self.read(start, end + length - start)
+            if len(run) == 1:
+                found[run[0]] = data
+                continue
+            view = memoryview(data)
             for i in run:
                 at = ranges[i][0] - start
-                # A whole run of one is not copied.
-                found[i] = data[at : at + ranges[i][1]]
+                found[i] = view[at : at + ranges[i][1]]
         return found
 
     def close(self) -> None:

@@ -111,6 +111,9 @@ class TiffImage:
         self.reduces: tuple[int, ...] = JPEG_REDUCES if self.compression in (JPEG, *JPEG2000_KINDS) else (1,)
         if self.photometric == PHOTOMETRIC_YCBCR and (self.planar or self.compression not in (JPEG, APERIO_YCBCR)):
             raise UnsupportedSlideError(f"{self._name}: YCbCr under {self.codec} compression is not read")
+        # Twice what the pixels take, and some more: nothing that was compressed at all needs that.
+        channels = 1 if self.planar else self.samples
+        self._limit_bytes = 2 * self.block_px[0] * self.block_px[1] * channels + (1 << 16)
         self._decoder = self._decoder_of(self.block_px)
         last_rows = self._stored_px[1] - (self._grid[1] - 1) * self.block_px[1]
         # Tiles are always whole; the last strip ends with the image.
@@ -155,23 +158,31 @@ class TiffImage:
 
     def fetch(self, cells: Sequence[IntPair]) -> list[Any]:
         """Raw bytes of blocks, a tuple of one item a plane; None for a missing block. Raises SlideReadError."""
+        if not cells:
+            return []
         offsets, counts = self.table()
         columns, rows = self._grid
-        stride = columns * rows
         planes = self.samples if self.planar else 1
-        ranges: list[tuple[int, int]] = []
-        present: list[bool] = []
-        for column, row in cells:
-            at = row * columns + column
-            spans = [(int(offsets[i]), int(counts[i])) for i in range(at, at + stride * planes, stride)]
-            # Writers leave background out with a byte count or an offset of 0.
-            found = all(offset and count for offset, count in spans)
-            present.append(found)
-            if not found:
-                continue
-            ranges += self._checked((column, row), spans)
-        data = iter(self._source.read_many(ranges))
-        return [tuple(next(data) for _ in range(planes)) if found else None for found in present]
+        # All at once: with many reading threads, time under Python's lock is what there is least of.
+        column, row = np.asarray(cells, np.int64).T
+        at = (row * columns + column)[:, None] + np.arange(planes) * (columns * rows)
+        offset, count = offsets[at], counts[at]
+        # Writers leave background out with a byte count or an offset of 0.
+        there = offset.all(1) & count.all(1)
+        if (beyond := there & (count > self._limit_bytes).any(1)).any():
+            first = int(beyond.argmax())
+            raise self._too_large(cells[first], int(count[first].max()))
+        present: list[bool] = there.tolist()
+        spans = list(zip(offset.ravel().tolist(), count.ravel().tolist(), strict=True))
+        if planes == 1 and all(present):
+            return [(data,) for data in self._source.read_many(spans)]
+        found = [i for i, is_there in enumerate(present) if is_there]
+        wanted = [span for i in found for span in spans[i * planes : (i + 1) * planes]]
+        data = self._source.read_many(wanted)
+        blocks: list[Any] = [None] * len(cells)
+        for n, i in enumerate(found):
+            blocks[i] = tuple(data[n * planes : (n + 1) * planes])
+        return blocks
 
     def probe(self) -> None:
         """See ProbedImage.probe; of a local file the places of all tiles are checked, remotely that costs too much."""
@@ -196,22 +207,20 @@ class TiffImage:
             if not all(offset and count for offset, count in spans):
                 continue
             cell = (i % self._grid[0], i // self._grid[0])
-            data = self._checked(cell, spans)
+            if (largest := max(count for _, count in spans)) > self._limit_bytes:
+                raise self._too_large(cell, largest)
             try:
-                self.decode(cell, self._source.read_many(data), 1)
+                self.decode(cell, self._source.read_many(spans), 1)
             except CodecError as error:
                 raise UnsupportedSlideError(f"{self._name}: tile column {cell[0]}, row {cell[1]}: {error}") from error
             return
 
-    def _checked(self, cell: IntPair, spans: list[IntPair]) -> list[IntPair]:
-        limit = 2 * self.block_px[0] * self.block_px[1] * (1 if self.planar else self.samples) + (1 << 16)
-        if any(count > limit for _, count in spans):
-            raise SlideReadError(
-                f"{self._name}: tile column {cell[0]}, row {cell[1]} declares {max(c for _, c in spans)} bytes, a tile "
-                f"of {self.block_px[0]} x {self.block_px[1]} px cannot take that many",
-                remedy="the file is damaged: copy it again",
-            )
-        return spans
+    def _too_large(self, cell: IntPair, count: int) -> SlideReadError:
+        return SlideReadError(
+            f"{self._name}: tile column {cell[0]}, row {cell[1]} declares {count} bytes, a tile of {self.block_px[0]} x "
+            f"{self.block_px[1]} px cannot take that many",
+            remedy="the file is damaged: copy it again",
+        )
 
     def decode(self, cell: IntPair, data: Any, reduce: int) -> RGBArray:
         """See NativeImage.decode."""
