@@ -80,7 +80,7 @@ def test_a_bag_that_hdf5_loops_on_is_found_put_aside_and_made_anew(
         # What is done is looked at by the same means as in verify, and made anew.
         assert cli("run", "-o", job, "--only", "s0") == 0
     finally:
-        execute._end_own_workers()
+        execute.end_own_workers()
     assert check_bag(job / "bags/s0.h5") == []
     capsys.readouterr()
     assert cli("verify", job) == 1
@@ -93,18 +93,19 @@ def test_a_bag_that_hdf5_loops_on_is_found_put_aside_and_made_anew(
 
 def test_bags_are_checked_in_one_process(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from wsi_pipe import execute
+    from wsi_pipe.execute import worker
 
     job = tmp_path / "job"
     assert cli("run", archive, "-o", job, "-r", "5x") == 0
     started = []
-    popen = execute.subprocess.Popen
+    popen = worker.subprocess.Popen
 
     def counting(*arguments: Any, **options: Any) -> Any:
         started.append(arguments)
         return popen(*arguments, **options)
 
-    execute._end_own_workers()
-    monkeypatch.setattr(execute.subprocess, "Popen", counting)
+    execute.end_own_workers()
+    monkeypatch.setattr(worker.subprocess, "Popen", counting)
     assert len(list(verify_job(job))) == 6
     monkeypatch.chdir(tmp_path)
     made = {bag: bag.stat().st_mtime_ns for bag in (job / "bags").glob("*.h5")}
