@@ -25,6 +25,7 @@ from wsi_pipe.job.run import Progress, process
 from wsi_pipe.job.task import slide_task, warm_up
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
+from wsi_pipe.slides.in_use import Keep, keep_copy
 
 __all__ = ["MIN_FREE_BYTES", "check_folder", "dispatch"]
 
@@ -59,8 +60,34 @@ def dispatch(
     """
     feed: Iterable[SlideEntry] = _while_space(entries, paths)
     stopped = threading.Event()
+    copies: dict[str, Keep] = {}
     if where.scheduler is None:
-        feed = _staged_ahead(feed, settings, stopped)
+        feed = _staged_ahead(feed, settings, stopped, copies)
+    try:
+        results = _dispatched(feed, settings, paths, where, until, keep_features, encoders, progress, stopped)
+        # Closed with this one: else its workers would live until somebody collects it.
+        with contextlib.closing(results):
+            for outcome in results:
+                if (copy := copies.pop(outcome.slide_id, None)) is not None:
+                    copy.release()
+                yield outcome
+    finally:
+        for copy in copies.values():
+            copy.release()
+
+
+def _dispatched(
+    feed: Iterable[SlideEntry],
+    settings: JobSettings,
+    paths: JobPaths,
+    where: Where,
+    until: Stage,
+    keep_features: bool,
+    encoders: Mapping[str, Encoder] | None,
+    progress: Progress | None,
+    stopped: threading.Event,
+) -> Generator[SlideOutcome, None, None]:
+    """``dispatch`` of slides that are staged already."""
     if where.here:
         here = process(
             feed,
@@ -124,11 +151,12 @@ def _while_space(entries: Iterable[SlideEntry], paths: JobPaths) -> Iterator[Sli
 
 
 def _staged_ahead(
-    entries: Iterable[SlideEntry], settings: JobSettings, stopped: threading.Event
+    entries: Iterable[SlideEntry], settings: JobSettings, stopped: threading.Event, copies: dict[str, Keep]
 ) -> Iterator[SlideEntry]:
     """The entries, those behind URLs copied to the cache (where their format needs that) before they are asked for.
 
-    ``stopped`` ends them, also while a copy is waited for.
+    ``stopped`` ends them, also while a copy is waited for. copies: gets, by slide, what keeps its copy where it is; the
+    caller releases it when the slide is done.
     """
     waiting: deque[tuple[SlideEntry, threading.Event | None]] = deque()
     orders: queue.SimpleQueue[tuple[SlideEntry, threading.Event] | None] = queue.SimpleQueue()
@@ -140,6 +168,7 @@ def _staged_ahead(
             if landed:
                 if not thread.is_alive():
                     thread.start()
+                copies[entry.slide_id] = keep_copy(entry.path)
                 orders.put((entry, landed))
             waiting.append((entry, landed))
             # Local slides cost nothing to have at hand; of remote ones a few are copied ahead.
