@@ -20,11 +20,15 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from wsi_pipe.bag import check_bag, read_bag
 from wsi_pipe.care import job_status, quarantine_of, repair_job, verify_job
 from wsi_pipe.cli import group, run_group
+from wsi_pipe.encoders.architectures import build, timm_recipe
+from wsi_pipe.encoders.lr_file import write_lr_encoder
 from wsi_pipe.errors import JobLockedError, ManifestError, OutputError
+from wsi_pipe.geometry import TileSpec
 from wsi_pipe.job import read_outcomes
 from wsi_pipe.job import run as job_run
 from wsi_pipe.job.lock import hold_job, holder_of
@@ -205,6 +209,70 @@ def test_verify_finds_bags_of_other_settings(archive: Path, tmp_path: Path) -> N
     problems = {finding.slide_id: " ".join(finding.problems) for finding in verify_job(job)}
     assert "made from other grids" in problems["s0"]
     assert "has grids at 5x, the job wants 5x, 20x" in problems["s1"]
+
+
+def test_verify_finds_slides_that_were_replaced(
+    archive: Path, tmp_path: Path, make_slide: MakeSlide, tissue_picture: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "job"
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "4") == 0
+    before, times = features(job), (archive / "s0.svs").stat()
+    make_slide(archive / "s0.svs", picture=tissue_picture(900, 800, seed=50))
+    # As a copy that keeps times: only what is in the file tells.
+    os.utime(archive / "s0.svs", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (archive / "s1.svs").write_bytes(b"cut short")
+    (archive / "s2.svs").unlink()
+    (archive / "s3.svs").touch()
+    found = {finding.slide_id: finding for finding in verify_job(job)}
+    assert {name: (finding.status, finding.stale) for name, finding in found.items()} == {
+        "s0": ("stale", True),
+        "s1": ("stale", True),
+        "s2": ("done", False),
+        "s3": ("done", False),
+    }
+    assert found["s0"].problems == (f"its slide {archive / 's0.svs'} was replaced or changed since: run again",)
+    assert "was changed and does not open" in found["s1"].problems[0]
+    assert cli("verify", job) == 1
+    capsys.readouterr()
+    assert cli("verify", job, "--repair") == 1
+    assert "0 files put aside, 2 stale ones left for the next run" in capsys.readouterr().out
+    assert cli("run", "-o", job, "--only", "s0") == 0
+    assert features(job)["s0 5x"] != before["s0 5x"]
+    assert {finding.slide_id for finding in verify_job(job) if finding.problems} == {"s1"}
+
+
+@pytest.mark.slow
+def test_verify_finds_an_encoder_that_was_made_anew_under_its_name(archive: Path, tmp_path: Path) -> None:
+    job, encoder = tmp_path / "job", tmp_path / "lr.safetensors"
+
+    def distil(seed: int) -> None:
+        recipe, _ = timm_recipe("test_vit")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = build(recipe, name="student")
+        write_lr_encoder(encoder, network, recipe=recipe, tile=TileSpec(2.0, 256), licence="MIT")
+
+    def of(slug: str) -> dict[str, bytes]:
+        levels = {path.stem: read_bag(path).levels[0] for path in sorted((job / "bags").glob("*.h5"))}
+        return {name: level.features[slug].values.tobytes() for name, level in levels.items()}
+
+    distil(0)
+    run = ("run", "-o", job, "-r", "5x", "-e", "texture", "-e", encoder, "--limit", "2", "--devices", "cpu")
+    assert cli(*run, archive) == 0
+    assert not [finding for finding in verify_job(job) if finding.problems]
+    texture, distilled = of("texture"), of("lr")
+    distil(1)
+    found = list(verify_job(job))
+    assert [(finding.status, finding.stale, finding.problems) for finding in found] == [
+        ("stale", True, (f"5x: {encoder} holds other weights than those of its features: run again",))
+    ] * 2
+    assert {repair.action for repair in repair_job(job)} == {"left"}
+    assert cli(*run, archive) == 0
+    assert not [finding for finding in verify_job(job) if finding.problems]
+    assert of("texture") == texture
+    assert of("lr") != distilled
+    encoder.unlink()
+    assert not [finding for finding in verify_job(job) if finding.problems]
 
 
 def test_asking_for_the_state_of_a_job_does_not_keep_a_run_out(tmp_path: Path) -> None:
