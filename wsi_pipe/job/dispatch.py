@@ -55,10 +55,11 @@ def dispatch(
     elsewhere each is a task of its own. With ``where.resources``, masks and grids are made on any worker and features
     on those that offer the resources. encoders: those loaded already, for work in this process. A process that dies
     or takes too long fails its slide alone; a worker that cannot encode or write is left out, and its slides go to
-    others. Raises OutputError when the job's folder is nearly full or no worker can write it, EncoderError when no
-    worker can encode, WorkerError when a scheduler goes away.
+    others. Raises OutputError when the job's folder is nearly full, once the slides under way are done, or when no
+    worker can write it, EncoderError when no worker can encode, WorkerError when a scheduler goes away.
     """
-    feed: Iterable[SlideEntry] = _while_space(entries, paths)
+    short: list[OutputError] = []
+    feed: Iterable[SlideEntry] = _while_space(entries, paths, short)
     stopped = threading.Event()
     copies: dict[str, Keep] = {}
     if where.scheduler is None:
@@ -71,6 +72,8 @@ def dispatch(
                 if (copy := copies.pop(outcome.slide_id, None)) is not None:
                     copy.release()
                 yield outcome
+        if short:
+            raise short[0]
     finally:
         for copy in copies.values():
             copy.release()
@@ -133,20 +136,27 @@ def check_folder(paths: JobPaths) -> None:
         raise output_error(paths.root, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
 
 
-def _while_space(entries: Iterable[SlideEntry], paths: JobPaths) -> Iterator[SlideEntry]:
-    """The entries, as long as the folder is there and the disk has room. Raises OutputError when not."""
+def _while_space(entries: Iterable[SlideEntry], paths: JobPaths, short: list[OutputError]) -> Iterator[SlideEntry]:
+    """The entries, as long as the folder is there and the disk has room. Raises OutputError when the folder is gone.
+
+    short: gets the error that says that room ran out. It is not raised here, since that would end the slides under way
+    as well, which can still be written.
+    """
     root = paths.root
     for entry in entries:
         check_folder(paths)
         try:
-            free = shutil.disk_usage(root).free
+            usage = shutil.disk_usage(root)
         except OSError as error:
             raise output_error(root, error) from error
-        if free < MIN_FREE_BYTES and shutil.disk_usage(root).total > 4 * MIN_FREE_BYTES:
-            raise OutputError(
-                f"{root}: only {free >> 20} MiB of space are left",
-                remedy="free some space or give another output folder, then run again: finished slides are kept",
+        if usage.free < MIN_FREE_BYTES and usage.total > 4 * MIN_FREE_BYTES:
+            short.append(
+                OutputError(
+                    f"{root}: only {usage.free >> 20} MiB of space are left",
+                    remedy="free some space or give another output folder, then run again: finished slides are kept",
+                )
             )
+            return
         yield entry
 
 
