@@ -32,6 +32,7 @@ from wsi_pipe.geometry import TileSpec
 from wsi_pipe.job import read_outcomes
 from wsi_pipe.job import run as job_run
 from wsi_pipe.job.lock import hold_job, holder_of
+from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.report.summary import summarise
 
 MakeSlide = Callable[..., Path]
@@ -241,27 +242,29 @@ def test_verify_finds_slides_that_were_replaced(
     assert {finding.slide_id for finding in verify_job(job) if finding.problems} == {"s1"}
 
 
+def distil(encoder: Path, seed: int) -> None:
+    """Write an LR encoder for 5x; no two seeds give the same."""
+    recipe, _ = timm_recipe("test_vit")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build(recipe, name="student")
+    write_lr_encoder(encoder, network, recipe=recipe, tile=TileSpec(2.0, 256), licence="MIT")
+
+
 @pytest.mark.slow
 def test_verify_finds_an_encoder_that_was_made_anew_under_its_name(archive: Path, tmp_path: Path) -> None:
     job, encoder = tmp_path / "job", tmp_path / "lr.safetensors"
-
-    def distil(seed: int) -> None:
-        recipe, _ = timm_recipe("test_vit")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = build(recipe, name="student")
-        write_lr_encoder(encoder, network, recipe=recipe, tile=TileSpec(2.0, 256), licence="MIT")
 
     def of(slug: str) -> dict[str, bytes]:
         levels = {path.stem: read_bag(path).levels[0] for path in sorted((job / "bags").glob("*.h5"))}
         return {name: level.features[slug].values.tobytes() for name, level in levels.items()}
 
-    distil(0)
+    distil(encoder, 0)
     run = ("run", "-o", job, "-r", "5x", "-e", "texture", "-e", encoder, "--limit", "2", "--devices", "cpu")
     assert cli(*run, archive) == 0
     assert not [finding for finding in verify_job(job) if finding.problems]
     texture, distilled = of("texture"), of("lr")
-    distil(1)
+    distil(encoder, 1)
     found = list(verify_job(job))
     assert [(finding.status, finding.stale, finding.problems) for finding in found] == [
         ("stale", True, (f"5x: {encoder} holds other weights than those of its features: run again",))
@@ -345,6 +348,49 @@ def test_a_run_that_finds_all_done_leaves_what_the_slides_cost(
     assert after["s1"].seconds["read"] != before.seconds["read"]
     assert after["s0"].cached == ("tile", "extract", "assemble")
     assert after["s0"].counts.keys() >= {"read_s.5x", "encode_s.5x"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["here", "workers"])
+def test_an_encoder_that_is_added_leaves_what_the_others_cost(
+    archive: Path, tmp_path: Path, options: list[str]
+) -> None:
+    job, encoder = tmp_path / "job", tmp_path / "lr.safetensors"
+    distil(encoder, 0)
+    more = ("--limit", "2", "--devices", "cpu", *options)
+    assert cli("run", archive, "-o", job, "-r", "5x", "-e", "texture", *more) == 0
+    first = read_outcomes(job)["s1"]
+    assert first.costs["5x/texture"] == {part: pytest.approx(first.seconds[part]) for part in ("read", "encode")}
+
+    def both(after: SlideOutcome) -> None:
+        """What a slide cost is what each of its features cost."""
+        assert after.costs.keys() == {"5x/texture", "5x/lr"}
+        for part in ("read", "encode"):
+            total = sum(cost[part] for cost in after.costs.values())
+            assert after.seconds[part] == pytest.approx(total)
+            assert 0 < after.counts[f"{part}_s.5x"] <= total * (1 + 1e-9)
+
+    assert cli("run", archive, "-o", job, "-e", "texture", "-e", encoder, *more) == 0
+    second = read_outcomes(job)["s1"]
+    both(second)
+    assert second.costs["5x/texture"] == first.costs["5x/texture"]
+    assert min(second.costs["5x/lr"].values()) > 0
+    # A run in between that makes no features takes nothing away.
+    (job / "tissue/s1.geojson").unlink()
+    assert cli("segment", "-o", job, *options) == 0
+    # Made anew, the one's times are replaced and the other's stay.
+    distil(encoder, 1)
+    assert cli("run", "-o", job, *options) == 0
+    third = read_outcomes(job)["s1"]
+    both(third)
+    assert third.costs["5x/texture"] == first.costs["5x/texture"]
+    assert third.costs["5x/lr"] != second.costs["5x/lr"]
+
+
+def test_times_of_outcomes_that_knew_no_costs_are_not_made_up() -> None:
+    before = SlideOutcome("s", "done", seconds={"read": 5.0, "encode": 7.0})
+    now = SlideOutcome("s", "done", seconds={"read": 1.0, "encode": 2.0}, costs={"5x/a": {}, "5x/b": {"read": 1.0}})
+    assert now.keeping(before) == now
 
 
 def test_pace_counts_only_slides_that_were_made(archive: Path, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class _Work:
     prepared: Prepared | None = None
     wanted: list[Wanted] = field(default_factory=list)
     missing: list[Wanted] = field(default_factory=list)
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def process(
@@ -212,6 +213,7 @@ class _Run:
             self._fail(work, result.error)
             return
         work.clock.seconds.update(result.seconds)
+        work.costs = result.costs
         work.prepared.counts.update(result.counts)
         if self.until == "assemble" and not self.keep_features:
             # Straight into the bag: a file in between would be written, read back and deleted.
@@ -262,6 +264,7 @@ class _Run:
                 tiles={grid.label: len(grid) for grid in prepared.grids} if prepared else {},
                 counts=prepared.counts if prepared else {},
                 cached=cached if cached is not None else prepared.cached if prepared else work.clock.cached,
+                costs={item.place: work.costs.get(item.place, {}) for item in work.wanted},
                 finished_utc=utc_now(),
             )
         )
