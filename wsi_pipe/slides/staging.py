@@ -117,7 +117,7 @@ def _fetch_once(url: str, files: Any, inner: str, path: Path, size: int | None, 
         with alone(folder / f".{path.name}{LOCK_SUFFIX}") as mine:
             staged = _found(path, size)
             if staged is None and mine:
-                _make_room(folder, limit_bytes - (size or 0))
+                _make_room(folder, limit_bytes, size or 0)
                 if size is not None and shutil.disk_usage(folder).free < size:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 staged = Staged(path, fetched=True, mark=_fetch(url, files, inner, path, size))
@@ -209,18 +209,16 @@ def _touch(path: Path) -> None:
             raise OutputError(f"{path}: {error.strerror}", remedy="check the cache folder") from error
 
 
-def _make_room(folder: Path, limit_bytes: int) -> None:
-    """Drop the copies unused for longest until the rest takes at most ``limit_bytes``, and what killed runs left.
+def _make_room(folder: Path, limit_bytes: int, coming_bytes: int = 0) -> None:
+    """Drop the copies unused for longest until the rest and ``coming_bytes`` take at most ``limit_bytes``, and what
+    killed runs left.
 
     What is in use stays. Raises OutputError where the file system gives no locks, so that nothing may be dropped.
     """
-    try:
-        entries = [(Path(e.path), e.stat()) for e in os.scandir(folder) if e.is_file(follow_symlinks=False)]
-    except OSError as error:
-        raise OutputError(f"{folder}: {error.strerror}", remedy="check the cache folder") from error
+    entries = _entries(folder)
     now, lockless = time.time(), False
     # Copies under way count as far as they have come.
-    total = sum(status.st_size for _, status in entries)
+    total = coming_bytes + sum(status.st_size for _, status in entries)
     # Leftovers of killed runs first, then by age.
     for path, status in sorted(entries, key=lambda item: (not _leftover(item[0]), item[1].st_mtime)):
         if _leftover(path):
@@ -244,12 +242,29 @@ def _make_room(folder: Path, limit_bytes: int) -> None:
             remedy="give a folder on a local disk with --cache, a larger --cache-size, or empty the folder while no "
             "run uses it",
         )
+    if coming_bytes:
+        # Told once it is here.
+        return
     _log.warning(
-        "%s: copies in use take %.2f GiB, %.2f GiB more than --cache-size allows for now",
+        "%s: copies in use, or of other users, take %.2f GiB, %.2f GiB more than --cache-size allows for now",
         folder,
         total / 2**30,
         (total - limit_bytes) / 2**30,
     )
+
+
+def _entries(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    """The files of the cache; other processes may add and delete some meanwhile."""
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_file(follow_symlinks=False):
+                        found.append((Path(entry.path), entry.stat()))
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror}", remedy="check the cache folder") from error
+    return found
 
 
 def _leftover(path: Path) -> bool:
