@@ -20,14 +20,19 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from wsi_pipe.bag import check_bag, read_bag
 from wsi_pipe.care import job_status, quarantine_of, repair_job, verify_job
 from wsi_pipe.cli import group, run_group
+from wsi_pipe.encoders.architectures import build, timm_recipe
+from wsi_pipe.encoders.lr_file import write_lr_encoder
 from wsi_pipe.errors import JobLockedError, ManifestError, OutputError
+from wsi_pipe.geometry import TileSpec
 from wsi_pipe.job import read_outcomes
 from wsi_pipe.job import run as job_run
 from wsi_pipe.job.lock import hold_job, holder_of
+from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.report.summary import summarise
 
 MakeSlide = Callable[..., Path]
@@ -80,7 +85,7 @@ def test_a_bag_that_hdf5_loops_on_is_found_put_aside_and_made_anew(
         # What is done is looked at by the same means as in verify, and made anew.
         assert cli("run", "-o", job, "--only", "s0") == 0
     finally:
-        execute._end_own_workers()
+        execute.end_own_workers()
     assert check_bag(job / "bags/s0.h5") == []
     capsys.readouterr()
     assert cli("verify", job) == 1
@@ -93,18 +98,19 @@ def test_a_bag_that_hdf5_loops_on_is_found_put_aside_and_made_anew(
 
 def test_bags_are_checked_in_one_process(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from wsi_pipe import execute
+    from wsi_pipe.execute import worker
 
     job = tmp_path / "job"
     assert cli("run", archive, "-o", job, "-r", "5x") == 0
     started = []
-    popen = execute.subprocess.Popen
+    popen = worker.subprocess.Popen
 
     def counting(*arguments: Any, **options: Any) -> Any:
         started.append(arguments)
         return popen(*arguments, **options)
 
-    execute._end_own_workers()
-    monkeypatch.setattr(execute.subprocess, "Popen", counting)
+    execute.end_own_workers()
+    monkeypatch.setattr(worker.subprocess, "Popen", counting)
     assert len(list(verify_job(job))) == 6
     monkeypatch.chdir(tmp_path)
     made = {bag: bag.stat().st_mtime_ns for bag in (job / "bags").glob("*.h5")}
@@ -206,6 +212,72 @@ def test_verify_finds_bags_of_other_settings(archive: Path, tmp_path: Path) -> N
     assert "has grids at 5x, the job wants 5x, 20x" in problems["s1"]
 
 
+def test_verify_finds_slides_that_were_replaced(
+    archive: Path, tmp_path: Path, make_slide: MakeSlide, tissue_picture: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "job"
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "4") == 0
+    before, times = features(job), (archive / "s0.svs").stat()
+    make_slide(archive / "s0.svs", picture=tissue_picture(900, 800, seed=50))
+    # As a copy that keeps times: only what is in the file tells.
+    os.utime(archive / "s0.svs", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (archive / "s1.svs").write_bytes(b"cut short")
+    (archive / "s2.svs").unlink()
+    (archive / "s3.svs").touch()
+    found = {finding.slide_id: finding for finding in verify_job(job)}
+    assert {name: (finding.status, finding.stale) for name, finding in found.items()} == {
+        "s0": ("stale", True),
+        "s1": ("stale", True),
+        "s2": ("done", False),
+        "s3": ("done", False),
+    }
+    assert found["s0"].problems == (f"its slide {archive / 's0.svs'} was replaced or changed since: run again",)
+    assert "was changed and does not open" in found["s1"].problems[0]
+    assert cli("verify", job) == 1
+    capsys.readouterr()
+    assert cli("verify", job, "--repair") == 1
+    assert "0 files put aside, 2 stale ones left for the next run" in capsys.readouterr().out
+    assert cli("run", "-o", job, "--only", "s0") == 0
+    assert features(job)["s0 5x"] != before["s0 5x"]
+    assert {finding.slide_id for finding in verify_job(job) if finding.problems} == {"s1"}
+
+
+def distil(encoder: Path, seed: int) -> None:
+    """Write an LR encoder for 5x; no two seeds give the same."""
+    recipe, _ = timm_recipe("test_vit")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build(recipe, name="student")
+    write_lr_encoder(encoder, network, recipe=recipe, tile=TileSpec(2.0, 256), licence="MIT")
+
+
+@pytest.mark.slow
+def test_verify_finds_an_encoder_that_was_made_anew_under_its_name(archive: Path, tmp_path: Path) -> None:
+    job, encoder = tmp_path / "job", tmp_path / "lr.safetensors"
+
+    def of(slug: str) -> dict[str, bytes]:
+        levels = {path.stem: read_bag(path).levels[0] for path in sorted((job / "bags").glob("*.h5"))}
+        return {name: level.features[slug].values.tobytes() for name, level in levels.items()}
+
+    distil(encoder, 0)
+    run = ("run", "-o", job, "-r", "5x", "-e", "texture", "-e", encoder, "--limit", "2", "--devices", "cpu")
+    assert cli(*run, archive) == 0
+    assert not [finding for finding in verify_job(job) if finding.problems]
+    texture, distilled = of("texture"), of("lr")
+    distil(encoder, 1)
+    found = list(verify_job(job))
+    assert [(finding.status, finding.stale, finding.problems) for finding in found] == [
+        ("stale", True, (f"5x: {encoder} holds other weights than those of its features: run again",))
+    ] * 2
+    assert {repair.action for repair in repair_job(job)} == {"left"}
+    assert cli(*run, archive) == 0
+    assert not [finding for finding in verify_job(job) if finding.problems]
+    assert of("texture") == texture
+    assert of("lr") != distilled
+    encoder.unlink()
+    assert not [finding for finding in verify_job(job) if finding.problems]
+
+
 def test_asking_for_the_state_of_a_job_does_not_keep_a_run_out(tmp_path: Path) -> None:
     with hold_job(tmp_path, {}):
         pass
@@ -276,6 +348,49 @@ def test_a_run_that_finds_all_done_leaves_what_the_slides_cost(
     assert after["s1"].seconds["read"] != before.seconds["read"]
     assert after["s0"].cached == ("tile", "extract", "assemble")
     assert after["s0"].counts.keys() >= {"read_s.5x", "encode_s.5x"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["here", "workers"])
+def test_an_encoder_that_is_added_leaves_what_the_others_cost(
+    archive: Path, tmp_path: Path, options: list[str]
+) -> None:
+    job, encoder = tmp_path / "job", tmp_path / "lr.safetensors"
+    distil(encoder, 0)
+    more = ("--limit", "2", "--devices", "cpu", *options)
+    assert cli("run", archive, "-o", job, "-r", "5x", "-e", "texture", *more) == 0
+    first = read_outcomes(job)["s1"]
+    assert first.costs["5x/texture"] == {part: pytest.approx(first.seconds[part]) for part in ("read", "encode")}
+
+    def both(after: SlideOutcome) -> None:
+        """What a slide cost is what each of its features cost."""
+        assert after.costs.keys() == {"5x/texture", "5x/lr"}
+        for part in ("read", "encode"):
+            total = sum(cost[part] for cost in after.costs.values())
+            assert after.seconds[part] == pytest.approx(total)
+            assert 0 < after.counts[f"{part}_s.5x"] <= total * (1 + 1e-9)
+
+    assert cli("run", archive, "-o", job, "-e", "texture", "-e", encoder, *more) == 0
+    second = read_outcomes(job)["s1"]
+    both(second)
+    assert second.costs["5x/texture"] == first.costs["5x/texture"]
+    assert min(second.costs["5x/lr"].values()) > 0
+    # A run in between that makes no features takes nothing away.
+    (job / "tissue/s1.geojson").unlink()
+    assert cli("segment", "-o", job, *options) == 0
+    # Made anew, the one's times are replaced and the other's stay.
+    distil(encoder, 1)
+    assert cli("run", "-o", job, *options) == 0
+    third = read_outcomes(job)["s1"]
+    both(third)
+    assert third.costs["5x/texture"] == first.costs["5x/texture"]
+    assert third.costs["5x/lr"] != second.costs["5x/lr"]
+
+
+def test_times_of_outcomes_that_knew_no_costs_are_not_made_up() -> None:
+    before = SlideOutcome("s", "done", seconds={"read": 5.0, "encode": 7.0})
+    now = SlideOutcome("s", "done", seconds={"read": 1.0, "encode": 2.0}, costs={"5x/a": {}, "5x/b": {"read": 1.0}})
+    assert now.keeping(before) == now
 
 
 def test_pace_counts_only_slides_that_were_made(archive: Path, tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ class FakeFuture:
 
 def test_a_connection_that_breaks_is_not_an_items_fault() -> None:
     """A scheduler killed while a result was on its way once failed that slide."""
-    from wsi_pipe.execute import _outcome
+    from wsi_pipe.execute.scheduler import _outcome
 
     where = Where(scheduler="tcp://x:1")
     with pytest.raises(WorkerError, match="tcp://x:1 went away"):
@@ -254,15 +254,16 @@ def test_threads_of_one_process_have_killable_children_of_their_own() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     from wsi_pipe import execute
+    from wsi_pipe.execute import own
 
     items = [f"(__import__('time').sleep(0.05), {n})[1]" for n in range(12)]
     try:
         with ThreadPoolExecutor(3) as pool:
             assert list(pool.map(partial(execute.run_killable, EVAL, 60.0), items)) == list(range(12))
-        assert 1 <= len(execute._own_workers) <= 3
+        assert 1 <= len(own._own_workers) <= 3
     finally:
-        while execute._own_workers:
-            execute._own_workers.pop().kill()
+        while own._own_workers:
+            own._own_workers.pop().kill()
 
 
 def test_code_that_never_comes_back_is_ended_by_what_it_computed() -> None:
@@ -281,7 +282,7 @@ def test_code_that_never_comes_back_is_ended_by_what_it_computed() -> None:
         assert len(others) == 1
         assert others != {pid}
     finally:
-        execute._end_own_workers()
+        execute.end_own_workers()
 
 
 def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from wsi_pipe.config import JobSettings
 from wsi_pipe.errors import OutputError
 from wsi_pipe.execute import Where
 from wsi_pipe.job import append_outcome, open_job, read_outcomes
+from wsi_pipe.job import dispatch as dispatching
 from wsi_pipe.job.dispatch import dispatch
 from wsi_pipe.manifest import collect_slides
 from wsi_pipe.outcome import SlideOutcome
@@ -130,6 +131,45 @@ def test_a_job_folder_removed_meanwhile_ends_the_run_and_is_not_made_anew(
     shutil.rmtree(tmp_path / "job", ignore_errors=True)
     shutil.move(tmp_path / "elsewhere", tmp_path / "job")
     assert len(list(dispatch(entries, settings, paths, where, until="segment"))) == 6
+
+
+@pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["here", "workers"])
+def test_space_that_runs_out_during_a_run_ends_it_whole_and_it_resumes(
+    options: list[str],
+    tmp_path: Path,
+    make_slide: MakeSlide,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for seed in range(8):
+        make_slide(tmp_path / "in" / f"s{seed}.svs", seed=seed)
+    job, usage = tmp_path / "job", type(shutil.disk_usage(tmp_path))
+    opened: list[str] = []
+
+    def nearly_full(path: Path) -> Any:
+        # Looked at before each slide: from the fourth on there is no room.
+        opened.append(str(path))
+        return usage(10**12, 10**12, 10**12 if len(opened) <= 3 else 50 << 20)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatching.shutil, "disk_usage", nearly_full)
+        assert cli("run", tmp_path / "in", "-o", job, "-r", "5x", *options) == 1
+    assert opened == [str(job)] * 4, "a run that is short of space looks at no further slide"
+    told = capsys.readouterr().err
+    assert f"{job}: only 50 MiB of space are left; free some space" in told
+    assert "Traceback" not in told
+    # Those that had been taken are done; nothing else was begun, and nothing is half-written.
+    done = read_outcomes(job)
+    assert sorted((name, outcome.status) for name, outcome in done.items()) == [(f"s{n}", "done") for n in range(3)]
+    bags = {bag: bag.read_bytes() for bag in sorted((job / "bags").glob("*.h5"))}
+    assert [bag.stem for bag in bags] == ["s0", "s1", "s2"]
+    assert not [problem for bag in bags for problem in check_bag(bag)]
+    assert not list(job.rglob("*.partial"))
+    assert {path.stem for path in (job / "tissue").iterdir()} == {"s0", "s1", "s2"}
+
+    assert cli("run", "-o", job, *options) == 0
+    assert [outcome.status for outcome in read_outcomes(job).values()] == ["done"] * 8
+    assert {bag: bag.read_bytes() for bag in bags} == bags
 
 
 def test_a_line_cut_short_takes_no_other_with_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -25,15 +26,19 @@ from wsi_pipe.plan import (
     NEEDS_STAGING,
     Calibration,
     MetadataCache,
+    PlanTotals,
     SlideFacts,
+    SlidePlan,
     calibrate,
     exact_tiles,
     slide_facts,
+    space,
+    space_for,
     spread_sample,
     survey,
     total,
 )
-from wsi_pipe.plan.calibrate import _apart
+from wsi_pipe.plan.calibrate import BYTES_PER_TILE, _apart
 
 MakeSlide = Callable[..., Path]
 SETTINGS = JobSettings()
@@ -252,3 +257,41 @@ def test_command(tmp_path: Path, make_slide: MakeSlide, capsys: pytest.CaptureFi
     assert len(each.read_text().splitlines()) == 3
     assert run_group(group, "wsi-pipe", ["plan", str(tmp_path / "in"), "--calibrate", "0"]) == 1
     assert "1 will fail" in capsys.readouterr().out
+
+
+def test_a_disk_without_room_is_warned_of_with_figures(
+    tmp_path: Path, make_slide: MakeSlide, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Path] = []
+    usage = type(shutil.disk_usage(tmp_path))
+
+    def full(path: Path) -> Any:
+        asked.append(path)
+        return usage(10**12, 10**12, 1_000_000_000)
+
+    monkeypatch.setattr(space.shutil, "disk_usage", full)
+    rates = Calibration(bytes_per_tile={"20x": 1000 - BYTES_PER_TILE}, slides=1)
+    planned = PlanTotals(slides=2001, tiles={"20x": 4_000_000}, failing=[SlidePlan("bad", "bad", problem="no")])
+    job = tmp_path / "none/job"
+    found = space_for(job, planned, rates)
+    # 4 million tiles of 1 kB, in bags and grids, and 2,000 slides of half a MB.
+    assert (found.needed_gb, found.held_gb, found.free_gb) == (pytest.approx(5.0), 0.0, 1.0)
+    assert found.lacking_gb == pytest.approx(4.0)
+    assert asked == [tmp_path]
+    (job / "bags").mkdir(parents=True)
+    (job / "bags/a.h5").write_bytes(bytes(1_000_000))
+    assert space_for(job, planned, rates).lacking_gb == pytest.approx(3.999)
+    assert space_for(job, PlanTotals(slides=1999), rates).lacking_gb == 0.0
+
+    make_slide(tmp_path / "in/a.svs")
+    arguments = ["plan", str(tmp_path / "in"), "-o", str(job)]
+    assert run_group(group, "wsi-pipe", arguments) == 0
+    printed = capsys.readouterr()
+    assert "1.0 GB free" in printed.out
+    assert "warning" not in printed.err
+    monkeypatch.setattr(space, "SLIDE_BYTES", 10_000_000_000)
+    assert run_group(group, "wsi-pipe", [*arguments, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["space"]["lacking_gb"] == pytest.approx(9.0, abs=0.01)
+    assert f"about 10.0 GB and the disk of {job} has 1.0 GB free: 9.0 GB are lacking" in printed.err
+    assert "--out" in printed.err

@@ -34,18 +34,21 @@ def output_error(path: Path, error: OSError) -> OutputError:
 
 
 @contextmanager
-def atomic_path(path: Path, check: Callable[[Path], object] | None = None) -> Iterator[Path]:
+def atomic_path(path: Path, check: Callable[[Path], object] | None = None, *, durable: bool = True) -> Iterator[Path]:
     """Give a temporary name beside ``path``; on leaving, flush it, check it, and rename it into place.
 
-    ``check`` re-opens the finished temporary file and raises if it is not valid. On any error the temporary file is
-    removed and ``path`` is as it was. Raises OutputError when the folder cannot be written or the disk is full.
+    durable: wait until the disk has the file, so that it is whole also after a power failure; off for what is only
+    looked at, since it takes milliseconds a file. ``check`` re-opens the finished temporary file and raises if it is
+    not valid. On any error the temporary file is removed and ``path`` is as it was. Raises OutputError when the folder
+    cannot be written or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
+        if durable:
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
         if check is not None:
             check(temporary)
         os.replace(temporary, path)

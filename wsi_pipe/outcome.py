@@ -25,7 +25,9 @@ class SlideOutcome:
     """The end of one slide in one run.
 
     reason: why it is empty or failed; remedy: what the user can do. stage: where it failed. seconds: wall seconds by
-    stage. tiles: kept tiles by level label. cached: stages that were valid already and not run again.
+    stage. tiles: kept tiles by level label. cached: stages that were valid already and not run again. costs: the
+    seconds of "read" and "encode" by the features that they went into, level and encoder ("20x/uni"); nothing for
+    features that were valid already.
     """
 
     slide_id: str
@@ -39,6 +41,7 @@ class SlideOutcome:
     tiles: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)
     cached: tuple[str, ...] = ()
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     finished_utc: str = ""
 
     @property
@@ -48,10 +51,22 @@ class SlideOutcome:
         return self.status != "failed" and went_through <= set(self.cached)
 
     def keeping(self, before: SlideOutcome) -> SlideOutcome:
-        """This outcome with the times and counts of ``before``, the slide's last, for the stages that are still its."""
+        """This outcome with the times and counts of ``before``, the slide's last, for what is still its.
+
+        That is all of a stage that was valid already; and where only some features were made, as when an encoder is
+        added, the times of the others are added to theirs.
+        """
         times = [time for stage in self.cached for time in TIMES.get(stage, ()) if time in before.seconds]
-        counts = {**before.counts, **self.counts} if "extract" in self.cached else self.counts
-        return replace(self, seconds={**self.seconds, **{time: before.seconds[time] for time in times}}, counts=counts)
+        seconds = {**self.seconds, **{time: before.seconds[time] for time in times}}
+        counts = {**before.counts, **self.counts} if "extract" in self.cached else dict(self.counts)
+        # A run that did not come to features leaves what is known of them for one that does.
+        costs = {key: own or before.costs.get(key, {}) for key, own in self.costs.items()} or before.costs
+        if "extract" not in self.cached:
+            for key in (key for key, own in self.costs.items() if not own):
+                for part, spent in costs[key].items():
+                    for sums, name in ((seconds, part), (counts, f"{part}_s.{key.partition('/')[0]}")):
+                        sums[name] = sums.get(name, 0.0) + spent
+        return replace(self, seconds=seconds, counts=counts, costs=costs)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values, one line of ``outcomes.jsonl``."""

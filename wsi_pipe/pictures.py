@@ -199,7 +199,8 @@ def write_image(path: Path | str, rgb: Picture, *, quality: int = 90) -> None:
     options = kinds.get(path.suffix.lower())
     if options is None:
         raise OutputError(f"cannot write {path}: pictures are PNG or JPEG", remedy="end its name in .png or .jpg")
-    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+    # Three a slide, and no result depends on one: none is worth waiting for the disk.
+    with atomic_path(path, durable=False) as temporary, open(temporary, "wb") as handle:
         Image.fromarray(np.ascontiguousarray(rgb)).save(handle, **options)
 
 

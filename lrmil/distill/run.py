@@ -34,6 +34,7 @@ from lrmil.distill.targets import (
 from lrmil.distill.train import DistillHistory, distill
 from lrmil.errors import BagMismatchError, LeakageError, SettingsError
 from lrmil.splits import SplitTable, seen_cases
+from lrmil.store import check_readable
 from wsi_pipe.bag import BagAttrs, read_attrs, read_grids
 from wsi_pipe.config import fingerprint, to_mapping
 from wsi_pipe.encoders import load_encoder
@@ -176,9 +177,18 @@ def _half(settings: DistillSettings, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def _attrs(path: Path) -> BagAttrs:
+    """The root attributes of a bag, which nothing of this run opened before.
+
+    Raises StoreError where HDF5 loops or crashes on it, BagError when it is no bag.
+    """
+    check_readable(path)
+    return read_attrs(path)
+
+
 def _identities(request: DistillRequest) -> tuple[list[str], list[str]]:
     """Slide and case ids of all bags."""
-    attrs = [read_attrs(path) for path in sorted(request.bags.glob("*.h5"))]
+    attrs = [_attrs(path) for path in sorted(request.bags.glob("*.h5"))]
     return [a.slide_id for a in attrs], [request.cases.get(a.slide_id, a.case_id) for a in attrs]
 
 
@@ -187,7 +197,7 @@ def _training_bags(request: DistillRequest) -> dict[Path, BagAttrs]:
     paths = sorted(request.bags.glob("*.h5"))
     if not paths:
         raise BagMismatchError(f"{request.bags}: holds no bags", remedy="give JOB/bags of wsi-pipe run")
-    attrs = [read_attrs(path) for path in paths]
+    attrs = [_attrs(path) for path in paths]
     attrs = [dataclasses.replace(a, case_id=request.cases.get(a.slide_id, a.case_id)) for a in attrs]
     indices = request.splits.indices(request.fold, [a.slide_id for a in attrs], [a.case_id for a in attrs])
     return {paths[i]: attrs[i] for i in indices.train if attrs[i].status == "done"}

@@ -69,6 +69,7 @@ def _overview(info: BagInfo) -> tuple[NDArray[np.uint8] | None, tuple[float, flo
 
     from wsi_pipe.bag import read_attrs
     from wsi_pipe.job import JobPaths
+    from wsi_pipe.job.guard import read_guarded
 
     path = Path(info.path)
     picture = JobPaths(path.parent.parent).overview_picture(info.slide_id)
@@ -77,7 +78,7 @@ def _overview(info: BagInfo) -> tuple[NDArray[np.uint8] | None, tuple[float, flo
     pixels = cv2.imread(str(picture), cv2.IMREAD_COLOR_RGB)
     if pixels is None:
         return None, None
-    attrs = read_attrs(path)
+    attrs = read_guarded(read_attrs, path)
     return np.asarray(pixels, np.uint8), (float(attrs.width_l0), float(attrs.height_l0))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from lrmil.errors import StoreError
 from lrmil.predictor.predict import Predictor, SlidePrediction
+from wsi_pipe.errors import BagError
 from wsi_pipe.files import write_text_atomically
 
 __all__ = ["attention_geojson", "predictions_table", "write_attention", "write_predictions"]
@@ -79,9 +80,12 @@ def _number(value: float) -> float | None:
 def write_attention(prediction: SlidePrediction, model: str) -> bool:
     """Put a slide's attention into its bag as ``/levels/<level>/attention/<model>``; False where there is none to put.
 
-    Raises StoreError for a bag of another tool, BagError or OutputError when it cannot be written.
+    The bag is checked first, all of it: a damaged one is not written anew, and may hang who opens it. Raises StoreError
+    for a bag of another tool, BagError for a damaged one, OutputError when it cannot be written.
     """
+    from wsi_pipe.bag import check_bag
     from wsi_pipe.bag import write_attention as write_into_bag
+    from wsi_pipe.job.guard import problems_guarded
 
     info = prediction.bag
     if prediction.attention is None or info is None:
@@ -90,6 +94,11 @@ def write_attention(prediction: SlidePrediction, model: str) -> bool:
         raise StoreError(
             f"{info.path} is a bag of {info.format}, which has no place for attention",
             remedy="write GeoJSON instead: --geojson",
+        )
+    problems = problems_guarded(check_bag, Path(info.path))
+    if problems:
+        raise BagError(
+            f"{info.path}: attention is not written into it: {'; '.join(problems[:3])}", remedy="make the bag again"
         )
     write_into_bag(Path(info.path), info.level, model, prediction.attention)
     return True

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from lrmil.store.flat import BagRecord, FeatureStore, StoreMeta
-from lrmil.store.formats import BagInfo, find_bags, inspect_bag
-from lrmil.store.resident import Gathered, ResidentStore
+from lrmil.store.formats import BagInfo, find_bags
+from lrmil.store.guarded import check_readable, inspect_bag
+
+if TYPE_CHECKING:
+    from lrmil.store.resident import Gathered, ResidentStore
 
 __all__ = [
     "BagInfo",
@@ -13,6 +18,16 @@ __all__ = [
     "Gathered",
     "ResidentStore",
     "StoreMeta",
+    "check_readable",
     "find_bags",
     "inspect_bag",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # These need torch, whose import takes seconds; the process that looks into bags does without.
+    if name in ("Gathered", "ResidentStore"):
+        from lrmil.store import resident
+
+        return getattr(resident, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

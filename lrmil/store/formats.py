@@ -5,6 +5,7 @@ What a file states about itself is believed before what the user says; where bot
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from wsi_pipe.encoders.base import encoder_slug
 from wsi_pipe.errors import WsiPipeError
 from wsi_pipe.geometry import level_label
 
-__all__ = ["BagFormat", "BagInfo", "find_bags", "inspect_bag", "read_features", "read_places"]
+__all__ = ["BagFormat", "BagInfo", "find_bags", "inspect_here", "read_features", "read_places"]
 
 BagFormat = Literal["wsi-pipe", "trident", "clam", "stamp", "memory"]
 
@@ -105,29 +106,41 @@ def _file_fingerprint(path: Path, key: str) -> str:
     return f"{key}:{status.st_size}:{status.st_mtime_ns}"
 
 
-def inspect_bag(
-    path: str | Path, level: str | None = None, encoder: str | None = None, *, weights_sha256: str = ""
-) -> BagInfo:
-    """Facts about the features of ``level`` and ``encoder`` in a bag, without reading the features.
+def inspect_here(path: Path, level: str | None, encoder: str | None, *, weights_sha256: str) -> BagInfo:
+    """``lrmil.store.inspect_bag`` in this process, which a damaged file may hang.
 
-    level: a label such as "5x"; None takes the only or primary one. encoder: its name; None takes the only or primary
-    one. weights_sha256: features with these weights are taken, whatever their name, where the bag has them.
-
-    Raises StoreError when the file is no bag; BagMismatchError when it lacks them, or states another resolution or
-    encoder than asked for.
+    It also opens all that ``read_features`` and ``read_places`` will open, and counts the arrays' chunks: HDF5 may
+    loop in a file's structure, but not in the arrays, which are nearly all of it and are not read.
     """
-    path = Path(path)
     with _open(path) as file:
-        if "levels" in file:
-            return _inspect_own(path, file, level, encoder, weights_sha256)
-        if "feats" in file:
-            return _inspect_stamp(path, file, level, encoder)
-        if "features" in file:
-            return _inspect_root(path, file, level, encoder)
+        info = _inspect(path, file, level, encoder, weights_sha256)
+        # What raises in it raises again where it is read, and is told there.
+        with contextlib.suppress(Exception):
+            _touch(file, info)
+        return info
+
+
+def _inspect(path: Path, file: h5py.File, level: str | None, encoder: str | None, weights_sha256: str) -> BagInfo:
+    if "levels" in file:
+        return _inspect_own(path, file, level, encoder, weights_sha256)
+    if "feats" in file:
+        return _inspect_stamp(path, file, level, encoder)
+    if "features" in file:
+        return _inspect_root(path, file, level, encoder)
     raise StoreError(
         f"{path} is no feature bag: it has neither /levels nor /features nor /feats",
         remedy="give bags of wsi-pipe, TRIDENT, CLAM or STAMP (features, not coordinates alone)",
     )
+
+
+def _touch(file: h5py.File, info: BagInfo) -> None:
+    arrays = [_features_of(file, info)]
+    _ = arrays[0].attrs.get("sha256")
+    for group in file["levels"].values() if info.format == "wsi-pipe" else [file]:
+        arrays += [group[name] for name in ("cells", "coords", "parent") if name in group]
+    for array in arrays:
+        if array.chunks is not None:
+            array.id.get_num_chunks()
 
 
 def _choose(path: Path, kind: str, wanted: str | None, names: list[str], primary: str) -> str:

@@ -16,7 +16,8 @@ import numpy as np
 from lrmil.errors import BagMismatchError, StoreError
 from lrmil.store.dtypes import STORE_DTYPES, StoreDtype, encode
 from lrmil.store.flat import STORE_VERSION, BagRecord, FeatureStore, StoreMeta, duplicates
-from lrmil.store.formats import BagInfo, find_bags, inspect_bag, read_features, read_places
+from lrmil.store.formats import BagInfo, find_bags, read_features, read_places
+from lrmil.store.guarded import inspect_bags
 from wsi_pipe.files import TEMPORARY_SUFFIX, output_error
 
 __all__ = ["pack_bags"]
@@ -37,7 +38,7 @@ def pack_bags(
     """See ``FeatureStore.pack``."""
     if dtype not in STORE_DTYPES:
         raise StoreError(f"dtype {dtype!r} is not known", remedy=f"use {', '.join(STORE_DTYPES)}")
-    infos = [inspect_bag(path, level, encoder, weights_sha256=weights_sha256) for path in find_bags(bag_paths)]
+    infos = inspect_bags(find_bags(bag_paths), level, encoder, weights_sha256=weights_sha256)
     if not infos:
         raise StoreError("no bags are given", remedy="give bag files or the folder that holds them")
     meta, dim = _common(infos, parent_level)

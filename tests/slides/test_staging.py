@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,8 +22,15 @@ import fsspec
 import numpy as np
 import pytest
 
+from wsi_pipe.config import CacheSettings, ExtractSettings, JobSettings, TileSettings
 from wsi_pipe.errors import OutputError, SlideOpenError, UnsupportedSlideError
-from wsi_pipe.slides import open_slide, remote, staging
+from wsi_pipe.execute import Where
+from wsi_pipe.job import open_job
+from wsi_pipe.job.dispatch import dispatch
+from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.slides import in_use, open_slide, remote, staging
+from wsi_pipe.slides.base import Slide
+from wsi_pipe.slides.in_use import keep_copy
 from wsi_pipe.slides.staging import CACHE_VARIABLE, default_cache_dir, stage
 from wsi_pipe.slides.write import write_pyramid
 
@@ -28,7 +40,10 @@ PICTURE = np.asarray(
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``files``. ranges: understands byte ranges. failures: how many of the next downloads break off."""
+    """Serves ``files``. ranges: understands byte ranges. failures: how many of the next downloads break off.
+
+    pause_s: before a download goes on. whole: what was asked for without a range.
+    """
 
     daemon_threads = True
 
@@ -38,7 +53,9 @@ class Server(ThreadingHTTPServer):
         self.etag = "one"
         self.ranges = True
         self.failures = 0
+        self.pause_s = 0.0
         self.sent = 0
+        self.whole: list[str] = []
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/{name}"
@@ -75,6 +92,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not body:
             return
+        if code == 200:
+            self.server.whole.append(self.path.lstrip("/"))
+            time.sleep(self.server.pause_s)
         if code == 200 and self.server.failures:
             self.server.failures -= 1
             self.close_connection = True
@@ -233,13 +253,205 @@ def test_the_cache_drops_what_was_unused_longest(server: Server, cache: Path) ->
         stage(server.url("a.png"), cache, limit_bytes=len(data) - 1)
 
 
+Fetch = Callable[[str, str], None]
+
+
+def change_fetching(monkeypatch: pytest.MonkeyPatch, change: Callable[[Fetch, str, str], None]) -> None:
+    """Have ``change`` copy files, with the real way to do so at hand."""
+    real = remote.open_url
+
+    class Files:
+        def __init__(self, files: Any) -> None:
+            self.files = files
+
+        def get_file(self, inner: str, local: str) -> None:
+            change(self.files.get_file, inner, local)
+
+    def open_url(url: str) -> tuple[Any, str, dict[str, Any]]:
+        files, inner, facts = real(url)
+        return Files(files), inner, facts
+
+    monkeypatch.setattr(remote, "open_url", open_url)
+
+
+MARKING = """
+import sys, time
+from pathlib import Path
+from wsi_pipe.slides.in_use import mark
+held = mark(Path(sys.argv[1]))
+assert held is not None
+print("marked", flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def used_elsewhere(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has ``path`` in use until it is killed."""
+    command = [sys.executable, "-c", MARKING, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "marked\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_copy_in_use_by_another_process_stays_until_that_is_killed(
+    server: Server, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = png()
+    for name in "abc":
+        server.files[f"{name}.png"] = data
+    limit = len(data)
+    first = stage(server.url("a.png"), cache, limit_bytes=limit)
+    with used_elsewhere(first.path) as other:
+        first.mark.release()
+        second = stage(server.url("b.png"), cache, limit_bytes=limit)
+        assert first.path.exists()
+        assert "copies in use, or of other users, take" in caplog.text
+        second.mark.release()
+        other.kill()
+        other.wait()
+        third = stage(server.url("c.png"), cache, limit_bytes=limit)
+    assert copies(cache) == [third.path]
+
+
+def test_a_copy_stays_while_its_slide_is_open_and_between_openings(server: Server, cache: Path) -> None:
+    data = png()
+    for name in "abc":
+        server.files[f"{name}.png"] = data
+
+    def opened(name: str) -> Slide:
+        return open_slide(server.url(f"{name}.png"), cache_dir=cache, cache_bytes=len(data))
+
+    keep = keep_copy(server.url("a.png"))
+    slide = opened("a")
+    slide.close()
+    (first,) = copies(cache)
+    with closing(opened("b")):
+        # Closed, but kept; and the one that is open.
+        assert len(copies(cache)) == 2
+        keep.release()
+        keep.release()
+        with closing(opened("c")):
+            assert first not in copies(cache)
+            assert len(copies(cache)) == 2
+    with closing(opened("a")):
+        assert len(copies(cache)) == 1
+
+
+def test_a_copy_is_marked_from_its_first_byte(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A partial copy that seems to be old, as where its network stands still, is not taken for a leftover."""
+    server.files["a.png"] = png()
+    server.files["b.png"] = png()
+    seen: list[str] = []
+
+    def slow(fetch: Fetch, inner: str, local: str) -> None:
+        if inner.endswith("a.png"):
+            os.utime(local, (time.time() - 2 * staging.YOUNG_S,) * 2)
+            stage(server.url("b.png"), cache)
+            seen.extend(path.name for path in copies(cache) if path.name.endswith(".partial"))
+        fetch(inner, local)
+
+    change_fetching(monkeypatch, slow)
+    assert stage(server.url("a.png"), cache).path.read_bytes() == png()
+    assert len(seen) == 1
+
+
+def test_two_that_want_one_slide_fetch_it_once(server: Server, cache: Path) -> None:
+    server.files["a.png"] = png()
+    server.pause_s = 0.5
+    with ThreadPoolExecutor(4) as pool:
+        staged = list(pool.map(lambda _: stage(server.url("a.png"), cache), range(4)))
+    assert sorted(one.fetched for one in staged) == [False, False, False, True]
+    assert server.whole == ["a.png"]
+    assert copies(cache) == [staged[0].path]
+
+
+def test_a_lock_file_of_a_killed_process_holds_nobody_up(server: Server, cache: Path) -> None:
+    server.files["a.png"] = png()
+    path = stage(server.url("a.png"), cache).path
+    path.unlink()
+    (path.parent / f".{path.name}.lock").touch()
+    left = path.parent / ".other.lock"
+    left.touch()
+    os.utime(left, (time.time() - 2 * staging.YOUNG_S,) * 2)
+    assert stage(server.url("a.png"), cache).fetched
+    assert copies(cache) == [path]
+
+
+@pytest.mark.parametrize("when", ["before", "while it is copied"])
+def test_a_full_disk_of_the_cache_is_told_as_such(
+    when: str, server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files["a.png"] = png()
+    if when == "before":
+        usage = type(shutil.disk_usage(cache.parent))
+        monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage(10**12, 10**12, 1000))
+    else:
+
+        def full(fetch: Fetch, inner: str, local: str) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        change_fetching(monkeypatch, full)
+    with pytest.raises(OutputError, match="the disk of the cache is full") as caught:
+        stage(server.url("a.png"), cache)
+    text = str(caught.value)
+    assert text.startswith(str(cache / "slides"))
+    for part in (server.url("a.png"), "free space", "--cache-size", "another folder with --cache", "GiB left"):
+        assert part in text
+    assert "output folder" not in text
+    assert copies(cache) == []
+
+
+def test_without_locks_nothing_is_dropped_and_a_full_cache_is_said(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lockless(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(in_use.fcntl, "flock", lockless)
+    data = png()
+    server.files["a.png"] = server.files["b.png"] = data
+    first = stage(server.url("a.png"), cache, limit_bytes=len(data)).path
+    with pytest.raises(OutputError, match=r"gives no locks.*--cache"):
+        stage(server.url("b.png"), cache, limit_bytes=len(data))
+    assert copies(cache) == [first]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2], ids=["here", "processes"])
+def test_a_run_fetches_each_slide_once_however_small_the_cache(
+    workers: int, server: Server, cache: Path, tmp_path: Path
+) -> None:
+    """Copies made ahead once dropped each other, and the copies of slides under way."""
+    names = [f"{n}.png" for n in range(6)]
+    for name in names:
+        server.files[name] = png()
+    settings = JobSettings(
+        tile=TileSettings(resolutions=(2.0,)),
+        extract=ExtractSettings(encoders={"*": ("texture",)}),
+        cache=CacheSettings(str(cache), 1.1 * len(png()) / 2**30),
+    )
+    entries = [SlideEntry(Path(name).stem, server.url(name), name, mpp=(2.0, 2.0)) for name in names]
+    paths = open_job(tmp_path / "job", settings, entries)
+    outcomes = list(dispatch(entries, settings, paths, Where(workers=workers)))
+    assert not [outcome.reason for outcome in outcomes if outcome.status == "failed"]
+    assert sorted(server.whole) == names
+    # The last one may stay.
+    stage(server.url("0.png"), cache, limit_bytes=int(1.1 * len(png())))
+    assert len(copies(cache)) == 1
+
+
 def test_leftovers_of_dead_runs_go_and_those_of_living_ones_stay(server: Server, cache: Path) -> None:
     folder = cache / "slides"
     folder.mkdir(parents=True)
     old, new = folder / ".x.partial", folder / ".y.partial"
     for path in (old, new):
         path.write_bytes(b"half a slide")
-    os.utime(old, (time.time() - 2 * staging.STALE_S,) * 2)
+    os.utime(old, (time.time() - 2 * staging.YOUNG_S,) * 2)
     server.files["a.png"] = png()
     stage(server.url("a.png"), cache)
     assert not old.exists()

@@ -1,7 +1,7 @@
 """The bag: one HDF5 file a slide with the coordinates and features of all its grids.
 
 ``values`` holds what a bag contains, ``write`` puts it on disk, ``read`` gets it back, ``check`` says what is wrong
-with a file. The schema is documented in ``docs/bag.md``.
+with a file, ``skim`` goes through one that may hang its reader. The schema is documented in ``docs/bag.md``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from wsi_pipe.bag.read import (
     read_header,
     read_level,
 )
+from wsi_pipe.bag.skim import skim_file
 from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, Features, content_digest
 from wsi_pipe.bag.write import write_attention, write_bag, write_feature_file
 
@@ -44,6 +45,7 @@ __all__ = [
     "read_grids",
     "read_header",
     "read_level",
+    "skim_file",
     "write_attention",
     "write_bag",
     "write_feature_file",

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from wsi_pipe.bag import BagHeader, FeatureHeader, check_bag, read_attrs, read_header
+from wsi_pipe.care.sources import Sources
 from wsi_pipe.config import JobSettings
 from wsi_pipe.errors import BagError, ManifestError
 from wsi_pipe.job import JobPaths, load_settings, load_slides, read_outcomes
 from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
 from wsi_pipe.job.guard import problems_guarded, read_guarded
+from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.slides.opening import READERS
 
@@ -25,8 +27,8 @@ __all__ = ["Finding", "verify_bags", "verify_job"]
 class Finding:
     """What a check says of one bag; no problems where it is right.
 
-    stale: the bag is sound and its own slide's, and its problems are only that the job's settings are others by now:
-    the next run brings it up to date, and keeps the features that still fit.
+    stale: the bag is sound and its own slide's, and its problems are only that the job's settings, the slide's file or
+    an encoder's are others by now: the next run brings it up to date, and keeps the features that still fit.
     """
 
     slide_id: str
@@ -49,7 +51,8 @@ def verify_bags(bags: Sequence[Path]) -> Iterator[Finding]:
 
 
 def verify_job(root: Path) -> Iterator[Finding]:
-    """Check every slide of a job: its bag as ``verify_bags`` does, and that mask, grids and features belong together.
+    """Check every slide of a job: its bag as ``verify_bags`` does, that mask, grids and features belong together, and
+    that the slide's file and the encoders' are those that it was made of, as far as they are still there.
 
     Slides that failed or are waiting are findings without problems of their own. Raises ManifestError when ``root``
     is not a job.
@@ -59,16 +62,19 @@ def verify_job(root: Path) -> Iterator[Finding]:
     if not entries or settings is None:
         raise ManifestError(f"{root}: is not a job directory", remedy="give the folder of wsi-pipe run, or bags")
     outcomes = read_outcomes(root)
-    known = {entry.slide_id for entry in entries}
+    known = {entry.slide_id: entry for entry in entries}
+    sources = Sources(settings)
     for slide_id in sorted(known):
-        yield _verify_slide(slide_id, paths, settings, outcomes.get(slide_id))
+        yield _verify_slide(known[slide_id], paths, settings, outcomes.get(slide_id), sources)
     for path in sorted(paths.bags.glob("*.h5")) if paths.bags.is_dir() else []:
         if path.stem not in known:
             yield Finding(path.stem, str(path), "orphan", ("belongs to no slide of this job",))
 
 
-def _verify_slide(slide_id: str, paths: JobPaths, settings: JobSettings, outcome: SlideOutcome | None) -> Finding:
-    path = paths.bag(slide_id)
+def _verify_slide(
+    entry: SlideEntry, paths: JobPaths, settings: JobSettings, outcome: SlideOutcome | None, sources: Sources
+) -> Finding:
+    slide_id, path = entry.slide_id, paths.bag(entry.slide_id)
     if not path.is_file():
         if outcome is None:
             return Finding(slide_id, str(path), "waiting")
@@ -80,7 +86,8 @@ def _verify_slide(slide_id: str, paths: JobPaths, settings: JobSettings, outcome
     if problems_found:
         return Finding(slide_id, str(path), "broken", tuple(problems_found))
     bag = read_guarded(read_header, path)
-    wrong, stale = tuple(_wrong(bag, slide_id, settings)), tuple(_stale(bag, slide_id, paths, settings))
+    wrong = tuple(_wrong(bag, slide_id, settings))
+    stale = (*_stale(bag, slide_id, paths, settings), *sources.changes(bag, entry))
     status = "stale" if stale and not wrong else bag.attrs.status
     return Finding(slide_id, str(path), status, (*wrong, *stale), stale=bool(stale and not wrong))
 

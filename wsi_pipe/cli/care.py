@@ -20,8 +20,9 @@ __all__ = ["status", "verify"]
 def verify(paths: tuple[Path, ...], repair: bool, as_json: bool) -> int:
     """Check every bag of a job directory, or single bags; exit code 1 when something is wrong.
 
-    Checked: the schema, shapes and types, finite features, tiles inside their parents, attention, links, and that
-    mask, grids and features belong together.
+    Checked: the schema, shapes and types, finite features, tiles inside their parents, attention, links, and of a job
+    that mask, grids and features belong together, and that local slides and encoder files are those that the bags were
+    made of. A bag whose slide or encoder was replaced is stale: the next run makes what does not fit any more.
     """
     from wsi_pipe.care import quarantine_of, repair_job, verify_bags, verify_job
 

@@ -36,6 +36,15 @@ SHOWN = 40
 )
 @click.option("--calibrate", "trial", type=click.IntRange(0), default=2, show_default=True, help="Time so many slides.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Workers to reckon with.")
+@click.option(
+    "-o",
+    "--out",
+    "job",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path(),
+    metavar="JOB",
+    help="Where the run would write: is there room on that disk?  [the current folder]",
+)
 @click.option("--metadata", type=click.Path(path_type=Path, dir_okay=False), help="Keep what slides are in this file.")
 @click.option(
     "--each",
@@ -49,6 +58,7 @@ def plan(
     sample: int,
     trial: int,
     workers: int,
+    job: Path,
     metadata: Path | None,
     each: Path | None,
     as_json: bool,
@@ -58,9 +68,10 @@ def plan(
 
     Every slide is opened, and none is copied: of one behind a URL that is read from a copy it is said that it needs
     staging. The tissue of a sample is found, and its share stands for the others'. Hours come from reading and encoding
-    some tiles of a few slides on this machine. Exit code 1 when slides would fail.
+    some tiles of a few slides on this machine. Where the disk of JOB has no room for what a run writes, a warning says
+    how much is lacking. Exit code 1 when slides would fail.
     """
-    from wsi_pipe.plan import MetadataCache, calibrate, exact_tiles, spread_sample, survey, total
+    from wsi_pipe.plan import MetadataCache, calibrate, exact_tiles, space_for, spread_sample, survey, total
 
     settings = settings_from(values, None, config)
     entries = collect_entries(values)
@@ -90,13 +101,24 @@ def plan(
 
         works = [by_id[p.slide_id] for p in exact.values() if not p.problem and any(p.tiles.values())]
         rates = calibrate(spread_sample(works, trial), settings, load_encoders(settings))
+    space = space_for(job, totals, rates) if rates and rates.slides else None
     if as_json:
         result = dataclasses.asdict(totals) | {"calibration": dataclasses.asdict(rates) if rates else None}
         if rates:
             result |= {"hours": rates.hours(totals, workers), "gigabytes": rates.gigabytes(totals), "workers": workers}
+        if space:
+            result["space"] = dataclasses.asdict(space) | {"lacking_gb": space.lacking_gb}
         print_json(result)
     else:
-        _show(shown, totals, rates, workers)
+        _show(shown, totals, rates, workers, space)
+    if space and space.lacking_gb:
+        there = f", of which {space.held_gb:,.1f} GB are there already" if space.held_gb >= 0.05 else ""
+        click.echo(
+            f"warning: a run would write about {space.needed_gb:,.1f} GB{there} and the disk of {space.folder} has "
+            f"{space.free_gb:,.1f} GB free: {space.lacking_gb:,.1f} GB are lacking; free some space or give a "
+            "folder on another disk with --out",
+            err=True,
+        )
     return EXIT_FAILED if totals.failing else 0
 
 
@@ -107,7 +129,7 @@ def _share(plans: list[Any]) -> dict[str, float]:
     return {label: sum(p.tiles[label] for p in plans) / covering[label] for label in labels if covering[label]}
 
 
-def _show(shown: list[Any], totals: Any, rates: Any, workers: int) -> None:
+def _show(shown: list[Any], totals: Any, rates: Any, workers: int, space: Any) -> None:
     labels = list(totals.tiles)
     columns = {"slide": "left", "mpp": "left", "from": "left"} | {f"tiles {label}": "right" for label in labels}
     print_table(columns | {" ": "left"}, (_row(p, labels) for p in shown))
@@ -129,6 +151,7 @@ def _show(shown: list[Any], totals: Any, rates: Any, workers: int) -> None:
         who = f"{workers} worker{'s' if workers > 1 else ''} like this one"
         rows.append(["time", f"{_duration(rates.hours(totals, workers) * 3600)} on {who}"])
         rows.append(["gigabytes", f"{rates.gigabytes(totals):.3f} of bags"])
+        rows.append(["disk", f"{space.needed_gb:,.3f} GB in all, {space.free_gb:,.1f} GB free at {space.folder}"])
     print_table({"": "left", " ": "left"}, rows)
     if totals.failing:
         click.echo()

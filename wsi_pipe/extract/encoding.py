@@ -186,7 +186,8 @@ class Encoding:
         for part in flight.rows:
             stop = start + len(part.index)
             wrong = [row - start for row in range(start, stop) if row in bad]
-            part.level.encode_s += elapsed * len(part.index) / total
+            spent = part.level.encode_s
+            spent[name] = spent.get(name, 0.0) + elapsed * len(part.index) / total
             if wrong:
                 assert problem is not None
                 self._fail(part.level.slide, _at_tiles(problem, part, wrong))
@@ -259,13 +260,26 @@ class Encoding:
                     layers[label][info.slug] = level.layers.get(info.slug, dict.fromkeys(self._layers, empty))
         counts = {"tiles": float(sum(len(level.grid) for level in state.levels.values())), **state.counts}
         for label, level in state.levels.items():
-            counts |= {f"read_s.{label}": level.read_s, f"encode_s.{label}": level.encode_s}
+            counts |= {f"read_s.{label}": level.read_s, f"encode_s.{label}": sum(level.encode_s.values())}
         levels = state.levels.values()
         seconds = {
             "read": state.open_s + sum(level.read_s for level in levels),
-            "encode": sum(level.encode_s for level in levels),
+            "encode": sum(sum(level.encode_s.values()) for level in levels),
         }
-        self._lines.hand_out(SlideFeatures(state.item.slide_id, features, layers, seconds, counts))
+        costs = self._costs(state)
+        self._lines.hand_out(SlideFeatures(state.item.slide_id, features, layers, seconds, counts, costs))
+
+    def _costs(self, state: SlideState) -> dict[str, dict[str, float]]:
+        """Seconds of each encoder at each level, which add up to those of the slide."""
+        opening_s = state.open_s / max(sum(len(level.names) for level in state.levels.values()), 1)
+        return {
+            f"{label}/{self._encoders[name].info.slug}": {
+                "read": opening_s + level.read_s / len(level.names),
+                "encode": level.encode_s.get(name, 0.0),
+            }
+            for label, level in state.levels.items()
+            for name in level.names
+        }
 
 
 class _OverflowError(Exception):

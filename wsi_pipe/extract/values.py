@@ -40,7 +40,8 @@ class SlideFeatures:
     features: level label -> encoder's slug -> (N, D). layers: label -> slug -> block -> (N, C), the CLS token after
     that block. Both float16 or float32. seconds: "read", "encode" (its share, by tiles, of batches it shared).
     counts: "tiles", what the reader counted ("bytes_fetched", "requests", "blocks_decoded", "blocks_missing"), and the
-    seconds of each level: "read_s.20x", "encode_s.20x" and so on.
+    seconds of each level: "read_s.20x", "encode_s.20x" and so on. costs: the same seconds by what they were spent on,
+    "20x/uni" -> "read", "encode"; encoders that share the reading of a level share its time evenly.
     """
 
     slide_id: str
@@ -48,6 +49,7 @@ class SlideFeatures:
     layers: Mapping[str, Mapping[str, Mapping[int, StoredArray]]]
     seconds: Mapping[str, float]
     counts: Mapping[str, float]
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Level:
     features: dict[str, StoredArray] = field(default_factory=dict)
     layers: dict[str, dict[int, StoredArray]] = field(default_factory=dict)
     read_s: float = 0.0
-    encode_s: float = 0.0
+    encode_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from wsi_pipe.job.run import Progress, process
 from wsi_pipe.job.task import slide_task, warm_up
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
+from wsi_pipe.slides.in_use import Keep, keep_copy
 
 __all__ = ["MIN_FREE_BYTES", "check_folder", "dispatch"]
 
@@ -54,13 +55,42 @@ def dispatch(
     elsewhere each is a task of its own. With ``where.resources``, masks and grids are made on any worker and features
     on those that offer the resources. encoders: those loaded already, for work in this process. A process that dies
     or takes too long fails its slide alone; a worker that cannot encode or write is left out, and its slides go to
-    others. Raises OutputError when the job's folder is nearly full or no worker can write it, EncoderError when no
-    worker can encode, WorkerError when a scheduler goes away.
+    others. Raises OutputError when the job's folder is nearly full, once the slides under way are done, or when no
+    worker can write it, EncoderError when no worker can encode, WorkerError when a scheduler goes away.
     """
-    feed: Iterable[SlideEntry] = _while_space(entries, paths)
+    short: list[OutputError] = []
+    feed: Iterable[SlideEntry] = _while_space(entries, paths, short)
     stopped = threading.Event()
+    copies: dict[str, Keep] = {}
     if where.scheduler is None:
-        feed = _staged_ahead(feed, settings, stopped)
+        feed = _staged_ahead(feed, settings, stopped, copies)
+    try:
+        results = _dispatched(feed, settings, paths, where, until, keep_features, encoders, progress, stopped)
+        # Closed with this one: else its workers would live until somebody collects it.
+        with contextlib.closing(results):
+            for outcome in results:
+                if (copy := copies.pop(outcome.slide_id, None)) is not None:
+                    copy.release()
+                yield outcome
+        if short:
+            raise short[0]
+    finally:
+        for copy in copies.values():
+            copy.release()
+
+
+def _dispatched(
+    feed: Iterable[SlideEntry],
+    settings: JobSettings,
+    paths: JobPaths,
+    where: Where,
+    until: Stage,
+    keep_features: bool,
+    encoders: Mapping[str, Encoder] | None,
+    progress: Progress | None,
+    stopped: threading.Event,
+) -> Generator[SlideOutcome, None, None]:
+    """``dispatch`` of slides that are staged already."""
     if where.here:
         here = process(
             feed,
@@ -106,29 +136,37 @@ def check_folder(paths: JobPaths) -> None:
         raise output_error(paths.root, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
 
 
-def _while_space(entries: Iterable[SlideEntry], paths: JobPaths) -> Iterator[SlideEntry]:
-    """The entries, as long as the folder is there and the disk has room. Raises OutputError when not."""
+def _while_space(entries: Iterable[SlideEntry], paths: JobPaths, short: list[OutputError]) -> Iterator[SlideEntry]:
+    """The entries, as long as the folder is there and the disk has room. Raises OutputError when the folder is gone.
+
+    short: gets the error that says that room ran out. It is not raised here, since that would end the slides under way
+    as well, which can still be written.
+    """
     root = paths.root
     for entry in entries:
         check_folder(paths)
         try:
-            free = shutil.disk_usage(root).free
+            usage = shutil.disk_usage(root)
         except OSError as error:
             raise output_error(root, error) from error
-        if free < MIN_FREE_BYTES and shutil.disk_usage(root).total > 4 * MIN_FREE_BYTES:
-            raise OutputError(
-                f"{root}: only {free >> 20} MiB of space are left",
-                remedy="free some space or give another output folder, then run again: finished slides are kept",
+        if usage.free < MIN_FREE_BYTES and usage.total > 4 * MIN_FREE_BYTES:
+            short.append(
+                OutputError(
+                    f"{root}: only {usage.free >> 20} MiB of space are left",
+                    remedy="free some space or give another output folder, then run again: finished slides are kept",
+                )
             )
+            return
         yield entry
 
 
 def _staged_ahead(
-    entries: Iterable[SlideEntry], settings: JobSettings, stopped: threading.Event
+    entries: Iterable[SlideEntry], settings: JobSettings, stopped: threading.Event, copies: dict[str, Keep]
 ) -> Iterator[SlideEntry]:
     """The entries, those behind URLs copied to the cache (where their format needs that) before they are asked for.
 
-    ``stopped`` ends them, also while a copy is waited for.
+    ``stopped`` ends them, also while a copy is waited for. copies: gets, by slide, what keeps its copy where it is; the
+    caller releases it when the slide is done.
     """
     waiting: deque[tuple[SlideEntry, threading.Event | None]] = deque()
     orders: queue.SimpleQueue[tuple[SlideEntry, threading.Event] | None] = queue.SimpleQueue()
@@ -140,6 +178,7 @@ def _staged_ahead(
             if landed:
                 if not thread.is_alive():
                     thread.start()
+                copies[entry.slide_id] = keep_copy(entry.path)
                 orders.put((entry, landed))
             waiting.append((entry, landed))
             # Local slides cost nothing to have at hand; of remote ones a few are copied ahead.

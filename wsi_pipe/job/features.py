@@ -46,6 +46,11 @@ class Wanted:
     info: EncoderInfo
     fingerprint: str
 
+    @property
+    def place(self) -> str:
+        """Where they stand in a bag, "20x/uni"."""
+        return f"{self.label}/{self.info.slug}"
+
 
 def wanted_features(
     prepared: Prepared, settings: ExtractSettings, encoders: Mapping[str, EncoderInfo], reader: str

@@ -21,8 +21,9 @@ from wsi_pipe.job.features import Wanted, assemble, missing_features, store_feat
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import Prepared, StageClock, open_entry, prepare
 from wsi_pipe.job.record import OutcomeLog, utc_now
-from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
+from wsi_pipe.slides.in_use import Keep, keep_copy
 
 __all__ = ["Progress", "load_encoders", "process"]
 
@@ -55,6 +56,7 @@ class _Work:
     prepared: Prepared | None = None
     wanted: list[Wanted] = field(default_factory=list)
     missing: list[Wanted] = field(default_factory=list)
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def process(
@@ -77,10 +79,13 @@ def process(
     is on disk. stopped: as in ``extract_features``, for ``entries`` that wait.
     """
     run = _Run(settings, paths, until, encoders, keep_features, progress, record, stopped)
-    if STAGES.index(until) < STAGES.index("extract"):
-        yield from run.without_features(entries)
-    else:
-        yield from run.with_features(entries)
+    try:
+        if STAGES.index(until) < STAGES.index("extract"):
+            yield from run.without_features(entries)
+        else:
+            yield from run.with_features(entries)
+    finally:
+        run.release_copies()
 
 
 class _Run:
@@ -105,10 +110,22 @@ class _Run:
         self.progress = progress or (lambda slide_id, what, amount: None)
         self.finished: deque[SlideOutcome] = deque()
         self.under_way: dict[str, _Work] = {}
+        self.copies: dict[str, Keep] = {}
+
+    def release_copies(self) -> None:
+        """Give free the copies of the slides that were not finished."""
+        while self.copies:
+            self.copies.popitem()[1].release()
+
+    def _begin(self, entry: SlideEntry) -> _Work:
+        # A slide behind a URL is opened for its mask and again for its tiles: its copy stays in the cache in between.
+        if is_url(entry.path):
+            self.copies[entry.slide_id] = keep_copy(entry.path)
+        return _Work(entry)
 
     def without_features(self, entries: Iterable[SlideEntry]) -> Iterator[SlideOutcome]:
         for entry in entries:
-            work = _Work(entry)
+            work = self._begin(entry)
             if self._prepare(work, tile=self.until == "tile"):
                 self._finish(work)
             yield from self._drain()
@@ -164,7 +181,7 @@ class _Run:
         """Slides that lack features; those that lack none, or fail, are finished on the way and give None."""
         infos = {name: encoder.info for name, encoder in encoders.items()}
         for entry in entries:
-            work = _Work(entry)
+            work = self._begin(entry)
             if not self._prepare(work, tile=True) or work.prepared is None:
                 yield None
                 continue
@@ -196,6 +213,7 @@ class _Run:
             self._fail(work, result.error)
             return
         work.clock.seconds.update(result.seconds)
+        work.costs = result.costs
         work.prepared.counts.update(result.counts)
         if self.until == "assemble" and not self.keep_features:
             # Straight into the bag: a file in between would be written, read back and deleted.
@@ -246,6 +264,7 @@ class _Run:
                 tiles={grid.label: len(grid) for grid in prepared.grids} if prepared else {},
                 counts=prepared.counts if prepared else {},
                 cached=cached if cached is not None else prepared.cached if prepared else work.clock.cached,
+                costs={item.place: work.costs.get(item.place, {}) for item in work.wanted},
                 finished_utc=utc_now(),
             )
         )
@@ -269,6 +288,8 @@ class _Run:
         )
 
     def _note(self, outcome: SlideOutcome) -> None:
+        if (copy := self.copies.pop(outcome.slide_id, None)) is not None:
+            copy.release()
         if self.log:
             self.log.note(outcome)
         self.finished.append(outcome)

@@ -11,12 +11,15 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
+
+if TYPE_CHECKING:
+    from wsi_pipe.slides.in_use import InUse
 
 __all__ = ["BaseSlide", "DecodesInto", "Plane", "ReadStats", "Slide", "SlideInfo", "blocks_of_region"]
 
@@ -161,11 +164,13 @@ class BaseSlide:
     """What readers share: region reads made of blocks, counting, and the context manager.
 
     A subclass sets ``info``, ``pyramid`` and ``planes`` in its constructor and gives ``fetch`` and ``decode``.
+    copy: the mark on the local copy that a slide behind a URL is read from; it stays in the cache until ``close``.
     """
 
     info: SlideInfo
     pyramid: Pyramid
     planes: tuple[Plane, ...]
+    copy: InUse | None = None
 
     def __init__(self) -> None:
         self.stats = ReadStats()
@@ -207,7 +212,9 @@ class BaseSlide:
         return {}
 
     def close(self) -> None:
-        """See Slide.close."""
+        """See Slide.close; a subclass that closes more calls this one last."""
+        if self.copy is not None:
+            self.copy.release()
 
     def __enter__(self) -> Self:
         return self

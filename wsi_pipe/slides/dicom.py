@@ -86,6 +86,7 @@ class DicomSlide(NativeSlide):
         """See Slide.close."""
         for source in self._sources:
             source.close()
+        super().close()
 
 
 def _spacing(instance: Instance) -> FloatPair | None:

@@ -59,6 +59,7 @@ class ImageSlide(NativeSlide):
         """See Slide.close."""
         self._closed = True
         self._close()
+        super().close()
 
 
 def open_image(path: str | Path, *, mpp: float | FloatPair | None = None) -> ImageSlide:

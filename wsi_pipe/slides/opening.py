@@ -114,7 +114,12 @@ def _open_url(
         except UnsupportedSlideError as error:
             declined = f"not read by byte ranges ({_reason(error, url)}), so "
     staged = stage(url, cache_dir, limit_bytes=LIMIT_BYTES if cache_bytes is None else cache_bytes, fetch=copy)
-    slide = _first(staged.path, [entry for entry in readers if entry.takes(staged.path)], mpp, shown=url)
+    try:
+        slide = _first(staged.path, [entry for entry in readers if entry.takes(staged.path)], mpp, shown=url)
+    except BaseException:
+        staged.mark.release()
+        raise
+    slide.copy = staged.mark
     note = f"{declined}copied to {staged.path}" if staged.fetched else f"{declined}found at {staged.path}"
     slide.info = replace(slide.info, path=url, reader_reason=f"{slide.info.reader_reason}; {note}")
     return slide

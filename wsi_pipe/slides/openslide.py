@@ -154,6 +154,7 @@ class OpenSlideSlide(BaseSlide):
     def close(self) -> None:
         """See Slide.close."""
         self._handles.close()
+        super().close()
 
 
 class _Handles:

@@ -62,6 +62,7 @@ class TiffSlide(NativeSlide):
     def close(self) -> None:
         """See Slide.close."""
         self._source.close()
+        super().close()
 
 
 def open_tiff(path: str | Path, *, mpp: float | FloatPair | None = None) -> TiffSlide:
