@@ -79,7 +79,6 @@ def test_a_benchmark_counts_what_the_gpu_spent(tmp_path: Path) -> None:
     assert record.machine.gpu == torch.cuda.get_device_name()
     for measurement in record.measurements:
         spent = measurement.gpu
-        print(measurement.arm, measurement.spent, spent)
         assert spent is not None
         assert spent.peak_memory_bytes is not None
         assert spent.peak_memory_bytes > 100 << 20  # the weights alone are more

@@ -37,7 +37,10 @@ class Source(Protocol):
         """Exactly ``length`` bytes from ``offset``. Raises SlideReadError when they cannot be had."""
 
     def read_many(self, ranges: Sequence[Range]) -> list[bytes | memoryview]:
-        """The bytes of each range, in order; neighbours may be views of one piece of memory. Raises SlideReadError when one cannot be had."""
+        """The bytes of each range, in order; neighbours may be views of one piece of memory.
+
+        Raises SlideReadError when one cannot be had.
+        """
 
     def close(self) -> None:
         """Release the file; closing twice is fine."""

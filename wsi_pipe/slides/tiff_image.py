@@ -216,9 +216,10 @@ class TiffImage:
             return
 
     def _too_large(self, cell: IntPair, count: int) -> SlideReadError:
+        width, height = self.block_px
         return SlideReadError(
-            f"{self._name}: tile column {cell[0]}, row {cell[1]} declares {count} bytes, a tile of {self.block_px[0]} x "
-            f"{self.block_px[1]} px cannot take that many",
+            f"{self._name}: tile column {cell[0]}, row {cell[1]} declares {count} bytes, a tile of {width} x {height} px "
+            "cannot take that many",
             remedy="the file is damaged: copy it again",
         )
 
