@@ -218,8 +218,8 @@ class TiffImage:
     def _too_large(self, cell: IntPair, count: int) -> SlideReadError:
         width, height = self.block_px
         return SlideReadError(
-            f"{self._name}: tile column {cell[0]}, row {cell[1]} declares {count} bytes, a tile of {width} x {height} px "
-            "cannot take that many",
+            f"{self._name}: tile column {cell[0]}, row {cell[1]} declares {count} bytes, a tile of {width} x {height} "
+            "px cannot take that many",
             remedy="the file is damaged: copy it again",
         )
 
