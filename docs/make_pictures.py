@@ -1,7 +1,8 @@
-"""Draw the pictures of docs/tissue.md and docs/synthetic.md: ``python docs/make_pictures.py``."""
+"""Draw the pictures of docs/tissue.md, docs/synthetic.md and docs/lrmil.md: ``python docs/make_pictures.py``."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,7 @@ from wsi_pipe.tiling import plan_grids
 from wsi_pipe.tissue import find_tissue
 
 OUT = Path(__file__).parent / "images"
+RESULTS = Path(__file__).parent / "results"
 
 
 def slide_pictures() -> None:
@@ -51,6 +53,31 @@ def signal_picture() -> None:
     write_image(OUT / "signals.png", np.concatenate(rows)[:-gap, :-gap])
 
 
+def settings_picture() -> None:
+    """AUC of the four arms with their intervals, in the three settings of the signal."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    colours = {"HR": "#222222", "LR": "#c0392b", "LR, stage 1": "#5b9bd5", "LR, stages 1 and 2": "#1f5fa8"}
+    for place, signal in enumerate(SIGNALS):
+        found = json.loads((RESULTS / f"lrmil-{signal}.json").read_text(encoding="utf-8"))["figures"]
+        axes = figure.add_subplot(1, len(SIGNALS), place + 1)
+        for x, (arm, colour) in enumerate(colours.items()):
+            auc = found[arm]["auc"]
+            spread = [[auc["value"] - auc["low"]], [auc["high"] - auc["value"]]]
+            axes.errorbar([x], [auc["value"]], spread, fmt="o", color=colour, capsize=4)
+            axes.annotate(f"{auc['value']:.3f}", (x, auc["value"]), (7, -12), textcoords="offset points", fontsize=8)
+        axes.axhline(0.5, color="#999999", lw=1, ls=":")
+        axes.set_xticks(range(len(colours)), ["HR", "LR", "LR,\nstage 1", "LR,\nboth"], fontsize=8)
+        axes.set(title=f"signal {signal}", xlim=(-0.5, len(colours) - 0.3), ylim=(0.38, 1.04))
+        if not place:
+            axes.set_ylabel("AUC, mean over 5 folds")
+    figure.savefig(OUT / "lrmil-settings.png", dpi=110)
+
+
 if __name__ == "__main__":
     slide_pictures()
     signal_picture()
+    settings_picture()

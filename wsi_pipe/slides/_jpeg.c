@@ -25,6 +25,9 @@
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
 #else
+#include <errno.h>
+#include <time.h>
+#include <unistd.h>
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
@@ -36,7 +39,7 @@
 #define SUPPORTED 0
 #endif
 
-#define ABI 1
+#define ABI 2
 
 EXPORT int wsi_jpeg_abi(void) { return SUPPORTED ? ABI : 0; }
 
@@ -928,6 +931,96 @@ EXPORT void wsi_jpeg_decode(int64_t count, const uint8_t *const *data, const int
     free(room.samples);
     free(plan);
 }
+
+#if !defined(_WIN32)
+
+#define RUN_BYTES (8 << 20) /* as much as is read in one piece */
+
+struct span {
+    int64_t offset, size, number;
+};
+
+static int by_offset(const void *one, const void *other)
+{
+    const int64_t a = ((const struct span *)one)->offset, b = ((const struct span *)other)->offset;
+    return (a > b) - (a < b);
+}
+
+static int read_all(int descriptor, uint8_t *to, int64_t size, int64_t offset)
+{
+    while (size > 0) {
+        ssize_t got = pread(descriptor, to, (size_t)size, (off_t)offset);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return 0;
+        to += got, size -= got, offset += got;
+    }
+    return 1;
+}
+
+static int64_t nanoseconds(clockid_t clock)
+{
+    struct timespec now = {0};
+    clock_gettime(clock, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* Reads tiles out of a file and decodes them. offsets and sizes: where their streams lie, tiles of size 0 are not there;
+ * the caller bounds the sizes. What lies side by side is read at once. spent: nanoseconds of reading, on the clock and of
+ * the processor. All else as in wsi_jpeg_decode. Returns how often was read, -1 where there is no memory; a tile that could
+ * not be read is not done, and the caller, who tries again, learns why. */
+EXPORT int64_t wsi_jpeg_read(int descriptor, int64_t count, const int64_t *offsets, const int64_t *sizes,
+                             uint8_t *const *pixels, const int64_t *strides, uint8_t *done, const uint8_t *tables,
+                             int64_t tables_size, int width, int height, int components, int ycbcr, int reduce,
+                             int channels, int plain, int64_t *spent)
+{
+    const int64_t clock = nanoseconds(CLOCK_MONOTONIC), processor = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
+    int64_t total = 0, present = 0, requests = 0;
+    for (int64_t i = 0; i < count; i++) {
+        done[i] = 0;
+        if (sizes[i] > 0 && offsets[i] > 0) total += sizes[i], present++;
+    }
+    spent[0] = spent[1] = 0;
+    if (!present) return 0;
+    struct span *spans = malloc((size_t)present * sizeof *spans);
+    uint8_t *bytes = malloc((size_t)total);
+    const uint8_t **data = calloc((size_t)count, sizeof *data);
+    int64_t *lengths = calloc((size_t)count, sizeof *lengths);
+    if (spans && bytes && data && lengths) {
+        int64_t n = 0;
+        for (int64_t i = 0; i < count; i++)
+            if (sizes[i] > 0 && offsets[i] > 0) spans[n++] = (struct span){offsets[i], sizes[i], i};
+        qsort(spans, (size_t)present, sizeof *spans, by_offset);
+        uint8_t *at = bytes;
+        for (int64_t first = 0, next; first < present; first = next) {
+            int64_t length = spans[first].size;
+            for (next = first + 1; next < present && spans[next].offset == spans[first].offset + length &&
+                                   length + spans[next].size <= RUN_BYTES;
+                 next++)
+                length += spans[next].size;
+            requests++;
+            if (read_all(descriptor, at, length, spans[first].offset)) {
+                for (int64_t i = first; i < next; i++) {
+                    data[spans[i].number] = at + (spans[i].offset - spans[first].offset);
+                    lengths[spans[i].number] = spans[i].size;
+                }
+                at += length;
+            }
+        }
+        spent[0] = nanoseconds(CLOCK_MONOTONIC) - clock;
+        spent[1] = nanoseconds(CLOCK_THREAD_CPUTIME_ID) - processor;
+        wsi_jpeg_decode(count, data, lengths, pixels, strides, done, tables, tables_size, width, height, components,
+                        ycbcr, reduce, channels, plain);
+    } else {
+        requests = -1;
+    }
+    free(lengths);
+    free(data);
+    free(bytes);
+    free(spans);
+    return requests;
+}
+
+#endif
 
 #else
 

@@ -21,7 +21,15 @@ from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 if TYPE_CHECKING:
     from wsi_pipe.slides.in_use import InUse
 
-__all__ = ["BaseSlide", "DecodesInto", "Plane", "ReadStats", "Slide", "SlideInfo", "blocks_of_region"]
+__all__ = [
+    "BaseSlide",
+    "DecodesInto",
+    "Plane",
+    "ReadStats",
+    "Slide",
+    "SlideInfo",
+    "blocks_of_region",
+]
 
 RGBArray = NDArray[np.uint8]
 

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.geometry import IntPair
-from wsi_pipe.slides.fastjpeg import decode_tiles
+from wsi_pipe.slides.fastjpeg import ReadTiles, decode_tiles, read_tiles
+from wsi_pipe.slides.room import Room
 
 __all__ = [
     "CodecError",
@@ -223,6 +224,15 @@ class JpegDecoder:
         return decode_tiles(
             datas, outs, self.size_px, self.components, ycbcr=self._ycbcr, reduce=reduce, tables=self._tables
         )
+
+    def read_into(
+        self, descriptor: int, offsets: NDArray[np.int64], sizes: NDArray[np.int64], room: Room, reduce: int
+    ) -> ReadTiles:
+        """Read tiles out of a file and decode them, as ``decode_into`` does; see ``fastjpeg.read_tiles``."""
+        return read_tiles(
+            descriptor, offsets, sizes, room, self.size_px, self.components,
+            ycbcr=self._ycbcr, reduce=reduce, tables=self._tables,
+        )  # fmt: skip
 
     def decode(self, data: Buffer, reduce: int = 1) -> NDArray[np.uint8]:
         """Pixels, uint8 (ceil(h / reduce), ceil(w / reduce), 3), or (..., 1) for grey; ``reduce`` is 1, 2, 4 or 8.

@@ -11,6 +11,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -20,17 +21,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.geometry import IntPair
+from wsi_pipe.slides.room import Room
 
-__all__ = ["decode_tiles", "jpeg_decoder_name"]
+__all__ = ["ReadTiles", "decode_tiles", "jpeg_decoder_name", "read_tiles", "reads_tiles"]
 
-_ABI = 1
+_ABI = 2
 _UINT8 = np.dtype(np.uint8)
 _VARIABLE = "WSI_PIPE_JPEG"
 
 
+@dataclass(frozen=True)
+class _Functions:
+    """The C library's. read: None where files cannot be read that way."""
+
+    decode: Any
+    read: Any
+
+
 @lru_cache(maxsize=1)
-def _library() -> tuple[Any, str]:
-    """The function of the C library, or None, and one line on which decoder is in use and why."""
+def _library() -> tuple[_Functions | None, str]:
+    """The functions of the C library, or None, and one line on which decoder is in use and why."""
     if os.environ.get(_VARIABLE, "").strip().lower() == "libjpeg":
         return None, f"libjpeg-turbo, as {_VARIABLE} asks"
     if sys.byteorder != "little":
@@ -44,15 +54,18 @@ def _library() -> tuple[Any, str]:
             # Something left from another version is as good as nothing.
             if library.wsi_jpeg_abi() != _ABI:
                 continue
-            function = library.wsi_jpeg_decode
+            decode, read = library.wsi_jpeg_decode, getattr(library, "wsi_jpeg_read", None)
         except (OSError, AttributeError):
             continue
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        function.restype = None
-        function.argtypes = [
+        decode.restype = None
+        decode.argtypes = [
             number, pointer, pointer, pointer, pointer, pointer, ctypes.c_char_p, number, *[ctypes.c_int] * 7,
         ]  # fmt: skip
-        return function, "this package's own decoder, and by libjpeg-turbo where that declines"
+        if read is not None:
+            read.restype = number
+            read.argtypes = [ctypes.c_int, *decode.argtypes, pointer]
+        return _Functions(decode, read), "this package's own decoder, and by libjpeg-turbo where that declines"
     return None, "libjpeg-turbo (this package's own decoder was not built)"
 
 
@@ -81,9 +94,9 @@ def decode_tiles(
 
     A tile that is not decoded may be perfect: nothing is said about why. Raises ValueError when an array does not fit.
     """
-    function, _ = _library()
+    functions, _ = _library()
     count = len(datas)
-    if function is None or not count:
+    if functions is None or not count:
         return [False] * count
     channels = outs[0].shape[2]
     shape = (-(-size_px[1] // reduce), -(-size_px[0] // reduce), channels)
@@ -97,7 +110,7 @@ def decode_tiles(
     for out in outs:
         # The library writes wherever it is told to, so this is the last place to look.
         address, read_only = out.__array_interface__["data"]
-        if out.shape != shape or out.dtype is not _UINT8 or read_only:
+        if out.shape != shape or (out.dtype is not _UINT8 and out.dtype != _UINT8) or read_only:
             raise ValueError(f"an array of {out.shape} {out.dtype} for a tile of {shape}")
         step = out.strides
         if step[1:] != pixel:
@@ -111,8 +124,64 @@ def decode_tiles(
     done = np.zeros(count, np.uint8)
     at = places.__array_interface__["data"][0]
     row = places.strides[0]
-    function(
+    functions.decode(
         count, at, at + row, at + 2 * row, at + 3 * row, done.__array_interface__["data"][0], tables, len(tables),
         *size_px, components, ycbcr, reduce, channels, portable,
     )  # fmt: skip
     return done.astype(bool).tolist()
+
+
+@dataclass(frozen=True)
+class ReadTiles:
+    """What came of ``read_tiles``: which tiles are decoded, bool (n,), how often was read, and seconds of reading.
+
+    read_s is time on the clock, read_cpu_s of the processor.
+    """
+
+    done: NDArray[np.bool_]
+    requests: int = 0
+    read_s: float = 0.0
+    read_cpu_s: float = 0.0
+
+
+def reads_tiles() -> bool:
+    """Whether ``read_tiles`` can do anything here."""
+    functions, _ = _library()
+    return functions is not None and functions.read is not None
+
+
+def read_tiles(
+    descriptor: int,
+    offsets: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    room: Room,
+    size_px: IntPair,
+    components: int,
+    *,
+    ycbcr: bool,
+    reduce: int,
+    tables: bytes = b"",
+) -> ReadTiles:
+    """Read tiles of an image out of an open file and decode them into ``room``, in one call without Python's lock.
+
+    offsets, sizes: int64 (n,), where their streams lie; those of size 0 are not there. The caller bounds the sizes. All
+    else as for ``decode_tiles``: a tile that could not be read or decoded is not done, and nothing is said about why.
+    Raises ValueError when the room is of another size or for another number of tiles.
+    """
+    functions, _ = _library()
+    count = len(offsets)
+    side = (-(-size_px[0] // reduce), -(-size_px[1] // reduce))
+    if room.size_px != side or len(room) != count or len(sizes) != count:
+        raise ValueError(f"room for {len(room)} blocks of {room.size_px} for {count} tiles of {side}")
+    if functions is None or functions.read is None or not count:
+        return ReadTiles(np.zeros(count, np.bool_))
+    numbers = np.ascontiguousarray(np.stack([offsets, sizes, room.addresses, room.strides]), np.int64)
+    done = np.zeros(count, np.uint8)
+    spent = np.zeros(2, np.int64)
+    at, row = numbers.ctypes.data, numbers.strides[0]
+    requests = functions.read(
+        descriptor, count, at, at + row, at + 2 * row, at + 3 * row, done.ctypes.data, tables, len(tables),
+        *size_px, components, ycbcr, reduce, 3, False, spent.ctypes.data,
+    )  # fmt: skip
+    wall, cpu = (spent / 1e9).tolist()
+    return ReadTiles(done.astype(np.bool_), max(requests, 0), wall, cpu)

@@ -16,6 +16,8 @@ from wsi_pipe.errors import SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 from wsi_pipe.slides.base import WHITE, BaseSlide, Plane, ReadStats, RGBArray, SlideInfo, paste
 from wsi_pipe.slides.codecs import CodecError, reduce_by_mean
+from wsi_pipe.slides.fastjpeg import ReadTiles
+from wsi_pipe.slides.room import ReadBlocks, Room
 
 __all__ = ["NativeImage", "NativeSlide", "ProbedImage", "build_pyramid", "read_whole", "user_mpp"]
 
@@ -61,6 +63,17 @@ class BatchImage(Protocol):
 
     def decode_into(self, datas: Sequence[Any], outs: Sequence[RGBArray], reduce: int) -> list[bool]:
         """Decode whole blocks into ``outs``, and say which were done; ``decode`` has the others, with its errors."""
+
+
+@runtime_checkable
+class RoomImage(Protocol):
+    """An image that can fetch and decode many blocks in one call."""
+
+    def reads_into(self) -> bool:
+        """Whether it can, as it is stored and where it lies."""
+
+    def read_into(self, cells: NDArray[np.int64], room: Room, reduce: int) -> ReadTiles:
+        """Fetch and decode whole blocks (column, row), int64 (n, 2), into ``room``; see ``fastjpeg.read_tiles``."""
 
 
 class ProbedImage(NativeImage, Protocol):
@@ -141,6 +154,28 @@ class NativeSlide(BaseSlide):
             done[i] = good
         self.stats.add(decoded=sum(found))
         return done
+
+    def reads_into(self, plane: Plane) -> bool:
+        """See ReadsInto.reads_into."""
+        image = self.images[plane.level]
+        return isinstance(image, RoomImage) and image.reads_into()
+
+    def read_into(self, plane: Plane, cells: NDArray[np.int64], room: Room) -> ReadBlocks:
+        """See ReadsInto.read_into."""
+        image = self.images[plane.level]
+        assert isinstance(image, RoomImage)
+        # Blocks at the edge are clipped, and reduced in a way of their own.
+        whole = (cells < (image.size_px[0] // image.block_px[0], image.size_px[1] // image.block_px[1])).all(1)
+        if whole.all():
+            found = image.read_into(cells, room, plane.reduce)
+            done = found.done
+        else:
+            rows = np.flatnonzero(whole)
+            found = image.read_into(cells[rows], room.take(rows), plane.reduce)
+            done = np.zeros(len(cells), np.bool_)
+            done[rows] = found.done
+        self.stats.add(decoded=int(np.count_nonzero(done)))
+        return ReadBlocks(done, found.read_s, found.read_cpu_s)
 
 
 def _plane(level: int, image: NativeImage, reduce: int, downsample: FloatPair) -> Plane:

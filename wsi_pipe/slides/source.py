@@ -88,6 +88,11 @@ class FileSource:
             cause = "is empty" if os.path.isfile(path) else "is not a file"
             raise SlideOpenError(f"{self.name} {cause}", remedy="give the path of a whole-slide image")
 
+    @property
+    def descriptor(self) -> int:
+        """The open file's, for positioned reads; -1 once it is closed."""
+        return self._descriptor
+
     def read(self, offset: int, length: int) -> bytes:
         """See Source.read."""
         if offset < 0 or length < 0 or offset + length > self.size:

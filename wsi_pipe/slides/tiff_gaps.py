@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wsi_pipe.geometry import IntPair
 from wsi_pipe.slides.base import WHITE, RGBArray, paste
 from wsi_pipe.slides.codecs import reduce_by_mean
+from wsi_pipe.slides.fastjpeg import ReadTiles
 from wsi_pipe.slides.native import MAX_BLOCK_BYTES, ProbedImage
+from wsi_pipe.slides.room import Room
 from wsi_pipe.slides.tiff_image import TiffImage
 
 __all__ = ["FilledImage", "fill_gaps"]
@@ -88,6 +91,14 @@ class FilledImage:
         for i, good in zip(stored, found, strict=True):
             done[i] = good
         return done
+
+    def reads_into(self) -> bool:
+        """See RoomImage.reads_into."""
+        return self._image.reads_into()
+
+    def read_into(self, cells: NDArray[np.int64], room: Room, reduce: int) -> ReadTiles:
+        """See RoomImage.read_into; empty tiles are not done so."""
+        return self._image.read_into(cells, room, reduce)
 
     def probe(self) -> None:
         """See ProbedImage.probe."""

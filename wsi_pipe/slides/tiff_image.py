@@ -13,9 +13,11 @@ from wsi_pipe.errors import SlideOpenError, SlideReadError, UnsupportedSlideErro
 from wsi_pipe.geometry import IntPair
 from wsi_pipe.slides.base import RGBArray
 from wsi_pipe.slides.codecs import JPEG_REDUCES, CodecError, Decoder, JpegDecoder, PlainDecoder
+from wsi_pipe.slides.fastjpeg import ReadTiles, reads_tiles
 from wsi_pipe.slides.jpeg2000 import Jpeg2000Decoder
 from wsi_pipe.slides.native import MAX_TILE_BYTES, to_rgb
-from wsi_pipe.slides.source import Source
+from wsi_pipe.slides.room import Room
+from wsi_pipe.slides.source import FileSource, Source
 from wsi_pipe.slides.tiff_ifd import Directory
 
 __all__ = ["TiffImage"]
@@ -235,3 +237,29 @@ class TiffImage:
         if self.planar or not isinstance(self._decoder, JpegDecoder):
             return [False] * len(datas)
         return self._decoder.decode_into([data[0] for data in datas], outs, reduce)
+
+    def reads_into(self) -> bool:
+        """See RoomImage.reads_into: JPEG tiles of a local file."""
+        return (
+            self.is_tiled
+            and not self.planar
+            and isinstance(self._decoder, JpegDecoder)
+            and isinstance(self._source, FileSource)
+            and reads_tiles()
+        )
+
+    def read_into(self, cells: NDArray[np.int64], room: Room, reduce: int) -> ReadTiles:
+        """See RoomImage.read_into."""
+        assert isinstance(self._decoder, JpegDecoder)
+        assert isinstance(self._source, FileSource)
+        offsets, counts = self.table()
+        at = cells[:, 1] * self._grid[0] + cells[:, 0]
+        offset, count = offsets[at], counts[at]
+        # What cannot be is left to ``fetch``, which says what is wrong with it.
+        size = np.uint64(self._source.size)
+        count[(count > self._limit_bytes) | (count > size) | (offset > size - np.minimum(count, size))] = 0
+        count[offset == 0] = 0
+        spans = offset.astype(np.int64), count.astype(np.int64)
+        found = self._decoder.read_into(self._source.descriptor, *spans, room, reduce)
+        self._source.stats.add(bytes_fetched=int(spans[1][found.done].sum()), requests=found.requests)
+        return found

@@ -11,6 +11,7 @@ Where a tile's pixels come from depends on the tile alone, so neither threads no
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,10 @@ from numpy.typing import NDArray
 
 from wsi_pipe.cores import available_cores
 from wsi_pipe.errors import SlideError, SlideReadError
-from wsi_pipe.geometry import FloatPair, IntPair, TileGrid
-from wsi_pipe.slides.base import WHITE, DecodesInto, RGBArray, Slide
+from wsi_pipe.geometry import FloatPair, TileGrid
+from wsi_pipe.slides.base import WHITE, RGBArray, Slide
+from wsi_pipe.slides.room import ReadsInto
+from wsi_pipe.tiles.blocks import Decoded, Targets, decode_at_once, read_at_once
 from wsi_pipe.tiles.plan import Cut, alike, choose_cut, plan_blocks
 from wsi_pipe.tiles.resample import Resampler
 from wsi_pipe.tiles.shelf import BlockShelf
@@ -153,6 +156,7 @@ class _Stream:
             by_patch = cut.shrink // by_block
             self.patch_px = (size_px * by_patch, size_px * by_patch)
             self.patch_corners = np.rint(corners * by_patch).astype(np.int64)
+        self.reads_into = slide if isinstance(slide, ReadsInto) and slide.reads_into(plane) else None
         # Where tiles are patches, a block that one tile alone needs goes straight into it.
         self.direct = self.patch_px == (size_px, size_px) and self.resampler is None
 
@@ -242,47 +246,20 @@ class _Stream:
 
     def _run(self, job: int) -> None:
         """Fetch and decode a job's blocks, then put together the groups whose blocks are all there."""
-        plan, plane = self.plan, self.cut.plane
+        plan = self.plan
         clock = Stopwatch()
         begin, end = int(plan.job_start[job]), int(plan.job_start[job + 1])
-        cells = [(c, r) for c, r in plan.cells[begin:end].tolist()]
-        first_tiles = plan.first_tile[begin:end].tolist()
-        # Where each block lies in its first tile.
-        places = self._places(slice(begin, end), plan.first_tile[begin:end])
-        straight = (plan.uses[begin:end] == 1).tolist() if self.direct else [False] * len(cells)
-        pixels = self.live[self._batch_of(self.group_start[job])]
-        i = 0
-        try:
-            fetched = self.slide.fetch(plane, cells) if cells else []
-            clock.lap("fetch")
-            tiles = [pixels[t % self.batch_size] if s else None for t, s in zip(first_tiles, straight, strict=True)]
-            early, in_place = self._decode_at_once(cells, fetched, tiles, places)
-            clock.lap("decode")
-            for i, (cell, data) in enumerate(zip(cells, fetched, strict=True)):
-                if i in in_place:
-                    continue
-                if self.stopped.is_set():
-                    return
-                block = early.get(i)
-                if block is None and data is not None:
-                    block = self.slide.decode(plane, cell, data)
-                    clock.lap("decode")
-                if block is None:
-                    self.slide.stats.add(missing=1)
-                elif self.cut.by_block and self.cut.shrink > 1:
-                    block = shrink(block, self.cut.shrink)
-                    clock.lap("resample")
-                if straight[i]:
-                    self._paste(block, places[i], pixels[first_tiles[i] % self.batch_size])
-                    clock.lap("copy")
-                else:
-                    self.shelf.put(begin + i, block)
-        except SlideError as error:
-            where = self._name(first_tiles[i])
-            raise SlideReadError(f"{error.message} (needed for {where})", remedy=error.remedy) from error
-        except Exception as error:
-            cause = str(error) or type(error).__name__
-            raise SlideReadError(f"{self.slide.info.path}: {self._name(first_tiles[i])}: {cause}") from error
+        first_tiles = plan.first_tile[begin:end]
+        targets = Targets(
+            pixels=self.live[self._batch_of(self.group_start[job])],
+            tile=first_tiles % self.batch_size,
+            places=self._places(slice(begin, end), first_tiles),
+            straight=plan.uses[begin:end] == 1 if self.direct else np.zeros(end - begin, np.bool_),
+            block_px=self.cut.plane.block_px,
+        )
+        self._read(begin, plan.cells[begin:end], targets, clock)
+        if self.stopped.is_set():
+            return
         for group in self._completed(job):
             self._assemble(group, clock)
         held = np.flatnonzero(plan.last_group[begin:end] > job + NEAR_GROUPS) + begin
@@ -290,49 +267,71 @@ class _Stream:
         with self.lock:
             self.stats.peak_bytes = max(self.stats.peak_bytes, self._held_bytes())
             self.stats.spilled_bytes = max(self.stats.spilled_bytes, self.shelf.spilled_bytes)
-        self.stats.add(clock, len(cells))
+        self.stats.add(clock, end - begin)
 
-    def _decode_at_once(
-        self,
-        cells: list[IntPair],
-        fetched: list[Any],
-        tiles: list[RGBArray | None],
-        places: list[list[int]],
-    ) -> tuple[dict[int, RGBArray], set[int]]:
-        """Blocks that the slide decodes in one call, if it can: by number, and which are in their tiles already.
+    def _read(self, begin: int, cells: NDArray[np.int64], targets: Targets, clock: Stopwatch) -> None:
+        """Fetch and decode blocks, the first of which is number ``begin``, into their tiles or onto the shelf."""
+        plane = self.cut.plane
+        shrunk = self.cut.by_block and self.cut.shrink > 1
+        at_once = Decoded()
+        if self.reads_into is not None:
+            at_once = read_at_once(self.reads_into, plane, cells, self._unless_shrunk(targets), clock)
+        if len(at_once.in_place) == len(cells):
+            return
+        left = [i for i in range(len(cells)) if i not in at_once]
+        wanted = {i: (int(cells[i, 0]), int(cells[i, 1])) for i in left}
+        fetched: dict[int, Any] = {}
+        i = 0
+        try:
+            if left:
+                i = left[0]
+                fetched = dict(zip(left, self.slide.fetch(plane, list(wanted.values())), strict=True))
+                clock.lap("fetch")
+                others = decode_at_once(self.slide, plane, wanted, fetched, self._unless_shrunk(targets))
+                at_once = Decoded(at_once.in_place | others.in_place, at_once.alone | others.alone)
+                clock.lap("decode")
+            places, tiles, straight = targets.places.tolist(), targets.tile.tolist(), targets.straight.tolist()
+            for i in range(len(cells)):
+                if i in at_once.in_place:
+                    continue
+                if self.stopped.is_set():
+                    return
+                block = at_once.alone.pop(i, None)
+                if block is None and fetched[i] is not None:
+                    block = self.slide.decode(plane, wanted[i], fetched[i])
+                    clock.lap("decode")
+                if block is None:
+                    self.slide.stats.add(missing=1)
+                elif shrunk:
+                    block = shrink(block, self.cut.shrink)
+                    clock.lap("resample")
+                if straight[i]:
+                    self._paste(block, places[i], targets.pixels[tiles[i]])
+                    clock.lap("copy")
+                else:
+                    self.shelf.put(begin + i, block)
+        except SlideError as error:
+            where = self._name(int(self.plan.first_tile[begin + i]))
+            raise SlideReadError(f"{error.message} (needed for {where})", remedy=error.remedy) from error
+        except Exception as error:
+            cause = str(error) or type(error).__name__
+            where = self._name(int(self.plan.first_tile[begin + i]))
+            raise SlideReadError(f"{self.slide.info.path}: {where}: {cause}") from error
 
-        tiles: where a block belongs that one tile alone needs, at ``places``; it goes there without a copy if it lies
-        wholly within. Each call takes Python's lock once, where blocks one by one would take it several times each.
-        """
-        if not isinstance(self.slide, DecodesInto):
-            return {}, set()
-        width, height = self.cut.plane.block_px
-        numbers = [i for i, data in enumerate(fetched) if data is not None]
-        outs: list[RGBArray] = []
-        within: list[bool] = []
-        for i in numbers:
-            tile, (x, y) = tiles[i], places[i]
-            inside = tile is not None and 0 <= x <= self.size_px - width and 0 <= y <= self.size_px - height
-            within.append(inside)
-            if tile is not None and inside:
-                outs.append(tile[y : y + height, x : x + width])
-            else:
-                outs.append(np.empty((height, width, 3), np.uint8))
-        chosen = [cells[i] for i in numbers]
-        done = self.slide.decode_into(self.cut.plane, chosen, [fetched[i] for i in numbers], outs)
-        found = list(zip(numbers, outs, within, done, strict=True))
-        early = {i: out for i, out, inside, good in found if good and not inside}
-        return early, {i for i, _, inside, good in found if good and inside}
+    def _unless_shrunk(self, targets: Targets) -> Targets:
+        """The targets, but nothing goes straight into a tile where blocks are shrunk first."""
+        if self.cut.by_block and self.cut.shrink > 1:
+            return dataclasses.replace(targets, straight=np.zeros_like(targets.straight))
+        return targets
 
     def _name(self, tile: int) -> str:
         x, y = (self.corners[tile] * np.asarray(self.cut.sample_l0)).tolist()
         return f"tile {tile} at level-0 x {x:.0f}, y {y:.0f}"
 
-    def _places(self, blocks: NDArray[np.int64] | slice, tiles: NDArray[np.int64] | int) -> list[list[int]]:
-        """Where the corner of each block lies (x, y) in the patch of each tile, or of the one tile."""
+    def _places(self, blocks: NDArray[np.int64] | slice, tiles: NDArray[np.int64] | int) -> NDArray[np.int64]:
+        """Where the corner of each block lies, (x, y) (n, 2), in the patch of each tile, or of the one tile."""
         corners: NDArray[np.int64] = self.plan.cells[blocks] * self.block_px + self.block_origin
-        places: list[list[int]] = (corners - self.patch_corners[tiles]).tolist()
-        return places
+        return corners - self.patch_corners[tiles]
 
     def _paste(self, block: RGBArray | None, place: Sequence[int], patch: RGBArray) -> None:
         """Copy what a block whose corner is at ``place`` (x, y) of a patch has of it; white where it is missing."""
@@ -373,7 +372,7 @@ class _Stream:
             numbers = plan.tile_block[plan.tile_start[tile] : plan.tile_start[tile + 1]]
             if self.direct:
                 numbers = numbers[plan.uses[numbers] > 1]
-            places = self._places(numbers, tile)
+            places = self._places(numbers, tile).tolist()
             for number, place in zip(numbers.tolist(), places, strict=True):
                 self._paste(self.shelf.get(number), place, patch)
             taken += numbers.tolist()

@@ -47,14 +47,14 @@ class StreamStats:
 class Stopwatch:
     """Time of one job by stage: each lap goes to the stage that it ends.
 
-    Laps are many, and the processor's clock is a system call: it is read after the fetch, which waits, and at the end;
+    Laps are many, and the processor's clock is a system call: it is read around the fetch, which waits, and at the end;
     what lies between is work and is divided as the time on the clock.
     """
 
     def __init__(self) -> None:
         self.wall = dict.fromkeys(STAGES, 0.0)
         self._fetch_cpu = 0.0
-        self._begin_cpu = time.thread_time()
+        self._begin_cpu = self._fetch_begin_cpu = time.thread_time()
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
@@ -63,7 +63,15 @@ class Stopwatch:
         self.wall[stage] += now - self._last
         self._last = now
         if stage == "fetch":
-            self._fetch_cpu = time.thread_time() - self._begin_cpu
+            self._fetch_cpu += time.thread_time() - self._fetch_begin_cpu
+
+    def lap_decode(self, fetch_s: float, fetch_cpu_s: float) -> None:
+        """Count the time since the last lap as decoding, but for the part, given too, that went into fetching."""
+        self.lap("decode")
+        self.wall["decode"] -= fetch_s
+        self.wall["fetch"] += fetch_s
+        self._fetch_cpu += fetch_cpu_s
+        self._fetch_begin_cpu = time.thread_time()
 
     def cpu(self) -> dict[str, float]:
         """Processor seconds by stage, up to now."""
