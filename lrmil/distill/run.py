@@ -43,6 +43,7 @@ from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
 from wsi_pipe.encoders.lr_file import write_lr_encoder
 from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.encoders.torch_encoder import TorchEncoder
+from wsi_pipe.encoders.weights import file_sha256
 from wsi_pipe.errors import BagError, ConfigError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.slides import open_slide
@@ -400,12 +401,15 @@ def _fingerprint(
     # The student as it starts says what it is, how large its input is and where its weights come from.
     for name, tensor in sorted(student.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    for slide in slides:
-        digest.update(slide.weights.tobytes())
+    # The children's weights by what they come from: as numbers they differ in the last digit from one processor, or number
+    # of threads, to another, and a run may well be resumed elsewhere.
+    if request.mil_teacher is not None:
+        digest.update(file_sha256(request.mil_teacher).encode())
+    variance = [float(f"{value:.4g}") for value in stats.variance.tolist()]
     deciding = dataclasses.replace(request.settings, device="", cache_mib=0, threads=1)
     return fingerprint(
         _stated(deciding), teacher.info.weights_sha256, request.student, request.lr, request.hr, request.fold,
-        [slide.slide_id for slide in slides], [len(slide) for slide in slides], stats.variance.tolist(),
+        [slide.slide_id for slide in slides], [len(slide) for slide in slides], variance,
         request.student_px, digest.hexdigest(),
     )  # fmt: skip
 

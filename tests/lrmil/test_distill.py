@@ -414,6 +414,25 @@ def test_cases_may_come_from_the_labels_alone(cohort: Path, tmp_path: Path) -> N
     assert not {patient[s] for s in result.train_slides} & {patient[s] for s in result.val_slides}
 
 
+def test_a_run_goes_on_where_attention_differs_in_the_last_digit(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does on another processor; another teacher's is another run."""
+    teacher = mil_teacher(tmp_path / "hr.safetensors", "fold_1", load_encoder("texture").info.dim)
+    request = request_of(cohort, tmp_path / "lr.safetensors", mil_teacher=teacher)
+    first = run_distillation(request)
+    original = run_module.attention_weights
+    monkeypatch.setattr(run_module, "attention_weights", lambda *args: original(*args) * np.float32(1 + 1e-6))
+    assert run_distillation(request).history.epochs == first.history.epochs
+    other = mil_teacher(tmp_path / "other.safetensors", "fold_1", load_encoder("texture").info.dim)
+    model, card = load_model(other)
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+    save_model(other, model, card)
+    with pytest.raises(ResumeError, match="other settings"):
+        run_distillation(dataclasses.replace(request, mil_teacher=other))
+
+
 def test_another_student_does_not_go_on_where_the_first_one_was(cohort: Path, tmp_path: Path) -> None:
     request = request_of(cohort, tmp_path / "lr.safetensors", settings=dataclasses.replace(QUICK, epochs=1))
     run_distillation(request)
