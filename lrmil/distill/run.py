@@ -401,8 +401,8 @@ def _fingerprint(
     # The student as it starts says what it is, how large its input is and where its weights come from.
     for name, tensor in sorted(student.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    # The children's weights by what they come from: as numbers they differ in the last digit from one processor, or number
-    # of threads, to another, and a run may well be resumed elsewhere.
+    # The children's weights by what they come from: as numbers they differ in the last digit from one processor, or
+    # number of threads, to another, and a run may well be resumed elsewhere.
     if request.mil_teacher is not None:
         digest.update(file_sha256(request.mil_teacher).encode())
     variance = [float(f"{value:.4g}") for value in stats.variance.tolist()]
