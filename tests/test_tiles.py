@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from wsi_pipe.errors import OutputError, SlideReadError
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid, TileGrid, TileSpec
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.base import BaseSlide, Plane, Slide, SlideInfo
+from wsi_pipe.slides.fastjpeg import jpeg_decoder_name
+from wsi_pipe.slides.native import NativeSlide
+from wsi_pipe.slides.write import write_pyramid
 from wsi_pipe.tiles import StreamStats, read_tiles, stream_tiles
 from wsi_pipe.tiles.shelf import BlockShelf
 
@@ -258,6 +262,56 @@ def test_far_scales_of_a_single_level_are_shrunk_first(scale: float) -> None:
     slide = DrawnSlide(picture)
     check_quality(slide, picture, scale, 38, 0.03, size_px=64)
     assert set(slide.decoded.values()) == {1}
+
+
+@pytest.mark.parametrize(("scale", "size_px"), [(16, 64), (16, 32), (32, 32)])
+def test_blocks_that_are_shrunk_do_not_go_straight_into_tiles(tmp_path: Path, scale: int, size_px: int) -> None:
+    """A single level of JPEG, decoded at 1/8 and shrunk once more: the block is no larger than the tile."""
+    rng = np.random.default_rng(0)
+    picture = cv2.resize(
+        rng.integers(60, 200, (48, 48, 3)).astype(np.uint8), (2048, 2048), interpolation=cv2.INTER_CUBIC
+    )
+    path = tmp_path / "single.tif"
+    write_pyramid(path, [picture], mpp=0.25, quality=95)
+    with closing(open_slide(path)) as slide:
+        side = scale * size_px
+        corners = np.array([(x, y) for y in range(0, 2049 - side, side) for x in range(0, 2049 - side, side)])
+        for tile, (x, y) in zip(read_tiles(slide, corners, side, size_px), corners.tolist(), strict=True):
+            expected = picture[y : y + side, x : x + side].reshape(size_px, scale, size_px, scale, 3).mean((1, 3))
+            assert np.abs(tile - expected).max() < 6
+
+
+@pytest.mark.skipif("own decoder, and" not in jpeg_decoder_name(), reason="the JPEG decoder in C was not built")
+def test_tiles_of_a_local_jpeg_file_are_read_without_pythons_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every whole block, whether tiles share it or not; pixels and counts are those of the other way."""
+    path = tmp_path / "slide.tif"
+    write_pyramid(path, [tissue_like(1100, 900)], mpp=0.5)
+    fetched: list[IntPair] = []
+    original = NativeSlide.fetch
+
+    def fetch(slide: NativeSlide, plane: Plane, cells: Sequence[IntPair]) -> list[Any]:
+        fetched.extend(cells)
+        return original(slide, plane, cells)
+
+    monkeypatch.setattr(NativeSlide, "fetch", fetch)
+    for scale, size_px, overlap_px in [(2.0, 128, 0), (1.0, 200, 0), (1.0, 256, 64), (1.7, 150, 0)]:
+        found = []
+        for in_one_call in (True, False):
+            with closing(open_slide(path)) as slide, monkeypatch.context() as patch:
+                fetched.clear()
+                if not in_one_call:
+                    patch.setattr(NativeSlide, "reads_into", lambda *_: False)
+                pixels = collect(slide, full_grid(slide, scale, size_px, overlap_px))
+                counts = slide.stats.bytes_fetched, slide.stats.blocks_decoded
+                found.append((pixels, counts, list(fetched)))
+        (fast, fast_counts, fast_fetched), (plain, plain_counts, plain_fetched) = found
+        np.testing.assert_array_equal(fast, plain)
+        assert fast_counts == plain_counts
+        # Blocks of 256 px: those at the right and lower edge are clipped, and go the other way.
+        assert sorted(fast_fetched) == sorted(cell for cell in plain_fetched if cell[0] == 4 or cell[1] == 3)
+        assert len(plain_fetched) > len(fast_fetched)
 
 
 def test_resampled_tiles_are_registered_to_a_fraction_of_a_pixel() -> None:

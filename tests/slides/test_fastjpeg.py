@@ -20,7 +20,8 @@ from wsi_pipe.geometry import IntPair, TissueMask
 from wsi_pipe.slides import fastjpeg
 from wsi_pipe.slides.base import DecodesInto
 from wsi_pipe.slides.codecs import CodecError, JpegDecoder
-from wsi_pipe.slides.fastjpeg import decode_tiles, jpeg_decoder_name
+from wsi_pipe.slides.fastjpeg import decode_tiles, jpeg_decoder_name, read_tiles
+from wsi_pipe.slides.room import Room
 from wsi_pipe.slides.tiff import open_tiff
 from wsi_pipe.slides.write import write_pyramid
 from wsi_pipe.tiles import StreamStats, stream_tiles
@@ -256,6 +257,68 @@ def test_what_is_accepted_of_damaged_streams_is_what_libjpeg_accepts() -> None:
             np.testing.assert_array_equal(ours, by_libjpeg(bytes(data), size, reduce))
     assert accepted > 300
     assert refused > 300
+
+
+@built
+def test_tiles_are_read_out_of_a_file_and_decoded_in_one_call(tmp_path: Path) -> None:
+    """In any order, side by side or not, twice the same, missing, damaged, or beyond the end of the file."""
+    streams = [encoded(drawn(64, 48, seed), quality=50 + 5 * seed) for seed in range(6)]
+    broken = bytearray(streams[5])
+    broken[len(broken) // 2 :] = b""
+    pieces = [b"head", streams[0], streams[1], b"gap", streams[2], bytes(broken), streams[3]]
+    path = tmp_path / "tiles"
+    path.write_bytes(b"".join(pieces))
+    ends = np.cumsum([len(piece) for piece in pieces])
+    at = [(int(end) - len(piece), len(piece)) for piece, end in zip(pieces, ends, strict=True)]
+    size = path.stat().st_size
+    #        stream 3, 0, missing, 1, 2, 0 again, damaged, cut by the end, far beyond it
+    spans = [at[6], at[1], (0, 0), at[2], at[4], at[1], at[5], (at[6][0] + 9, at[6][1]), (size + 5, 100)]
+    expected = [3, 0, None, 1, 2, 0, None, None, None]
+    tile = np.full((2, 100, 101, 3), 7, np.uint8)
+    places = np.array([(5, 3), (5, 30), (60, 70), (0, 0), (60, 0)])
+    numbers = np.array([0, 0, 0, 1, 1])
+    alone = [np.zeros((24, 32, 3), np.uint8) for _ in range(4)]
+    room = Room.within(tile, numbers, places, (32, 24)).join(Room.of(alone, (32, 24)))
+    offsets, sizes = (np.array(values, np.int64) for values in zip(*spans, strict=True))
+    with path.open("rb") as file:
+        found = read_tiles(file.fileno(), offsets, sizes, room, (64, 48), 3, ycbcr=True, reduce=2)
+    assert found.done.tolist() == [number is not None for number in expected]
+    # Two runs of neighbours and the tile that is asked for twice, and the two that are not there.
+    assert found.requests == 5
+    assert found.read_s >= 0
+    wanted = np.full_like(tile, 7)
+    for i, (x, y) in enumerate(places.tolist()):
+        number = expected[i]
+        if number is not None:
+            wanted[numbers[i], y : y + 24, x : x + 32] = by_libjpeg(streams[number], (64, 48), 2)
+    untouched = np.ones(tile.shape, bool)
+    untouched[0, 70:94, 60:92] = False  # undefined: not done
+    np.testing.assert_array_equal(tile[untouched], wanted[untouched])
+    np.testing.assert_array_equal(alone[0], by_libjpeg(streams[0], (64, 48), 2))
+    closed = read_tiles(-1, offsets, sizes, room, (64, 48), 3, ycbcr=True, reduce=2)
+    assert not closed.done.any()
+
+
+def test_blocks_go_nowhere_but_into_their_arrays() -> None:
+    tiles = np.zeros((2, 64, 64, 3), np.uint8)
+    for number, place in [(2, (0, 0)), (-1, (0, 0)), (0, (33, 0)), (0, (0, 41)), (1, (-1, 0)), (1, (0, -1))]:
+        with pytest.raises(ValueError, match="do not lie in tiles"):
+            Room.within(tiles, np.array([0, number]), np.array([(0, 0), place]), (32, 24))
+    for wrong in (tiles[:, ::2], tiles.astype(np.int8), tiles[0], np.broadcast_to(np.uint8(0), tiles.shape)):
+        with pytest.raises(ValueError, match="blocks do not go into"):
+            Room.within(wrong, np.array([0]), np.array([(0, 0)]), (32, 24))  # type: ignore[arg-type]
+    for block in (
+        np.zeros((24, 31, 3), np.uint8),
+        np.zeros((24, 64, 3), np.uint8)[:, ::2],
+        np.zeros((24, 32, 3), "i1"),
+    ):
+        with pytest.raises(ValueError, match="block"):
+            Room.of([block], (32, 24))
+    room = Room.of([np.zeros((24, 32, 3), np.uint8)], (32, 24))
+    with pytest.raises(ValueError, match="room for 1 blocks"):
+        read_tiles(0, np.array([1, 1]), np.array([1, 1]), room, (64, 48), 3, ycbcr=True, reduce=2)
+    with pytest.raises(ValueError, match="room for 1 blocks"):
+        read_tiles(0, np.array([1]), np.array([1]), room, (64, 48), 3, ycbcr=True, reduce=1)
 
 
 @built
