@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import random
 import threading
 import time
 from collections import Counter
@@ -312,6 +313,38 @@ def test_tiles_of_a_local_jpeg_file_are_read_without_pythons_lock(
         # Blocks of 256 px: those at the right and lower edge are clipped, and go the other way.
         assert sorted(fast_fetched) == sorted(cell for cell in plain_fetched if cell[0] == 4 or cell[1] == 3)
         assert len(plain_fetched) > len(fast_fetched)
+
+
+@pytest.mark.skipif("own decoder, and" not in jpeg_decoder_name(), reason="the JPEG decoder in C was not built")
+@pytest.mark.parametrize("levels", [(1,), (1, 4)], ids=["one level", "two levels"])
+def test_blocks_at_once_are_blocks_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: tuple[int, ...]
+) -> None:
+    """Whatever the scale, the tile, its overlap and the corner, and whichever way a block goes."""
+    chance = random.Random(len(levels))
+    picture = tissue_like(1500, 1300)
+    path = tmp_path / "slide.tif"
+    sizes = [(1500 // factor, 1300 // factor) for factor in levels]
+    written = [picture if size == (1500, 1300) else cv2.resize(picture, size) for size in sizes]
+    write_pyramid(path, written, mpp=0.25)
+    ways: list[tuple[str, ...]] = [(), ("reads_into",), ("reads_into", "decode_into")]
+    for _ in range(40):
+        scale = chance.choice([1, 2, 4, 8, 16, 32, 1.3, 2.7, 4.04, 9.0, 17.0])
+        size_px = chance.choice([16, 24, 32, 64, 100, 128, 256])
+        if scale * size_px > 1300:
+            continue
+        step = chance.choice([1, scale])
+        corners = np.array([[chance.randrange(-64, 1400) // step * step for _ in "xy"] for _ in range(9)], float)
+        found = []
+        for without in ways:
+            with closing(open_slide(path)) as slide, monkeypatch.context() as patch:
+                if "reads_into" in without:
+                    patch.setattr(NativeSlide, "reads_into", lambda *_: False)
+                if "decode_into" in without:
+                    patch.setattr(NativeSlide, "decode_into", lambda *given: [False] * len(given[2]))
+                found.append(read_tiles(slide, corners, scale * size_px, size_px))
+        for other in found[:2]:
+            np.testing.assert_array_equal(other, found[2], err_msg=f"scale {scale}, tiles of {size_px} px")
 
 
 def test_resampled_tiles_are_registered_to_a_fraction_of_a_pixel() -> None:
