@@ -208,11 +208,13 @@ def tissue_fractions(
     ]
     # A running sum is linear between pixel edges, so its value at a fractional edge is exact. One axis at a time.
     rows = np.zeros((height + 1, width), np.int32)
-    np.cumsum(mask.mask, axis=0, out=rows[1:], dtype=np.int32)
+    rows[1:] = mask.mask
+    np.cumsum(rows, axis=0, out=rows)
     by_row = _at(rows, edges[1][1]) - _at(rows, edges[1][0])
-    columns = np.zeros((width + 1, shape[1]), np.float64)
-    np.cumsum(by_row.T, axis=0, out=columns[1:])
-    area = (_at(columns, edges[0][1]) - _at(columns, edges[0][0])).T
+    columns = np.zeros((shape[1], width + 1), np.float64)
+    np.cumsum(by_row, axis=1, out=columns[:, 1:])
+    across = np.ascontiguousarray(columns.T)
+    area = (_at(across, edges[0][1]) - _at(across, edges[0][0])).T
     tile_area = (tile_size_l0[0] / mask.scale_l0[0]) * (tile_size_l0[1] / mask.scale_l0[1])
     # Differences of sums round: nothing is tissue by -1e-17.
     return np.clip(area / tile_area, 0.0, 1.0)

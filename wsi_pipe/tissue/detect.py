@@ -29,6 +29,7 @@ Bools = NDArray[np.bool_]
 DEFAULT_WHITE = 245.0
 """Grey level of glass where no glass is in view: what scanners calibrate to lies between 235 and 255."""
 
+_LOG_LEVELS = np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 _NEAR_WHITE_SHARE = 0.005
 _DARK_SHARE = 0.25
 _GREY_SPREAD = 3
@@ -104,7 +105,7 @@ def white_reference(rgb: NDArray[np.uint8], white_min: float = 200.0) -> Floats:
     """
     bright = rgb[extremes(rgb)[0] >= white_min]
     enough = _NEAR_WHITE_SHARE * rgb.shape[0] * rgb.shape[1]
-    log = np.log10((bright.astype(np.float32) + 1.0) / 256.0)
+    log = _LOG_LEVELS[bright]
     least, most = extremes(log)
     # A tint towards pink or violet must be slight: beyond that it is pale tissue that fills the slide.
     pink = np.maximum(log[:, 0], log[:, 2]) - log[:, 1]
@@ -124,9 +125,11 @@ def _mode(values: NDArray[np.uint8]) -> float:
 
 def optical_density(rgb: NDArray[np.uint8], white: Floats) -> Floats:
     """``log10((white + 1) / (value + 1))`` by channel, float32 (H, W, 3), not below zero; white: float32 (3,)."""
+    import cv2
+
     levels = np.arange(256, dtype=np.float64)[:, None]
     table = np.maximum(np.log10((white[None].astype(np.float64) + 1) / (levels + 1)), 0).astype(np.float32)
-    return np.stack([table[rgb[..., channel], channel] for channel in range(3)], axis=-1)
+    return np.asarray(cv2.LUT(np.ascontiguousarray(rgb), table[None]), np.float32)
 
 
 def _candidates(
