@@ -345,7 +345,7 @@ def test_doubts_are_said() -> None:
     assert any("Other programs used 40 %" in w for w in warnings_of(dataclasses.replace(good, foreign_load=0.4)))
     assert any("One slide" in w for w in warnings_of(record_of(slides=1)))
     assert any("2 slides are few" in w for w in warnings_of(record_of(slides=2)))
-    assert any("1 repeat(s)" in w for w in warnings_of(record_of(repeats=1)))
+    assert any("One repeat says" in w for w in warnings_of(record_of(repeats=1)))
     noisy = tuple(dataclasses.replace(m, wall_s=m.wall_s * (1 + m.repeat)) for m in good.measurements)
     assert any("noisy" in w for w in warnings_of(dataclasses.replace(good, measurements=noisy)))
     short = tuple(dataclasses.replace(m, wall_s=m.wall_s / 1000) for m in good.measurements)
@@ -483,6 +483,7 @@ class Watched:
         self.ranges: list[tuple[int, int]] = []
         self.decoded: list[int] = []
         read, decode, decode_into = FileSource.read, TiffImage.decode, TiffImage.decode_into
+        read_into = TiffImage.read_into
 
         def reading(source: FileSource, offset: int, length: int) -> bytes:
             data = read(source, offset, length)
@@ -499,7 +500,17 @@ class Watched:
             self.decoded.append(sum(done))
             return done
 
+        def reading_into(image: TiffImage, cells: Any, room: Any, reduce: int) -> Any:
+            found = read_into(image, cells, room, reduce)
+            offsets, lengths = image.table()
+            for column, row in cells[found.done].tolist():
+                at = row * -(-image.size_px[0] // image.block_px[0]) + column
+                self.ranges.append((int(offsets[at]), int(lengths[at])))
+            self.decoded.append(int(found.done.sum()))
+            return found
+
         monkeypatch.setattr(FileSource, "read", reading)
+        monkeypatch.setattr(TiffImage, "read_into", reading_into)
         monkeypatch.setattr(TiffImage, "decode", decoding)
         monkeypatch.setattr(TiffImage, "decode_into", decoding_into)
 
@@ -866,7 +877,7 @@ def test_the_command_measures_and_draws_again(cohort: Path, tmp_path: Path, caps
     assert run_cli("benchmark", slide, "--repeats", "1", "-o", str(out), "--encoder-lr", "texture") == 0
     printed = capsys.readouterr().out
     assert "5x (texture) costs, beside 20x (texture)" in printed
-    assert "note: 1 repeat(s)" in printed
+    assert "note: One repeat says" in printed
     again = tmp_path / "again"
     arguments = ("--from", str(out / "benchmark.json"), "-o", str(again), "--slides-per-year", "77", "--json")
     assert run_cli("benchmark", *arguments) == 0

@@ -326,7 +326,8 @@ def warnings_of(record: BenchmarkRecord) -> list[str]:
             "--repeats or measure when it is idle."
         )
     if record.repeats < MIN_REPEATS:
-        found.append(f"{record.repeats} repeat(s) say little about noise: give --repeats {MIN_REPEATS} or more.")
+        few = "One repeat says" if record.repeats == 1 else f"{record.repeats} repeats say"
+        found.append(f"{few} little about noise: give --repeats {MIN_REPEATS} or more.")
     n = len(record.slides)
     if n == 1:
         found.append("One slide was measured: the intervals cover its repeats, and say nothing about other slides.")

@@ -22,7 +22,8 @@ const n = REC.slides.length;
 byId("title").textContent = head && ratioOf(head, "end to end").value
   ? `${armOf(head.cheap).label} costs 1/${number(ratioOf(head, "end to end").value)} of ${armOf(head.dear).label}, end to end`
   : "What reading and encoding cost";
-byId("subtitle").textContent = `${n} ${n === 1 ? "slide" : "slides"}, ${REC.repeats} repeats, ${REC.machine.cores} cores${REC.machine.gpu ? ", " + REC.machine.gpu : ""}, ${REC.created_utc.replace("T", " ").replace("Z", " UTC")}.` + (head && armOf(head.dear).encoder !== armOf(head.cheap).encoder ? ` ${armOf(head.dear).encoder} at ${armOf(head.dear).label}, ${armOf(head.cheap).encoder} at ${armOf(head.cheap).label}.` : ` Encoder: ${arms[0].encoder}.`);
+const count = (n, thing) => `${n} ${thing}${n === 1 ? "" : "s"}`;
+byId("subtitle").textContent = `${count(n, "slide")}, ${count(REC.repeats, "repeat")}, ${count(REC.machine.cores, "core")}${REC.machine.gpu ? ", " + REC.machine.gpu : ""}, ${REC.created_utc.replace("T", " ").replace("Z", " UTC")}.` + (head && armOf(head.dear).encoder !== armOf(head.cheap).encoder ? ` ${armOf(head.dear).encoder} at ${armOf(head.dear).label}, ${armOf(head.cheap).encoder} at ${armOf(head.cheap).label}.` : ` Encoder: ${arms[0].encoder}.`);
 if (ANS.warnings.length) fill("doubts", el("div", { class: "notice" }, el("b", {}, "Before you rely on these figures"), el("ul", { style: "margin:6px 0 0;padding-left:20px" }, ANS.warnings.map(w => el("li", {}, w)))));
 if (head) {
   const card = (what, title, detail) => {
@@ -69,7 +70,7 @@ function drawStages() {
   stackedBars(byId("shares"), { label: "Shares by stage", format: percent, max: 1, legend: false, rows: ordered.map(t => ({ label: nameOf(t.arm), note: seconds(sum(t)), parts: parts(t).map(p => ({ ...p, tip: `${percent(p.value / sum(t))}, ${seconds(p.value)}`, value: p.value / sum(t) })) })) });
 }
 drawStages();
-byId("stages-note").textContent = `Seconds for ${n === 1 ? "the slide" : `all ${n} slides`}, mean of ${REC.repeats} repeats. Stages are timed one after the other with nothing else going on. End to end is less than their sum where stages overlap, and holds what only a whole run does: pictures, masks, checks.`;
+byId("stages-note").textContent = `Seconds for ${n === 1 ? "the slide" : `all ${n} slides`}, mean of ${count(REC.repeats, "repeat")}. Stages are timed one after the other with nothing else going on. End to end is less than their sum where stages overlap, and holds what only a whole run does: pictures, masks, checks.`;
 (function stageTable() {
   const rows = [], wall = (t, stages) => stages.reduce((a, s) => a + (t.stages[s] ? t.stages[s].wall_s : 0), 0);
   const show = v => v === null || v === undefined ? "–" : number(v);

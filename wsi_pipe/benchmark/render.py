@@ -173,7 +173,12 @@ def markdown(record: BenchmarkRecord, assumptions: Assumptions) -> str:
     doubts = warnings_of(record)
     if doubts:
         lines += ["Doubts:", "", *(f"- {doubt}" for doubt in doubts), ""]
-    lines += ["## Where the time goes", "", f"Seconds for {_slides(record)}, mean of {record.repeats} repeats.", ""]
+    lines += [
+        "## Where the time goes",
+        "",
+        f"Seconds for {_slides(record)}, mean of {_count(record.repeats, 'repeat')}.",
+        "",
+    ]
     lines += [*_table(*stage_table(record)), ""]
     lines += ["Stages: " + "; ".join(f"*{s}*: {STAGE_MEANING[s]}" for s in _stages(record)) + ".", ""]
     lines += ["### As `wsi-pipe run` reports it", "", RUN_STAGES_NOTE, ""]
@@ -205,9 +210,12 @@ def _stages(record: BenchmarkRecord) -> list[str]:
     return [s for s in (*STAGES, TRANSFER) if any(s in m.stages for m in record.measurements)]
 
 
+def _count(n: int, thing: str) -> str:
+    return f"{n} {thing}" + ("s" if n != 1 else "")
+
+
 def _slides(record: BenchmarkRecord) -> str:
-    n = len(record.slides)
-    return f"{n} slide" + ("s" if n != 1 else "")
+    return _count(len(record.slides), "slide")
 
 
 def _balance_rows(books: Balance) -> list[list[str]]:
@@ -223,8 +231,11 @@ def _facts(record: BenchmarkRecord) -> list[str]:
     gpu = f", {machine.gpu}" if machine.gpu else ", no GPU"
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     peak = max((m.peak_memory_bytes or 0 for m in record.measurements), default=0)
-    where = f"{machine.cpu}, {machine.cores} cores, {machine.memory_bytes / 2**30:.0f} GiB{gpu}"
-    how = f"{record.repeats} repeats, arms taking turns, {record.threads} reading threads, {record.cache} file cache"
+    where = f"{machine.cpu}, {_count(machine.cores, 'core')}, {machine.memory_bytes / 2**30:.0f} GiB{gpu}"
+    how = (
+        f"{_count(record.repeats, 'repeat')}, arms taking turns, {_count(record.threads, 'reading thread')}, "
+        f"{record.cache} file cache"
+    )
     return [
         f"`{record.command}` on {record.created_utc}, wsi-pipe {record.wsi_pipe_version}.",
         f"{where}; {machine.system}, Python {machine.python}; {versions}.",
