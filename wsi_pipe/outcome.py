@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-__all__ = ["STAGES", "SlideOutcome", "Stage", "Status"]
+__all__ = ["STAGES", "STAGE_TIMES", "SlideOutcome", "Stage", "Status"]
 
 Status = Literal["done", "empty", "failed"]
 Stage = Literal["open", "segment", "tile", "extract", "assemble"]
@@ -18,6 +18,10 @@ TIMES = {
     "assemble": ("assemble",),
 }
 """Which entries of ``seconds`` belong to a stage that may be valid already."""
+
+STAGE_TIMES = ("open", *(time for times in TIMES.values() for time in times))
+"""What of ``seconds`` is a slide's own work, in its order. "read" and "encode" go on at the same time; "extract" is
+what comes after them, storing the features."""
 
 
 @dataclass(frozen=True)
