@@ -29,7 +29,7 @@ from wsi_pipe.encoders.architectures import build, timm_recipe
 from wsi_pipe.encoders.lr_file import write_lr_encoder
 from wsi_pipe.errors import JobLockedError, ManifestError, OutputError
 from wsi_pipe.geometry import TileSpec
-from wsi_pipe.job import read_outcomes
+from wsi_pipe.job import JobPaths, OutcomeLog, read_outcomes
 from wsi_pipe.job import run as job_run
 from wsi_pipe.job.lock import hold_job, holder_of
 from wsi_pipe.outcome import SlideOutcome
@@ -391,6 +391,57 @@ def test_times_of_outcomes_that_knew_no_costs_are_not_made_up() -> None:
     before = SlideOutcome("s", "done", seconds={"read": 5.0, "encode": 7.0})
     now = SlideOutcome("s", "done", seconds={"read": 1.0, "encode": 2.0}, costs={"5x/a": {}, "5x/b": {"read": 1.0}})
     assert now.keeping(before) == now
+
+
+def of_run(**more: Any) -> SlideOutcome:
+    return SlideOutcome("s", **({"status": "done", "path": "s.svs"} | more))
+
+
+FULL = of_run(
+    seconds={"open": 1.0, "segment": 1.0, "tile": 1.0, "read": 5.0, "encode": 7.0, "extract": 0.5, "assemble": 1.0},
+    counts={"read_s.5x": 5.0, "encode_s.5x": 7.0},
+    costs={"5x/a": {"read": 5.0, "encode": 7.0}},
+)
+
+
+def noted(tmp_path: Path, *outcomes: SlideOutcome) -> SlideOutcome:
+    """What is known of the slide after these runs."""
+    paths = JobPaths(tmp_path)
+    for outcome in outcomes:
+        OutcomeLog(paths).note(outcome)
+    return read_outcomes(tmp_path)["s"]
+
+
+def test_a_run_that_stops_before_features_takes_nothing_from_their_times(tmp_path: Path) -> None:
+    tiled = of_run(seconds={"open": 1.0, "segment": 2.0, "tile": 2.0})
+    valid = of_run(
+        seconds={"open": 1.0, "segment": 0.1, "tile": 0.1, "assemble": 0.1},
+        cached=("segment", "tile", "extract", "assemble"),
+        costs={"5x/a": {}},
+    )
+    last = noted(tmp_path, FULL, tiled, valid)
+    assert last.seconds["segment"] == 2.0
+    for names in ("read", "encode"):
+        assert last.seconds[names] == FULL.seconds[names]
+    assert last.counts == FULL.counts
+    assert last.costs == FULL.costs
+    # Said again, it is not added again.
+    assert noted(tmp_path, valid, valid) == last
+
+
+def test_a_failure_in_between_takes_nothing_from_what_features_cost(tmp_path: Path) -> None:
+    failed = of_run(status="failed", stage="extract", seconds={"open": 1.0, "segment": 9.0}, reason="no memory")
+    both = of_run(
+        seconds={"open": 1.0, "segment": 0.1, "tile": 0.1, "read": 1.0, "encode": 2.0},
+        counts={"read_s.5x": 1.0, "encode_s.5x": 2.0},
+        cached=("segment", "tile"),
+        costs={"5x/a": {}, "5x/b": {"read": 1.0, "encode": 2.0}},
+    )
+    last = noted(tmp_path, FULL, failed, both)
+    assert last.costs == {"5x/a": {"read": 5.0, "encode": 7.0}, "5x/b": {"read": 1.0, "encode": 2.0}}
+    assert (last.seconds["read"], last.seconds["encode"]) == (6.0, 9.0)
+    assert last.counts == {"read_s.5x": 6.0, "encode_s.5x": 9.0}
+    assert last.seconds["segment"] == 0.1
 
 
 def test_pace_counts_only_slides_that_were_made(archive: Path, tmp_path: Path) -> None:

@@ -58,17 +58,20 @@ class SlideOutcome:
         """This outcome with the times and counts of ``before``, the slide's last, for what is still its.
 
         That is all of a stage that was valid already; and where only some features were made, as when an encoder is
-        added, the times of the others are added to theirs.
+        added, the times of the others are added to theirs. ``before`` may be of a run that did not come to features
+        and knows only what they cost.
         """
         times = [time for stage in self.cached for time in TIMES.get(stage, ()) if time in before.seconds]
         seconds = {**self.seconds, **{time: before.seconds[time] for time in times}}
         counts = {**before.counts, **self.counts} if "extract" in self.cached else dict(self.counts)
         # A run that did not come to features leaves what is known of them for one that does.
         costs = {key: own or before.costs.get(key, {}) for key, own in self.costs.items()} or before.costs
-        if "extract" not in self.cached:
-            for key in (key for key, own in self.costs.items() if not own):
-                for part, spent in costs[key].items():
-                    for sums, name in ((seconds, part), (counts, f"{part}_s.{key.partition('/')[0]}")):
+        # Where all features were valid the sums may be known already.
+        known = {*seconds, *counts} if "extract" in self.cached else set()
+        for key in (key for key, own in self.costs.items() if not own):
+            for part, spent in costs[key].items():
+                for sums, name in ((seconds, part), (counts, f"{part}_s.{key.partition('/')[0]}")):
+                    if name not in known:
                         sums[name] = sums.get(name, 0.0) + spent
         return replace(self, seconds=seconds, counts=counts, costs=costs)
 
