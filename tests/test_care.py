@@ -23,15 +23,17 @@ import pytest
 import torch
 
 from wsi_pipe.bag import check_bag, read_bag
-from wsi_pipe.care import job_status, quarantine_of, repair_job, verify_job
+from wsi_pipe.care import job_status, quarantine_of, repair_job, sources, verify_job
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.encoders.architectures import build, timm_recipe
 from wsi_pipe.encoders.lr_file import write_lr_encoder
-from wsi_pipe.errors import JobLockedError, ManifestError, OutputError
+from wsi_pipe.errors import JobLockedError, ManifestError, OutputError, WorkerError
+from wsi_pipe.execute import run_bounded
 from wsi_pipe.geometry import TileSpec
 from wsi_pipe.job import JobPaths, OutcomeLog, read_outcomes
 from wsi_pipe.job import run as job_run
 from wsi_pipe.job.lock import hold_job, holder_of
+from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.report.summary import summarise
 
@@ -227,19 +229,55 @@ def test_verify_finds_slides_that_were_replaced(
     found = {finding.slide_id: finding for finding in verify_job(job)}
     assert {name: (finding.status, finding.stale) for name, finding in found.items()} == {
         "s0": ("stale", True),
-        "s1": ("stale", True),
+        "s1": ("done", False),
         "s2": ("done", False),
         "s3": ("done", False),
     }
     assert found["s0"].problems == (f"its slide {archive / 's0.svs'} was replaced or changed since: run again",)
-    assert "was changed and does not open" in found["s1"].problems[0]
-    assert cli("verify", job) == 1
+    # Whether it was changed, or cannot be read here and now, nobody can tell.
+    (remark,) = found["s1"].remarks
+    assert remark.startswith(f"its slide {archive / 's1.svs'} cannot be opened (")
+    assert remark.endswith("): not compared")
+    assert [found[name].remarks for name in ("s0", "s2", "s3")] == [()] * 3
     capsys.readouterr()
+    assert cli("verify", job) == 1
+    assert f"s1: {remark}" in capsys.readouterr().out
     assert cli("verify", job, "--repair") == 1
-    assert "0 files put aside, 2 stale ones left for the next run" in capsys.readouterr().out
+    assert "0 files put aside, 1 stale ones left for the next run" in capsys.readouterr().out
+    assert cli("verify", job, "--no-sources") == 0
+    assert "not compared" not in capsys.readouterr().out
+    assert cli("verify", job, "--no-sources", "--repair") == 0
     assert cli("run", "-o", job, "--only", "s0") == 0
     assert features(job)["s0 5x"] != before["s0 5x"]
-    assert {finding.slide_id for finding in verify_job(job) if finding.problems} == {"s1"}
+    assert not [finding for finding in verify_job(job) if finding.problems]
+
+
+def test_verify_goes_on_where_slides_cannot_be_looked_at(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, stat = tmp_path / "job", os.stat
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "3") == 0
+
+    def lost(path: Any, **options: Any) -> os.stat_result:
+        if Path(path).name == "s0.svs":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return stat(path, **options)
+
+    def crashing(fn: Any, cpu_s: float, entry: SlideEntry) -> Any:
+        if entry.slide_id == "s1":
+            raise WorkerError("its process died of SIGSEGV")
+        return run_bounded(fn, cpu_s, entry)
+
+    monkeypatch.setattr(sources.os, "stat", lost)
+    monkeypatch.setattr(sources, "run_bounded", crashing)
+    found = list(verify_job(job))
+    assert [(one.status, one.problems, one.stale) for one in found] == [("done", (), False)] * 3
+    assert [one.remarks for one in found] == [
+        (f"its slide {archive / 's0.svs'} cannot be looked at (Stale file handle): not compared",),
+        (f"its slide {archive / 's1.svs'} cannot be opened (its process died of SIGSEGV): not compared",),
+        (),
+    ]
+    assert repair_job(job) == []
 
 
 def distil(encoder: Path, seed: int) -> None:
