@@ -31,6 +31,7 @@ import psutil
 
 from wsi_pipe.bag import check_bag, read_bag
 from wsi_pipe.job import read_outcomes
+from wsi_pipe.outcome import STAGE_TIMES
 from wsi_pipe.synthetic import make_cohort
 
 RUN = [sys.executable, "-m", "wsi_pipe", "run"]
@@ -213,10 +214,6 @@ def mutants(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             }
         ),
     }
-
-
-STAGE_TIMES = ("open", "segment", "tile", "read", "encode", "extract", "assemble")
-"""What of an outcome's seconds is a slide's own work: opening, mask, grids, reading, encoding and writing."""
 
 
 def many(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from wsi_pipe.errors import ConfigError
 from wsi_pipe.geometry import level_label
 from wsi_pipe.synthetic import SIGNALS
 
-__all__ = ["ABLATIONS", "CohortSettings", "ExperimentSettings", "load_experiment"]
+__all__ = ["ABLATIONS", "CohortSettings", "ExperimentSettings", "cohort_changes", "load_experiment"]
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no final loss": {"final": 0.0},
@@ -137,6 +137,11 @@ def load_experiment(preset: Path, changes: Sequence[str] = ()) -> ExperimentSett
         # The preset alone was fine, so it is the changes.
         shown = " ".join(f"--set {change}" for change in changes)
         raise ConfigError(f"{shown}: {error.message}", remedy=error.remedy) from error
+
+
+def cohort_changes(changes: Sequence[str]) -> list[str]:
+    """Those of ``changes``, see ``load_experiment``, that are about the synthetic cohort."""
+    return [change for change in changes if change.partition("=")[0].partition(".")[0].strip() == "cohort"]
 
 
 def _toml_value(text: str) -> Any:

@@ -26,7 +26,7 @@ from lrmil.pictures.distill import draw_distillation
 from lrmil.splits import SplitTable, make_splits, read_splits
 from lrmil.store import FeatureStore
 from pipelines.experiment_results import Arm, Results, measure_cost, summarise, write_results
-from pipelines.experiment_settings import ABLATIONS, ExperimentSettings, load_experiment
+from pipelines.experiment_settings import ABLATIONS, ExperimentSettings, cohort_changes, load_experiment
 from wsi_pipe.config import fingerprint, to_mapping
 from wsi_pipe.cores import available_cores
 from wsi_pipe.encoders import load_encoder
@@ -53,7 +53,11 @@ def say(text: str) -> None:
 
 @dataclass
 class Experiment:
-    """Settings, folder, slides and labels of one experiment; each method is a stage."""
+    """Settings, folder, slides and labels of one experiment; each method is a stage.
+
+    workers: processes that draw a synthetic cohort. A script that gives more than 1 must keep its work below
+    ``if __name__ == "__main__"``.
+    """
 
     settings: ExperimentSettings
     out: Path
@@ -61,6 +65,7 @@ class Experiment:
     labels: Path | None = None
     splits: SplitTable | None = None
     cases: Mapping[str, str] = field(default_factory=dict)
+    workers: int = 1
 
     def run(self, *, ablation: str | None = None, progress: Callable[[str], object] = say) -> Results:
         """Every stage in turn; ``ablation``: a fold on which the loss terms are left out one by one as well.
@@ -131,7 +136,7 @@ class Experiment:
             size_px=(c.size_px, c.size_px),
             mpp=c.mpp,
             tissue_fraction=c.tissue_fraction,
-            workers=available_cores(),
+            workers=self.workers,
         )
         write_text_atomically(mark, stamp)
 
@@ -290,11 +295,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ablation", metavar="FOLD", help="leave out the losses one by one on this fold")
     given = parser.parse_args(arguments)
     try:
+        idle = [f"--set {change}" for change in cohort_changes(given.changes)]
+        idle += [f"--signal {given.signal}"] if given.signal else []
+        if given.slides and idle:
+            raise ConfigError(
+                f"{', '.join(idle)}: is about the synthetic cohort, which --slides stands in for",
+                remedy="leave out the one or the other",
+            )
         settings = load_experiment(given.preset, given.changes)
         if given.signal:
             settings = dataclasses.replace(settings, cohort=dataclasses.replace(settings.cohort, signal=given.signal))
         splits = read_splits(given.splits) if given.splits else None
-        experiment = Experiment(settings, given.out, given.slides, given.labels, splits)
+        experiment = Experiment(settings, given.out, given.slides, given.labels, splits, workers=available_cores())
         experiment.run(ablation=given.ablation)
     except WsiPipeError as error:
         print(f"lrmil_experiment: error: {error}", file=sys.stderr)

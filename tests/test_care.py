@@ -23,15 +23,17 @@ import pytest
 import torch
 
 from wsi_pipe.bag import check_bag, read_bag
-from wsi_pipe.care import job_status, quarantine_of, repair_job, verify_job
+from wsi_pipe.care import job_status, quarantine_of, repair_job, sources, verify_job
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.encoders.architectures import build, timm_recipe
 from wsi_pipe.encoders.lr_file import write_lr_encoder
-from wsi_pipe.errors import JobLockedError, ManifestError, OutputError
+from wsi_pipe.errors import JobLockedError, ManifestError, OutputError, WorkerError
+from wsi_pipe.execute import run_bounded
 from wsi_pipe.geometry import TileSpec
-from wsi_pipe.job import read_outcomes
+from wsi_pipe.job import JobPaths, OutcomeLog, read_outcomes
 from wsi_pipe.job import run as job_run
 from wsi_pipe.job.lock import hold_job, holder_of
+from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.report.summary import summarise
 
@@ -227,19 +229,55 @@ def test_verify_finds_slides_that_were_replaced(
     found = {finding.slide_id: finding for finding in verify_job(job)}
     assert {name: (finding.status, finding.stale) for name, finding in found.items()} == {
         "s0": ("stale", True),
-        "s1": ("stale", True),
+        "s1": ("done", False),
         "s2": ("done", False),
         "s3": ("done", False),
     }
     assert found["s0"].problems == (f"its slide {archive / 's0.svs'} was replaced or changed since: run again",)
-    assert "was changed and does not open" in found["s1"].problems[0]
-    assert cli("verify", job) == 1
+    # Whether it was changed, or cannot be read here and now, nobody can tell.
+    (remark,) = found["s1"].remarks
+    assert remark.startswith(f"its slide {archive / 's1.svs'} cannot be opened (")
+    assert remark.endswith("): not compared")
+    assert [found[name].remarks for name in ("s0", "s2", "s3")] == [()] * 3
     capsys.readouterr()
+    assert cli("verify", job) == 1
+    assert f"s1: {remark}" in capsys.readouterr().out
     assert cli("verify", job, "--repair") == 1
-    assert "0 files put aside, 2 stale ones left for the next run" in capsys.readouterr().out
+    assert "0 files put aside, 1 stale ones left for the next run" in capsys.readouterr().out
+    assert cli("verify", job, "--no-sources") == 0
+    assert "not compared" not in capsys.readouterr().out
+    assert cli("verify", job, "--no-sources", "--repair") == 0
     assert cli("run", "-o", job, "--only", "s0") == 0
     assert features(job)["s0 5x"] != before["s0 5x"]
-    assert {finding.slide_id for finding in verify_job(job) if finding.problems} == {"s1"}
+    assert not [finding for finding in verify_job(job) if finding.problems]
+
+
+def test_verify_goes_on_where_slides_cannot_be_looked_at(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, stat = tmp_path / "job", os.stat
+    assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "3") == 0
+
+    def lost(path: Any, **options: Any) -> os.stat_result:
+        if Path(path).name == "s0.svs":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return stat(path, **options)
+
+    def crashing(fn: Any, cpu_s: float, entry: SlideEntry) -> Any:
+        if entry.slide_id == "s1":
+            raise WorkerError("its process died of SIGSEGV")
+        return run_bounded(fn, cpu_s, entry)
+
+    monkeypatch.setattr(sources.os, "stat", lost)
+    monkeypatch.setattr(sources, "run_bounded", crashing)
+    found = list(verify_job(job))
+    assert [(one.status, one.problems, one.stale) for one in found] == [("done", (), False)] * 3
+    assert [one.remarks for one in found] == [
+        (f"its slide {archive / 's0.svs'} cannot be looked at (Stale file handle): not compared",),
+        (f"its slide {archive / 's1.svs'} cannot be opened (its process died of SIGSEGV): not compared",),
+        (),
+    ]
+    assert repair_job(job) == []
 
 
 def distil(encoder: Path, seed: int) -> None:
@@ -391,6 +429,57 @@ def test_times_of_outcomes_that_knew_no_costs_are_not_made_up() -> None:
     before = SlideOutcome("s", "done", seconds={"read": 5.0, "encode": 7.0})
     now = SlideOutcome("s", "done", seconds={"read": 1.0, "encode": 2.0}, costs={"5x/a": {}, "5x/b": {"read": 1.0}})
     assert now.keeping(before) == now
+
+
+def of_run(**more: Any) -> SlideOutcome:
+    return SlideOutcome("s", **({"status": "done", "path": "s.svs"} | more))
+
+
+FULL = of_run(
+    seconds={"open": 1.0, "segment": 1.0, "tile": 1.0, "read": 5.0, "encode": 7.0, "extract": 0.5, "assemble": 1.0},
+    counts={"read_s.5x": 5.0, "encode_s.5x": 7.0},
+    costs={"5x/a": {"read": 5.0, "encode": 7.0}},
+)
+
+
+def noted(tmp_path: Path, *outcomes: SlideOutcome) -> SlideOutcome:
+    """What is known of the slide after these runs."""
+    paths = JobPaths(tmp_path)
+    for outcome in outcomes:
+        OutcomeLog(paths).note(outcome)
+    return read_outcomes(tmp_path)["s"]
+
+
+def test_a_run_that_stops_before_features_takes_nothing_from_their_times(tmp_path: Path) -> None:
+    tiled = of_run(seconds={"open": 1.0, "segment": 2.0, "tile": 2.0})
+    valid = of_run(
+        seconds={"open": 1.0, "segment": 0.1, "tile": 0.1, "assemble": 0.1},
+        cached=("segment", "tile", "extract", "assemble"),
+        costs={"5x/a": {}},
+    )
+    last = noted(tmp_path, FULL, tiled, valid)
+    assert last.seconds["segment"] == 2.0
+    for names in ("read", "encode"):
+        assert last.seconds[names] == FULL.seconds[names]
+    assert last.counts == FULL.counts
+    assert last.costs == FULL.costs
+    # Said again, it is not added again.
+    assert noted(tmp_path, valid, valid) == last
+
+
+def test_a_failure_in_between_takes_nothing_from_what_features_cost(tmp_path: Path) -> None:
+    failed = of_run(status="failed", stage="extract", seconds={"open": 1.0, "segment": 9.0}, reason="no memory")
+    both = of_run(
+        seconds={"open": 1.0, "segment": 0.1, "tile": 0.1, "read": 1.0, "encode": 2.0},
+        counts={"read_s.5x": 1.0, "encode_s.5x": 2.0},
+        cached=("segment", "tile"),
+        costs={"5x/a": {}, "5x/b": {"read": 1.0, "encode": 2.0}},
+    )
+    last = noted(tmp_path, FULL, failed, both)
+    assert last.costs == {"5x/a": {"read": 5.0, "encode": 7.0}, "5x/b": {"read": 1.0, "encode": 2.0}}
+    assert (last.seconds["read"], last.seconds["encode"]) == (6.0, 9.0)
+    assert last.counts == {"read_s.5x": 6.0, "encode_s.5x": 9.0}
+    assert last.seconds["segment"] == 0.1
 
 
 def test_pace_counts_only_slides_that_were_made(archive: Path, tmp_path: Path) -> None:

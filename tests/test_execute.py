@@ -262,8 +262,7 @@ def test_threads_of_one_process_have_killable_children_of_their_own() -> None:
             assert list(pool.map(partial(execute.run_killable, EVAL, 60.0), items)) == list(range(12))
         assert 1 <= len(own._own_workers) <= 3
     finally:
-        while own._own_workers:
-            own._own_workers.pop().kill()
+        execute.end_own_workers()
 
 
 def test_code_that_never_comes_back_is_ended_by_what_it_computed() -> None:

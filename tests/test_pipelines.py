@@ -155,6 +155,37 @@ def test_slides_without_labels_are_refused(tmp_path: Path, capsys: pytest.Captur
     assert "go together" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("idle", [["--set", " cohort.slides=60"], ["--set", "cohort={}"], ["--signal", "fine"]])
+def test_settings_of_a_cohort_that_is_not_made_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], idle: list[str]
+) -> None:
+    monkeypatch.setattr(Experiment, "run", lambda self, **_: (_ for _ in ()).throw(ConfigError("went on")))
+    slides = ["--slides", str(tmp_path / "slides.csv"), "--labels", str(tmp_path / "labels.csv")]
+    preset = [str(PRESETS / "cpu-small.toml"), "-o", str(tmp_path / "out")]
+    assert main([*preset, *slides, *idle]) == 2
+    assert f"{' '.join(idle)}: is about the synthetic cohort, which --slides" in capsys.readouterr().err
+    for fine in ([*preset, *idle], [*preset, *slides, "--set", "folds=3"]):
+        assert main(fine) == 2
+        assert "went on" in capsys.readouterr().err
+
+
+def test_only_the_command_draws_its_cohort_in_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def drawn(*_: object, workers: int, **options: object) -> None:
+        asked.append(workers)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(lrmil_experiment, "make_cohort", drawn)
+    monkeypatch.setattr(lrmil_experiment, "available_cores", lambda: 3)
+    with pytest.raises(ConfigError, match="enough"):
+        Experiment(ExperimentSettings(), tmp_path).run(progress=str)
+    assert main([str(PRESETS / "cpu-small.toml"), "-o", str(tmp_path)]) == 2
+    assert asked == [1, 3]
+
+
 @pytest.mark.slow
 def test_a_whole_small_experiment_runs_and_runs_again_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_toml(ExperimentSettings, PRESETS / "cpu-small.toml")

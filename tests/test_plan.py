@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -29,11 +30,12 @@ from wsi_pipe.plan import (
     PlanTotals,
     SlideFacts,
     SlidePlan,
+    SpaceCount,
     calibrate,
     exact_tiles,
+    known_bytes_per_tile,
     slide_facts,
     space,
-    space_for,
     spread_sample,
     survey,
     total,
@@ -270,18 +272,15 @@ def test_a_disk_without_room_is_warned_of_with_figures(
         return usage(10**12, 10**12, 1_000_000_000)
 
     monkeypatch.setattr(space.shutil, "disk_usage", full)
-    rates = Calibration(bytes_per_tile={"20x": 1000 - BYTES_PER_TILE}, slides=1)
+    tile_bytes = {"20x": 1000 - BYTES_PER_TILE}
     planned = PlanTotals(slides=2001, tiles={"20x": 4_000_000}, failing=[SlidePlan("bad", "bad", problem="no")])
     job = tmp_path / "none/job"
-    found = space_for(job, planned, rates)
+    found = SpaceCount(job).space(planned, tile_bytes)
     # 4 million tiles of 1 kB, in bags and grids, and 2,000 slides of half a MB.
     assert (found.needed_gb, found.held_gb, found.free_gb) == (pytest.approx(5.0), 0.0, 1.0)
     assert found.lacking_gb == pytest.approx(4.0)
     assert asked == [tmp_path]
-    (job / "bags").mkdir(parents=True)
-    (job / "bags/a.h5").write_bytes(bytes(1_000_000))
-    assert space_for(job, planned, rates).lacking_gb == pytest.approx(3.999)
-    assert space_for(job, PlanTotals(slides=1999), rates).lacking_gb == 0.0
+    assert SpaceCount(job).space(PlanTotals(slides=1999), tile_bytes).lacking_gb == 0.0
 
     make_slide(tmp_path / "in/a.svs")
     arguments = ["plan", str(tmp_path / "in"), "-o", str(job)]
@@ -295,3 +294,57 @@ def test_a_disk_without_room_is_warned_of_with_figures(
     assert json.loads(printed.out)["space"]["lacking_gb"] == pytest.approx(9.0, abs=0.01)
     assert f"about 10.0 GB and the disk of {job} has 1.0 GB free: 9.0 GB are lacking" in printed.err
     assert "--out" in printed.err
+
+
+def test_only_files_of_planned_slides_are_there_already(tmp_path: Path) -> None:
+    names = ("bags/{}.h5", "tiles/{}.h5", "tissue/{}.geojson", "thumbnails/{}.jpg", "thumbnails/{}.raw.jpg")
+    for slide_id, size in (("a", 100_000), ("large", 3_000_000), ("other", 5_000_000), ("bad", 5_000_000)):
+        for name in (*names, "thumbnails/{}.grid.jpg"):
+            path = tmp_path / name.format(slide_id)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(bytes(size))
+    room = SpaceCount(tmp_path)
+    plans = [
+        SlidePlan("a", "a", tiles={"20x": 1000}),
+        SlidePlan("large", "large", tiles={"20x": 1000}),
+        SlidePlan("new", "new", tiles={"20x": 1000}),
+        SlidePlan("bad", "bad", problem="no"),
+    ]
+    found = room.space(total(plans, room.see), {"20x": 1000 - BYTES_PER_TILE})
+    # Three slides of 1,000 tiles of 1 kB and half a MB beside; of the large one no more than that is of use.
+    assert found.needed_gb == pytest.approx(4.5e-3)
+    assert found.held_gb == pytest.approx(0.6e-3 + 1.5e-3)
+
+
+@pytest.mark.parametrize(("encoder", "known"), [("texture", True), ("timm:test_vit", False), ("uni", True)])
+def test_room_is_looked_at_without_a_trial_where_encoders_are_known(
+    tmp_path: Path, make_slide: MakeSlide, capsys: pytest.CaptureFixture[str], encoder: str, known: bool
+) -> None:
+    make_slide(tmp_path / "in/a.svs")
+    plan = ["plan", str(tmp_path / "in"), "-o", str(tmp_path / "job"), "-e", encoder, "--calibrate", "0"]
+    assert run_group(group, "wsi-pipe", plan) == 0
+    printed = capsys.readouterr()
+    assert (f"GB free at {tmp_path / 'job'}" in printed.out) == known
+    assert ("not checked: how much encoders give is not known without --calibrate" in printed.out) == (not known)
+    assert ("warning: room on the disk: not checked" in printed.err) == (not known)
+
+
+def test_what_a_tile_takes_is_the_same_with_and_without_loading() -> None:
+    rates = calibrate([], SETTINGS, load_encoders(SETTINGS))
+    assert known_bytes_per_tile(SETTINGS) == rates.bytes_per_tile
+
+
+def test_a_disk_that_does_not_answer_does_not_cost_the_plan(
+    tmp_path: Path, make_slide: MakeSlide, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost(path: Path) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(space.shutil, "disk_usage", lost)
+    make_slide(tmp_path / "in/a.svs")
+    arguments = ["plan", str(tmp_path / "in"), "-o", str(tmp_path / "job"), "--calibrate", "0", "--json"]
+    assert run_group(group, "wsi-pipe", arguments) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert (result["slides"], result["space"]) == (1, None)
+    assert f"not checked: cannot write {tmp_path / 'job'}: Stale file handle" in printed.err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +355,19 @@ def test_what_a_drawing_process_raises_reaches_the_caller(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError):
         make_cohort(tmp_path / "file", 4, size_px=(256, 256), workers=2)
+
+
+def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "from wsi_pipe.synthetic import make_cohort\nmake_cohort('x', 2, size_px=(256, 256), workers=2)\n"
+    )
+    ended = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(
+        "wsi_pipe.errors.WorkerError: a process that draws slides died; keep"
+    )
+    assert 'below if __name__ == "__main__"' in ended.stderr
 
 
 def test_a_slide_streams_to_a_file(tmp_path: Path) -> None:

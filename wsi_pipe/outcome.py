@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-__all__ = ["STAGES", "SlideOutcome", "Stage", "Status"]
+__all__ = ["STAGES", "STAGE_TIMES", "SlideOutcome", "Stage", "Status"]
 
 Status = Literal["done", "empty", "failed"]
 Stage = Literal["open", "segment", "tile", "extract", "assemble"]
@@ -18,6 +18,10 @@ TIMES = {
     "assemble": ("assemble",),
 }
 """Which entries of ``seconds`` belong to a stage that may be valid already."""
+
+STAGE_TIMES = ("open", *(time for times in TIMES.values() for time in times))
+"""What of ``seconds`` is a slide's own work, in its order. "read" and "encode" go on at the same time; "extract" is
+what comes after them, storing the features."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +58,20 @@ class SlideOutcome:
         """This outcome with the times and counts of ``before``, the slide's last, for what is still its.
 
         That is all of a stage that was valid already; and where only some features were made, as when an encoder is
-        added, the times of the others are added to theirs.
+        added, the times of the others are added to theirs. ``before`` may be of a run that did not come to features
+        and knows only what they cost.
         """
         times = [time for stage in self.cached for time in TIMES.get(stage, ()) if time in before.seconds]
         seconds = {**self.seconds, **{time: before.seconds[time] for time in times}}
         counts = {**before.counts, **self.counts} if "extract" in self.cached else dict(self.counts)
         # A run that did not come to features leaves what is known of them for one that does.
         costs = {key: own or before.costs.get(key, {}) for key, own in self.costs.items()} or before.costs
-        if "extract" not in self.cached:
-            for key in (key for key, own in self.costs.items() if not own):
-                for part, spent in costs[key].items():
-                    for sums, name in ((seconds, part), (counts, f"{part}_s.{key.partition('/')[0]}")):
+        # Where all features were valid the sums may be known already.
+        known = {*seconds, *counts} if "extract" in self.cached else set()
+        for key in (key for key, own in self.costs.items() if not own):
+            for part, spent in costs[key].items():
+                for sums, name in ((seconds, part), (counts, f"{part}_s.{key.partition('/')[0]}")):
+                    if name not in known:
                         sums[name] = sums.get(name, 0.0) + spent
         return replace(self, seconds=seconds, counts=counts, costs=costs)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +39,14 @@ class Shelf:
     def put(self, values: NDArray[Any]) -> NDArray[Any]:
         """The same array, or one with equal values and dtype, read-only, whose pages come from a file when needed.
 
-        Raises OutputError when a scratch file cannot be written.
+        Raises OutputError when a scratch file cannot be written. Over a network, some file systems take what is
+        written and find only later that they have no room: then the put that begins the next file raises, or ``close``.
         """
         if self.memory_bytes + values.nbytes <= self.limit_bytes or not values.nbytes:
             self.memory_bytes += values.nbytes
             return values
-        try:
+        with self._told():
             found = self._written(np.ascontiguousarray(values))
-        except OSError as error:
-            raise OutputError(
-                f"{self.folder}: targets cannot be put into a scratch file: {error.strerror or error}",
-                remedy="make room there, or raise targets_mib if there is memory",
-            ) from error
         self.file_bytes += values.nbytes
         return found
 
@@ -69,8 +68,7 @@ class Shelf:
     def _begin(self, size: int) -> None:
         """Another scratch file of ``size`` bytes, of which only what is written takes room."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self._file is not None:
-            self._file.close()
+        self._end_file()
         self._file = tempfile.TemporaryFile(buffering=0, dir=self.folder, prefix="targets-")  # noqa: SIM115
         self._file.truncate(size)
         # The mapping has a handle of its own, which lasts as long as the arrays in it.
@@ -78,7 +76,23 @@ class Shelf:
         self._end = 0
 
     def close(self) -> None:
-        """Nothing more is put here; what was put stays."""
-        if self._file is not None:
-            self._file.close()
-        self._file = self._mapped = None
+        """Nothing more is put here; what was put stays. Raises OutputError when the disk did not take all of it."""
+        with self._told():
+            self._end_file()
+
+    def _end_file(self) -> None:
+        file, self._file, self._mapped = self._file, None, None
+        if file is not None:
+            with file:
+                # NFS says only now that its disk is full; a page that did not get there would be read as zeros.
+                os.fsync(file.fileno())
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self.folder}: targets cannot be put into a scratch file: {error.strerror or error}",
+                remedy="make room there, or raise targets_mib if there is memory",
+            ) from error

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lrmil.checkpoint import read_tensors, write_tensors
-from lrmil.distill.feed import Feed
+from lrmil.distill.feed import Feed, TargetBatch
 from lrmil.distill.pixels import PixelSource
 from lrmil.distill.settings import DistillSettings
 from lrmil.distill.student import Student, StudentOutput
@@ -153,21 +153,20 @@ def _rate(settings: DistillSettings, at: float) -> float:
 
 def losses_of(
     output: StudentOutput,
-    targets: tuple[list[Tensor], Tensor, Tensor, Tensor],
+    targets: TargetBatch,
     variance: Tensor,
     settings: DistillSettings,
 ) -> Tensor:
     """The weighted sum of ``L_patch`` and ``L_final``; layers may differ in width."""
-    layers, final, mask, weights = targets
     loss = output.final.new_zeros((), dtype=torch.float32)
     if settings.patch:
         per_layer = [
-            patch_distillation_loss(p[None], t[None], mask, variance[i : i + 1])
-            for i, (p, t) in enumerate(zip(output.patches, layers, strict=True))
+            patch_distillation_loss(p[None], t[None], targets.mask, variance[i : i + 1])
+            for i, (p, t) in enumerate(zip(output.patches, targets.layers, strict=True))
         ]
         loss = loss + settings.patch * torch.stack(per_layer).mean()
     if settings.final:
-        loss = loss + settings.final * final_distillation_loss(output.final, final, weights)
+        loss = loss + settings.final * final_distillation_loss(output.final, targets.final, targets.weights)
     return loss
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from lrmil.errors import StoreError
 from lrmil.predictor.predict import Predictor, SlidePrediction
+from lrmil.store import check_readable
 from wsi_pipe.errors import BagError
 from wsi_pipe.files import write_text_atomically
 
@@ -80,12 +81,13 @@ def _number(value: float) -> float | None:
 def write_attention(prediction: SlidePrediction, model: str) -> bool:
     """Put a slide's attention into its bag as ``/levels/<level>/attention/<model>``; False where there is none to put.
 
-    The bag is checked first, all of it: a damaged one is not written anew, and may hang who opens it. Raises StoreError
-    for a bag of another tool, BagError for a damaged one, OutputError when it cannot be written.
+    What holds the bag together is looked at first, in a process of its own: a damaged one may hang who opens it. All of
+    what would replace the bag is checked before it does. Raises StoreError for a bag of another tool, BagError for a
+    damaged one, OutputError when it cannot be written.
     """
-    from wsi_pipe.bag import check_bag
+    from wsi_pipe.bag import read_header
     from wsi_pipe.bag import write_attention as write_into_bag
-    from wsi_pipe.job.guard import problems_guarded
+    from wsi_pipe.job.guard import read_guarded
 
     info = prediction.bag
     if prediction.attention is None or info is None:
@@ -95,12 +97,14 @@ def write_attention(prediction: SlidePrediction, model: str) -> bool:
             f"{info.path} is a bag of {info.format}, which has no place for attention",
             remedy="write GeoJSON instead: --geojson",
         )
-    problems = problems_guarded(check_bag, Path(info.path))
-    if problems:
-        raise BagError(
-            f"{info.path}: attention is not written into it: {'; '.join(problems[:3])}", remedy="make the bag again"
-        )
-    write_into_bag(Path(info.path), info.level, model, prediction.attention)
+    path = Path(info.path)
+    try:
+        check_readable(path)
+        read_guarded(read_header, path)
+    except (StoreError, BagError) as error:
+        cause = error.message.removeprefix(f"{path.absolute()}: ")
+        raise BagError(f"{path}: attention is not written into it: {cause}", remedy="make the bag again") from error
+    write_into_bag(path, info.level, model, prediction.attention)
     return True
 
 

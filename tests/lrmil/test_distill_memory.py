@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import tracemalloc
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -68,6 +70,25 @@ def test_a_shelf_without_room_says_so(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="scratch file") as caught:
         Shelf(tmp_path / "file", 0).put(np.zeros(3))
     assert "targets_mib" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(
+    "go_on", [lambda shelf: shelf.put(np.zeros(4096, np.uint8)), Shelf.close], ids=["next file", "end"]
+)
+def test_a_disk_that_is_found_full_later_is_told(
+    go_on: Callable[[Shelf], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over NFS, where writing itself succeeds."""
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shelf = Shelf(tmp_path, 0, chunk_bytes=4096)
+    shelf.put(np.zeros(4096, np.uint8))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"scratch file: No space left.*targets_mib"):
+        go_on(shelf)
+    shelf.close()
 
 
 def slide(

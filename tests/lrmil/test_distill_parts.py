@@ -14,6 +14,7 @@ from lrmil.distill import DistillSettings
 from lrmil.distill.augment import stain_jitter, turn_tile
 from lrmil.distill.children import child_map, turn
 from lrmil.distill.evaluate import Agreement, RunningAgreement, linear_baseline, mean_baseline
+from lrmil.distill.feed import TargetBatch
 from lrmil.distill.jitter import jittered_grids
 from lrmil.distill.student import Student, pool_to, relative_blocks
 from lrmil.distill.targets import DistillSlide, attention_weights, target_stats, uniform_weights
@@ -167,13 +168,12 @@ def vit_student() -> Student:
     return Student(net, blocks=[0, 4], layer_dims=[64, 64], final_dim=64, k=4, side_px=64)
 
 
-def batch(
-    student: Student, dims: tuple[int, ...]
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch(student: Student, dims: tuple[int, ...]) -> TargetBatch:
     rng = torch.Generator().manual_seed(1)
     layers = [torch.randn(2, 16, d, generator=rng) for d in dims]
     weights = torch.full((2, 16), 1 / 16)
-    return layers, torch.randn(2, 16, 64, generator=rng), torch.ones(2, 16, dtype=torch.bool), weights
+    final = torch.randn(2, 16, 64, generator=rng)
+    return TargetBatch(layers, final, torch.ones(2, 16, dtype=torch.bool), weights)
 
 
 @pytest.mark.parametrize("final", [0.0, 1.0])

@@ -28,8 +28,9 @@ from lrmil.predictor import (
     write_attention,
     write_predictions,
 )
-from wsi_pipe.bag import read_attrs, read_bag
+from wsi_pipe.bag import check_bag, read_attrs, read_bag
 from wsi_pipe.encoders import load_encoder
+from wsi_pipe.errors import BagError
 from wsi_pipe.manifest import SlideEntry
 
 MakeBag = Callable[..., Path]
@@ -173,6 +174,34 @@ def test_attention_goes_into_the_bag_and_nothing_else_changes(make_bag: MakeBag)
     assert np.array_equal(after.levels[0].features["net"].values, before.levels[0].features["net"].values)
     assert read_attrs(path) == before.attrs
     assert predictor.predict_bag(path).probabilities == got.probabilities
+
+
+def test_attention_that_was_bad_is_replaced(make_bag: MakeBag) -> None:
+    model = make_model()
+    path = make_bag("s", random_features())
+    got = Predictor(model, make_card(model)).predict_bag(path)
+    assert write_attention(got, "m")
+    with h5py.File(path, "r+") as file:
+        file["levels/5x/attention/m"][:] = np.nan
+    assert check_bag(path) != []
+    assert write_attention(got, "m")
+    assert check_bag(path) == []
+
+
+def test_attention_does_not_make_a_damaged_bag_anew(make_bag: MakeBag) -> None:
+    model = make_model()
+    path = make_bag("s", random_features())
+    got = Predictor(model, make_card(model)).predict_bag(path)
+    with h5py.File(path, "r+") as file:
+        file["levels/5x/features/net"][0] = 7
+    before = path.read_bytes()
+    with pytest.raises(BagError, match=r"s\.h5 is not written: .*their digest differs"):
+        write_attention(got, "m")
+    assert path.read_bytes() == before
+    with h5py.File(path, "r+") as file:
+        del file["levels/5x/cells"]
+    with pytest.raises(BagError, match=r"s\.h5: attention is not written into it: is damaged"):
+        write_attention(got, "m")
 
 
 def test_geojson_places_tiles_in_level_0_pixels(make_bag: MakeBag) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -28,9 +29,9 @@ from wsi_pipe.execute import Where
 from wsi_pipe.job import open_job
 from wsi_pipe.job.dispatch import dispatch
 from wsi_pipe.manifest import SlideEntry
-from wsi_pipe.slides import in_use, open_slide, remote, staging
+from wsi_pipe.slides import in_use, open_slide, remote, run_folder, staging
 from wsi_pipe.slides.base import Slide
-from wsi_pipe.slides.in_use import keep_copy
+from wsi_pipe.slides.in_use import alone, keep_copy
 from wsi_pipe.slides.staging import CACHE_VARIABLE, default_cache_dir, stage
 from wsi_pipe.slides.write import write_pyramid
 
@@ -122,7 +123,8 @@ def cache(tmp_path: Path) -> Path:
 
 
 def copies(cache: Path) -> list[Path]:
-    return sorted((cache / "slides").iterdir()) if (cache / "slides").is_dir() else []
+    found = sorted((cache / "slides").iterdir()) if (cache / "slides").is_dir() else []
+    return [path for path in found if not path.name.endswith(".use")]
 
 
 def png() -> bytes:
@@ -406,19 +408,198 @@ def test_a_full_disk_of_the_cache_is_told_as_such(
     assert copies(cache) == []
 
 
-def test_without_locks_nothing_is_dropped_and_a_full_cache_is_said(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lockless(*_: Any) -> None:
+@pytest.fixture
+def lockless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without locks."""
+
+    def flock(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(in_use.fcntl, "flock", lockless)
+    monkeypatch.setattr(in_use.fcntl, "flock", flock)
+    monkeypatch.setenv(run_folder.RUN_VARIABLE, "here")
+
+
+@pytest.mark.usefixtures("lockless")
+def test_without_locks_a_run_drops_what_it_fetched_and_does_not_use(
+    server: Server, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data = png()
-    server.files["a.png"] = server.files["b.png"] = data
-    first = stage(server.url("a.png"), cache, limit_bytes=len(data)).path
-    with pytest.raises(OutputError, match=r"gives no locks.*--cache"):
-        stage(server.url("b.png"), cache, limit_bytes=len(data))
-    assert copies(cache) == [first]
+    for name in "abc":
+        server.files[f"{name}.png"] = data
+
+    def get(name: str) -> staging.Staged:
+        return stage(server.url(f"{name}.png"), cache, limit_bytes=len(data))
+
+    first = get("a")
+    mine = cache / "slides/run-here"
+    assert first.path.parent == mine
+    again = first.mark.again()
+    first.mark.release()
+    second = get("b")
+    assert first.path.exists()
+    assert "copies in use" in caplog.text
+    again.release()
+    third = get("c")
+    assert {path.name for path in copies(cache)} == {"run-here"}
+    assert {path for path in mine.iterdir() if not path.name.startswith(".")} == {second.path, third.path}
+    # Another process of the run may use what it fetched, for all that this one can tell.
+    other = mine / "other.png"
+    other.write_bytes(data)
+    os.utime(other, (1, 1))
+    second.mark.release()
+    get("a")
+    assert other.exists()
+    assert not second.path.exists()
+
+
+@pytest.mark.usefixtures("lockless")
+def test_without_locks_what_killed_runs_left_goes_after_a_week(server: Server, cache: Path) -> None:
+    server.files["a.png"] = png()
+    for name, days in (("run-old", 8), ("run-young", 6)):
+        folder = cache / "slides" / name
+        folder.mkdir(parents=True)
+        (folder / "x.png").write_bytes(b"x")
+        for path in (folder / "x.png", folder):
+            os.utime(path, (time.time() - days * 86400,) * 2)
+    stage(server.url("a.png"), cache)
+    assert {path.name for path in copies(cache)} == {"run-here", "run-young"}
+
+
+LOCKLESS_RUN = """
+import errno, fcntl, subprocess, sys
+from pathlib import Path
+def flock(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+from wsi_pipe.slides.run_folder import folder_for_run
+folder = folder_for_run(Path(sys.argv[1]))
+folder.mkdir(exist_ok=True)
+print(folder.name, flush=True)
+if len(sys.argv) == 2:
+    subprocess.run([sys.executable, sys.argv[0], sys.argv[1], "child"], check=True)
+    assert folder.is_dir()
+"""
+
+
+def test_without_locks_the_processes_of_a_run_share_a_folder_that_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(run_folder.RUN_VARIABLE, raising=False)
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "run.py").write_text(LOCKLESS_RUN)
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "slides")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, second = ended.stdout.split()
+    assert first == second
+    assert list((tmp_path / "slides").iterdir()) == []
+
+
+def test_a_copy_under_way_is_not_locked_itself(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On network drives of Windows a lock keeps everybody else from writing, the copy's own maker too."""
+    server.files["a.png"] = png()
+
+    def locking(fetch: Fetch, inner: str, local: str) -> None:
+        with open(local, "ab") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fetch(inner, local)
+
+    change_fetching(monkeypatch, locking)
+    staged = stage(server.url("a.png"), cache)
+    with open(staged.path, "rb") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_marks_come_and_go_with_their_copy(server: Server, cache: Path) -> None:
+    data = png()
+    for name in "abz":
+        server.files[f"{name}.png"] = data
+    first = stage(server.url("a.png"), cache, limit_bytes=len(data))
+    left = cache / "slides/.gone.png.use"
+    left.touch()
+    os.utime(left, (time.time() - 2 * staging.YOUNG_S,) * 2)
+    first.mark.release()
+    second = stage(server.url("b.png"), cache, limit_bytes=len(data))
+    assert {path.name for path in (cache / "slides").iterdir()} == {second.path.name, f".{second.path.name}.use"}
+    second.mark.release()
+    server.failures = 99
+    with pytest.raises(SlideOpenError):
+        stage(server.url("z.png"), cache, limit_bytes=len(data))
+    assert list((cache / "slides").iterdir()) == []
+
+
+def test_files_to_lock_are_for_every_user(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.files["a.png"] = png()
+    modes: dict[str, int] = {}
+
+    def looking(fetch: Fetch, inner: str, local: str) -> None:
+        for path in (cache / "slides").iterdir():
+            modes[path.suffix] = path.stat().st_mode & 0o777
+        fetch(inner, local)
+
+    change_fetching(monkeypatch, looking)
+    before = os.umask(0o077)
+    try:
+        stage(server.url("a.png"), cache)
+    finally:
+        os.umask(before)
+    assert (modes[".lock"], modes[".use"]) == (0o666, 0o666)
+
+
+def test_a_lock_file_of_another_user_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real, refused = tmp_path / ".a.lock", os.open, [os.O_RDWR | os.O_CREAT, os.O_RDWR]
+
+    def opened(name: Any, flags: int, *mode: int) -> int:
+        if flags & ~os.O_CLOEXEC in refused:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(name, flags, *mode)
+
+    path.touch()
+    with open(path) as others, monkeypatch.context() as patch:
+        patch.setattr(os, "open", opened)
+        fcntl.flock(others, fcntl.LOCK_EX)
+        with alone(path) as mine:
+            assert not mine
+        fcntl.flock(others, fcntl.LOCK_UN)
+        with alone(path) as mine:
+            assert mine
+        path.touch()
+        refused.append(os.O_RDONLY)
+        with alone(path) as mine:
+            assert not mine
+        path.unlink()
+        with pytest.raises(PermissionError), alone(path):
+            pass
+
+
+def test_waiting_for_another_process_is_said_and_ends(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.files["a.png"] = png()
+    url = server.url("a.png")
+    path = stage(url, cache).path
+    path.unlink()
+    for name, seconds in (("POLL_S", 0.02), ("WAIT_TOLD_S", 0.1), ("WAIT_LIMIT_S", 0.5)):
+        monkeypatch.setattr(staging, name, seconds)
+    lock = path.parent / f".{path.name}.lock"
+    partial, stop = path.parent / f".{path.name}.0123456789ab.partial", time.monotonic() + 1.0
+
+    def grow() -> None:
+        while time.monotonic() < stop:
+            with partial.open("ab") as handle:
+                handle.write(b"x")
+            time.sleep(0.02)
+
+    with alone(lock) as held, ThreadPoolExecutor(1) as pool:
+        assert held
+        growing = pool.submit(grow)
+        with pytest.raises(SlideOpenError, match="has not grown for") as caught:
+            stage(url, cache)
+        assert growing.done()
+    assert time.monotonic() > stop + 0.4
+    assert str(lock) in caught.value.message
+    assert "delete the lock file" in str(caught.value.remedy)
+    said = f"waiting for another process to copy {url} (lock file {lock})"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 @pytest.mark.slow

@@ -49,20 +49,20 @@ def quarantine_of(root: Path) -> Quarantine:
     return Quarantine(str(folder), len(sizes), sum(sizes))
 
 
-def repair_job(root: Path) -> list[Repair]:
+def repair_job(root: Path, *, sources: bool = True) -> list[Repair]:
     """Move everything wrong in a job into ``quarantine/``: broken and foreign bags, grids and feature files that do
     not open, outputs that belong to no slide; and delete what interrupted writes left.
 
     The next run makes just those again. A sound bag of its own slide that is only stale stays where it is: the next
     run makes it anew out of the features in it that still fit, which in quarantine would have to be computed again.
-    Nobody empties the quarantine but the user. Raises ManifestError when ``root`` is not a job, JobLockedError while
-    a run is at work in it, OutputError when a file cannot be moved.
+    Nobody empties the quarantine but the user. sources: as in ``verify_job``. Raises ManifestError when ``root`` is not
+    a job, JobLockedError while a run is at work in it, OutputError when a file cannot be moved.
     """
     paths = JobPaths(root)
     if not paths.config.is_file():
         raise ManifestError(f"{root}: is not a job directory", remedy="give the folder of wsi-pipe run to --repair")
     with hold_job(root, {"started_utc": utc_now(), "until": "repair"}):
-        found = [f for f in verify_job(root) if f.problems and Path(f.path).is_file()]
+        found = [f for f in verify_job(root, sources=sources) if f.problems and Path(f.path).is_file()]
         wrong = [(Path(f.path), f.problems) for f in found if not f.stale]
         wrong += list(_broken_stage_files(paths))
         repairs = [_put_aside(root, path, problems) for path, problems in wrong]

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from wsi_pipe.bag import BagHeader
-from wsi_pipe.config import JobSettings
+from wsi_pipe.config import CacheSettings, JobSettings
 from wsi_pipe.encoders.naming import is_lr_file, slug_of
 from wsi_pipe.errors import in_words
+from wsi_pipe.execute import run_bounded
 from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.manifest import SlideEntry, is_url
 
-__all__ = ["Sources"]
+__all__ = ["SourceReport", "Sources"]
+
+SLIDE_CPU_S = 60.0
+"""Far more processor seconds than any reader takes to open a slide."""
+GONE = (FileNotFoundError, NotADirectoryError)
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """changes: what is another by now, so that the next run makes something anew. remarks: what could not be compared,
+    and why; that says nothing of the bag."""
+
+    changes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 class Sources:
@@ -25,13 +43,39 @@ class Sources:
 
     def __init__(self, settings: JobSettings) -> None:
         self._settings = settings
-        self._hashes: dict[Path, str | None] = {}
+        self._hashes: dict[Path, str | OSError] = {}
 
-    def changes(self, bag: BagHeader, entry: SlideEntry) -> Iterator[str]:
-        """What a bag was made of that is another by now; the next run makes just that anew."""
-        now = self._slide_now(entry)
-        if now is not None and now[0] != bag.attrs.slide_fingerprint:
-            yield f"its slide {entry.path} {now[1]} since: run again"
+    def compare(self, bag: BagHeader, entry: SlideEntry) -> SourceReport:
+        """What a bag was made of beside what is there now."""
+        found = [*self._of_slide(bag, entry), *self._of_encoders(bag)]
+        return SourceReport(
+            tuple(text for changed, text in found if changed), tuple(text for changed, text in found if not changed)
+        )
+
+    def _of_slide(self, bag: BagHeader, entry: SlideEntry) -> Iterator[tuple[bool, str]]:
+        """Whether it is a change, and what is to be said."""
+        if is_url(entry.path):
+            return
+        path = Path(entry.path).absolute()
+        try:
+            os.stat(path)
+        except GONE:
+            return
+        except OSError as error:
+            yield False, f"its slide {entry.path} cannot be looked at ({error.strerror}): not compared"
+            return
+        try:
+            look = partial(_fingerprint_of, reader=self._settings.reader, cache=self._settings.cache)
+            fingerprint = run_bounded(look, SLIDE_CPU_S, dataclasses.replace(entry, path=str(path)))
+        except Exception as error:
+            # As in a run, an error that nobody foresaw is its slide's own. It opened when the bag was made, but a mount
+            # that is lost or a library that is missing keeps it shut as much as a change does.
+            yield False, f"its slide {entry.path} cannot be opened ({in_words(error)[0]}): not compared"
+            return
+        if fingerprint != bag.attrs.slide_fingerprint:
+            yield True, f"its slide {entry.path} was replaced or changed since: run again"
+
+    def _of_encoders(self, bag: BagHeader) -> Iterator[tuple[bool, str]]:
         for grid in bag.grids:
             weights = {slug: header.weights_sha256 for slug, header in bag.features[grid.label].items()}
             for name in self._settings.extract.encoders_of(grid.label):
@@ -40,31 +84,29 @@ class Sources:
                 if path is None or held is None:
                     continue
                 sha256 = self._sha256(path)
-                if sha256 is not None and sha256 != held:
-                    yield f"{grid.label}: {path} holds other weights than those of its features: run again"
+                if isinstance(sha256, OSError):
+                    if not isinstance(sha256, GONE):
+                        yield False, f"{grid.label}: {path} cannot be looked at ({sha256.strerror}): not compared"
+                elif sha256 != held:
+                    yield True, f"{grid.label}: {path} holds other weights than those of its features: run again"
 
-    def _slide_now(self, entry: SlideEntry) -> tuple[str, str] | None:
-        """The fingerprint of the slide's file and what is to be said where it is another; None where there is none."""
-        if is_url(entry.path) or not Path(entry.path).exists():
-            return None
-        try:
-            slide = open_entry(entry, self._settings.reader, self._settings.cache)
-        except Exception as error:
-            # As in a run, an error that nobody foresaw is its slide's own. It opened when the bag was made.
-            return "", f"was changed and does not open ({in_words(error)[0]})"
-        try:
-            return slide.info.fingerprint, "was replaced or changed"
-        finally:
-            slide.close()
-
-    def _sha256(self, path: Path) -> str | None:
+    def _sha256(self, path: Path) -> str | OSError:
         if path not in self._hashes:
             try:
                 with open(path, "rb") as handle:
                     self._hashes[path] = hashlib.file_digest(handle, "sha256").hexdigest()
-            except OSError:
-                self._hashes[path] = None
+            except OSError as error:
+                self._hashes[path] = error
         return self._hashes[path]
+
+
+def _fingerprint_of(entry: SlideEntry, *, reader: str, cache: CacheSettings) -> str:
+    """Of the slide as it is. Runs in a child process, which a damaged slide may crash instead of the whole check."""
+    slide = open_entry(entry, reader, cache)
+    try:
+        return slide.info.fingerprint
+    finally:
+        slide.close()
 
 
 def _file_of(name: str) -> Path | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wsi_pipe.bag import BagHeader, FeatureHeader, check_bag, read_attrs, read_header
-from wsi_pipe.care.sources import Sources
+from wsi_pipe.care.sources import SourceReport, Sources
 from wsi_pipe.config import JobSettings
 from wsi_pipe.errors import BagError, ManifestError
 from wsi_pipe.job import JobPaths, load_settings, load_slides, read_outcomes
@@ -28,7 +28,8 @@ class Finding:
     """What a check says of one bag; no problems where it is right.
 
     stale: the bag is sound and its own slide's, and its problems are only that the job's settings, the slide's file or
-    an encoder's are others by now: the next run brings it up to date, and keeps the features that still fit.
+    an encoder's are others by now: the next run brings it up to date, and keeps the features that still fit. remarks:
+    what could not be compared and why, which is not held against the bag.
     """
 
     slide_id: str
@@ -36,6 +37,7 @@ class Finding:
     status: str
     problems: tuple[str, ...] = ()
     stale: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 def verify_bags(bags: Sequence[Path]) -> Iterator[Finding]:
@@ -50,9 +52,10 @@ def verify_bags(bags: Sequence[Path]) -> Iterator[Finding]:
             yield Finding(path.stem, str(path), "unreadable", tuple(problems))
 
 
-def verify_job(root: Path) -> Iterator[Finding]:
+def verify_job(root: Path, *, sources: bool = True) -> Iterator[Finding]:
     """Check every slide of a job: its bag as ``verify_bags`` does, that mask, grids and features belong together, and
-    that the slide's file and the encoders' are those that it was made of, as far as they are still there.
+    that the slide's file and the encoders' are those that it was made of, as far as they are still there. sources: off
+    to look at no slide and no encoder file.
 
     Slides that failed or are waiting are findings without problems of their own. Raises ManifestError when ``root``
     is not a job.
@@ -63,16 +66,16 @@ def verify_job(root: Path) -> Iterator[Finding]:
         raise ManifestError(f"{root}: is not a job directory", remedy="give the folder of wsi-pipe run, or bags")
     outcomes = read_outcomes(root)
     known = {entry.slide_id: entry for entry in entries}
-    sources = Sources(settings)
+    compared = Sources(settings) if sources else None
     for slide_id in sorted(known):
-        yield _verify_slide(known[slide_id], paths, settings, outcomes.get(slide_id), sources)
+        yield _verify_slide(known[slide_id], paths, settings, outcomes.get(slide_id), compared)
     for path in sorted(paths.bags.glob("*.h5")) if paths.bags.is_dir() else []:
         if path.stem not in known:
             yield Finding(path.stem, str(path), "orphan", ("belongs to no slide of this job",))
 
 
 def _verify_slide(
-    entry: SlideEntry, paths: JobPaths, settings: JobSettings, outcome: SlideOutcome | None, sources: Sources
+    entry: SlideEntry, paths: JobPaths, settings: JobSettings, outcome: SlideOutcome | None, sources: Sources | None
 ) -> Finding:
     slide_id, path = entry.slide_id, paths.bag(entry.slide_id)
     if not path.is_file():
@@ -87,9 +90,10 @@ def _verify_slide(
         return Finding(slide_id, str(path), "broken", tuple(problems_found))
     bag = read_guarded(read_header, path)
     wrong = tuple(_wrong(bag, slide_id, settings))
-    stale = (*_stale(bag, slide_id, paths, settings), *sources.changes(bag, entry))
+    source = sources.compare(bag, entry) if sources else SourceReport()
+    stale = (*_stale(bag, slide_id, paths, settings), *source.changes)
     status = "stale" if stale and not wrong else bag.attrs.status
-    return Finding(slide_id, str(path), status, (*wrong, *stale), stale=bool(stale and not wrong))
+    return Finding(slide_id, str(path), status, (*wrong, *stale), bool(stale and not wrong), source.remarks)
 
 
 def _wrong(bag: BagHeader, slide_id: str, settings: JobSettings) -> Iterator[str]:

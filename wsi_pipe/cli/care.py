@@ -16,18 +16,22 @@ __all__ = ["status", "verify"]
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True), metavar="JOB|BAG...")
 @click.option("--repair", is_flag=True, help="Move what is broken or foreign into JOB/quarantine, to be made anew.")
+@click.option(
+    "--no-sources", is_flag=True, help="Look at bags only, not at the slides and encoder files that they were made of."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(paths: tuple[Path, ...], repair: bool, as_json: bool) -> int:
+def verify(paths: tuple[Path, ...], repair: bool, no_sources: bool, as_json: bool) -> int:
     """Check every bag of a job directory, or single bags; exit code 1 when something is wrong.
 
     Checked: the schema, shapes and types, finite features, tiles inside their parents, attention, links, and of a job
     that mask, grids and features belong together, and that local slides and encoder files are those that the bags were
-    made of. A bag whose slide or encoder was replaced is stale: the next run makes what does not fit any more.
+    made of. A bag whose slide or encoder was replaced is stale: the next run makes what does not fit any more. Slides
+    that are there but cannot be opened are named, and are not held against their bags.
     """
     from wsi_pipe.care import quarantine_of, repair_job, verify_bags, verify_job
 
     if repair:
-        repairs = [item for path in paths for item in repair_job(path)]
+        repairs = [item for path in paths for item in repair_job(path, sources=not no_sources)]
         if as_json:
             print_json([dataclasses.asdict(item) for item in repairs])
         else:
@@ -49,13 +53,16 @@ def verify(paths: tuple[Path, ...], repair: bool, as_json: bool) -> int:
     findings = [*verify_bags(bags)]
     for folder in (path for path in paths if path.is_dir()):
         inside = sorted(folder.glob("*.h5"))
-        findings += verify_bags(inside) if inside else verify_job(folder)
+        findings += verify_bags(inside) if inside else verify_job(folder, sources=not no_sources)
     wrong = [finding for finding in findings if finding.problems]
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
         return EXIT_FAILED if wrong else 0
     for finding in wrong:
         print_table({finding.slide_id: "left", finding.status: "left"}, ([finding.path, p] for p in finding.problems))
+    for finding in findings:
+        for remark in finding.remarks:
+            click.echo(f"{finding.slide_id}: {remark}")
     counts = {status: sum(f.status == status for f in findings) for status in dict.fromkeys(f.status for f in findings)}
     click.echo(
         f"{len(findings)} slides checked ({', '.join(f'{n} {s}' for s, n in counts.items())}), {len(wrong)} wrong"

@@ -19,6 +19,7 @@ from wsi_pipe.cli.options import (
     slide_options,
     tile_options,
 )
+from wsi_pipe.errors import OutputError
 
 __all__ = ["plan"]
 
@@ -69,13 +70,24 @@ def plan(
     Every slide is opened, and none is copied: of one behind a URL that is read from a copy it is said that it needs
     staging. The tissue of a sample is found, and its share stands for the others'. Hours come from reading and encoding
     some tiles of a few slides on this machine. Where the disk of JOB has no room for what a run writes, a warning says
-    how much is lacking. Exit code 1 when slides would fail.
+    how much is lacking; with --calibrate 0 that is told only where all encoders are known without loading them. Exit
+    code 1 when slides would fail.
     """
-    from wsi_pipe.plan import MetadataCache, calibrate, exact_tiles, space_for, spread_sample, survey, total
+    from wsi_pipe.plan import (
+        MetadataCache,
+        SpaceCount,
+        calibrate,
+        exact_tiles,
+        known_bytes_per_tile,
+        spread_sample,
+        survey,
+        total,
+    )
 
     settings = settings_from(values, None, config)
     entries = collect_entries(values)
     by_id = {entry.slide_id: entry for entry in entries}
+    room = SpaceCount(job)
     with MetadataCache(metadata) as cache:
         tried = [p for p in survey(spread_sample(entries, sample), settings, cache) if not p.problem and not p.note]
         exact = {p.slide_id: exact_tiles(by_id[p.slide_id], p, settings) for p in tried}
@@ -84,6 +96,7 @@ def plan(
         shown: list[Any] = []
 
         def see(one: Any) -> None:
+            room.see(one)
             if len(shown) < SHOWN:
                 shown.append(one)
             if lines:
@@ -101,16 +114,27 @@ def plan(
 
         works = [by_id[p.slide_id] for p in exact.values() if not p.problem and any(p.tiles.values())]
         rates = calibrate(spread_sample(works, trial), settings, load_encoders(settings))
-    space = space_for(job, totals, rates) if rates and rates.slides else None
+    tile_bytes = rates.bytes_per_tile if rates else known_bytes_per_tile(settings)
+    space, unchecked = None, "not checked: how much encoders give is not known without --calibrate"
+    if tile_bytes is not None:
+        try:
+            space = room.space(totals, tile_bytes)
+        except OutputError as error:
+            # The plan took hours, perhaps, and is right all the same.
+            unchecked = f"not checked: {error.message}"
     if as_json:
         result = dataclasses.asdict(totals) | {"calibration": dataclasses.asdict(rates) if rates else None}
         if rates:
             result |= {"hours": rates.hours(totals, workers), "gigabytes": rates.gigabytes(totals), "workers": workers}
-        if space:
-            result["space"] = dataclasses.asdict(space) | {"lacking_gb": space.lacking_gb}
+        result["space"] = dataclasses.asdict(space) | {"lacking_gb": space.lacking_gb} if space else None
         print_json(result)
     else:
-        _show(shown, totals, rates, workers, space)
+        disk = (
+            f"{space.needed_gb:,.3f} GB in all, {space.free_gb:,.1f} GB free at {space.folder}" if space else unchecked
+        )
+        _show(shown, totals, rates, workers, disk)
+    if space is None:
+        click.echo(f"warning: room on the disk: {unchecked}", err=True)
     if space and space.lacking_gb:
         there = f", of which {space.held_gb:,.1f} GB are there already" if space.held_gb >= 0.05 else ""
         click.echo(
@@ -129,7 +153,7 @@ def _share(plans: list[Any]) -> dict[str, float]:
     return {label: sum(p.tiles[label] for p in plans) / covering[label] for label in labels if covering[label]}
 
 
-def _show(shown: list[Any], totals: Any, rates: Any, workers: int, space: Any) -> None:
+def _show(shown: list[Any], totals: Any, rates: Any, workers: int, disk: str) -> None:
     labels = list(totals.tiles)
     columns = {"slide": "left", "mpp": "left", "from": "left"} | {f"tiles {label}": "right" for label in labels}
     print_table(columns | {" ": "left"}, (_row(p, labels) for p in shown))
@@ -151,7 +175,7 @@ def _show(shown: list[Any], totals: Any, rates: Any, workers: int, space: Any) -
         who = f"{workers} worker{'s' if workers > 1 else ''} like this one"
         rows.append(["time", f"{_duration(rates.hours(totals, workers) * 3600)} on {who}"])
         rows.append(["gigabytes", f"{rates.gigabytes(totals):.3f} of bags"])
-        rows.append(["disk", f"{space.needed_gb:,.3f} GB in all, {space.free_gb:,.1f} GB free at {space.folder}"])
+    rows.append(["disk", disk])
     print_table({"": "left", " ": "left"}, rows)
     if totals.failing:
         click.echo()

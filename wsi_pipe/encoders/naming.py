@@ -8,9 +8,9 @@ from pathlib import Path
 
 from wsi_pipe.encoders.base import encoder_slug
 from wsi_pipe.encoders.registry import find_entry
-from wsi_pipe.errors import ConfigError, UnknownEncoderError
+from wsi_pipe.errors import ConfigError, EncoderError, UnknownEncoderError
 
-__all__ = ["check_slugs", "is_lr_file", "slug_of"]
+__all__ = ["check_slugs", "is_lr_file", "known_dim", "slug_of"]
 
 
 def is_lr_file(name: str) -> bool:
@@ -30,6 +30,24 @@ def slug_of(name: str) -> str:
         with suppress(UnknownEncoderError):
             base = find_entry(base).name
     return encoder_slug(f"{base}@{Path(checkpoint).stem}" if checkpoint else base)
+
+
+def known_dim(name: str) -> int | None:
+    """How many features the encoder of that name gives, as far as that can be told without loading it: not of timm's
+    models, nor of what is not there."""
+    with suppress(EncoderError, ConfigError):
+        if is_lr_file(name):
+            from wsi_pipe.encoders.lr_file import read_lr_header
+
+            return read_lr_header(Path(name)).recipe.dim
+        base = name.partition("@")[0]
+        if base == "texture":
+            from wsi_pipe.encoders.texture import TextureEncoder
+
+            return TextureEncoder().info.dim
+        if not base.startswith("timm:"):
+            return find_entry(base).dim
+    return None
 
 
 def check_slugs(slugs: Iterable[tuple[str, str]]) -> None:

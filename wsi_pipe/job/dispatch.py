@@ -26,6 +26,7 @@ from wsi_pipe.job.task import slide_task, warm_up
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
 from wsi_pipe.slides.in_use import Keep, keep_copy
+from wsi_pipe.slides.run_folder import share_run_folder
 
 __all__ = ["MIN_FREE_BYTES", "check_folder", "dispatch"]
 
@@ -60,6 +61,7 @@ def dispatch(
     """
     short: list[OutputError] = []
     feed: Iterable[SlideEntry] = _while_space(entries, paths, short)
+    share_run_folder()
     stopped = threading.Event()
     copies: dict[str, Keep] = {}
     if where.scheduler is None:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -96,7 +97,10 @@ class OutcomeLog:
     def note(self, outcome: SlideOutcome) -> None:
         """Add the outcome as far as it says anything new. Raises OutputError when it cannot be written."""
         before = self._before.get(outcome.slide_id)
-        if before is not None and before.status != "failed":
+        if before is not None and before.status == "failed":
+            # Its times are of work that came to nothing; what features of earlier runs cost still holds.
+            outcome = outcome.keeping(replace(before, seconds={}, counts={}))
+        elif before is not None:
             same = (before.status, before.path) == (outcome.status, outcome.path)
             if outcome.nothing_new and same and outcome.seconds.keys() <= before.seconds.keys():
                 return

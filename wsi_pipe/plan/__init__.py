@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wsi_pipe.plan.calibrate import Calibration, calibrate
 from wsi_pipe.plan.metadata import NEEDS_STAGING, MetadataCache, SlideFacts, slide_facts
-from wsi_pipe.plan.space import Space, space_for
+from wsi_pipe.plan.space import Space, SpaceCount, known_bytes_per_tile
 from wsi_pipe.plan.survey import PlanTotals, SlidePlan, exact_tiles, spread_sample, survey, total
 
 __all__ = [
@@ -15,10 +15,11 @@ __all__ = [
     "SlideFacts",
     "SlidePlan",
     "Space",
+    "SpaceCount",
     "calibrate",
     "exact_tiles",
+    "known_bytes_per_tile",
     "slide_facts",
-    "space_for",
     "spread_sample",
     "survey",
     "total",

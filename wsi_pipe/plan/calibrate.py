@@ -17,7 +17,7 @@ from wsi_pipe.manifest import SlideEntry, settings_of
 from wsi_pipe.plan.survey import PlanTotals
 from wsi_pipe.tiling import plan_grids
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "bytes_per_tile", "calibrate"]
 
 BYTES_PER_TILE = 8 + 16 + 4 + 4
 """Cells, coordinates, tissue and parent of a tile in a bag."""
@@ -69,7 +69,6 @@ def calibrate(
     """
     found = Calibration()
     extract = settings.extract
-    size = 2 if extract.dtype == "float16" else 4
     spent_before: list[float] = []
     spent: dict[str, float] = {}
     counts: dict[str, int] = {}
@@ -112,7 +111,16 @@ def calibrate(
     found.slide_s = sum(spent_before) / len(spent_before) if spent_before else 0.0
     found.tile_s = {label: spent[label] / counts[label] for label in spent}
     found.tiles = sum(counts.values())
-    for spec in settings.tile.specs:
-        dims = sum(encoders[name].info.dim for name in extract.encoders_of(spec.label))
-        found.bytes_per_tile[spec.label] = dims * (1 + len(extract.layers)) * size + BYTES_PER_TILE
+    found.bytes_per_tile = bytes_per_tile(settings, {name: encoder.info.dim for name, encoder in encoders.items()})
     return found
+
+
+def bytes_per_tile(settings: JobSettings, dims: Mapping[str, int]) -> dict[str, int]:
+    """By label, what a tile takes in a bag. dims: features of each encoder."""
+    extract = settings.extract
+    size = 2 if extract.dtype == "float16" else 4
+    return {
+        spec.label: sum(dims[name] for name in extract.encoders_of(spec.label)) * (1 + len(extract.layers)) * size
+        + BYTES_PER_TILE
+        for spec in settings.tile.specs
+    }

@@ -11,11 +11,10 @@ from typing import Any
 
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.geometry import parse_resolution
-from wsi_pipe.outcome import SlideOutcome
+from wsi_pipe.outcome import STAGE_TIMES, SlideOutcome
 
 __all__ = [
     "OUTLIER_RULE",
-    "TIMED_STAGES",
     "histogram_bars",
     "labels_of",
     "level_seconds",
@@ -25,10 +24,6 @@ __all__ = [
     "summarise",
     "summary_table",
 ]
-
-TIMED_STAGES = ("open", "segment", "tile", "read", "encode", "extract", "assemble")
-"""Stages in the order of work. ``read`` and ``encode`` go on at the same time; ``extract`` is what comes after them,
-storing the features."""
 
 OUTLIER_SCORE = 3.5
 OUTLIER_MIN_SLIDES = 8
@@ -56,7 +51,7 @@ def _mpp_of(label: str) -> float:
 def stage_seconds(outcome: SlideOutcome) -> dict[str, float]:
     """Wall seconds by stage, in the order of work."""
     named = {key: float(value) for key, value in outcome.seconds.items()}
-    order = [*TIMED_STAGES, *sorted(set(named) - set(TIMED_STAGES))]
+    order = [*STAGE_TIMES, *sorted(set(named) - set(STAGE_TIMES))]
     return {stage: named[stage] for stage in order if stage in named}
 
 
@@ -143,7 +138,7 @@ def summarise(outcomes: Sequence[SlideOutcome]) -> dict[str, Any]:
     labels = labels_of(outcomes)
     tiles = {label: sum(int(o.tiles.get(label, 0)) for o in outcomes) for label in labels}
     by_stage = [stage_seconds(o) for o in outcomes]
-    stages = [*TIMED_STAGES, *sorted({stage for s in by_stage for stage in s} - set(TIMED_STAGES))]
+    stages = [*STAGE_TIMES, *sorted({stage for s in by_stage for stage in s} - set(STAGE_TIMES))]
     seconds = {stage: math.fsum(s.get(stage, 0.0) for s in by_stage) for stage in stages}
     by_level: dict[str, dict[str, float]] = {}
     for outcome in outcomes:
@@ -210,7 +205,7 @@ def slides_csv(outcomes: Iterable[SlideOutcome]) -> str:
     labels = labels_of(listed)
     flags = outlier_flags(listed, labels[-1] if labels else None)
     header = ["slide_id", "status", "path", "tissue_mm2", *(f"tiles_{label}" for label in labels)]
-    header += [*(f"seconds_{stage}" for stage in TIMED_STAGES), "outliers", "reason"]
+    header += [*(f"seconds_{stage}" for stage in STAGE_TIMES), "outliers", "reason"]
     rows = [
         [
             o.slide_id,
@@ -218,7 +213,7 @@ def slides_csv(outcomes: Iterable[SlideOutcome]) -> str:
             o.path,
             _optional(o.counts, "tissue_mm2", 6),
             *(o.tiles.get(label, "") for label in labels),
-            *(_optional(o.seconds, stage, 4) for stage in TIMED_STAGES),
+            *(_optional(o.seconds, stage, 4) for stage in STAGE_TIMES),
             "; ".join(flag),
             o.reason or "",
         ]

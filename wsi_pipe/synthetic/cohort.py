@@ -155,7 +155,8 @@ def _written(
     except BrokenProcessPool as error:
         raise WorkerError(
             "a process that draws slides died",
-            remedy="give fewer workers if memory ran out, and look in the system log",
+            remedy='keep the work of a script below if __name__ == "__main__", or give workers=1; if memory ran out, '
+            "give fewer, and look in the system log",
         ) from error
     finally:
         # After an error or an interruption the slides that are being drawn are the last.
