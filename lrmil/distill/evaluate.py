@@ -118,12 +118,17 @@ class _Inputs:
 
 
 def linear_baseline(
-    train: Sequence[DistillSlide], val: Sequence[DistillSlide], stats: TargetStats, seed: int = 0
+    train: Sequence[DistillSlide],
+    val: Sequence[DistillSlide],
+    stats: TargetStats,
+    seed: int = 0,
+    *,
+    penalty: float | None = None,
 ) -> dict[str, Agreement]:
     """Ridge regression from undistilled LR features to the teacher's HR features: one map for each place of a child.
 
     Keys "layer0", ... and "final", as the distilled student's figures. The penalty is the best of ``RIDGE`` on a part
-    of the training slides held out. Empty where a slide has no LR features of the teacher. Slides are taken one by one:
+    of the training slides held out, unless ``penalty`` gives it. Empty where a slide has no LR features of the teacher. Slides are taken one by one:
     in memory are the sums of one layer's maps.
     """
     if not train or not val or any(slide.baseline is None for slide in [*train, *val]):
@@ -133,7 +138,7 @@ def linear_baseline(
     found = {}
     for layer, (centre, std) in enumerate(zip(stats.layer_centre, stats.layer_std, strict=True)):
         running = RunningAgreement(centre, std)
-        maps = _place_maps(train, layer, inputs, held)
+        maps = _place_maps(train, layer, inputs, held, penalty)
         for slide in val:
             x = inputs.of(slide)
             for tiles in _blocks(slide):
@@ -146,7 +151,7 @@ def linear_baseline(
     sums = RidgeSums(inputs.width, train[0].final.shape[1])
     for slide, apart in zip(train, held, strict=True):
         sums.add(inputs.of(slide), final_target(slide), apart)
-    weights = sums.solve()
+    weights = sums.solve(penalty)
     for slide in val:
         running.add(inputs.of(slide) @ weights, final_target(slide))
     return found | {"final": running.result()}
@@ -164,7 +169,11 @@ def _held_out(train: Sequence[DistillSlide], seed: int) -> list[NDArray[np.bool_
 
 
 def _place_maps(
-    train: Sequence[DistillSlide], layer: int, inputs: _Inputs, held: Sequence[NDArray[np.bool_]]
+    train: Sequence[DistillSlide],
+    layer: int,
+    inputs: _Inputs,
+    held: Sequence[NDArray[np.bool_]],
+    penalty: float | None,
 ) -> dict[int, NDArray[np.float64]]:
     """Weights (inputs, C) by place of a child, without places that hardly a tile has a child at."""
     width = train[0].layers[layer].shape[1]
@@ -176,7 +185,7 @@ def _place_maps(
             for place, one in enumerate(sums):
                 rows = present[:, place]
                 one.add(x[tiles][rows], values[rows, place], apart[tiles][rows])
-    return {place: one.solve() for place, one in enumerate(sums) if one.count > 1}
+    return {place: one.solve(penalty) for place, one in enumerate(sums) if one.count > 1}
 
 
 def mean_baseline(val: Sequence[DistillSlide], stats: TargetStats) -> dict[str, Agreement]:

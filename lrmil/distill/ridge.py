@@ -62,14 +62,13 @@ class RidgeSums:
         """Rows so far."""
         return self._fitted.count + self._held.count
 
-    def solve(self) -> NDArray[np.float64]:
-        """Weights (inputs, outputs) from all rows, at the penalty that predicts the held-out ones best from the others.
-
-        At a penalty of 1 where one of the two parts is empty.
-        """
+    def solve(self, penalty: float | None = None) -> NDArray[np.float64]:
+        """Weights (inputs, outputs) from all rows; by default at the penalty that predicts the held-out ones best from
+        the others, or at a penalty of 1 where one of the two parts is empty."""
         fitted, held = self._fitted, self._held
-        penalty = 1.0
-        if fitted.count and held.count:
+        if penalty is None and not (fitted.count and held.count):
+            penalty = 1.0
+        if penalty is None:
             penalty = RIDGE[int(np.argmin([held.error(fitted.solve(p)) for p in RIDGE]))]
         whole = _Sums(*fitted.moment.shape)
         whole.gram, whole.moment = fitted.gram + held.gram, fitted.moment + held.moment
