@@ -128,8 +128,8 @@ def linear_baseline(
     """Ridge regression from undistilled LR features to the teacher's HR features: one map for each place of a child.
 
     Keys "layer0", ... and "final", as the distilled student's figures. The penalty is the best of ``RIDGE`` on a part
-    of the training slides held out, unless ``penalty`` gives it. Empty where a slide has no LR features of the teacher. Slides are taken one by one:
-    in memory are the sums of one layer's maps.
+    of the training slides held out, unless ``penalty`` gives it. Empty where a slide has no LR features of the teacher.
+    Slides are taken one by one: in memory are the sums of one layer's maps.
     """
     if not train or not val or any(slide.baseline is None for slide in [*train, *val]):
         return {}
