@@ -43,7 +43,6 @@ from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
 from wsi_pipe.encoders.lr_file import write_lr_encoder
 from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.encoders.torch_encoder import TorchEncoder
-from wsi_pipe.encoders.weights import file_sha256
 from wsi_pipe.errors import BagError, ConfigError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.slides import open_slide
@@ -398,13 +397,15 @@ def _fingerprint(
     request: DistillRequest, teacher: Encoder, slides: Sequence[DistillSlide], stats: TargetStats, student: Student
 ) -> str:
     digest = hashlib.sha256()
-    # The student as it starts says what it is, how large its input is and where its weights come from.
-    for name, tensor in sorted(student.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    # The children's weights by what they come from: as numbers they differ in the last digit from one processor, or
+    # The student as it starts says what it is, how large its input is and where its weights come from. The children's
+    # weights are named by the model they come from: as numbers they differ in the last digit from one processor, or
     # number of threads, to another, and a run may well be resumed elsewhere.
+    networks: list[torch.nn.Module] = [student]
     if request.mil_teacher is not None:
-        digest.update(file_sha256(request.mil_teacher).encode())
+        networks.append(load_model(request.mil_teacher)[0])
+    for network in networks:
+        for name, tensor in sorted(network.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     variance = [float(f"{value:.4g}") for value in stats.variance.tolist()]
     deciding = dataclasses.replace(request.settings, device="", cache_mib=0, threads=1)
     return fingerprint(
