@@ -239,7 +239,7 @@ def many(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         codes.append(spent["code"])
         return spent
 
-    # On a quarter of the slides, interleaved; memory on all of them.
+    # On a quarter of the slides, interleaved.
     ratios, overheads, processor = [], [], []
     for repeat in range(3):
         spent = {}
@@ -253,17 +253,20 @@ def many(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         ends = start["seconds"] - _stages(folder / f"one-{repeat}")
         overheads.append((spent[1]["seconds"] - ends - _stages(folder / f"job-{repeat}-1")) / part)
         processor.append(spent[1]["processor_s"] / part)
-    whole = run("all", "job", 2)
+    # And on all, where the start of a run weighs as little as it does in an archive.
+    alone_on_all = run("all", "job-alone", 1, "--timeout", "600", WSI_PIPE_CORES="1")
+    whole = run("all", "job", 2, "--timeout", "600", WSI_PIPE_CORES="2")
     outcomes = list(read_outcomes(folder / "job").values())
     alone = list(read_outcomes(folder / "job-0-1").values())
     tenth = max(len(whole["samples"]) // 10, 1)
     early, late = np.median(whole["samples"][tenth : 2 * tenth]), np.median(whole["samples"][-2 * tenth : -tenth])
-    ratio, overhead_ms = float(np.median(ratios)), 1000 * float(np.median(overheads))
+    ratio, overhead_ms = alone_on_all["seconds"] / whole["seconds"], 1000 * float(np.median(overheads))
     done = sum(o.status == "done" for o in outcomes)
     return {
         "slides": len(outcomes),
         "done": done,
-        "two workers over one (median of 3)": ratio,
+        "two workers over one": ratio,
+        "two workers over one, a quarter of the slides (median of 3)": float(np.median(ratios)),
         "memory late over early": float(late / early),
         "peak MiB, all processes": whole["peak_mib"],
         "overhead a slide, one worker, ms (median of 3)": overhead_ms,
