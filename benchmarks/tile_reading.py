@@ -205,6 +205,14 @@ def decoded_blocks(path: Path, mpp: float, grid: TileGrid) -> Counter[tuple[Plan
             counts.update((plane, cell) for cell, good in zip(cells, done, strict=True) if good)
             return done
 
+        in_one_call = slide.read_into
+
+        def counting_in_one_call(plane: Plane, cells: Any, room: Any) -> Any:
+            found = in_one_call(plane, cells, room)
+            counts.update((plane, (column, row)) for column, row in cells[found.done].tolist())
+            return found
+
+        slide.read_into = counting_in_one_call  # type: ignore[method-assign]
         slide.decode = counting  # type: ignore[method-assign]
         slide.decode_into = counting_at_once  # type: ignore[method-assign]
         for _ in stream_tiles(slide, grid, batch_size=BATCH, threads=1):
