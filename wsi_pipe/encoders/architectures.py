@@ -132,7 +132,7 @@ def build_unfilled(recipe: Recipe, *, name: str, input_px: int | None = None) ->
     try:
         with torch.device("meta"):
             network = build(recipe, name=name, input_px=input_px)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         if isinstance(error, WsiPipeError):
             raise
         return build(recipe, name=name, input_px=input_px)
@@ -182,7 +182,7 @@ def timm_recipe(model: str) -> tuple[Recipe, dict[str, Any]]:
     try:
         with torch.device("meta"):
             network = _build_timm(model, {}, f"timm:{model}")
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         if isinstance(error, WsiPipeError):
             raise
         network = _build_timm(model, {}, f"timm:{model}")

@@ -273,9 +273,11 @@ class _Stream:
         """Fetch and decode blocks, the first of which is number ``begin``, into their tiles or onto the shelf."""
         plane = self.cut.plane
         shrunk = self.cut.by_block and self.cut.shrink > 1
+        # Nothing goes straight into a tile where blocks are shrunk first.
+        direct = dataclasses.replace(targets, straight=np.zeros_like(targets.straight)) if shrunk else targets
         at_once = Decoded()
         if self.reads_into is not None:
-            at_once = read_at_once(self.reads_into, plane, cells, self._unless_shrunk(targets), clock)
+            at_once = read_at_once(self.reads_into, plane, cells, direct, clock)
         if len(at_once.in_place) == len(cells):
             return
         left = [i for i in range(len(cells)) if i not in at_once]
@@ -287,7 +289,7 @@ class _Stream:
                 i = left[0]
                 fetched = dict(zip(left, self.slide.fetch(plane, list(wanted.values())), strict=True))
                 clock.lap("fetch")
-                others = decode_at_once(self.slide, plane, wanted, fetched, self._unless_shrunk(targets))
+                others = decode_at_once(self.slide, plane, wanted, fetched, direct)
                 at_once = Decoded(at_once.in_place | others.in_place, at_once.alone | others.alone)
                 clock.lap("decode")
             places, tiles, straight = targets.places.tolist(), targets.tile.tolist(), targets.straight.tolist()
@@ -317,12 +319,6 @@ class _Stream:
             cause = str(error) or type(error).__name__
             where = self._name(int(self.plan.first_tile[begin + i]))
             raise SlideReadError(f"{self.slide.info.path}: {where}: {cause}") from error
-
-    def _unless_shrunk(self, targets: Targets) -> Targets:
-        """The targets, but nothing goes straight into a tile where blocks are shrunk first."""
-        if self.cut.by_block and self.cut.shrink > 1:
-            return dataclasses.replace(targets, straight=np.zeros_like(targets.straight))
-        return targets
 
     def _name(self, tile: int) -> str:
         x, y = (self.corners[tile] * np.asarray(self.cut.sample_l0)).tolist()
