@@ -18,6 +18,7 @@ WSI_PIPE = [
     # values
     "errors",
     "cores",
+    "compiled",
     "geometry",
     "files",
     "config",

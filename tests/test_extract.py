@@ -138,6 +138,34 @@ def test_batches_that_are_full_already_go_through_uncopied() -> None:
         np.testing.assert_array_equal(results[name].features["5x"]["sums"], expected(seed, 19))
 
 
+def test_tiles_are_made_in_the_memory_that_the_encoder_wants() -> None:
+    """On a GPU that is pinned memory: what fills a batch crosses from where it was decoded."""
+
+    class Particular(Sums):
+        def __init__(self) -> None:
+            super().__init__(shares=True)
+            self.given: list[NDArray[np.uint8]] = []
+            self.mine: list[bool] = []
+
+        def new_tiles(self, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+            self.given.append(np.full(shape, 77, np.uint8))
+            return self.given[-1]
+
+        def submit(self, tiles: NDArray[np.uint8]) -> Ready:
+            self.mine.append(any(np.shares_memory(tiles, given) for given in self.given))
+            return super().submit(tiles)
+
+    encoder = Particular()
+    plain = Sums(name="plain")
+    items = [item("a", 1, 19, ("plain", "sums")), item("b", 2, 19, ("plain", "sums"))]
+    results = run(items, {"plain": plain, "sums": encoder})
+    assert sorted(encoder.batches) == [6, 8, 8, 8, 8]
+    assert [mine for size, mine in zip(encoder.batches, encoder.mine, strict=True) if size == 8] == [True] * 4
+    assert sum(len(given) for given in encoder.given) == 38
+    for name, seed in (("a", 1), ("b", 2)):
+        np.testing.assert_array_equal(results[name].features["5x"]["sums"], expected(seed, 19))
+
+
 def test_encoders_of_different_batches_share_one_reading() -> None:
     class Few(Sums):
         def suggest_batch(self, tile_px: int) -> int:

@@ -30,6 +30,7 @@ from wsi_pipe.slides.fastjpeg import jpeg_decoder_name
 from wsi_pipe.slides.native import NativeSlide
 from wsi_pipe.slides.write import write_pyramid
 from wsi_pipe.tiles import StreamStats, read_tiles, stream_tiles
+from wsi_pipe.tiles.paste import hold
 from wsi_pipe.tiles.shelf import BlockShelf
 
 RGBArray = NDArray[np.uint8]
@@ -763,23 +764,22 @@ def test_real_tissue_at_half_scale_is_the_mean_of_boxes(shared_slides: Path, rea
 def test_the_shelf_keeps_blocks_as_long_as_they_are_needed_and_spills_what_is_too_much() -> None:
     blocks = [np.full((20, 10 + i, 3), i, np.uint8) for i in range(6)]
     shelf = BlockShelf([1, 2, 3, 1, 1, 2], limit_bytes=2_000)
-    for number, block in enumerate(blocks[:5]):
-        shelf.put(number, block)
-    shelf.put(5, None)
+    shelf.put({number: hold(block, (20, 20)) for number, block in enumerate(blocks[:5])})
+    shelf.put({5: hold(None, (20, 20))})
     assert shelf.nbytes == sum(block.nbytes for block in blocks[:5])
     shelf.spill([2, 4, 5])
     assert shelf.spilled_bytes == blocks[2].nbytes + blocks[4].nbytes
     shelf.spill([0, 1, 3])
     assert shelf.nbytes <= 2_000
-    for number, block in enumerate(blocks[:5]):
-        got = shelf.get(number)
-        assert got is not None
-        assert np.array_equal(got, block)
-    assert shelf.get(5) is None
+    for block, held in zip(blocks, shelf.get(range(5)), strict=False):
+        assert held.pixels is not None
+        assert np.array_equal(held.pixels, block)
+        assert held.where == (held.pixels.ctypes.data, *block.shape[1::-1])
+    assert shelf.get([5])[0].pixels is None
     shelf.release([0, 1, 2, 2, 3, 5])
-    assert shelf.get(1) is not None
+    assert shelf.get([1])[0].pixels is not None
     with pytest.raises(KeyError):
-        shelf.get(0)
+        shelf.get([1, 0])
     shelf.release([1, 2, 4, 5])
     assert shelf.nbytes == 0
     shelf.close()

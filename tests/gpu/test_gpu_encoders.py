@@ -99,6 +99,26 @@ def test_batches_under_way_do_not_touch_each_other(tiles: NDArray[np.uint8]) -> 
         assert distance(got.result(), wanted) < 1e-5
 
 
+def test_tiles_cross_from_where_they_were_made(tiles: NDArray[np.uint8]) -> None:
+    """Whole arrays and parts of them, many under way, their memory taken anew as soon as they are let go of."""
+    encoder = load(precision="float32")
+    lane = encoder._cuda
+    assert lane is not None
+    wanted = encoder.encode(tiles)
+    lane.release()
+    assert encoder.new_tiles is not None
+    rng = np.random.default_rng()
+    pending = []
+    for _ in range(40):
+        chosen = rng.permutation(len(tiles))
+        mine = encoder.new_tiles(tiles.shape)
+        mine[:] = tiles[chosen]
+        pending += [(chosen[:20], encoder.submit(mine[:20])), (chosen[20:], encoder.submit(mine[20:]))]
+    assert not lane.staging, "they were copied first"
+    for chosen, part in pending:
+        assert distance(part.result(), wanted[chosen]) < 1e-5
+
+
 def test_layers_come_beside_the_features(tiles: NDArray[np.uint8]) -> None:
     here, there = load(device="cpu", precision="float32"), load(precision="float32")
     # Cut, not resized: a resize rounds pixels, which a single patch feels more than the mean over a tile does.

@@ -6,6 +6,7 @@ import io
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import cv2
@@ -278,7 +279,8 @@ def test_tiles_are_read_out_of_a_file_and_decoded_in_one_call(tmp_path: Path) ->
     places = np.array([(5, 3), (5, 30), (60, 70), (0, 0), (60, 0)])
     numbers = np.array([0, 0, 0, 1, 1])
     alone = [np.zeros((24, 32, 3), np.uint8) for _ in range(4)]
-    room = Room.within(tile, numbers, places, (32, 24)).join(Room.of(alone, (32, 24)))
+    starts = (numbers * 100 * 101 + places[:, 1] * 101 + places[:, 0]) * 3
+    room = Room.at(tile, starts, (32, 24)).join(Room.of(alone, (32, 24)))
     offsets, sizes = (np.array(values, np.int64) for values in zip(*spans, strict=True))
     with path.open("rb") as file:
         found = read_tiles(file.fileno(), offsets, sizes, room, (64, 48), 3, ycbcr=True, reduce=2)
@@ -301,12 +303,14 @@ def test_tiles_are_read_out_of_a_file_and_decoded_in_one_call(tmp_path: Path) ->
 
 def test_blocks_go_nowhere_but_into_their_arrays() -> None:
     tiles = np.zeros((2, 64, 64, 3), np.uint8)
-    for number, place in [(2, (0, 0)), (-1, (0, 0)), (0, (33, 0)), (0, (0, 41)), (1, (-1, 0)), (1, (0, -1))]:
+    last = ((64 + 40) * 64 + 32) * 3  # in the second tile, 40 rows down and 32 pixels across
+    assert len(Room.at(tiles, np.array([0, last]), (32, 24))) == 2
+    for offset in (-1, last + 1, tiles.nbytes):
         with pytest.raises(ValueError, match="do not lie in tiles"):
-            Room.within(tiles, np.array([0, number]), np.array([(0, 0), place]), (32, 24))
+            Room.at(tiles, np.array([0, offset]), (32, 24))
     for wrong in (tiles[:, ::2], tiles.astype(np.int8), tiles[0], np.broadcast_to(np.uint8(0), tiles.shape)):
         with pytest.raises(ValueError, match="blocks do not go into"):
-            Room.within(wrong, np.array([0]), np.array([(0, 0)]), (32, 24))  # type: ignore[arg-type]
+            Room.at(wrong, np.array([0]), (32, 24))  # type: ignore[arg-type]
     for block in (
         np.zeros((24, 31, 3), np.uint8),
         np.zeros((24, 64, 3), np.uint8)[:, ::2],
@@ -418,7 +422,7 @@ def test_what_another_version_left_is_not_used(tmp_path: Path, monkeypatch: pyte
     fastjpeg._library.cache_clear()
     try:
         assert "not built" in jpeg_decoder_name()
-        (tmp_path / f"_jpeg{fastjpeg.EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+        (tmp_path / f"_jpeg{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
         fastjpeg._library.cache_clear()
         assert "not built" in jpeg_decoder_name()
     finally:

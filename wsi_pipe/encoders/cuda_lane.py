@@ -56,14 +56,13 @@ class CudaLane:
         self.device = device
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.staging: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._leaving: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def run(self, tiles: TileArray, rows: int, compute: Callable[[Tensor], tuple[Tensor, list[Tokens]]]) -> Arriving:
         """Copy tiles to the device on the side stream, compute on the current one, start the way back."""
         with torch.cuda.device(self.device):
             main = torch.cuda.current_stream(self.device)
-            buffer, copied = self._buffer(tiles.size)
-            pinned = buffer[: tiles.size].view(tiles.shape)
-            np.copyto(pinned.numpy(), tiles)
+            pinned, copied = self._pinned(tiles)
             with torch.cuda.stream(self._copies):
                 on_device = pinned.to(self.device, non_blocking=True)
                 copied.record(self._copies)
@@ -80,6 +79,25 @@ class CudaLane:
             done.record(main)
         return Arriving(self.device, back, tokens_back, rows, done)
 
+    @staticmethod
+    def new_tiles(shape: tuple[int, int, int, int]) -> TileArray:
+        """Pinned memory for tiles. What is let go of stays with torch's pool of it, for the next ones."""
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+
+    def _pinned(self, tiles: TileArray) -> tuple[Tensor, torch.cuda.Event]:
+        """The tiles in pinned memory, where they lie or as a copy, and the event to record after they have crossed."""
+        if tiles.flags.c_contiguous and tiles.flags.writeable:
+            there = torch.from_numpy(tiles)
+            if there.is_pinned():
+                self._leaving = [(left, copied) for left, copied in self._leaving if not copied.query()]  # type: ignore[no-untyped-call]
+                # Kept until it has crossed: torch does not know that a part of an array is its pool's memory.
+                self._leaving.append((there, torch.cuda.Event()))  # type: ignore[no-untyped-call]
+                return self._leaving[-1]
+        buffer, copied = self._buffer(tiles.size)
+        pinned = buffer[: tiles.size].view(tiles.shape)
+        np.copyto(pinned.numpy(), tiles)
+        return pinned, copied
+
     def _buffer(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
         """A pinned buffer of at least ``size`` bytes whose last copy has ended, and the event of its next one."""
         for place, (buffer, copied) in enumerate(self.staging):
@@ -95,6 +113,7 @@ class CudaLane:
     def release(self) -> None:
         """Give the pinned buffers back to the system, of batches that have been waited for."""
         self.staging.clear()
+        self._leaving.clear()
         # What is freed stays with torch's own pool of pinned memory, by size, until that is emptied.
         empty = getattr(torch._C, "_host_emptyCache", None)
         if empty is not None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -155,6 +155,11 @@ class TorchEncoder:
         return 3 if self._cuda is not None else 1
 
     @property
+    def new_tiles(self) -> Callable[[tuple[int, int, int, int]], TileArray] | None:
+        """Gives memory that tiles cross from to a GPU without being copied first; see Encoder. None on a CPU."""
+        return None if self._cuda is None else self._cuda.new_tiles
+
+    @property
     def batch_limit(self) -> int | None:
         """The largest batch after running out of memory, None while that has not happened."""
         return self._limit
@@ -365,6 +370,11 @@ class ReplicatedEncoder:
     def in_flight(self) -> int:
         """See TorchEncoder.in_flight."""
         return sum(replica.in_flight for replica in self.replicas)
+
+    @property
+    def new_tiles(self) -> Callable[[tuple[int, int, int, int]], TileArray] | None:
+        """See TorchEncoder.new_tiles; pinned memory is pinned for all GPUs."""
+        return self.replicas[0].new_tiles
 
     def suggest_batch(self, tile_px: int) -> int:
         """The smallest of the replicas' batch sizes, so that it fits them all."""

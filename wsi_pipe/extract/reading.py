@@ -91,8 +91,15 @@ class Reading:
 
     def _level(self, slide: Slide, level: Level) -> None:
         batch = max(batch_of(self._encoders[name], level.grid.spec.size_px, self._batch_size) for name in level.names)
-        budget = self._memory_bytes
-        stream = stream_tiles(slide, level.grid, batch_size=batch, threads=self._threads, memory_bytes=budget)
+        rooms = [getattr(self._encoders[name], "new_tiles", None) for name in level.names]
+        stream = stream_tiles(
+            slide,
+            level.grid,
+            batch_size=batch,
+            threads=self._threads,
+            memory_bytes=self._memory_bytes,
+            new_tiles=next((room for room in rooms if room is not None), None),
+        )
         while True:
             started = time.perf_counter()
             tiles = next(stream, None)

@@ -13,13 +13,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_pipe.compiled import load_compiled
 from wsi_pipe.geometry import IntPair
 from wsi_pipe.slides.room import Room
 
@@ -45,18 +44,9 @@ def _library() -> tuple[_Functions | None, str]:
         return None, f"libjpeg-turbo, as {_VARIABLE} asks"
     if sys.byteorder != "little":
         return None, "libjpeg-turbo"
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_jpeg{suffix}")
-        if not path.is_file():
-            continue
-        try:
-            library = ctypes.CDLL(str(path))
-            # Something left from another version is as good as nothing.
-            if library.wsi_jpeg_abi() != _ABI:
-                continue
-            decode, read = library.wsi_jpeg_decode, getattr(library, "wsi_jpeg_read", None)
-        except (OSError, AttributeError):
-            continue
+    library = load_compiled(__file__, "jpeg", _ABI)
+    if library is not None:
+        decode, read = library.wsi_jpeg_decode, getattr(library, "wsi_jpeg_read", None)
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         decode.restype = None
         decode.argtypes = [
@@ -175,13 +165,12 @@ def read_tiles(
         raise ValueError(f"room for {len(room)} blocks of {room.size_px} for {count} tiles of {side}")
     if functions is None or functions.read is None or not count:
         return ReadTiles(np.zeros(count, np.bool_))
-    numbers = np.ascontiguousarray(np.stack([offsets, sizes, room.addresses, room.strides]), np.int64)
+    numbers = np.concatenate([offsets, sizes, room.addresses, room.strides], dtype=np.int64)
     done = np.zeros(count, np.uint8)
-    spent = np.zeros(2, np.int64)
-    at, row = numbers.ctypes.data, numbers.strides[0]
+    spent = (ctypes.c_int64 * 2)()
+    at, row = numbers.__array_interface__["data"][0], 8 * count
     requests = functions.read(
-        descriptor, count, at, at + row, at + 2 * row, at + 3 * row, done.ctypes.data, tables, len(tables),
-        *size_px, components, ycbcr, reduce, 3, False, spent.ctypes.data,
+        descriptor, count, at, at + row, at + 2 * row, at + 3 * row, done.__array_interface__["data"][0], tables,
+        len(tables), *size_px, components, ycbcr, reduce, 3, False, spent,
     )  # fmt: skip
-    wall, cpu = (spent / 1e9).tolist()
-    return ReadTiles(done.astype(np.bool_), max(requests, 0), wall, cpu)
+    return ReadTiles(done.view(np.bool_), max(requests, 0), spent[0] / 1e9, spent[1] / 1e9)

@@ -105,6 +105,8 @@ class NativeSlide(BaseSlide):
             if reduce == 1 or (image.block_px[0] % reduce == 0 and image.block_px[1] % reduce == 0)
         ]
         self.planes = tuple(sorted(planes, key=lambda p: (p.downsample[0] * p.downsample[1], p.reduce)))
+        # Asked once: whether an object keeps to a protocol takes as long to find out as reading a tile's place.
+        self._rooms = [image if isinstance(image, RoomImage) else None for image in self.images]
 
     def fetch(self, plane: Plane, cells: Sequence[IntPair]) -> list[Any]:
         """See Slide.fetch."""
@@ -157,23 +159,24 @@ class NativeSlide(BaseSlide):
 
     def reads_into(self, plane: Plane) -> bool:
         """See ReadsInto.reads_into."""
-        image = self.images[plane.level]
-        return isinstance(image, RoomImage) and image.reads_into()
+        image = self._rooms[plane.level]
+        return image is not None and image.reads_into()
 
     def read_into(self, plane: Plane, cells: NDArray[np.int64], room: Room) -> ReadBlocks:
         """See ReadsInto.read_into."""
-        image = self.images[plane.level]
-        assert isinstance(image, RoomImage)
+        image, native = self._rooms[plane.level], self.images[plane.level]
+        assert image is not None
         # Blocks at the edge are clipped, and reduced in a way of their own.
-        whole = (cells < (image.size_px[0] // image.block_px[0], image.size_px[1] // image.block_px[1])).all(1)
-        if whole.all():
+        columns, rows = native.size_px[0] // native.block_px[0], native.size_px[1] // native.block_px[1]
+        column, row = cells.T
+        if not len(cells) or (column.max() < columns and row.max() < rows):
             found = image.read_into(cells, room, plane.reduce)
             done = found.done
         else:
-            rows = np.flatnonzero(whole)
-            found = image.read_into(cells[rows], room.take(rows), plane.reduce)
+            inside = np.flatnonzero((column < columns) & (row < rows))
+            found = image.read_into(cells[inside], room.take(inside), plane.reduce)
             done = np.zeros(len(cells), np.bool_)
-            done[rows] = found.done
+            done[inside] = found.done
         self.stats.add(decoded=int(np.count_nonzero(done)))
         return ReadBlocks(done, found.read_s, found.read_cpu_s)
 

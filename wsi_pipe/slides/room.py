@@ -23,7 +23,7 @@ __all__ = ["ReadBlocks", "ReadsInto", "Room"]
 class Room:
     """Where decoded blocks go: addresses of their first rows and bytes from row to row, both int64 (n,).
 
-    arrays: what the addresses lie in, so that it stays. Made by ``within`` and ``of`` alone, which see to it that every
+    arrays: what the addresses lie in, so that it stays. Made by ``at`` and ``of`` alone, which see to it that every
     block lies in its array.
     """
 
@@ -33,10 +33,11 @@ class Room:
     arrays: tuple[RGBArray, ...]
 
     @classmethod
-    def within(cls, tiles: RGBArray, numbers: NDArray[np.int64], places: NDArray[np.int64], size_px: IntPair) -> Self:
-        """Blocks of ``size_px`` (width, height) in tiles, at ``places`` (x, y) (n, 2) of the tiles of ``numbers`` (n,).
+    def at(cls, tiles: RGBArray, offsets: NDArray[np.int64], size_px: IntPair) -> Self:
+        """Blocks of ``size_px`` (width, height) in tiles.
 
-        tiles: uint8 (B, H, W, 3), contiguous. Raises ValueError for a block that does not lie in its tile.
+        tiles: uint8 (B, H, W, 3), contiguous. offsets: int64 (n,), how many bytes into them the first pixel of each
+        block goes; that it lies in one tile is the caller's care. Raises ValueError for a block beyond the array.
         """
         address, read_only = tiles.__array_interface__["data"]
         if (
@@ -47,14 +48,11 @@ class Room:
             or not tiles.flags.c_contiguous
         ):
             raise ValueError(f"blocks do not go into an array of {tiles.shape} {tiles.dtype}")
-        last = np.array([tiles.shape[2] - size_px[0], tiles.shape[1] - size_px[1]])
-        if len(numbers) and (
-            places.min() < 0 or (places > last).any() or numbers.min() < 0 or numbers.max() >= len(tiles)
-        ):
+        per_row = tiles.strides[1]
+        last = tiles.nbytes - (size_px[1] - 1) * per_row - 3 * size_px[0]
+        if len(offsets) and (offsets.min() < 0 or offsets.max() > last):
             raise ValueError(f"blocks of {size_px} do not lie in tiles of {tiles.shape}")
-        per_tile, per_row, _, _ = tiles.strides
-        addresses = address + numbers * per_tile + places[:, 1] * per_row + places[:, 0] * 3
-        return cls(addresses, np.full(len(numbers), per_row, np.int64), size_px, (tiles,))
+        return cls(address + offsets, np.full(len(offsets), per_row, np.int64), size_px, (tiles,))
 
     @classmethod
     def of(cls, blocks: Sequence[RGBArray], size_px: IntPair) -> Self:

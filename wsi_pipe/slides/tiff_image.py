@@ -51,6 +51,7 @@ class TiffImage:
         self.directory = directory
         self._lock = threading.Lock()
         self._table: tuple[NDArray[np.uint64], NDArray[np.uint64]] | None = None
+        self._spans: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
         self._name = f"{source.name}: image {directory.index}"
         stored = (directory.number(WIDTH), directory.number(HEIGHT))
         self.size_px = stored if size_px is None else size_px
@@ -252,14 +253,22 @@ class TiffImage:
         """See RoomImage.read_into."""
         assert isinstance(self._decoder, JpegDecoder)
         assert isinstance(self._source, FileSource)
-        offsets, counts = self.table()
+        offsets, counts = self._sound_spans()
         at = cells[:, 1] * self._grid[0] + cells[:, 0]
         offset, count = offsets[at], counts[at]
-        # What cannot be is left to ``fetch``, which says what is wrong with it.
-        size = np.uint64(self._source.size)
-        count[(count > self._limit_bytes) | (count > size) | (offset > size - np.minimum(count, size))] = 0
-        count[offset == 0] = 0
-        spans = offset.astype(np.int64), count.astype(np.int64)
-        found = self._decoder.read_into(self._source.descriptor, *spans, room, reduce)
-        self._source.stats.add(bytes_fetched=int(spans[1][found.done].sum()), requests=found.requests)
+        found = self._decoder.read_into(self._source.descriptor, offset, count, room, reduce)
+        self._source.stats.add(bytes_fetched=int(np.dot(count, found.done)), requests=found.requests)
         return found
+
+    def _sound_spans(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The table with a count of 0 for what cannot be: that is left to ``fetch``, which says what is wrong."""
+        spans = self._spans
+        if spans is None:
+            offset, count = self.table()
+            size = np.uint64(self._source.size)
+            wrong = (count > self._limit_bytes) | (count > size) | (offset > size - np.minimum(count, size))
+            wrong |= offset == 0
+            sound = [np.where(wrong, np.uint64(0), values).astype(np.int64) for values in (offset, count)]
+            # By two threads at once it is made twice, alike.
+            spans = self._spans = (sound[0], sound[1])
+        return spans

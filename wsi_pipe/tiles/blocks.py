@@ -21,21 +21,14 @@ __all__ = ["Decoded", "Targets", "decode_at_once", "read_at_once"]
 class Targets:
     """Where the blocks of a job belong.
 
-    pixels: uint8 (B, S, S, 3), tiles that are being made. tile: int64 (n,), the first of them that each block touches.
-    places: int64 (n, 2), where the block's corner (x, y) lies in it. straight: bool (n,), whether the block, as it is
-    decoded, is part of that tile and of no other. block_px: (width, height) of a block.
+    pixels: uint8 (B, S, S, 3), tiles that are being made. offsets: int64 (n,), how many bytes into them the first pixel
+    of each block goes, where the block, as it is decoded, is part of one tile and of no other; -1 where not. block_px:
+    (width, height) of a block.
     """
 
     pixels: RGBArray
-    tile: NDArray[np.int64]
-    places: NDArray[np.int64]
-    straight: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
     block_px: IntPair
-
-    def within(self) -> NDArray[np.bool_]:
-        """Which blocks lie wholly in their tile, bool (n,): they go there without a copy."""
-        last = (self.pixels.shape[2] - self.block_px[0], self.pixels.shape[1] - self.block_px[1])
-        return np.asarray(self.straight & ((self.places >= 0) & (self.places <= last)).all(1))
 
 
 @dataclass
@@ -56,18 +49,24 @@ def read_at_once(
     if not len(cells):
         return Decoded()
     width, height = targets.block_px
-    within = targets.within()
-    inside, outside = np.flatnonzero(within), np.flatnonzero(~within)
-    room = Room.within(targets.pixels, targets.tile[inside], targets.places[inside], targets.block_px)
-    order, alone = inside, list[RGBArray]()
-    if len(outside):
+    inside = np.flatnonzero(targets.offsets >= 0)
+    alone: list[RGBArray] = []
+    if len(inside) == len(cells):
+        room = Room.at(targets.pixels, targets.offsets, targets.block_px)
+    else:
+        outside = np.flatnonzero(targets.offsets < 0)
         alone = [np.empty((height, width, 3), np.uint8) for _ in range(len(outside))]
-        room, order = room.join(Room.of(alone, targets.block_px)), np.concatenate([inside, outside])
-    found = slide.read_into(plane, cells[order], room)
+        room = Room.at(targets.pixels, targets.offsets[inside], targets.block_px)
+        room = room.join(Room.of(alone, targets.block_px))
+        cells = cells[np.concatenate([inside, outside])]
+    found = slide.read_into(plane, cells, room)
     clock.lap_decode(found.fetch_s, found.fetch_cpu_s)
     count = len(inside)
+    in_place = inside if found.done.all() else inside[found.done[:count]]
+    if not alone:
+        return Decoded(set(in_place.tolist()))
     own = zip(outside.tolist(), alone, found.done[count:].tolist(), strict=True)
-    return Decoded(set(inside[found.done[:count]].tolist()), {i: block for i, block, done in own if done})
+    return Decoded(set(in_place.tolist()), {i: block for i, block, done in own if done})
 
 
 def decode_at_once(
@@ -85,18 +84,20 @@ def decode_at_once(
     if not isinstance(slide, DecodesInto) or not numbers:
         return Decoded()
     width, height = targets.block_px
-    within = targets.within()[numbers].tolist()
+    per_tile, per_row = targets.pixels.strides[:2]
+    offsets = targets.offsets[numbers].tolist()
     outs: list[RGBArray] = []
-    for i, inside in zip(numbers, within, strict=True):
-        if inside:
-            x, y = targets.places[i].tolist()
-            outs.append(targets.pixels[int(targets.tile[i]), y : y + height, x : x + width])
+    for offset in offsets:
+        if offset >= 0:
+            tile, rest = divmod(offset, per_tile)
+            y, x = rest // per_row, rest % per_row // 3
+            outs.append(targets.pixels[tile, y : y + height, x : x + width])
         else:
             outs.append(np.empty((height, width, 3), np.uint8))
     chosen: Sequence[IntPair] = [cells[i] for i in numbers]
     done = slide.decode_into(plane, chosen, [fetched[i] for i in numbers], outs)
-    found = list(zip(numbers, outs, within, done, strict=True))
+    found = list(zip(numbers, outs, offsets, done, strict=True))
     return Decoded(
-        {i for i, _, inside, good in found if good and inside},
-        {i: out for i, out, inside, good in found if good and not inside},
+        {i for i, _, offset, good in found if good and offset >= 0},
+        {i: out for i, out, offset, good in found if good and offset < 0},
     )

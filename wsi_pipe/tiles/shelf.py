@@ -6,13 +6,13 @@ import errno
 import os
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import BinaryIO
 
 import numpy as np
 
 from wsi_pipe.errors import OutputError
-from wsi_pipe.slides.base import RGBArray
+from wsi_pipe.tiles.paste import Held, hold
 
 __all__ = ["BlockShelf"]
 
@@ -25,41 +25,46 @@ class _Spilled:
     def __init__(self, offset: int, shape: tuple[int, ...]) -> None:
         self.offset, self.shape = offset, shape
 
+    nbytes = 0
+    """What it takes in memory."""
+
 
 class BlockShelf:
     """Blocks by number, each kept until it was taken down as often as it is needed; used by several threads at once.
 
     uses: how often each block is needed. limit_bytes: what the blocks in memory may take before some are spilled.
-    A block of None stands for one that is missing in the file.
     """
 
     def __init__(self, uses: Iterable[int], limit_bytes: int) -> None:
         self._uses = list(uses)
-        self._limit = limit_bytes
-        self._blocks: dict[int, RGBArray | _Spilled | None] = {}
+        self.limit_bytes = limit_bytes
+        self._blocks: dict[int, Held | _Spilled] = {}
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
         self._end = 0
         self.nbytes = 0
         self.spilled_bytes = 0
 
-    def put(self, number: int, block: RGBArray | None) -> None:
-        """Keep a block."""
+    def put(self, blocks: Mapping[int, Held]) -> None:
+        """Keep blocks, by number."""
+        nbytes = sum(block.nbytes for block in blocks.values())
         with self._lock:
-            self._blocks[number] = block
-            self.nbytes += 0 if block is None else block.nbytes
+            self._blocks.update(blocks)
+            self.nbytes += nbytes
 
-    def get(self, number: int) -> RGBArray | None:
-        """A block that was put and is still needed."""
-        block = self._blocks[number]
-        if not isinstance(block, _Spilled):
-            return block
+    def get(self, numbers: Iterable[int]) -> list[Held]:
+        """Blocks that were put and are still needed."""
+        return [block if isinstance(block, Held) else self._read(block) for block in map(self._blocks.get, numbers)]
+
+    def _read(self, spilled: _Spilled | None) -> Held:
+        if spilled is None:
+            raise KeyError("a block is not on the shelf, or not any more")
         assert self._file is not None
-        size = int(np.prod(block.shape))
-        data = os.pread(self._file.fileno(), size, block.offset)
+        size = int(np.prod(spilled.shape))
+        data = os.pread(self._file.fileno(), size, spilled.offset)
         if len(data) != size:
             raise OutputError("the temporary file with decoded blocks was cut short")
-        return np.frombuffer(data, np.uint8).reshape(block.shape)
+        return hold(np.frombuffer(data, np.uint8).reshape(spilled.shape), (0, 0))
 
     def release(self, numbers: Iterable[int]) -> None:
         """Count one use of each block (a number may come twice); what is not needed any more goes."""
@@ -67,9 +72,7 @@ class BlockShelf:
             for number in numbers:
                 self._uses[number] -= 1
                 if self._uses[number] == 0:
-                    block = self._blocks.pop(number)
-                    if isinstance(block, np.ndarray):
-                        self.nbytes -= block.nbytes
+                    self.nbytes -= self._blocks.pop(number).nbytes
 
     def spill(self, numbers: Iterable[int]) -> None:
         """Move those of the blocks that are still needed to the file, as long as memory is over its limit.
@@ -78,16 +81,17 @@ class BlockShelf:
         """
         for number in numbers:
             with self._lock:
-                if self.nbytes <= self._limit:
+                if self.nbytes <= self.limit_bytes:
                     return
-                block = self._blocks.get(number)
-                if not isinstance(block, np.ndarray):
+                held = self._blocks.get(number)
+                if not isinstance(held, Held) or held.pixels is None:
                     continue
+                block = held.pixels
                 try:
                     if self._file is None:
                         # Unlinked at once: nothing is left behind, however the process ends.
                         self._file = tempfile.TemporaryFile(prefix="wsi-pipe-blocks-", buffering=0)  # noqa: SIM115
-                    written = os.pwrite(self._file.fileno(), np.ascontiguousarray(block).data, self._end)
+                    written = os.pwrite(self._file.fileno(), block.data, self._end)
                     if written != block.nbytes:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 except OSError as error:

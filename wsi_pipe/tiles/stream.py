@@ -11,12 +11,12 @@ Where a tile's pixels come from depends on the tile alone, so neither threads no
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,13 @@ from wsi_pipe.geometry import FloatPair, TileGrid
 from wsi_pipe.slides.base import WHITE, RGBArray, Slide
 from wsi_pipe.slides.room import ReadsInto
 from wsi_pipe.tiles.blocks import Decoded, Targets, decode_at_once, read_at_once
+from wsi_pipe.tiles.paste import Held, hold, paste_blocks
 from wsi_pipe.tiles.plan import Cut, alike, choose_cut, plan_blocks
 from wsi_pipe.tiles.resample import Resampler
 from wsi_pipe.tiles.shelf import BlockShelf
 from wsi_pipe.tiles.timing import Stopwatch, StreamStats
 
-__all__ = ["DEFAULT_MEMORY_BYTES", "TileBatch", "read_tiles", "stream_tiles"]
+__all__ = ["DEFAULT_MEMORY_BYTES", "NewTiles", "TileBatch", "read_tiles", "stream_tiles"]
 
 DEFAULT_MEMORY_BYTES = 512 * 1024 * 1024
 
@@ -48,6 +49,14 @@ NEAR_GROUPS = 4
 
 BATCHES_AHEAD = 2
 """Batches that are begun, if memory allows, before the one asked for is taken."""
+
+
+NewTiles = Callable[[tuple[int, int, int, int]], RGBArray]
+"""Gives an array uint8 of a shape, contiguous, with anything in it."""
+
+
+def _new_tiles(shape: tuple[int, int, int, int]) -> RGBArray:
+    return np.empty(shape, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,14 @@ def stream_tiles(
     threads: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     stats: StreamStats | None = None,
+    new_tiles: NewTiles | None = None,
 ) -> Iterator[TileBatch]:
     """The tiles of ``grid`` in its order, in batches of ``batch_size`` (the last may be smaller).
 
     threads: readers and decoders (default: the cores that this process may use). memory_bytes: what decoded pixels
     that were not handed out yet may take; never less is used than one batch and the blocks under it need. stats:
-    collects times.
+    collects times. new_tiles: gives the arrays that tiles are made in, uint8 (B, S, S, 3), contiguous, where any memory
+    will not do.
 
     Every native block is fetched and decoded at most once. Off the slide and in missing blocks tiles are white. Pixels
     depend neither on ``batch_size`` nor on ``threads``. Closing the iterator stops the threads.
@@ -85,7 +96,7 @@ def stream_tiles(
         raise ValueError(f"batch_size {batch_size} and threads {threads} must be at least 1")
     cut = choose_cut(slide.planes, grid.scale_l0, grid.corners_l0)
     corners = grid.corners_l0 / np.asarray(cut.sample_l0)
-    stream = _Stream(slide, cut, corners, grid.spec.size_px, batch_size, threads, memory_bytes, stats)
+    stream = _Stream(slide, cut, corners, grid.spec.size_px, batch_size, threads, memory_bytes, stats, new_tiles)
     return stream.batches()
 
 
@@ -136,11 +147,13 @@ class _Stream:
         threads: int | None,
         memory_bytes: int,
         stats: StreamStats | None,
+        new_tiles: NewTiles | None = None,
     ) -> None:
         self.slide, self.cut, self.corners, self.size_px = slide, cut, corners, size_px
         self.batch_size, self.memory_bytes = batch_size, memory_bytes
         self.threads = threads or available_cores()
         self.stats = stats if stats is not None else StreamStats()
+        self.new_tiles: NewTiles = new_tiles or _new_tiles
         plane = cut.plane
         by_block = cut.shrink if cut.by_block else 1
         self.block_px = (plane.block_px[0] // by_block, plane.block_px[1] // by_block)
@@ -157,6 +170,7 @@ class _Stream:
             self.patch_px = (size_px * by_patch, size_px * by_patch)
             self.patch_corners = np.rint(corners * by_patch).astype(np.int64)
         self.reads_into = slide if isinstance(slide, ReadsInto) and slide.reads_into(plane) else None
+        self.shrunk = cut.by_block and cut.shrink > 1
         # Where tiles are patches, a block that one tile alone needs goes straight into it.
         self.direct = self.patch_px == (size_px, size_px) and self.resampler is None
 
@@ -181,6 +195,7 @@ class _Stream:
         beyond = (self.patch_corners < 0) | (self.patch_corners + self.patch_px > plane_px)
         self.off_slide: NDArray[np.bool_] = np.logical_or(beyond[:, 0], beyond[:, 1])
 
+        self.offsets = self._offsets()
         self.batch_bytes = 3 * size_px**2 * min(batch_size, len(corners))
         # Batches go first, then the blocks of the jobs that run; the shelf has the rest.
         job_blocks = int(np.diff(self.plan.job_start).max(initial=0))
@@ -239,7 +254,7 @@ class _Stream:
             return
         first = number * self.batch_size
         count = min(self.batch_size, len(self.corners) - first)
-        pixels: RGBArray = np.empty((count, self.size_px, self.size_px, 3), np.uint8)
+        pixels = self.new_tiles((count, self.size_px, self.size_px, 3))
         if self.direct:
             pixels[self.off_slide[first : first + count]] = WHITE
         self.live[number] = pixels
@@ -249,21 +264,16 @@ class _Stream:
         plan = self.plan
         clock = Stopwatch()
         begin, end = int(plan.job_start[job]), int(plan.job_start[job + 1])
-        first_tiles = plan.first_tile[begin:end]
-        targets = Targets(
-            pixels=self.live[self._batch_of(self.group_start[job])],
-            tile=first_tiles % self.batch_size,
-            places=self._places(slice(begin, end), first_tiles),
-            straight=plan.uses[begin:end] == 1 if self.direct else np.zeros(end - begin, np.bool_),
-            block_px=self.cut.plane.block_px,
-        )
+        pixels = self.live[self._batch_of(self.group_start[job])]
+        targets = Targets(pixels, self.offsets[begin:end], self.cut.plane.block_px)
         self._read(begin, plan.cells[begin:end], targets, clock)
         if self.stopped.is_set():
             return
         for group in self._completed(job):
             self._assemble(group, clock)
-        held = np.flatnonzero(plan.last_group[begin:end] > job + NEAR_GROUPS) + begin
-        self.shelf.spill(held.tolist())
+        if self.shelf.nbytes > self.shelf.limit_bytes:
+            held = np.flatnonzero(plan.last_group[begin:end] > job + NEAR_GROUPS) + begin
+            self.shelf.spill(held.tolist())
         with self.lock:
             self.stats.peak_bytes = max(self.stats.peak_bytes, self._held_bytes())
             self.stats.spilled_bytes = max(self.stats.spilled_bytes, self.shelf.spilled_bytes)
@@ -272,27 +282,26 @@ class _Stream:
     def _read(self, begin: int, cells: NDArray[np.int64], targets: Targets, clock: Stopwatch) -> None:
         """Fetch and decode blocks, the first of which is number ``begin``, into their tiles or onto the shelf."""
         plane = self.cut.plane
-        shrunk = self.cut.by_block and self.cut.shrink > 1
-        # Nothing goes straight into a tile where blocks are shrunk first.
-        direct = dataclasses.replace(targets, straight=np.zeros_like(targets.straight)) if shrunk else targets
         at_once = Decoded()
         if self.reads_into is not None:
-            at_once = read_at_once(self.reads_into, plane, cells, direct, clock)
+            at_once = read_at_once(self.reads_into, plane, cells, targets, clock)
         if len(at_once.in_place) == len(cells):
             return
         left = [i for i in range(len(cells)) if i not in at_once]
         wanted = {i: (int(cells[i, 0]), int(cells[i, 1])) for i in left}
         fetched: dict[int, Any] = {}
         i = 0
+        straight: dict[int, Held] = {}
+        kept: dict[int, Held] = {}
         try:
             if left:
                 i = left[0]
                 fetched = dict(zip(left, self.slide.fetch(plane, list(wanted.values())), strict=True))
                 clock.lap("fetch")
-                others = decode_at_once(self.slide, plane, wanted, fetched, direct)
+                others = decode_at_once(self.slide, plane, wanted, fetched, targets)
                 at_once = Decoded(at_once.in_place | others.in_place, at_once.alone | others.alone)
                 clock.lap("decode")
-            places, tiles, straight = targets.places.tolist(), targets.tile.tolist(), targets.straight.tolist()
+            uses = self.plan.uses[begin : begin + len(cells)].tolist()
             for i in range(len(cells)):
                 if i in at_once.in_place:
                     continue
@@ -304,14 +313,11 @@ class _Stream:
                     clock.lap("decode")
                 if block is None:
                     self.slide.stats.add(missing=1)
-                elif shrunk:
+                elif self.shrunk:
                     block = shrink(block, self.cut.shrink)
                     clock.lap("resample")
-                if straight[i]:
-                    self._paste(block, places[i], targets.pixels[tiles[i]])
-                    clock.lap("copy")
-                else:
-                    self.shelf.put(begin + i, block)
+                one_tile = self.direct and uses[i] == 1
+                (straight if one_tile else kept)[begin + i] = hold(block, self.block_px)
         except SlideError as error:
             where = self._name(int(self.plan.first_tile[begin + i]))
             raise SlideReadError(f"{error.message} (needed for {where})", remedy=error.remedy) from error
@@ -319,6 +325,13 @@ class _Stream:
             cause = str(error) or type(error).__name__
             where = self._name(int(self.plan.first_tile[begin + i]))
             raise SlideReadError(f"{self.slide.info.path}: {where}: {cause}") from error
+        self.shelf.put(kept)
+        if straight:
+            numbers = np.fromiter(straight, np.int64, len(straight))
+            tiles = self.plan.first_tile[numbers]
+            places = self._places(numbers, tiles)
+            paste_blocks(list(straight.values()), places, targets.pixels, tiles % self.batch_size)
+        clock.lap("copy")
 
     def _name(self, tile: int) -> str:
         x, y = (self.corners[tile] * np.asarray(self.cut.sample_l0)).tolist()
@@ -329,15 +342,16 @@ class _Stream:
         corners: NDArray[np.int64] = self.plan.cells[blocks] * self.block_px + self.block_origin
         return corners - self.patch_corners[tiles]
 
-    def _paste(self, block: RGBArray | None, place: Sequence[int], patch: RGBArray) -> None:
-        """Copy what a block whose corner is at ``place`` (x, y) of a patch has of it; white where it is missing."""
-        left, top = place
-        height, width = (self.block_px[1], self.block_px[0]) if block is None else block.shape[:2]
-        x0, y0 = max(left, 0), max(top, 0)
-        x1, y1 = min(left + width, patch.shape[1]), min(top + height, patch.shape[0])
-        if x0 >= x1 or y0 >= y1:
-            return
-        patch[y0:y1, x0:x1] = WHITE if block is None else block[y0 - top : y1 - top, x0 - left : x1 - left]
+    def _offsets(self) -> NDArray[np.int64]:
+        """Where blocks go straight into their batch, see Targets: those that, as decoded, are of one tile alone."""
+        plan = self.plan
+        if not self.direct or self.shrunk:
+            return np.full(len(plan.cells), -1, np.int64)
+        places = self._places(slice(None), plan.first_tile)
+        last = np.array([self.size_px - self.block_px[0], self.size_px - self.block_px[1]])
+        within = (plan.uses == 1) & ((places >= 0) & (places <= last)).all(1)
+        rows = (plan.first_tile % self.batch_size) * self.size_px + places[:, 1]
+        return np.where(within, (rows * self.size_px + places[:, 0]) * 3, -1)
 
     def _completed(self, job: int) -> list[int]:
         """Groups for which this was the last job; each is named to one job only."""
@@ -353,34 +367,40 @@ class _Stream:
         """Make a group's tiles of the blocks on the shelf."""
         plan = self.plan
         first, end = self.group_start[group], self.group_start[group + 1]
-        if (
-            self.direct
-            and plan.uses[plan.tile_block[plan.tile_start[first] : plan.tile_start[end]]].max(initial=1) == 1
-        ):
-            return
-        taken: list[int] = []
-        pixels = self.live[self._batch_of(first)]
-        for tile in range(first, end):
-            if self.stopped.is_set():
+        uses = slice(int(plan.tile_start[first]), int(plan.tile_start[end]))
+        numbers = plan.tile_block[uses]
+        tiles = np.repeat(np.arange(first, end), np.diff(plan.tile_start[first : end + 1]))
+        if self.direct:  # what is one tile's alone is there already
+            shared = np.flatnonzero(plan.uses[numbers] > 1)
+            if not len(shared):
                 return
-            out = pixels[tile % self.batch_size]
-            patch = out if self.direct else self._patch(white=bool(self.off_slide[tile]))
-            numbers = plan.tile_block[plan.tile_start[tile] : plan.tile_start[tile + 1]]
-            if self.direct:
-                numbers = numbers[plan.uses[numbers] > 1]
-            places = self._places(numbers, tile).tolist()
-            for number, place in zip(numbers.tolist(), places, strict=True):
-                self._paste(self.shelf.get(number), place, patch)
-            taken += numbers.tolist()
+            numbers, tiles = numbers[shared], tiles[shared]
+        places = self._places(numbers, tiles)
+        taken: list[int] = numbers.tolist()
+        pixels = self.live[self._batch_of(first)]
+        if self.direct:
+            paste_blocks(self.shelf.get(taken), places, pixels, tiles % self.batch_size)
             clock.lap("copy")
-            if self.resampler is not None:
-                across, down = (self.resampler.axis_filter(float(self.corners[tile, axis]), axis) for axis in (0, 1))
-                self.resampler.run(patch, across, down, out)
-                clock.lap("resample")
-            elif not self.direct:
-                out[:] = shrink(patch, self.cut.shrink)
+        else:
+            bounds = np.searchsorted(tiles, np.arange(first, end + 1)).tolist()
+            for tile, (begin, stop) in zip(range(first, end), pairwise(bounds), strict=True):
+                if self.stopped.is_set():
+                    return
+                patch = self._patch(white=bool(self.off_slide[tile]))
+                blocks = self.shelf.get(taken[begin:stop])
+                paste_blocks(blocks, places[begin:stop], patch[None], np.zeros(stop - begin, np.int64))
+                clock.lap("copy")
+                self._reduce(tile, patch, pixels[tile % self.batch_size])
                 clock.lap("resample")
         self.shelf.release(taken)
+
+    def _reduce(self, tile: int, patch: RGBArray, out: RGBArray) -> None:
+        """Make a tile of its patch."""
+        if self.resampler is None:
+            out[:] = shrink(patch, self.cut.shrink)
+            return
+        across, down = (self.resampler.axis_filter(float(self.corners[tile, axis]), axis) for axis in (0, 1))
+        self.resampler.run(patch, across, down, out)
 
     def _patch(self, white: bool) -> RGBArray:
         """Room of the calling thread for one tile's patch."""
