@@ -19,6 +19,10 @@ from numpy.typing import NDArray
 
 from wsi_pipe.slides.write import write_pyramid
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Every core has a process of its own: more threads than that only get into each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that starts the tests in the background makes them deaf to Ctrl-C, and every process that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
