@@ -39,7 +39,14 @@ __all__ = ["DEFAULT_MEMORY_BYTES", "NewTiles", "TileBatch", "read_tiles", "strea
 DEFAULT_MEMORY_BYTES = 512 * 1024 * 1024
 
 GROUP_TILES = 16
-"""Tiles to a group, at most: enough for fetches of many blocks in a row, few enough to stay in the cache."""
+"""Tiles to a group, where the grid is large enough: enough for fetches of many blocks in a row."""
+
+MOST_GROUP_TILES, MOST_WHOLE_GROUP_TILES = 32, 64
+"""Tiles to a group of a large grid: a job costs about a millisecond under Python's lock, whatever it holds, since
+decoding takes the caches. The second where tiles consist of whole blocks, so that a job holds none beside them."""
+
+JOBS_A_THREAD = 4
+"""A grid is divided into no fewer jobs for each thread."""
 
 JOB_PIXELS = 1 << 24
 """Stored pixels under a group, at most, where that is more than one tile."""
@@ -47,8 +54,9 @@ JOB_PIXELS = 1 << 24
 NEAR_GROUPS = 4
 """Blocks that only this many groups more need are not worth spilling."""
 
-BATCHES_AHEAD = 2
-"""Batches that are begun, if memory allows, before the one asked for is taken."""
+BATCHES_AHEAD, JOBS_AHEAD = 2, 2
+"""Batches that are begun, if memory allows, before the one asked for is taken; more, where these are fewer jobs for
+each thread."""
 
 
 NewTiles = Callable[[tuple[int, int, int, int]], RGBArray]
@@ -176,8 +184,9 @@ class _Stream:
 
         # Groups fill batches evenly and never straddle two.
         index = np.arange(len(corners))
+        corners_laid = self.patch_corners - self.block_origin
         read_px = int(np.prod([p * by_block * plane.reduce for p in self.patch_px]))
-        group_tiles = max(min(GROUP_TILES, JOB_PIXELS // read_px), 1)
+        group_tiles = self._group_tiles(corners_laid, read_px)
         per_batch = -(-min(batch_size, max(len(corners), 1)) // group_tiles)
         group = (index // batch_size) * per_batch + (index % batch_size) * per_batch // batch_size
         _, group_of_tile, counts = np.unique(group, return_inverse=True, return_counts=True)
@@ -188,7 +197,6 @@ class _Stream:
         # From where the blocks begin, which may be before the plane does.
         x, y = self.block_origin.tolist()
         laid_px = (plane_px[0] - x, plane_px[1] - y)
-        corners_laid = self.patch_corners - self.block_origin
         self.plan = plan_blocks(corners_laid, self.patch_px, self.block_px, laid_px, self.group_of_tile)
         # How many jobs must end before a group's blocks are all there.
         self.awaited = np.bincount([g for groups in self.plan.serves for g in groups], minlength=len(counts)).tolist()
@@ -199,12 +207,22 @@ class _Stream:
         self.batch_bytes = 3 * size_px**2 * min(batch_size, len(corners))
         # Batches go first, then the blocks of the jobs that run; the shelf has the rest.
         job_blocks = int(np.diff(self.plan.job_start).max(initial=0))
-        taken = (BATCHES_AHEAD + 1) * self.batch_bytes + self.threads * job_blocks * 3 * int(np.prod(self.block_px))
+        ahead = -(-JOBS_AHEAD * self.threads * group_tiles // batch_size)
+        self.ahead = max(min(ahead, memory_bytes // 2 // max(self.batch_bytes, 1)), BATCHES_AHEAD)
+        taken = (self.ahead + 1) * self.batch_bytes + self.threads * job_blocks * 3 * int(np.prod(self.block_px))
         self.shelf = BlockShelf(self.plan.uses.tolist(), max(memory_bytes - taken, memory_bytes // 4))
         self.live: dict[int, RGBArray] = {}
         self.lock = threading.Lock()
         self.local = threading.local()
         self.stopped = threading.Event()
+
+    def _group_tiles(self, corners: NDArray[np.int64], read_px: int) -> int:
+        """How many tiles go into a group. corners: from where blocks begin. read_px: stored pixels under a tile."""
+        whole = self.direct and not self.shrunk and not any(self.size_px % side for side in self.block_px)
+        whole = whole and not (corners % self.block_px).any()
+        most = MOST_WHOLE_GROUP_TILES if whole else MOST_GROUP_TILES
+        group_tiles = max(min(len(corners) // (JOBS_A_THREAD * self.threads), most), GROUP_TILES)
+        return max(min(group_tiles, JOB_PIXELS // read_px), 1)
 
     def batches(self) -> Iterator[TileBatch]:
         jobs = len(self.group_start) - 1
@@ -245,7 +263,7 @@ class _Stream:
         own = self._batch_of(self.group_start[job])
         if must:
             return True
-        if own > batch + BATCHES_AHEAD or len(self.live) > BATCHES_AHEAD + 1:
+        if own > batch + self.ahead or len(self.live) > self.ahead + 1:
             return False
         return own in self.live or self._held_bytes() + self.batch_bytes <= self.memory_bytes
 
