@@ -45,8 +45,8 @@ MOST_GROUP_TILES, MOST_WHOLE_GROUP_TILES = 32, 64
 """Tiles to a group of a large grid: a job costs about a millisecond under Python's lock, whatever it holds, since
 decoding takes the caches. The second where tiles consist of whole blocks, so that a job holds none beside them."""
 
-JOBS_A_THREAD = 4
-"""A grid is divided into no fewer jobs for each thread."""
+FEW_THREADS, JOBS_OF_FEW, JOBS_OF_MANY = 4, 8, 4
+"""A grid is divided into no fewer jobs for each thread. Few threads wait longer for the last job than for the lock."""
 
 JOB_PIXELS = 1 << 24
 """Stored pixels under a group, at most, where that is more than one tile."""
@@ -221,7 +221,8 @@ class _Stream:
         whole = self.direct and not self.shrunk and not any(self.size_px % side for side in self.block_px)
         whole = whole and not (corners % self.block_px).any()
         most = MOST_WHOLE_GROUP_TILES if whole else MOST_GROUP_TILES
-        group_tiles = max(min(len(corners) // (JOBS_A_THREAD * self.threads), most), GROUP_TILES)
+        jobs = self.threads * (JOBS_OF_FEW if self.threads <= FEW_THREADS else JOBS_OF_MANY)
+        group_tiles = max(min(len(corners) // jobs, most), GROUP_TILES)
         return max(min(group_tiles, JOB_PIXELS // read_px), 1)
 
     def batches(self) -> Iterator[TileBatch]:
