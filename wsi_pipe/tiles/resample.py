@@ -1,4 +1,4 @@
-"""Antialiased resampling of square tiles at sub-pixel offsets, by separable filters as matrix products.
+"""Antialiased resampling of square tiles at sub-pixel offsets, by separable filters.
 
 The target is what Pillow's bicubic gives from full resolution: Keys' cubic with a = -0.5, stretched by the scale so
 that it averages as it shrinks (R. Keys, "Cubic convolution interpolation for digital image processing", IEEE Trans.
@@ -7,18 +7,24 @@ Tiles are resampled from a plane that may already be a reduced one, whose pixels
 cubic of the remaining scale on top of that would blur twice: 8 % of the fine detail at 0.2312 -> 0.5 um/px. So the
 filter is the one that comes nearest to the target given such pixels: least squares over pictures whose neighbouring
 pixels differ as those of natural pictures do, with weights that sum to 1.
+
+``_resample.c`` applies the filters where it was built and the processor has AVX2 and FMA; matrix products do elsewhere,
+which differ from it by a grey value here and there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_pipe.compiled import load_compiled
 from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.base import WHITE, RGBArray
 
@@ -41,6 +47,8 @@ and products this small stay in one thread of the linear algebra library, whose 
 
 CACHE_BYTES = 16 * 1024 * 1024
 """Filters of columns and rows that are kept."""
+
+_ABI = 1
 
 MAX_PRODUCT = 200_000
 """Multiplications in one product, below the 262,144 from which OpenBLAS starts threads."""
@@ -88,17 +96,43 @@ def filter_table(ratio: float, downsample: float) -> NDArray[np.float64]:
     return np.ascontiguousarray(np.linalg.solve(system, wanted)[:count].T, dtype=np.float64)
 
 
-@dataclass(frozen=True)
+@lru_cache(maxsize=1)
+def _function() -> Any:
+    """The C library's, or None where it was not built or is of no use."""
+    library = load_compiled(__file__, "resample", _ABI)
+    if library is None:
+        return None
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.wsi_resample.restype = ctypes.c_int
+    library.wsi_resample.argtypes = [
+        pointer, number, number, *(pointer, pointer, number) * 2, pointer, number,
+    ]  # fmt: skip
+    return library.wsi_resample
+
+
+@dataclass(frozen=True, eq=False)
 class AxisFilter:
     """One axis of one tile: which pixels of its patch make which of the tile.
 
-    starts: first patch pixel of each product. weights: float32 (products, outputs, patch pixels). on_slide: (first,
-    end) of the outputs whose centre lies on the slide; the rest is white.
+    first: int32 (outputs,), the first patch pixel of each output, never less than that of the one before. weights:
+    float32 (outputs, taps), of that pixel and those after it. on_slide: (first, end) of the outputs whose centre lies
+    on the slide; the rest is white.
     """
 
-    starts: tuple[int, ...]
+    first: NDArray[np.int32]
     weights: NDArray[np.float32]
     on_slide: IntPair
+
+    def products(self, wide: int) -> tuple[list[int], NDArray[np.float32]]:
+        """The filter as matrices (products, OUTPUTS_PER_PRODUCT, wide), and the first patch pixel of each."""
+        size, taps = self.weights.shape
+        step = OUTPUTS_PER_PRODUCT
+        starts = self.first[::step]
+        rows = np.arange(size)
+        dense = np.zeros((len(starts), step, wide), np.float32)
+        columns = (self.first - starts[rows // step])[:, None] + np.arange(taps)
+        dense[(rows // step)[:, None], (rows % step)[:, None], columns] = self.weights
+        return starts.tolist(), dense
 
 
 @dataclass(frozen=True)
@@ -127,8 +161,10 @@ class Resampler:
         self._margins = [t.shape[1] // 2 for t in self._tables]
         self.patch_px = (self._patch_px(0), self._patch_px(1))
         # A row of tiles uses each column's filter once, so the cache holds a row of the widest slides.
+        most = max(table.shape[1] for table in self._tables)
+        self._axis = lru_cache(maxsize=max(CACHE_BYTES // (4 * most * size_px), 64))(self._make_axis)
         widest = max(self._window(0), self._window(1))
-        self._axis = lru_cache(maxsize=max(CACHE_BYTES // (4 * widest * size_px), 64))(self._make_axis)
+        self._products = lru_cache(maxsize=max(CACHE_BYTES // (4 * widest * size_px), 64))(AxisFilter.products)
         self._local = threading.local()
 
     def _patch_px(self, axis: int) -> int:
@@ -148,7 +184,8 @@ class Resampler:
 
     def axis_filter(self, corner: float, axis: int) -> AxisFilter:
         """The filter for tiles whose edge is at ``corner`` of an axis, in plane pixels."""
-        return self._axis(corner, axis)
+        found: AxisFilter = self._axis(corner, axis)
+        return found
 
     def _make_axis(self, corner: float, axis: int) -> AxisFilter:
         ratio, table, margin, size = self.ratio[axis], self._tables[axis], self._margins[axis], self.size_px
@@ -170,24 +207,47 @@ class Resampler:
         weights[~inside] = 0
         first = int(np.argmax(inside)) if inside.any() else 0
 
-        patch, wide = self._patch_px(axis), self._window(axis)
-        step = OUTPUTS_PER_PRODUCT
-        products = -(-size // step)
-        dense = np.zeros((products, step, wide), np.float32)
-        starts = []
-        for b in range(products):
-            rows = slice(b * step, min((b + 1) * step, size))
-            begin = min(max(int(tap[rows.start, 0]) - start, 0), patch - wide)
-            starts.append(begin)
-            columns = tap[rows] - start - begin
-            # Taps that fall outside the window carry no weight: only rounding brings them there.
-            valid = (columns >= 0) & (columns < wide)
-            row = np.broadcast_to(np.arange(rows.stop - rows.start)[:, None], columns.shape)
-            dense[b, row[valid], columns[valid]] = weights[rows][valid]
-        return AxisFilter(tuple(starts), dense, (first, first + int(inside.sum())))
+        # Taps that fall outside the patch carry no weight: only rounding brings them there.
+        begin = tap[:, 0] - start
+        inside_patch = np.clip(begin, 0, self._patch_px(axis) - taps)
+        moved = np.zeros_like(weights)
+        column = np.arange(taps) + (begin - inside_patch)[:, None]
+        kept = (column >= 0) & (column < taps)
+        row = np.broadcast_to(np.arange(size)[:, None], column.shape)
+        moved[row[kept], column[kept]] = weights[kept]
+        where = (first, first + int(inside.sum()))
+        return AxisFilter(inside_patch.astype(np.int32), moved.astype(np.float32), where)
 
     def run(self, patch: RGBArray, across: AxisFilter, down: AxisFilter, out: RGBArray) -> None:
-        """Resample ``patch`` (h, w, 3) of ``patch_px`` into ``out`` (size_px, size_px, 3), which is C-contiguous."""
+        """Resample ``patch`` (h, w, 3) of ``patch_px`` into ``out`` (size_px, size_px, 3), both C-contiguous."""
+        size = self.size_px
+        if not (_function() and self._in_c(patch, across, down, out)):
+            self._by_products(patch, across, down, out)
+        (x0, x1), (y0, y1) = across.on_slide, down.on_slide
+        if (x0, x1, y0, y1) != (0, size, 0, size):
+            out[:y0] = out[y1:] = WHITE
+            out[:, :x0] = out[:, x1:] = WHITE
+
+    def _in_c(self, patch: RGBArray, across: AxisFilter, down: AxisFilter, out: RGBArray) -> bool:
+        """Resample in C, without Python's lock; False where memory is short."""
+        size = self.size_px
+        if patch.shape != (*self.patch_px[::-1], 3) or out.shape != (size, size, 3):
+            raise ValueError(f"a patch {patch.shape} and a tile {out.shape} for {self.patch_px} and {size}")
+        for axis in (across, down):
+            kinds = (axis.first.dtype, axis.weights.dtype, axis.first.shape, axis.weights.shape[:1])
+            if kinds != (np.int32, np.float32, (size,), (size,)):
+                raise ValueError(f"a filter of {kinds} for {size} pixels")
+        source, read_only = _memory(patch)[0], _memory(out)[1]
+        if read_only:
+            raise ValueError("the tile cannot be written to")
+        filters = [(_memory(axis.first)[0], _memory(axis.weights)[0], axis.weights.shape[1]) for axis in (across, down)]
+        found: int = _function()(source, *self.patch_px, *filters[0], *filters[1], _memory(out)[0], size)
+        if found == -2:
+            raise ValueError("a filter reaches beyond its patch")
+        return found == 0
+
+    def _by_products(self, patch: RGBArray, across: AxisFilter, down: AxisFilter, out: RGBArray) -> None:
+        """Resample by matrix products."""
         import cv2
 
         size, step = self.size_px, OUTPUTS_PER_PRODUCT
@@ -196,36 +256,34 @@ class Resampler:
         cv2.split(patch, channels)
         for into, channel in zip(source, channels, strict=True):
             np.copyto(into, channel)
-        wide = across.weights.shape[2]
+        wide = self._window(0)
+        starts, matrices = self._products(across, wide)
         rows = max(MAX_PRODUCT // (wide * step), 1)
-        for b, begin in enumerate(across.starts):
-            end = min((b + 1) * step, size)
-            weights = across.weights[b, : end - b * step].T
+        for b, begin in enumerate(starts):
+            end, stop = min((b + 1) * step, size), min(begin + wide, source.shape[2])
+            weights = matrices[b, : end - b * step, : stop - begin].T
             for top in range(0, source.shape[1], rows):
                 np.matmul(
-                    source[:, top : top + rows, begin : begin + wide],
+                    source[:, top : top + rows, begin:stop],
                     weights,
                     out=middle[:, top : top + rows, b * step : end],
                 )
-        tall = down.weights.shape[2]
+        tall = self._window(1)
+        starts, matrices = self._products(down, tall)
         columns = max(MAX_PRODUCT // (tall * step), 1)
-        for b, begin in enumerate(down.starts):
-            end = min((b + 1) * step, size)
-            weights = down.weights[b, : end - b * step]
+        for b, begin in enumerate(starts):
+            end, stop = min((b + 1) * step, size), min(begin + tall, middle.shape[1])
+            weights = matrices[b, : end - b * step, : stop - begin]
             for left in range(0, size, columns):
                 np.matmul(
                     weights,
-                    middle[:, begin : begin + tall, left : left + columns],
+                    middle[:, begin:stop, left : left + columns],
                     out=result[:, b * step : end, left : left + columns],
                 )
         for plane in result:
             # convertScaleAbs rounds and limits to 255, but turns -3 into 3; the threshold stops what is below 0.
             cv2.threshold(plane, 0, 0, cv2.THRESH_TOZERO, plane)
         cv2.merge([cv2.convertScaleAbs(plane) for plane in result], out)
-        (x0, x1), (y0, y1) = across.on_slide, down.on_slide
-        if (x0, x1, y0, y1) != (0, size, 0, size):
-            out[:y0] = out[y1:] = WHITE
-            out[:, :x0] = out[:, x1:] = WHITE
 
     def _buffers(self) -> _Scratch:
         """Scratch space of the calling thread: fresh memory for each tile would cost more than the filters."""
@@ -239,3 +297,11 @@ class Resampler:
                 np.empty((3, size, size), np.float32),
             )
         return scratch
+
+
+def _memory(array: NDArray[Any]) -> tuple[int, bool]:
+    """Address of an array's first number, and whether it is read-only. Raises ValueError where it is in pieces."""
+    if not array.flags.c_contiguous:
+        raise ValueError("an array is not contiguous")
+    address, read_only = array.__array_interface__["data"]
+    return address, read_only
