@@ -234,8 +234,8 @@ class Resampler:
         if patch.shape != (*self.patch_px[::-1], 3) or out.shape != (size, size, 3):
             raise ValueError(f"a patch {patch.shape} and a tile {out.shape} for {self.patch_px} and {size}")
         for axis in (across, down):
-            kinds = (axis.first.dtype, axis.weights.dtype, axis.first.shape, axis.weights.shape[:1])
-            if kinds != (np.int32, np.float32, (size,), (size,)):
+            kinds = (axis.first.dtype.str, axis.weights.dtype.str, len(axis.first), len(axis.weights))
+            if kinds != ("<i4", "<f4", size, size):
                 raise ValueError(f"a filter of {kinds} for {size} pixels")
         source, read_only = _memory(patch)[0], _memory(out)[1]
         if read_only:
