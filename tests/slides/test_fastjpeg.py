@@ -318,6 +318,19 @@ def test_blocks_go_nowhere_but_into_their_arrays() -> None:
     ):
         with pytest.raises(ValueError, match="block"):
             Room.of([block], (32, 24))
+    stack = np.zeros((3, 24, 32, 3), np.uint8)
+    room = Room.stack(stack)
+    assert room.addresses.tolist() == [block.ctypes.data for block in stack]
+    assert room.size_px == (32, 24)
+    for wrong in (
+        stack[:, ::2],
+        stack.astype(np.int8),
+        stack[0],
+        stack[..., :1],
+        np.broadcast_to(stack[:1], (2, 24, 32, 3)),
+    ):
+        with pytest.raises(ValueError, match="block"):
+            Room.stack(wrong)  # type: ignore[arg-type]
     room = Room.of([np.zeros((24, 32, 3), np.uint8)], (32, 24))
     with pytest.raises(ValueError, match="room for 1 blocks"):
         read_tiles(0, np.array([1, 1]), np.array([1, 1]), room, (64, 48), 3, ycbcr=True, reduce=2)

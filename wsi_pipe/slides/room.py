@@ -23,8 +23,8 @@ __all__ = ["ReadBlocks", "ReadsInto", "Room"]
 class Room:
     """Where decoded blocks go: addresses of their first rows and bytes from row to row, both int64 (n,).
 
-    arrays: what the addresses lie in, so that it stays. Made by ``at`` and ``of`` alone, which see to it that every
-    block lies in its array.
+    arrays: what the addresses lie in, so that it stays. Made by ``at``, ``stack`` and ``of`` alone, which see to it
+    that every block lies in its array.
     """
 
     addresses: NDArray[np.int64]
@@ -67,6 +67,18 @@ class Room:
             addresses.append(address)
         stride = np.full(len(addresses), size_px[0] * 3, np.int64)
         return cls(np.array(addresses, np.int64), stride, size_px, tuple(blocks))
+
+    @classmethod
+    def stack(cls, blocks: RGBArray) -> Self:
+        """Blocks side by side: uint8 (n, height, width, 3), contiguous. Raises ValueError for others."""
+        address, read_only = blocks.__array_interface__["data"]
+        if blocks.dtype != np.uint8 or blocks.ndim != 4 or blocks.shape[3] != 3 or read_only:
+            raise ValueError(f"blocks do not go into an array of {blocks.shape} {blocks.dtype}")
+        if not blocks.flags.c_contiguous:
+            raise ValueError("the blocks' array must be contiguous")
+        count, height, width, _ = blocks.shape
+        addresses = address + np.arange(count) * (3 * width * height)
+        return cls(addresses, np.full(count, 3 * width, np.int64), (width, height), (blocks,))
 
     def __len__(self) -> int:
         return len(self.addresses)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.cores import available_cores
 from wsi_pipe.errors import SlideError, SlideReadError
-from wsi_pipe.geometry import FloatPair, TileGrid
+from wsi_pipe.geometry import FloatPair, IntPair, TileGrid
 from wsi_pipe.slides.base import WHITE, RGBArray, Slide
 from wsi_pipe.slides.room import ReadsInto
 from wsi_pipe.tiles.blocks import Decoded, Targets, decode_at_once, read_at_once
@@ -284,7 +284,8 @@ class _Stream:
         clock = Stopwatch()
         begin, end = int(plan.job_start[job]), int(plan.job_start[job + 1])
         pixels = self.live[self._batch_of(self.group_start[job])]
-        targets = Targets(pixels, self.offsets[begin:end], self.cut.plane.block_px)
+        later = plan.last_group[begin:end] > job
+        targets = Targets(pixels, self.offsets[begin:end], later, self.cut.plane.block_px)
         self._read(begin, plan.cells[begin:end], targets, clock)
         if self.stopped.is_set():
             return
@@ -320,23 +321,16 @@ class _Stream:
                 others = decode_at_once(self.slide, plane, wanted, fetched, targets)
                 at_once = Decoded(at_once.in_place | others.in_place, at_once.alone | others.alone)
                 clock.lap("decode")
-            uses = self.plan.uses[begin : begin + len(cells)].tolist()
+            one_tile = ((self.plan.uses[begin : begin + len(cells)] == 1) & self.direct).tolist()
             for i in range(len(cells)):
                 if i in at_once.in_place:
                     continue
-                if self.stopped.is_set():
-                    return
-                block = at_once.alone.pop(i, None)
-                if block is None and fetched[i] is not None:
-                    block = self.slide.decode(plane, wanted[i], fetched[i])
-                    clock.lap("decode")
-                if block is None:
-                    self.slide.stats.add(missing=1)
-                elif self.shrunk:
-                    block = shrink(block, self.cut.shrink)
-                    clock.lap("resample")
-                one_tile = self.direct and uses[i] == 1
-                (straight if one_tile else kept)[begin + i] = hold(block, self.block_px)
+                block = at_once.alone.get(i)
+                if block is None or self.shrunk:
+                    if self.stopped.is_set():
+                        return
+                    block = self._decode(wanted.get(i), fetched.get(i), block, clock)
+                (straight if one_tile[i] else kept)[begin + i] = block
         except SlideError as error:
             where = self._name(int(self.plan.first_tile[begin + i]))
             raise SlideReadError(f"{error.message} (needed for {where})", remedy=error.remedy) from error
@@ -351,6 +345,19 @@ class _Stream:
             places = self._places(numbers, tiles)
             paste_blocks(list(straight.values()), places, targets.pixels, tiles % self.batch_size)
         clock.lap("copy")
+
+    def _decode(self, cell: IntPair | None, data: Any, block: Held | None, clock: Stopwatch) -> Held:
+        """A block in sample pixels, of one that is decoded or of the data of one at ``cell``, which may be missing."""
+        pixels = None if block is None else block.pixels
+        if pixels is None and cell is not None and data is not None:
+            pixels = self.slide.decode(self.cut.plane, cell, data)
+            clock.lap("decode")
+        if pixels is None:
+            self.slide.stats.add(missing=1)
+        elif self.shrunk:
+            pixels = shrink(pixels, self.cut.shrink)
+            clock.lap("resample")
+        return hold(pixels, self.block_px)
 
     def _name(self, tile: int) -> str:
         x, y = (self.corners[tile] * np.asarray(self.cut.sample_l0)).tolist()
