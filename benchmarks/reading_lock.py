@@ -35,7 +35,7 @@ from wsi_pipe.config import SegmentSettings, TileSettings
 from wsi_pipe.geometry import TileGrid, parse_resolution
 from wsi_pipe.overview import read_overview
 from wsi_pipe.slides import fastjpeg, open_slide, tiff_image
-from wsi_pipe.tiles import paste, stream_tiles
+from wsi_pipe.tiles import paste, resample, stream_tiles
 from wsi_pipe.tiling import plan_grids
 from wsi_pipe.tissue import find_tissue
 
@@ -80,14 +80,15 @@ def counted(way: str) -> Iterator[InC]:
     """Count what passes in C inside, and read that way."""
     count = InC()
     functions, name = fastjpeg._library()
-    pasting = paste._function()
-    if functions is None or functions.read is None or pasting is None:
+    pasting, resampling = paste._function(), resample._function()
+    if functions is None or functions.read is None or pasting is None or resampling is None:
         raise SystemExit("the libraries in C were not built")
     wrapped = fastjpeg._Functions(count.timed(functions.decode), count.timed(functions.read))
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(fastjpeg, "_library", return_value=(wrapped, name)))
         ours = None if way == "python" else count.timed(pasting)
         patches.enter_context(mock.patch.object(paste, "_function", return_value=ours))
+        patches.enter_context(mock.patch.object(resample, "_function", return_value=count.timed(resampling)))
         if way == "blocks":
             patches.enter_context(mock.patch.object(tiff_image, "reads_tiles", return_value=False))
         yield count

@@ -146,6 +146,10 @@ def test_tiles_are_made_in_the_memory_that_the_encoder_wants() -> None:
             super().__init__(shares=True)
             self.given: list[NDArray[np.uint8]] = []
             self.mine: list[bool] = []
+            self.released = 0
+
+        def release(self) -> None:
+            self.released += 1
 
         def new_tiles(self, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
             self.given.append(np.full(shape, 77, np.uint8))
@@ -162,6 +166,7 @@ def test_tiles_are_made_in_the_memory_that_the_encoder_wants() -> None:
     assert sorted(encoder.batches) == [6, 8, 8, 8, 8]
     assert [mine for size, mine in zip(encoder.batches, encoder.mine, strict=True) if size == 8] == [True] * 4
     assert sum(len(given) for given in encoder.given) == 38
+    assert encoder.released == 1
     for name, seed in (("a", 1), ("b", 2)):
         np.testing.assert_array_equal(results[name].features["5x"]["sums"], expected(seed, 19))
 

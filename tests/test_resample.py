@@ -54,6 +54,14 @@ def test_pixels_are_those_of_the_products(
 
 
 @built
+def test_a_tile_pixel_may_be_made_of_hundreds() -> None:
+    """Blocks of odd sides cannot be shrunk first."""
+    resampler = Resampler((70.3, 130.0), (1.0, 1.0), 3, (2000, 2000))
+    ours, products = both(resampler, resampler.axis_filter(100.0, 0), resampler.axis_filter(33.3, 1))
+    assert np.abs(ours.astype(int) - products).max() <= 1
+
+
+@built
 def test_it_is_used_and_products_are_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     resampler = Resampler((1.3, 1.3), (1.0, 1.0), 40, (500, 500))
     patch, out = patch_for(resampler), np.empty((40, 40, 3), np.uint8)

@@ -674,6 +674,29 @@ def test_memory_stays_within_the_budget_on_a_wide_slide(
     assert peak <= (budget_mib + 64) << 20
 
 
+@pytest.mark.parametrize(("size_px", "block_px"), [(128, 1024), (96, 512), (250, 1024)])
+def test_many_threads_on_large_blocks_stay_near_the_budget(size_px: int, block_px: int) -> None:
+    """Blocks of which each serves many tiles come back from disk one at a time, not a copy for every tile of a job."""
+    import tracemalloc
+
+    budget = 64 << 20
+    slide = EndlessSlide((16_384, 2_048), (block_px, block_px))
+    stats = StreamStats()
+    tracemalloc.start()
+    try:
+        for _ in stream_tiles(
+            slide, full_grid(slide, 1.0, size_px), batch_size=64, threads=16, memory_bytes=budget, stats=stats
+        ):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert stats.spilled_bytes > 0
+    assert set(slide.decoded.values()) == {1}
+    # A block in the hands of each thread comes on top.
+    assert peak <= budget + 16 * 3 * block_px**2 + (16 << 20)
+
+
 def test_spilled_blocks_come_back_the_same() -> None:
     picture = tissue_like(4_000, 900)
     slide = DrawnSlide(picture, block_px=(512, 512))

@@ -49,7 +49,24 @@ def test_pinned_tiles_are_not_copied_and_kept_until_they_have_crossed(lane: Cuda
     lane._pinned(tiles(1))
     assert [bool(np.shares_memory(kept.numpy(), mine)) for kept, _ in lane._leaving] == [True, False]
     lane.release()
+    assert len(lane._leaving) == 2, "these are on their way"
+    for _, event in lane._leaving:
+        event.over = True  # type: ignore[attr-defined]
+    lane.release()
     assert not lane._leaving
+
+
+def test_where_no_memory_can_be_pinned_tiles_are_made_elsewhere(
+    lane: CudaLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def empty(*size: Any, **options: Any) -> Any:
+        raise RuntimeError("CUDA error: out of memory")
+
+    assert lane.new_tiles((2, 3, 4, 3)).shape == (2, 3, 4, 3)
+    monkeypatch.setattr(torch, "empty", empty)
+    made = lane.new_tiles((2, 3, 4, 3))
+    assert made.shape == (2, 3, 4, 3)
+    assert made.dtype == np.uint8
 
 
 def test_other_tiles_are_copied_into_a_buffer_that_is_free(lane: CudaLane) -> None:

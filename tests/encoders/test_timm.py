@@ -584,6 +584,7 @@ def test_the_trial_stops_where_memory_ends(clock: Clock, monkeypatch: pytest.Mon
     monkeypatch.setattr("wsi_pipe.encoders.torch_encoder.time.perf_counter", lambda: float(next(ticks)))
     encoder, small = small_encoder(40)
     encoder._cuda = CudaLane(CPU)
+    clock.ended = True
     assert encoder.suggest_batch(32) == 32
     assert small.tried == [16, 16, 16, 32, 32, 32, 64]
     assert encoder.suggest_batch(32) == 32

@@ -128,8 +128,9 @@ class Encoder(Protocol):
 
     An encoder may also say how it likes to be fed, which ``wsi_pipe.extract`` honours: ``shares_batches`` (bool,
     default False: tiles of several slides may share a batch), ``in_flight`` (int, default 1: batches to submit
-    before waiting for the first), ``suggest_batch(tile_px) -> int`` (default 64) and ``new_tiles(shape)``, an array
-    uint8 of that shape in memory from which tiles get to the device soonest (default: any memory).
+    before waiting for the first), ``suggest_batch(tile_px) -> int`` (default 64), ``new_tiles(shape)``, an array
+    uint8 of that shape in memory from which tiles get to the device soonest (default: any memory), and ``release()``,
+    called when no more tiles come, to give such memory back.
     """
 
     @property

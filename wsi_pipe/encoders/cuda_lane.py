@@ -81,15 +81,21 @@ class CudaLane:
 
     @staticmethod
     def new_tiles(shape: tuple[int, int, int, int]) -> TileArray:
-        """Pinned memory for tiles. What is let go of stays with torch's pool of it, for the next ones."""
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+        """Pinned memory for tiles; other memory where there is no more of it, from which they are copied.
+
+        What is let go of stays with torch's pool, which takes it in powers of two, for the next ones.
+        """
+        try:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+        except RuntimeError:  # also of a device that failed: submitting says so, for all slides
+            return np.empty(shape, np.uint8)
 
     def _pinned(self, tiles: TileArray) -> tuple[Tensor, torch.cuda.Event]:
         """The tiles in pinned memory, where they lie or as a copy, and the event to record after they have crossed."""
+        self._leaving = [(left, copied) for left, copied in self._leaving if not copied.query()]  # type: ignore[no-untyped-call]
         if tiles.flags.c_contiguous and tiles.flags.writeable:
             there = torch.from_numpy(tiles)
             if there.is_pinned():
-                self._leaving = [(left, copied) for left, copied in self._leaving if not copied.query()]  # type: ignore[no-untyped-call]
                 # Kept until it has crossed: torch does not know that a part of an array is its pool's memory.
                 self._leaving.append((there, torch.cuda.Event()))  # type: ignore[no-untyped-call]
                 return self._leaving[-1]
@@ -111,9 +117,9 @@ class CudaLane:
         return self.staging[-1]
 
     def release(self) -> None:
-        """Give the pinned buffers back to the system, of batches that have been waited for."""
-        self.staging.clear()
-        self._leaving.clear()
+        """Give pinned memory back to the system, but for what is still on its way."""
+        self.staging = [(buffer, copied) for buffer, copied in self.staging if not copied.query()]  # type: ignore[no-untyped-call]
+        self._leaving = [(left, copied) for left, copied in self._leaving if not copied.query()]  # type: ignore[no-untyped-call]
         # What is freed stays with torch's own pool of pinned memory, by size, until that is emptied.
         empty = getattr(torch._C, "_host_emptyCache", None)
         if empty is not None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

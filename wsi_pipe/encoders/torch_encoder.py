@@ -164,6 +164,12 @@ class TorchEncoder:
         """The largest batch after running out of memory, None while that has not happened."""
         return self._limit
 
+    def release(self) -> None:
+        """See Encoder: page-locked memory goes back to the system."""
+        if self._cuda is not None:
+            with self._lock, device_errors(self.device, all_of_them=True):
+                self._cuda.release()
+
     def encode(self, tiles: TileArray) -> FeatureArray:
         """See Encoder.encode."""
         return self.submit(tiles).result()
@@ -379,6 +385,11 @@ class ReplicatedEncoder:
     def suggest_batch(self, tile_px: int) -> int:
         """The smallest of the replicas' batch sizes, so that it fits them all."""
         return min(replica.suggest_batch(tile_px) for replica in self.replicas)
+
+    def release(self) -> None:
+        """See TorchEncoder.release."""
+        for replica in self.replicas:
+            replica.release()
 
     def _next(self) -> TorchEncoder:
         with self._lock:

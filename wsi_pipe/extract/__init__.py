@@ -8,6 +8,7 @@ slides. The caller's thread gets each slide as it is finished and may write it w
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
 from wsi_pipe.encoders.naming import check_slugs
-from wsi_pipe.errors import ConfigError
+from wsi_pipe.errors import ConfigError, DeviceError
 from wsi_pipe.extract.encoding import Encoding
 from wsi_pipe.extract.lines import END, Lines, StoppedError
 from wsi_pipe.extract.reading import Reading
@@ -42,7 +43,8 @@ def extract_features(
     items: consumed lazily, in another thread, a little ahead of reading. encoders: by the names that the items use. A
     level is read once, whatever the number of its encoders. batch_size: tiles of an encoder's batch, None for the
     encoder's own choice. read_threads: see ``stream_tiles``. memory_bytes: for tiles that are read and not yet
-    encoded; the features of slides under way come on top. dtype: "float16" or "float32", of what is handed out.
+    encoded; the features of slides under way come on top, and for a GPU what page-locked memory, which comes in powers
+    of two, is larger than its tiles. dtype: "float16" or "float32", of what is handed out.
     layers: blocks whose CLS is handed out beside the features (-1 is the last). progress: called with slide_id, label
     and the number of tiles encoded, from the encoding thread. stopped: set here once the work ends early, by an error
     or by the caller: ``items`` that wait for something must look at it and end, else the end waits for them.
@@ -112,3 +114,7 @@ def _run(
             yield result
     finally:
         lines.close(threads)
+        for encoder in encoders.values():
+            # Not so important that a device that failed is worth a second error.
+            with contextlib.suppress(DeviceError):
+                getattr(encoder, "release", lambda: None)()

@@ -27,7 +27,7 @@ EXPORT int wsi_resample_abi(void) { return SUPPORTED ? 1 : 0; }
 #define LANES 8  /* rows that are filtered across together, numbers to a vector */
 #define CHUNK 64 /* samples of a row that are filtered down together */
 #define MAX_SIDE (1 << 20)
-#define MAX_TAPS 256
+#define MAX_TAPS (1 << 16)
 
 struct axis {             /* of one output pixel after the other */
     const int32_t *first; /* first pixel of the patch that it is made of; never less than that of the one before */

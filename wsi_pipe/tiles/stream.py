@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,32 +32,12 @@ from wsi_pipe.tiles.paste import Held, hold, paste_blocks
 from wsi_pipe.tiles.plan import Cut, alike, choose_cut, plan_blocks
 from wsi_pipe.tiles.resample import Resampler
 from wsi_pipe.tiles.shelf import BlockShelf
+from wsi_pipe.tiles.sizing import group_size, share_memory
 from wsi_pipe.tiles.timing import Stopwatch, StreamStats
 
 __all__ = ["DEFAULT_MEMORY_BYTES", "NewTiles", "TileBatch", "read_tiles", "stream_tiles"]
 
 DEFAULT_MEMORY_BYTES = 512 * 1024 * 1024
-
-GROUP_TILES = 16
-"""Tiles to a group, where the grid is large enough: enough for fetches of many blocks in a row."""
-
-MOST_GROUP_TILES, MOST_WHOLE_GROUP_TILES = 32, 64
-"""Tiles to a group of a large grid: a job costs about a millisecond under Python's lock, whatever it holds, since
-decoding takes the caches. The second where tiles consist of whole blocks, so that a job holds none beside them."""
-
-FEW_THREADS, JOBS_OF_FEW, JOBS_OF_MANY = 4, 8, 4
-"""A grid is divided into no fewer jobs for each thread. Few threads wait longer for the last job than for the lock."""
-
-JOB_PIXELS = 1 << 24
-"""Stored pixels under a group, at most, where that is more than one tile."""
-
-NEAR_GROUPS = 4
-"""Blocks that only this many groups more need are not worth spilling."""
-
-BATCHES_AHEAD, JOBS_AHEAD = 2, 2
-"""Batches that are begun, if memory allows, before the one asked for is taken; more, where these are fewer jobs for
-each thread."""
-
 
 NewTiles = Callable[[tuple[int, int, int, int]], RGBArray]
 """Gives an array uint8 of a shape, contiguous, with anything in it."""
@@ -186,7 +166,11 @@ class _Stream:
         index = np.arange(len(corners))
         corners_laid = self.patch_corners - self.block_origin
         read_px = int(np.prod([p * by_block * plane.reduce for p in self.patch_px]))
-        group_tiles = self._group_tiles(corners_laid, read_px)
+        whole = self.direct and not self.shrunk and not any(size_px % side for side in self.block_px)
+        whole = whole and not (corners_laid % self.block_px).any()
+        group_tiles = group_size(
+            len(corners), self.threads, read_px, self.patch_px, self.block_px, memory_bytes, whole=whole
+        )
         per_batch = -(-min(batch_size, max(len(corners), 1)) // group_tiles)
         group = (index // batch_size) * per_batch + (index % batch_size) * per_batch // batch_size
         _, group_of_tile, counts = np.unique(group, return_inverse=True, return_counts=True)
@@ -205,25 +189,13 @@ class _Stream:
 
         self.offsets = self._offsets()
         self.batch_bytes = 3 * size_px**2 * min(batch_size, len(corners))
-        # Batches go first, then the blocks of the jobs that run; the shelf has the rest.
-        job_blocks = int(np.diff(self.plan.job_start).max(initial=0))
-        ahead = -(-JOBS_AHEAD * self.threads * group_tiles // batch_size)
-        self.ahead = max(min(ahead, memory_bytes // 2 // max(self.batch_bytes, 1)), BATCHES_AHEAD)
-        taken = (self.ahead + 1) * self.batch_bytes + self.threads * job_blocks * 3 * int(np.prod(self.block_px))
-        self.shelf = BlockShelf(self.plan.uses.tolist(), max(memory_bytes - taken, memory_bytes // 4))
+        job_bytes = int(np.diff(self.plan.job_start).max(initial=0)) * 3 * int(np.prod(self.block_px))
+        self.sizes = share_memory(memory_bytes, self.threads, batch_size, self.batch_bytes, group_tiles, job_bytes)
+        self.shelf = BlockShelf(self.plan.uses.tolist(), self.sizes.shelf_bytes)
         self.live: dict[int, RGBArray] = {}
         self.lock = threading.Lock()
         self.local = threading.local()
         self.stopped = threading.Event()
-
-    def _group_tiles(self, corners: NDArray[np.int64], read_px: int) -> int:
-        """How many tiles go into a group. corners: from where blocks begin. read_px: stored pixels under a tile."""
-        whole = self.direct and not self.shrunk and not any(self.size_px % side for side in self.block_px)
-        whole = whole and not (corners % self.block_px).any()
-        most = MOST_WHOLE_GROUP_TILES if whole else MOST_GROUP_TILES
-        jobs = self.threads * (JOBS_OF_FEW if self.threads <= FEW_THREADS else JOBS_OF_MANY)
-        group_tiles = max(min(len(corners) // jobs, most), GROUP_TILES)
-        return max(min(group_tiles, JOB_PIXELS // read_px), 1)
 
     def batches(self) -> Iterator[TileBatch]:
         jobs = len(self.group_start) - 1
@@ -264,7 +236,7 @@ class _Stream:
         own = self._batch_of(self.group_start[job])
         if must:
             return True
-        if own > batch + self.ahead or len(self.live) > self.ahead + 1:
+        if own > batch + self.sizes.ahead or len(self.live) > self.sizes.ahead + 1:
             return False
         return own in self.live or self._held_bytes() + self.batch_bytes <= self.memory_bytes
 
@@ -292,7 +264,7 @@ class _Stream:
         for group in self._completed(job):
             self._assemble(group, clock)
         if self.shelf.nbytes > self.shelf.limit_bytes:
-            held = np.flatnonzero(plan.last_group[begin:end] > job + NEAR_GROUPS) + begin
+            held = np.flatnonzero(plan.last_group[begin:end] > job + self.sizes.near) + begin
             self.shelf.spill(held.tolist())
         with self.lock:
             self.stats.peak_bytes = max(self.stats.peak_bytes, self._held_bytes())
@@ -330,6 +302,9 @@ class _Stream:
                     if self.stopped.is_set():
                         return
                     block = self._decode(wanted.get(i), fetched.get(i), block, clock)
+                    if one_tile[i]:  # at once, so that it is not held until the job's end
+                        self._paste_own({begin + i: block}, targets.pixels)
+                        continue
                 (straight if one_tile[i] else kept)[begin + i] = block
         except SlideError as error:
             where = self._name(int(self.plan.first_tile[begin + i]))
@@ -340,11 +315,14 @@ class _Stream:
             raise SlideReadError(f"{self.slide.info.path}: {where}: {cause}") from error
         self.shelf.put(kept)
         if straight:
-            numbers = np.fromiter(straight, np.int64, len(straight))
-            tiles = self.plan.first_tile[numbers]
-            places = self._places(numbers, tiles)
-            paste_blocks(list(straight.values()), places, targets.pixels, tiles % self.batch_size)
+            self._paste_own(straight, targets.pixels)
         clock.lap("copy")
+
+    def _paste_own(self, blocks: Mapping[int, Held], pixels: RGBArray) -> None:
+        """Paste blocks, by number, each into the one tile that needs it."""
+        numbers = np.fromiter(blocks, np.int64, len(blocks))
+        tiles = self.plan.first_tile[numbers]
+        paste_blocks(list(blocks.values()), self._places(numbers, tiles), pixels, tiles % self.batch_size)
 
     def _decode(self, cell: IntPair | None, data: Any, block: Held | None, clock: Stopwatch) -> Held:
         """A block in sample pixels, of one that is decoded or of the data of one at ``cell``, which may be missing."""
@@ -405,7 +383,7 @@ class _Stream:
         taken: list[int] = numbers.tolist()
         pixels = self.live[self._batch_of(first)]
         if self.direct:
-            paste_blocks(self.shelf.get(taken), places, pixels, tiles % self.batch_size)
+            self._paste_shelved(taken, places, pixels, tiles % self.batch_size)
             clock.lap("copy")
         else:
             bounds = np.searchsorted(tiles, np.arange(first, end + 1)).tolist()
@@ -413,12 +391,22 @@ class _Stream:
                 if self.stopped.is_set():
                     return
                 patch = self._patch(white=bool(self.off_slide[tile]))
-                blocks = self.shelf.get(taken[begin:stop])
-                paste_blocks(blocks, places[begin:stop], patch[None], np.zeros(stop - begin, np.int64))
+                self._paste_shelved(
+                    taken[begin:stop], places[begin:stop], patch[None], np.zeros(stop - begin, np.int64)
+                )
                 clock.lap("copy")
                 self._reduce(tile, patch, pixels[tile % self.batch_size])
                 clock.lap("resample")
         self.shelf.release(taken)
+
+    def _paste_shelved(
+        self, numbers: list[int], places: NDArray[np.int64], pixels: RGBArray, tiles: NDArray[np.int64]
+    ) -> None:
+        """Paste blocks from the shelf: in one call, or one by one where some may have to come back from the file."""
+        step = 1 if self.shelf.spilled_bytes else max(len(numbers), 1)
+        for first in range(0, len(numbers), step):
+            part = slice(first, first + step)
+            paste_blocks(self.shelf.get(numbers[part]), places[part], pixels, tiles[part])
 
     def _reduce(self, tile: int, patch: RGBArray, out: RGBArray) -> None:
         """Make a tile of its patch."""
