@@ -8,8 +8,7 @@ def library(package: str, name: str) -> Extension:
     return Extension(
         f"wsi_pipe.{package}._{name}",
         [f"wsi_pipe/{package}/_{name}.c"],
-        # Without fused multiplications a sum is the same on every processor.
-        extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off"],
+        extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden"],
         optional=True,
     )
 
