@@ -136,9 +136,9 @@ def test_repair_puts_aside_what_is_wrong_and_nothing_else(
     (bags / "s2.h5").write_bytes((bags / "s3.h5").read_bytes())
     (bags / "stray.h5").write_bytes(b"x")
     (job / "tiles/s4.h5").write_bytes(b"x")
-    (bags / ".s9.h5.0123.partial").write_bytes(b"half")
+    (bags / ".s9.h5.0123456789ab.partial").write_bytes(b"half")
     moved = {Path(repair.path).name: repair for repair in repair_job(job)}
-    assert set(moved) == {"s0.h5", "s1.h5", "s2.h5", "stray.h5", "s4.h5", ".s9.h5.0123.partial"}
+    assert set(moved) == {"s0.h5", "s1.h5", "s2.h5", "stray.h5", "s4.h5", ".s9.h5.0123456789ab.partial"}
     assert "not a readable HDF5 file" in moved["s0.h5"].problems[0]
     assert Path(moved["s1.h5"].moved_to) == job / "quarantine/bags/s1.h5"
     assert Path(moved["s1.h5"].moved_to).is_file()
@@ -581,10 +581,29 @@ def test_ctrl_c_and_sigterm_end_within_seconds_and_the_run_resumes(
     assert ("a-bad," in (job / "failures.csv").read_text()) == ("a-bad" in done)
     assert json.loads((job / "report.json").read_text())["slides"]["total"] == len(done)
     (job / "bags").mkdir(exist_ok=True)
-    (job / "bags/.s9.h5.0123.partial").write_bytes(b"left by a run that was killed")
+    (job / "bags/.s9.h5.0123456789ab.partial").write_bytes(b"left by a run that was killed")
     assert cli("run", "-o", job, "--only", "s0", "--only", "s1") == 0
     assert not list(job.rglob("*.partial"))
     assert all(check_bag(path) == [] for path in (job / "bags").glob("*.h5"))
+
+
+def test_only_the_job_s_own_leavings_are_deleted(archive: Path, tmp_path: Path) -> None:
+    """Another job below this one, which may be running, and files of users are none of this job's business."""
+    job = tmp_path / "job"
+    others = [
+        job / "inner" / "bags" / ".s1.h5.0123456789ab.partial",
+        job / ".mine.partial",
+        job / "bags" / ".notes.partial",
+    ]
+    own = [job / ".slides.csv.0123456789ab.partial", job / "tiles" / "s0" / "5x" / ".1.png.0123456789ab.partial"]
+    for path in (*others, *own):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    assert cli("segment", archive, "-o", job, "--only", "s0") == 0
+    assert [path for path in (*others, *own) if path.exists()] == others
+    own[0].write_bytes(b"half")
+    cli("verify", job, "--repair")
+    assert [path for path in (*others, *own) if path.exists()] == others
 
 
 def test_a_second_ctrl_c_ends_at_once(archive: Path, tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from wsi_pipe.errors import OutputError
 __all__ = ["TEMPORARY_SUFFIX", "atomic_path", "output_error", "remove_partial_files", "write_text_atomically"]
 
 TEMPORARY_SUFFIX = ".partial"
+_TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{12}\.partial$")
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
@@ -62,9 +64,16 @@ def atomic_path(path: Path, check: Callable[[Path], object] | None = None, *, du
             temporary.unlink(missing_ok=True)
 
 
-def remove_partial_files(folder: Path) -> list[Path]:
-    """Delete what interrupted writes left below ``folder``; only for who knows that nobody writes there now."""
-    found = sorted(folder.rglob(f".*{TEMPORARY_SUFFIX}"))
+def remove_partial_files(folder: Path, below: Iterable[Path]) -> list[Path]:
+    """Delete what interrupted writes left in ``folder`` itself, and anywhere in the folders ``below``.
+
+    Only for who knows that nobody writes there now. What else lies in ``folder``, another job say, is not looked at,
+    and only names that ``atomic_path`` gives are deleted.
+    """
+    candidates = [*folder.glob(f".*{TEMPORARY_SUFFIX}")]
+    for own in below:
+        candidates += own.rglob(f".*{TEMPORARY_SUFFIX}")
+    found = sorted(path for path in candidates if _TEMPORARY.search(path.name))
     for path in found:
         path.unlink(missing_ok=True)
     return found

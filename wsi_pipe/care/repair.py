@@ -67,7 +67,7 @@ def repair_job(root: Path, *, sources: bool = True) -> list[Repair]:
         wrong += list(_broken_stage_files(paths))
         repairs = [_put_aside(root, path, problems) for path, problems in wrong]
         left = ("left by an interrupted write",)
-        repairs += [Repair(str(path), "", left, "deleted") for path in remove_partial_files(root)]
+        repairs += [Repair(str(path), "", left, "deleted") for path in remove_partial_files(root, paths.written)]
         repairs += [Repair(f.path, "", f.problems, "left") for f in found if f.stale]
     return repairs
 

@@ -62,7 +62,7 @@ def _run_until(
     with hold_job(job, about) as tell, LogLines(values["log_json"]) as log:
         paths = open_job(job, settings, entries)
         # Of a run that was killed: nobody else writes here now.
-        remove_partial_files(job)
+        remove_partial_files(job, paths.written)
         log.event("start", **about)
         with RunDisplay(len(entries), quiet=values["as_json"] or values["log_json"] == "-") as display:
             results = dispatch(
@@ -91,7 +91,7 @@ def _run_until(
             except KeyboardInterrupt:
                 # Ends workers and reading threads now, not when the garbage collector comes by.
                 results.close()
-                remove_partial_files(job)
+                remove_partial_files(job, paths.written)
                 with contextlib.suppress(OutputError):
                     check_folder(paths)
                     _write_end(paths, settings, report)
@@ -100,7 +100,7 @@ def _run_until(
                 results.close()
         if any(outcome.error in ("TaskTimeoutError", "WorkerError") for outcome in outcomes):
             # Processes that were ended may have left files half-written.
-            remove_partial_files(job)
+            remove_partial_files(job, paths.written)
         if stopped:
             # Where the folder cannot be written, the error that says so is already on its way.
             with contextlib.suppress(OutputError):

@@ -50,6 +50,11 @@ class JobPaths:
         """The folder of bags."""
         return self.root / "bags"
 
+    @property
+    def written(self) -> tuple[Path, ...]:
+        """The folders that runs write into; whatever else lies in the job directory is somebody else's."""
+        return tuple(self.root / name for name in ("tissue", "thumbnails", "tiles", "features", "bags"))
+
     def tissue(self, slide_id: str) -> Path:
         """Tissue mask as GeoJSON."""
         return self.root / "tissue" / f"{slide_id}.geojson"
