@@ -7,10 +7,10 @@ def library(package: str, name: str) -> Extension:
     """A library in C. No module of Python's, and without Python.h: ctypes loads it. It needs a compiler alone."""
     return Extension(
         f"wsi_pipe.{package}._{name}",
-        [f"wsi_pipe/{package}/_{name}.c"],
+        ["wsi_pipe/" + package.replace(".", "/") + f"/_{name}.c"],
         extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden"],
         optional=True,
     )
 
 
-setup(ext_modules=[library("slides", "jpeg"), library("tiles", "paste"), library("tiles", "resample")])
+setup(ext_modules=[library("slides.codecs", "jpeg"), library("tiles", "paste"), library("tiles", "resample")])

@@ -32,7 +32,7 @@ from lrmil.config import ModelSettings, TrainSettings
 from lrmil.data import batches
 from lrmil.losses import cross_entropy
 from lrmil.model import build_model
-from lrmil.store import FeatureStore
+from lrmil.store import FeatureStore, ResidentStore, pack_bags
 from lrmil.trainer.compute import rounding
 from lrmil.trainer.optimise import make_optimizer
 
@@ -103,7 +103,7 @@ def packed_training(
     settings = TrainSettings(model=ModelSettings(name="gated-abmil", in_dim=DIM, dropout=dropout))
     model = build_model(settings.model).to(device).train()
     optimizer = make_optimizer(model, settings)
-    resident = store.to_device(device, precision)
+    resident = ResidentStore.of(store, device, precision)
     labels = np.arange(len(store)) % 2
     everything = np.arange(len(store))
 
@@ -192,7 +192,7 @@ def main() -> int:
         for size in arguments.sizes:
             paths = make_bags(Path(name), size, COUNTS[size])
             start = time.perf_counter()
-            store = FeatureStore.pack(paths, None, None, Path(name) / f"store{size}")
+            store = pack_bags(paths, None, None, Path(name) / f"store{size}")
             packing = time.perf_counter() - start
             for dropout in arguments.dropout:
                 for precision in (torch.float32, torch.bfloat16):

@@ -42,7 +42,7 @@ from lrmil.model import MILModel, build_model
 from lrmil.model.base import Pooled
 from lrmil.model.segments import segment_max
 from lrmil.splits import FoldIndices
-from lrmil.store import FeatureStore
+from lrmil.store import FeatureStore, ResidentStore
 from lrmil.trainer.compute import bag_logits
 from lrmil.trainer.loop import Run, fit
 from lrmil.trainer.steps import plain_step
@@ -150,7 +150,7 @@ def run(name: str, test: str, seed: int) -> tuple[float, float]:
     rng = np.random.default_rng([seed, list(TESTS).index(test)])
     labels = np.arange(TRAIN + FRESH + TEST, dtype=np.int64) % 2
     bags = [TESTS[test](rng, bool(y), i >= TRAIN + FRESH) for i, y in enumerate(labels)]
-    resident = FeatureStore.from_arrays(bags).to_device("cpu")
+    resident = ResidentStore.of(FeatureStore.from_arrays(bags), "cpu")
     order = np.arange(len(labels))
     split = FoldIndices(order[:TRAIN], order[:0], order[TRAIN:])
     torch.manual_seed(seed)

@@ -34,7 +34,9 @@ from tile_reading import make_slide
 from wsi_pipe.config import SegmentSettings, TileSettings
 from wsi_pipe.geometry import TileGrid, parse_resolution
 from wsi_pipe.overview import read_overview
-from wsi_pipe.slides import fastjpeg, open_slide, tiff_image
+from wsi_pipe.slides import open_slide
+from wsi_pipe.slides.codecs import fastjpeg
+from wsi_pipe.slides.tiff import image as tiff_image
 from wsi_pipe.tiles import paste, resample, stream_tiles
 from wsi_pipe.tiling import plan_grids
 from wsi_pipe.tissue import find_tissue

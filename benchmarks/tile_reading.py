@@ -48,9 +48,9 @@ from wsi_pipe.config import SegmentSettings, TileSettings
 from wsi_pipe.geometry import IntPair, TileGrid, TissueMask
 from wsi_pipe.overview import read_overview
 from wsi_pipe.slides.base import Plane
-from wsi_pipe.slides.fastjpeg import decode_tiles
-from wsi_pipe.slides.tiff import open_tiff
-from wsi_pipe.slides.write import write_pyramid
+from wsi_pipe.slides.codecs.fastjpeg import decode_tiles
+from wsi_pipe.slides.tiff.reader import open_tiff
+from wsi_pipe.slides.writing.write import write_pyramid
 from wsi_pipe.tiles import StreamStats, stream_tiles
 from wsi_pipe.tiles.plan import choose_cut
 from wsi_pipe.tiling import plan_grids

@@ -244,9 +244,9 @@ def batches(
     """
     import torch
 
-    from lrmil.store import FeatureStore
+    from lrmil.store import FeatureStore, ResidentStore
 
-    resident = store.to_device("cpu", place="mapped") if isinstance(store, FeatureStore) else store
+    resident = ResidentStore.of(store, "cpu", place="mapped") if isinstance(store, FeatureStore) else store
     targets = torch.as_tensor(np.asarray(labels, np.int64))
     plan = plan_batches(
         resident.lengths, indices, token_budget=token_budget, shuffle_seed=shuffle_seed, max_bags=max_bags

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from wsi_pipe.slides.write import write_pyramid
+from wsi_pipe.slides.writing.write import write_pyramid
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Every core has a process of its own: more threads than that only get into each other's way.

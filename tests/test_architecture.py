@@ -145,6 +145,51 @@ def test_imports(module: str, path: Path) -> None:
             assert name not in IMPURE_IMPORTS, f"{module} imports {name}: arrays in, values out"
 
 
+def files_imported(module: str, path: Path, known: set[str]) -> set[str]:
+    """The modules of ours that a file names in its imports, lazy ones and those for types among them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in known else node.module)
+    return (found & known) - {module}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle, in order; none where there is none."""
+    done: set[str] = set()
+    for start in graph:
+        path: list[str] = []
+        stack = [(start, iter(sorted(graph[start])))] if start not in done else []
+        while stack:
+            module, ahead = stack[-1]
+            if len(path) < len(stack):
+                path.append(module)
+            following = next(ahead, None)
+            if following is None:
+                done.add(module)
+                stack.pop()
+                path.pop()
+            elif following in path:
+                return [*path[path.index(following) :], following]
+            elif following not in done:
+                stack.append((following, iter(sorted(graph[following]))))
+    return []
+
+
+def test_no_file_takes_part_in_a_circle() -> None:
+    known = {module for module, _ in modules()}
+    assert circle({module: files_imported(module, path, known) for module, path in modules()}) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
 def test_pipelines_are_imported_by_no_package() -> None:
     for module, path in modules():
         assert not any(name.split(".")[0] == "pipelines" for name in imports(path, module)), module

@@ -49,8 +49,8 @@ from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.overview import read_overview
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.array import ArraySlide
-from wsi_pipe.slides.source import FileSource
-from wsi_pipe.slides.tiff_image import TiffImage
+from wsi_pipe.slides.storage.source import FileSource
+from wsi_pipe.slides.tiff.image import TiffImage
 from wsi_pipe.synthetic import make_cohort
 from wsi_pipe.tiles import stream_tiles
 from wsi_pipe.tiling import plan_grids

@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from wsi_pipe.errors import ConfigError, OutputError
 from wsi_pipe.slides import open_slide
-from wsi_pipe.slides.write import write_pyramid
+from wsi_pipe.slides.writing.write import write_pyramid
 from wsi_pipe.synthetic import SIGNALS, Signal, SlideSpec, SyntheticSlide, make_cohort, plan_cohort
 from wsi_pipe.synthetic.chance import uniform
 from wsi_pipe.tissue import fill_polygons

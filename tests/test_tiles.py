@@ -26,9 +26,9 @@ from wsi_pipe.errors import OutputError, SlideReadError
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid, TileGrid, TileSpec
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.base import BaseSlide, Plane, Slide, SlideInfo
-from wsi_pipe.slides.fastjpeg import jpeg_decoder_name
+from wsi_pipe.slides.codecs.fastjpeg import jpeg_decoder_name
 from wsi_pipe.slides.native import NativeSlide
-from wsi_pipe.slides.write import write_pyramid
+from wsi_pipe.slides.writing.write import write_pyramid
 from wsi_pipe.tiles import StreamStats, read_tiles, stream_tiles
 from wsi_pipe.tiles.paste import hold
 from wsi_pipe.tiles.shelf import BlockShelf

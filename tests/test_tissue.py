@@ -21,7 +21,7 @@ from wsi_pipe.errors import ConfigError, MaskError
 from wsi_pipe.geometry import TissueMask
 from wsi_pipe.overview import read_overview
 from wsi_pipe.slides import open_slide
-from wsi_pipe.slides.write import write_pyramid
+from wsi_pipe.slides.writing.write import write_pyramid
 from wsi_pipe.synthetic import SlideSpec, SyntheticSlide
 from wsi_pipe.tissue import (
     fill_polygons,

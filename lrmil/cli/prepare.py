@@ -66,10 +66,10 @@ def pack(bags: Path, resolution: float | None, encoder: str | None, out: Path, d
 
     lrmil train does this by itself; a store of its own can be given to several runs.
     """
-    from lrmil.store import FeatureStore
+    from lrmil.store import pack_bags
     from wsi_pipe.geometry import parse_resolution
 
-    store = FeatureStore.pack(
+    store = pack_bags(
         bags,
         level_of(resolution),
         encoder,

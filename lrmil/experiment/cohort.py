@@ -10,7 +10,7 @@ import numpy as np
 
 from lrmil.data import LabelTable, load_labels
 from lrmil.splits import FoldIndices, SplitTable
-from lrmil.store import FeatureStore
+from lrmil.store import FeatureStore, pack_bags
 from lrmil.store.dtypes import StoreDtype
 
 __all__ = ["Cohort", "load_cohort", "open_features"]
@@ -61,7 +61,7 @@ def open_features(
     """The store that ``bags`` is, or the one packed from the bags into ``store_dir`` (reused where it fits)."""
     if isinstance(bags, Path) and (bags / "store.json").is_file():
         return FeatureStore.open(bags)
-    return FeatureStore.pack(
+    return pack_bags(
         bags,
         level,
         encoder,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lrmil.errors import FiguresError
 from lrmil.experiment.cohort import Cohort
 from lrmil.metrics import LOWER_IS_BETTER, Estimate, evaluate, evaluate_folds, softmax, summarise_folds
+from lrmil.store import ResidentStore
 from wsi_pipe.files import write_text_atomically
 
 __all__ = [
@@ -246,7 +247,7 @@ def evaluate_model(
     chosen = cohort.table.usable if indices is None else indices
     if not len(chosen):
         raise FiguresError("no bag is left to evaluate", remedy="check labels and splits")
-    resident = cohort.store.to_device(predictor.device, place="mapped")
+    resident = ResidentStore.of(cohort.store, predictor.device, place="mapped")
     logits = bag_logits(predictor.model, resident, chosen, token_budget=32768).tolist()
     rows = [
         Prediction(cohort.store.slide_ids[i], cohort.table.case_ids[i], "test", int(cohort.table.labels[i]), tuple(z))

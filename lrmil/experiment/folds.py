@@ -114,8 +114,8 @@ def train_folds(
                 check_store(read_card(teacher.model_path(name)), hr_store, teacher.model_path(name))
     splits.write(out / SPLITS_NAME)
     device = choose_device(settings.device)
-    resident = cohort.store.to_device(device, choose_precision(settings.precision, device))
-    hr_resident: ResidentStore | None = None if hr_store is None else hr_store.to_device(device)
+    resident = ResidentStore.of(cohort.store, device, choose_precision(settings.precision, device))
+    hr_resident: ResidentStore | None = None if hr_store is None else ResidentStore.of(hr_store, device)
     results = {}
     for name in names:
         master = None if teacher is None else _master(teacher.model_path(name), cohort)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lrmil.store.flat import BagRecord, FeatureStore, StoreMeta
 from lrmil.store.formats import BagInfo, find_bags
 from lrmil.store.guarded import check_readable, inspect_bag
+from lrmil.store.pack import pack_bags
 
 if TYPE_CHECKING:
     from lrmil.store.resident import Gathered, ResidentStore
@@ -21,6 +22,7 @@ __all__ = [
     "check_readable",
     "find_bags",
     "inspect_bag",
+    "pack_bags",
 ]
 
 

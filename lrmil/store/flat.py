@@ -13,22 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lrmil.errors import StoreError
 from lrmil.store.dtypes import StoreDtype, decode_bfloat16, encode, storage_dtype
-
-if TYPE_CHECKING:
-    import torch
-
-    from lrmil.store.resident import ResidentStore
 
 __all__ = ["STORE_VERSION", "BagRecord", "FeatureStore", "StoreMeta", "duplicates"]
 
@@ -145,17 +140,6 @@ class FeatureStore:
         if actual != self.content_hash:
             raise StoreError(f"{self.path}: features do not match the content hash", remedy="pack it again")
 
-    def to_device(
-        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, place: str = "auto"
-    ) -> ResidentStore:
-        """The store as a tensor: on the device where it fits, else in pinned memory, else mapped.
-
-        dtype: of the features handed out, by default the stored one. place: "auto", "device", "pinned" or "mapped".
-        """
-        from lrmil.store.resident import ResidentStore
-
-        return ResidentStore.place_store(self, device, dtype, place=place)
-
     @classmethod
     def from_arrays(
         cls,
@@ -194,43 +178,6 @@ class FeatureStore:
             meta=meta,
             coords=None if coords is None else np.concatenate([np.asarray(c, np.float64) for c in coords]),
             parents=None if parents is None else np.concatenate([np.asarray(p, np.int32) for p in parents]),
-        )
-
-    @classmethod
-    def pack(
-        cls,
-        bag_paths: Iterable[str | Path] | str | Path,
-        level: str | None,
-        encoder: str | None,
-        out_dir: str | Path,
-        dtype: StoreDtype = "float16",
-        *,
-        parent_level: str | None = None,
-        weights_sha256: str = "",
-        reuse: bool = True,
-        progress: Callable[[int, int], object] | None = None,
-    ) -> FeatureStore:
-        """Copy the features of ``level`` and ``encoder`` of many bags into one store in ``out_dir``, and open it.
-
-        weights_sha256: take features with these weights, whatever their name, where bags have them. dtype: how features
-        are stored. parent_level: keep each row's parent at that coarser level too. reuse: return
-        the store that is there if it was made of the same bags in the same way. progress: called with (done, all).
-
-        Raises StoreError for an unreadable bag, NaN, or a value that ``dtype`` cannot hold; BagMismatchError, naming
-        the bag, when encoders, weights, resolutions or dimensions differ; OutputError when the disk is full.
-        """
-        from lrmil.store.pack import pack_bags
-
-        return pack_bags(
-            bag_paths,
-            level,
-            encoder,
-            Path(out_dir),
-            dtype,
-            parent_level=parent_level,
-            weights_sha256=weights_sha256,
-            reuse=reuse,
-            progress=progress,
         )
 
     @classmethod

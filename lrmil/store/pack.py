@@ -27,15 +27,24 @@ def pack_bags(
     bag_paths: Iterable[str | Path] | str | Path,
     level: str | None,
     encoder: str | None,
-    out: Path,
-    dtype: StoreDtype,
+    out_dir: str | Path,
+    dtype: StoreDtype = "float16",
     *,
-    parent_level: str | None,
-    weights_sha256: str,
-    reuse: bool,
-    progress: Callable[[int, int], object] | None,
+    parent_level: str | None = None,
+    weights_sha256: str = "",
+    reuse: bool = True,
+    progress: Callable[[int, int], object] | None = None,
 ) -> FeatureStore:
-    """See ``FeatureStore.pack``."""
+    """Copy the features of ``level`` and ``encoder`` of many bags into one store in ``out_dir``, and open it.
+
+    weights_sha256: take features with these weights, whatever their name, where bags have them. dtype: how features
+    are stored. parent_level: keep each row's parent at that coarser level too. reuse: return
+    the store that is there if it was made of the same bags in the same way. progress: called with (done, all).
+
+    Raises StoreError for an unreadable bag, NaN, or a value that ``dtype`` cannot hold; BagMismatchError, naming
+    the bag, when encoders, weights, resolutions or dimensions differ; OutputError when the disk is full.
+    """
+    out = Path(out_dir)
     if dtype not in STORE_DTYPES:
         raise StoreError(f"dtype {dtype!r} is not known", remedy=f"use {', '.join(STORE_DTYPES)}")
     infos = inspect_bags(find_bags(bag_paths), level, encoder, weights_sha256=weights_sha256)

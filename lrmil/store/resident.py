@@ -65,10 +65,18 @@ class ResidentStore:
         return self.store.lengths
 
     @classmethod
-    def place_store(
-        cls, store: FeatureStore, device: str | torch.device, dtype: torch.dtype | None, *, place: str = "auto"
+    def of(
+        cls,
+        store: FeatureStore,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        place: str = "auto",
     ) -> ResidentStore:
-        """See FeatureStore.to_device."""
+        """The store as a tensor: on the device where it fits, else in pinned memory, else mapped.
+
+        dtype: of the features handed out, by default the stored one. place: "auto", "device", "pinned" or "mapped".
+        """
         target = torch.device(device)
         stored = as_tensor(store)
         kind = stored.dtype if dtype is None else dtype

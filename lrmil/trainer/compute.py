@@ -56,7 +56,7 @@ def place(store: FeatureStore | ResidentStore, device: torch.device, precision: 
         if store.device.type != device.type:
             raise SettingsError(f"the features are on {store.device}, the model on {device}", remedy="give one device")
         return store
-    return store.to_device(device, precision)
+    return ResidentStore.of(store, device, precision)
 
 
 @torch.no_grad()

@@ -207,7 +207,9 @@ def _step(
         attention = settings.loss.soft > 0 or settings.loss.hard > 0
         # Each HR tile is read once, so it is not copied into a CPU's memory, and keeps its stored type.
         where = "mapped" if store.device.type == "cpu" else "auto"
-        hr_resident = hr_store if isinstance(hr_store, ResidentStore) else hr_store.to_device(store.device, place=where)
+        hr_resident = (
+            hr_store if isinstance(hr_store, ResidentStore) else ResidentStore.of(hr_store, store.device, place=where)
+        )
         targets = teacher_targets(
             teacher, hr_resident, store, split.train, attention=attention, token_budget=settings.token_budget
         )
@@ -217,7 +219,7 @@ def _step(
 def _predict(model: MILModel, run: Run, cases: Sequence[str]) -> tuple[Prediction, ...]:
     # From the features as stored, and in float32, whatever the training computed in: these logits are what figures and
     # calibration are made of, and what predicting from the bags gives again.
-    exact = run.store.store.to_device(run.store.device, place="mapped")
+    exact = ResidentStore.of(run.store.store, run.store.device, place="mapped")
     found = []
     for part, indices in (("val", run.split.val), ("test", run.split.test)):
         logits = bag_logits(model, exact, indices, token_budget=run.settings.token_budget)

@@ -17,7 +17,7 @@ from lrmil.distill import run as distilling
 from lrmil.errors import StoreError
 from lrmil.model import build_model
 from lrmil.predictor import Predictor, write_attention
-from lrmil.store import FeatureStore, check_readable, inspect_bag
+from lrmil.store import check_readable, inspect_bag, pack_bags
 from lrmil.store.formats import inspect_here
 from wsi_pipe import execute
 from wsi_pipe.errors import BagError
@@ -63,9 +63,9 @@ def test_a_bag_that_hdf5_loops_on_is_no_bag(loops: Path, make_bag: MakeBag, tmp_
             look(loops)
     good = [make_bag(name, features(n)) for n, name in enumerate("abc", 3)]
     with pytest.raises(StoreError, match=said):
-        FeatureStore.pack([*good, loops], "5x", None, tmp_path / "store")
+        pack_bags([*good, loops], "5x", None, tmp_path / "store")
     assert not (tmp_path / "store").exists()
-    assert len(FeatureStore.pack(good, "5x", None, tmp_path / "store")) == 3
+    assert len(pack_bags(good, "5x", None, tmp_path / "store")) == 3
 
 
 def test_it_costs_a_prediction_its_own_slide(loops: Path, make_bag: MakeBag) -> None:
@@ -107,7 +107,7 @@ def test_bags_are_looked_into_in_one_process_and_few_turns(
 
     monkeypatch.setattr(worker.subprocess, "Popen", counting)
     monkeypatch.setattr(worker.KillableWorker, "call", turning)
-    store = FeatureStore.pack(bags, "5x", None, tmp_path / "store")
+    store = pack_bags(bags, "5x", None, tmp_path / "store")
     assert store.slide_ids == tuple(bag.stem for bag in bags)
     assert (len(started), len(turns)) == (1, 2)
     # A file that was found sound is not looked at again, until it changes.

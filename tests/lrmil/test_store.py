@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from lrmil.errors import BagMismatchError, StoreError
-from lrmil.store import FeatureStore, find_bags, inspect_bag
+from lrmil.store import FeatureStore, ResidentStore, find_bags, inspect_bag, pack_bags
 from lrmil.store.dtypes import decode_bfloat16, encode_bfloat16
 
 MakeBag = Callable[..., Path]
@@ -32,7 +32,7 @@ def random_bags(sizes: list[int], dim: int = 6, seed: int = 0) -> list[Array]:
 def test_packed_bags_come_back_in_the_stored_type(make_bag: MakeBag, tmp_path: Path, dtype: str) -> None:
     arrays = random_bags([4, 1, 7])
     paths = [make_bag(f"s{i}", a, case_id=f"c{i // 2}") for i, a in enumerate(arrays)]
-    store = FeatureStore.pack(paths, "5x", "timm:some/net", tmp_path / "store", dtype)  # type: ignore[arg-type]
+    store = pack_bags(paths, "5x", "timm:some/net", tmp_path / "store", dtype)  # type: ignore[arg-type]
     kind = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     for i, array in enumerate(arrays):
         expected = torch.from_numpy(array).to(kind).float().numpy()
@@ -66,7 +66,7 @@ def test_store_round_trip(tmp_path_factory: pytest.TempPathFactory, sizes: list[
     for i, array in enumerate(arrays):
         with h5py.File(folder / f"s{i}.h5", "w") as file:
             file["features"], file["coords"] = array, np.arange(2 * len(array)).reshape(-1, 2)
-    packed = FeatureStore.pack(folder, None, None, folder / "store", dtype)  # type: ignore[arg-type]
+    packed = pack_bags(folder, None, None, folder / "store", dtype)  # type: ignore[arg-type]
     memory = FeatureStore.from_arrays(arrays, [f"s{i}" for i in range(len(arrays))], dtype=dtype)  # type: ignore[arg-type]
     again = FeatureStore.open(folder / "store")
     for store in (packed, again):
@@ -81,7 +81,7 @@ def test_parents_are_composed_through_the_levels_between(make_bag: MakeBag, tmp_
     features[:, 0] = np.arange(7)
     path = make_bag("s", features, deep=True)
     for level, plus in (("10x", 100), ("20x", 200)):
-        store = FeatureStore.pack([path], level, None, tmp_path / level, "float32", parent_level="5x")
+        store = pack_bags([path], level, None, tmp_path / level, "float32", parent_level="5x")
         assert store.parents is not None
         # Each child's features are its LR ancestor's plus a constant, so the ancestor can be read off.
         assert np.array_equal(store.bag(0)[:, 0] - plus, features[store.parents, 0])
@@ -89,17 +89,17 @@ def test_parents_are_composed_through_the_levels_between(make_bag: MakeBag, tmp_
         assert reopened.parents is not None
         assert np.array_equal(reopened.parents, store.parents)
     with pytest.raises(StoreError, match="not coarser"):
-        FeatureStore.pack([path], "5x", None, tmp_path / "x", parent_level="20x")
+        pack_bags([path], "5x", None, tmp_path / "x", parent_level="20x")
 
 
 def test_other_parents_are_packed_again(make_bag: MakeBag, tmp_path: Path) -> None:
     path = make_bag("s", random_bags([7])[0], deep=True)
-    before = FeatureStore.pack([path], "10x", None, tmp_path / "store", parent_level="5x").parents
+    before = pack_bags([path], "10x", None, tmp_path / "store", parent_level="5x").parents
     assert before is not None
     before = np.array(before)
     with h5py.File(path, "r+") as file:
         file["levels/10x/parent"][...] = 6 - file["levels/10x/parent"][...]
-    after = FeatureStore.pack([path], "10x", None, tmp_path / "store", parent_level="5x").parents
+    after = pack_bags([path], "10x", None, tmp_path / "store", parent_level="5x").parents
     assert after is not None
     assert np.array_equal(after, 6 - before)
 
@@ -116,7 +116,7 @@ def test_trident_bags(tmp_path: Path) -> None:
         info = inspect_bag(folder / "slide.h5", "20x", "uni_v1")
         assert (info.format, info.encoder, info.mpp, info.tile_px) == ("trident", "uni_v1", 0.5, 256)
         assert info.tile_size_l0 == (512.0, 512.0)
-        store = FeatureStore.pack(folder, "20x", "uni_v1", tmp_path / f"store-{name}", "float32")
+        store = pack_bags(folder, "20x", "uni_v1", tmp_path / f"store-{name}", "float32")
         assert np.array_equal(store.bag(0), array)
         assert store.bag_coords(0)[4].tolist() == [8, 9]
         with pytest.raises(BagMismatchError, match=r"slide\.h5 holds features at 20x \(0\.5 um/px\), not at 5x"):
@@ -139,7 +139,7 @@ def test_stamp_bags(tmp_path: Path) -> None:
     info = inspect_bag(tmp_path / "slide.h5")
     assert (info.format, info.encoder, info.level, info.coords_unit) == ("stamp", "mahmood-uni", "8.75x", "um")
     assert info.mpp == pytest.approx(256 / 224)
-    store = FeatureStore.pack(tmp_path, None, "mahmood-uni", tmp_path / "store")
+    store = pack_bags(tmp_path, None, "mahmood-uni", tmp_path / "store")
     assert np.array_equal(store.bag(0), array)
     with pytest.raises(BagMismatchError, match="mahmood-uni, not of conch"):
         inspect_bag(tmp_path / "slide.h5", encoder="conch")
@@ -155,7 +155,7 @@ def test_bags_of_other_encoders_or_weights_are_refused_by_name(
     first, second = random_bags([3, 3])
     paths = [make_bag("a", first), make_bag("b", second, **change)]
     with pytest.raises(BagMismatchError, match=f"b.h5: {what}"):
-        FeatureStore.pack(paths, "5x", "net", tmp_path / "store")
+        pack_bags(paths, "5x", "net", tmp_path / "store")
 
 
 def test_one_set_of_weights_may_go_by_two_names(make_bag: MakeBag, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_one_set_of_weights_may_go_by_two_names(make_bag: MakeBag, tmp_path: Pat
         make_bag("a", first, encoder="/here/lr.safetensors"),
         make_bag("b", second, encoder="/there/lr.safetensors"),
     ]
-    assert len(FeatureStore.pack(paths, "5x", "net", tmp_path / "store")) == 2
+    assert len(pack_bags(paths, "5x", "net", tmp_path / "store")) == 2
     info = inspect_bag(paths[0], "5x", "/elsewhere/lr.safetensors", weights_sha256="ab" * 32)
     assert info.encoder == "/here/lr.safetensors"
 
@@ -197,22 +197,22 @@ def test_a_damaged_bag_is_refused_by_name(make_bag: MakeBag, tmp_path: Path) -> 
     for cut in (len(whole) // 2, len(whole) - 100):
         (tmp_path / "cut.h5").write_bytes(whole[:cut])
         with pytest.raises(StoreError, match=r"cut\.h5 is (not a readable|damaged)"):
-            FeatureStore.pack([tmp_path / "cut.h5"], "5x", None, tmp_path / "store")
+            pack_bags([tmp_path / "cut.h5"], "5x", None, tmp_path / "store")
     for gone in ("cells", "coords", "features"):
         path = make_bag(f"without-{gone}", array)
         with h5py.File(path, "r+") as file:
             del file[f"levels/5x/{gone}"]
         if gone == "coords":  # a store can do without: they are NaN
-            assert np.isnan(FeatureStore.pack([path], "5x", None, tmp_path / "store").coords).all()
+            assert np.isnan(pack_bags([path], "5x", None, tmp_path / "store").coords).all()
             continue
         with pytest.raises(StoreError, match=rf"without-{gone}\.h5 (is damaged|has 0 encoder)"):
-            FeatureStore.pack([path], "5x", None, tmp_path / "store")
+            pack_bags([path], "5x", None, tmp_path / "store")
     path = make_bag("flipped", array)
     with h5py.File(path, "r+") as file:
         (data,) = file["levels/5x/features"].values()
         data.attrs["sha256"] = "0" * 64
     with pytest.raises(StoreError, match=r"flipped\.h5: features are not what was written"):
-        FeatureStore.pack([path], "5x", None, tmp_path / "store")
+        pack_bags([path], "5x", None, tmp_path / "store")
     path = make_bag("other-type", array)
     with h5py.File(path, "r+") as file:
         file["levels/5x/cells"].attrs["mpp"] = "fine"
@@ -230,10 +230,10 @@ def test_nan_and_overflow_are_refused_by_name(tmp_path: Path) -> None:
             file["features"] = array
         what = "a feature of 100000 is beyond float16" if name == "big" else "1 of 4 rows hold NaN or infinity"
         with pytest.raises(StoreError, match=f"slide.h5: {what}"):
-            FeatureStore.pack(folder, None, None, folder / "store")
+            pack_bags(folder, None, None, folder / "store")
         assert not (folder / "store").exists()
         assert [p.name for p in folder.iterdir()] == ["slide.h5"]
-    store = FeatureStore.pack(tmp_path / "big", None, None, tmp_path / "big" / "store", "bfloat16")
+    store = pack_bags(tmp_path / "big", None, None, tmp_path / "big" / "store", "bfloat16")
     assert store.bag(0)[2, 1] == pytest.approx(1e5, rel=2**-8)
 
 
@@ -241,21 +241,21 @@ def test_pack_reuses_the_same_bags_only(make_bag: MakeBag, tmp_path: Path) -> No
     arrays = random_bags([3, 2])
     paths = [make_bag("a", arrays[0]), make_bag("b", arrays[1])]
     out = tmp_path / "store"
-    FeatureStore.pack(paths, "5x", None, out)
+    pack_bags(paths, "5x", None, out)
     made = (out / "features.bin").stat().st_ino
-    FeatureStore.pack(paths, "5x", None, out)
+    pack_bags(paths, "5x", None, out)
     assert (out / "features.bin").stat().st_ino == made
     make_bag("b", arrays[1] + 1, fingerprint="another")
-    again = FeatureStore.pack(paths, "5x", None, out)
+    again = pack_bags(paths, "5x", None, out)
     assert np.array_equal(again.bag(1), (arrays[1] + 1).astype(np.float16))
-    assert FeatureStore.pack(paths, "5x", None, out, "bfloat16").dtype == "bfloat16"
-    assert len(FeatureStore.pack(paths[:1], "5x", None, out)) == 1
+    assert pack_bags(paths, "5x", None, out, "bfloat16").dtype == "bfloat16"
+    assert len(pack_bags(paths[:1], "5x", None, out)) == 1
 
 
 def test_pack_never_replaces_a_folder_of_other_files(make_bag: MakeBag, tmp_path: Path) -> None:
     path = make_bag("a", random_bags([3])[0])
     with pytest.raises(StoreError, match="other files in it"):
-        FeatureStore.pack([path], "5x", None, path.parent)
+        pack_bags([path], "5x", None, path.parent)
     assert path.is_file()
 
 
@@ -263,12 +263,12 @@ def test_two_bags_of_one_slide_are_refused(make_bag: MakeBag, tmp_path: Path) ->
     array = random_bags([3])[0]
     paths = [make_bag("a", array), make_bag("a", array, folder="more")]
     with pytest.raises(StoreError, match=r"slide id 'a' is in .*bags/a\.h5 and .*more/a\.h5"):
-        FeatureStore.pack(paths, "5x", None, tmp_path / "store")
+        pack_bags(paths, "5x", None, tmp_path / "store")
 
 
 def test_empty_bags_stay_with_their_reason(make_bag: MakeBag, tmp_path: Path) -> None:
     paths = [make_bag("blank", np.zeros((0, 6), np.float32)), make_bag("full", random_bags([3])[0])]
-    store = FeatureStore.pack(paths, "5x", None, tmp_path / "store")
+    store = pack_bags(paths, "5x", None, tmp_path / "store")
     assert store.lengths.tolist() == [0, 3]
     assert store.records[0].empty_reason == "no tissue found"
     assert store.records[1].empty_reason is None
@@ -277,7 +277,7 @@ def test_empty_bags_stay_with_their_reason(make_bag: MakeBag, tmp_path: Path) ->
 @pytest.mark.parametrize("damage", ["truncate", "flip", "header", "gone"])
 def test_damage_is_found(make_bag: MakeBag, tmp_path: Path, damage: str) -> None:
     out = tmp_path / "store"
-    FeatureStore.pack([make_bag("a", random_bags([5])[0])], "5x", None, out)
+    pack_bags([make_bag("a", random_bags([5])[0])], "5x", None, out)
     data = out / "features.bin"
     if damage == "truncate":
         data.write_bytes(data.read_bytes()[:-2])
@@ -304,7 +304,7 @@ def test_resident_rows_equal_the_bags(dtype: str, place: str) -> None:
         dtype=dtype,  # type: ignore[arg-type]
         parents=[np.arange(len(a)) for a in arrays],
     )
-    resident = store.to_device("cpu", place=place)
+    resident = ResidentStore.of(store, "cpu", place=place)
     assert resident.placement == place
     for chosen in ([0, 2, 3], [4, 1, 0], [2], [3, 2, 4, 0], []):
         got = resident.gather(chosen)
@@ -315,11 +315,11 @@ def test_resident_rows_equal_the_bags(dtype: str, place: str) -> None:
         assert got.segment.tolist() == np.repeat(np.arange(len(chosen)), lengths).tolist()
         assert got.parent is not None
         assert got.parent.tolist() == [row for n in lengths for row in range(n)]
-    assert store.to_device("cpu", torch.float32, place=place).gather([0]).features.dtype == torch.float32
+    assert ResidentStore.of(store, "cpu", torch.float32, place=place).gather([0]).features.dtype == torch.float32
 
 
 def test_one_bag_and_neighbours_are_not_copied() -> None:
-    resident = FeatureStore.from_arrays(random_bags([3, 4, 5])).to_device("cpu")
+    resident = ResidentStore.of(FeatureStore.from_arrays(random_bags([3, 4, 5])), "cpu")
     base = resident.flat.data_ptr()
     step = resident.dim * resident.flat.element_size()
     assert resident.gather([1]).features.data_ptr() == base + 3 * step
@@ -335,7 +335,7 @@ def test_arrays_that_are_not_finite_or_differ_are_refused() -> None:
 
 def test_pinned_memory_needs_a_gpu() -> None:
     with pytest.raises(StoreError, match="CUDA"):
-        FeatureStore.from_arrays(random_bags([3])).to_device("cpu", place="pinned")
+        ResidentStore.of(FeatureStore.from_arrays(random_bags([3])), "cpu", place="pinned")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -343,6 +343,6 @@ def test_pinned_memory_needs_a_gpu() -> None:
 def test_rows_on_a_gpu_equal_the_bags(place: str) -> None:
     arrays = random_bags([3, 5, 1, 4])
     store = FeatureStore.from_arrays(arrays, dtype="bfloat16")
-    got = store.to_device("cuda", place=place).gather([3, 0, 1])
+    got = ResidentStore.of(store, "cuda", place=place).gather([3, 0, 1])
     expected = np.concatenate([store.bag(i) for i in (3, 0, 1)])
     assert np.array_equal(got.features.float().cpu().numpy(), expected)

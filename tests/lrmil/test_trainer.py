@@ -19,7 +19,7 @@ from lrmil.errors import BagMismatchError, DivergedError, ResumeError, SettingsE
 from lrmil.metrics import softmax
 from lrmil.model import MILModel, build_model
 from lrmil.splits import FoldIndices
-from lrmil.store import FeatureStore, StoreMeta
+from lrmil.store import FeatureStore, ResidentStore, StoreMeta
 from lrmil.trainer import (
     TrainResult,
     bag_logits,
@@ -177,7 +177,7 @@ def test_the_same_seed_gives_the_same_numbers_and_leaves_the_callers_alone() -> 
 
 
 def test_folds_share_one_resident_store() -> None:
-    resident = STORE.to_device("cpu", torch.float32)
+    resident = ResidentStore.of(STORE, "cpu", torch.float32)
     shared = train(resident, LABELS, SPLIT, SETTINGS)
     assert shared.history == run().history
 
@@ -442,7 +442,7 @@ def test_targets_are_the_teachers_word_bag_by_bag() -> None:
     teacher = hr_model().eval()
     chosen = np.array([3, 17, 8])
     targets = teacher_targets(
-        teacher, HR.to_device("cpu"), LR.to_device("cpu"), chosen, attention=True, token_budget=30
+        teacher, ResidentStore.of(HR, "cpu"), ResidentStore.of(LR, "cpu"), chosen, attention=True, token_budget=30
     )
     assert targets.mass is not None
     assert targets.covered is not None
@@ -501,7 +501,7 @@ def test_a_saved_student_needs_neither_teacher_nor_hr(tmp_path: Path) -> None:
     result = train(LR, PYRAMID_LABELS, SPLIT, SETTINGS, tmp_path, teacher=hr_model(), hr_store=HR)
     module, _ = load_model(tmp_path / "model.safetensors")
     assert not any("teacher" in name for name, _ in module.named_parameters())
-    logits = bag_logits(module, LR.to_device("cpu"), SPLIT.test, token_budget=100)
+    logits = bag_logits(module, ResidentStore.of(LR, "cpu"), SPLIT.test, token_budget=100)
     np.testing.assert_allclose(logits, [p.logits for p in result.predictions if p.part == "test"], atol=1e-5)
 
 

@@ -20,16 +20,16 @@ import pytest
 import simplejpeg
 from numpy.typing import NDArray
 
-from tests.slides.test_dicom import tiles_of
-from tests.slides.test_dicom import write_level as write_dicom_level
-from tests.slides.test_ndpi import build as build_ndpi
-from tests.slides.test_source import Server
-from tests.slides.test_tiff import philips_file
+from tests.slides.dicom.test_dicom import tiles_of
+from tests.slides.dicom.test_dicom import write_level as write_dicom_level
+from tests.slides.storage.test_source import Server
+from tests.slides.tiff.test_ndpi import build as build_ndpi
+from tests.slides.tiff.test_tiff import philips_file
 from wsi_pipe.errors import SlideReadError
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.array import ArraySlide
 from wsi_pipe.slides.base import Plane, RGBArray, Slide
-from wsi_pipe.slides.write import write_pyramid
+from wsi_pipe.slides.writing.write import write_pyramid
 
 SIZE_PX = (1001, 700)
 LEVEL_1_PX = (500, 350)

@@ -19,7 +19,7 @@ from wsi_pipe.errors import ConfigError, SlideError, SlideOpenError, Unsupported
 from wsi_pipe.slides import READERS, open_slide
 from wsi_pipe.slides.base import RGBArray
 from wsi_pipe.slides.metadata import missing_mpp_error
-from wsi_pipe.slides.write import write_pyramid
+from wsi_pipe.slides.writing.write import write_pyramid
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_openslide_reads_what_the_fast_reader_declines_and_the_reason_is_recorde
     def decline(path: Path, mpp: object) -> None:
         raise UnsupportedSlideError(f"{path}: tiles of an unknown kind")
 
-    monkeypatch.setattr("wsi_pipe.slides.tiff.open_tiff", decline)
+    monkeypatch.setattr("wsi_pipe.slides.tiff.reader.open_tiff", decline)
     with closing(open_slide(svs)) as slide:
         assert slide.info.reader == "openslide"
         assert slide.info.reader_reason.endswith("; declined by tiff: tiles of an unknown kind")
@@ -210,7 +210,8 @@ WITHOUT_PERMISSION = """
 import os, sys
 from wsi_pipe.errors import SlideOpenError
 from wsi_pipe.slides import open_slide
-import wsi_pipe.slides.tiff, wsi_pipe.slides.openslide, wsi_pipe.slides.image, wsi_pipe.slides.discover, simplejpeg
+import wsi_pipe.slides.tiff.reader, wsi_pipe.slides.openslide, wsi_pipe.slides.plain.reader
+import wsi_pipe.slides.discover, simplejpeg
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 open_slide(sys.argv[1]).close()

@@ -19,7 +19,7 @@ from PIL import Image
 
 from wsi_pipe.errors import SlideOpenError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.slides.openslide import flatten, open_openslide
-from wsi_pipe.slides.write import write_pyramid
+from wsi_pipe.slides.writing.write import write_pyramid
 
 
 @given(hnp.arrays(np.uint8, (3, 4, 4)))

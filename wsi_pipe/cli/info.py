@@ -11,7 +11,7 @@ from wsi_pipe.cli.display import print_json, print_table
 from wsi_pipe.cli.options import RESOLUTION, collect_entries, slide_options
 from wsi_pipe.config import TileSettings
 from wsi_pipe.geometry import level_label
-from wsi_pipe.slides.fastjpeg import jpeg_decoder_name
+from wsi_pipe.slides.codecs.fastjpeg import jpeg_decoder_name
 
 __all__ = ["info"]
 

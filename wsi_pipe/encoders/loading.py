@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from wsi_pipe.encoders import hub
-from wsi_pipe.encoders.architectures import PooledNetwork, build, build_unfilled, timm_recipe
+from wsi_pipe.encoders.architectures import PooledNetwork, build_unfilled, timm_recipe
 from wsi_pipe.encoders.base import EncoderInfo
+from wsi_pipe.encoders.building import build_random, check_dimension
 from wsi_pipe.encoders.devices import resolve_devices, shared_precision
+from wsi_pipe.encoders.lr_file import load_lr_network
 from wsi_pipe.encoders.naming import is_lr_file, slug_of
 from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.encoders.registry import RegistryEntry, find_entry
@@ -29,7 +28,7 @@ from wsi_pipe.encoders.weights import (
 )
 from wsi_pipe.errors import ConfigError, WeightsError
 
-__all__ = ["build_random", "check_dimension", "load_torch_encoder", "normalised_state"]
+__all__ = ["load_torch_encoder", "normalised_state"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,6 @@ def load_torch_encoder(
         raise ConfigError(f"encoder {name!r} names no file after '@'", remedy=f"write {base}@FILE")
     preferred = "auto"
     if distilled:
-        from wsi_pipe.encoders.lr_file import load_lr_network
-
         if input_px is not None:
             raise ConfigError(f"encoder {name} states its own input side", remedy="leave out input_px")
         network, recipe, info = load_lr_network(Path(name), name, random_weights=random_weights)
@@ -175,35 +172,3 @@ def normalised_state(
                 remedy="check that the file belongs to this encoder and is complete",
             ) from error
     return state
-
-
-def check_dimension(network: PooledNetwork, recipe: Recipe, name: str, source: str) -> None:
-    """Raise WeightsError when the network gives features of another dimension than its recipe says.
-
-    Raises ConfigError when it cannot work on the input side of its recipe.
-    """
-    side = recipe.preprocessing.input_px or 224
-    try:
-        with torch.inference_mode():
-            dim = network(torch.zeros(1, 3, side, side)).shape[-1]
-    except (AssertionError, RuntimeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"encoder {name} cannot work on images of {side} px: {first}",
-            remedy="give an input side that its architecture takes, such as a multiple of its patch",
-        ) from error
-    if dim != recipe.dim:
-        raise WeightsError(
-            f"encoder {name} with {source} gives {dim} features, not the {recipe.dim} that are stated",
-            remedy="correct dim, pooling or args in the encoder's table, or give the right file",
-        )
-
-
-def build_random(recipe: Recipe, name: str, *, input_px: int | None = None) -> PooledNetwork:
-    """The network with weights drawn from a seed that is made of the name: the same in every process."""
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = build(recipe, name=name, input_px=input_px)
-    check_dimension(network, recipe, name, "random weights")
-    return network

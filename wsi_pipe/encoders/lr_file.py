@@ -129,7 +129,7 @@ def write_lr_encoder(
     from safetensors.torch import save_file
 
     from wsi_pipe.encoders.architectures import PooledNetwork, build_unfilled
-    from wsi_pipe.encoders.loading import check_dimension
+    from wsi_pipe.encoders.building import check_dimension
     from wsi_pipe.encoders.weights import load_into
 
     path = Path(path)
@@ -200,7 +200,7 @@ def load_lr_network(
 ) -> tuple[PooledNetwork, Recipe, EncoderInfo]:
     """Network, recipe and facts of an LR encoder's file. Raises WeightsError when it is damaged."""
     from wsi_pipe.encoders.architectures import build_unfilled
-    from wsi_pipe.encoders.loading import build_random, check_dimension
+    from wsi_pipe.encoders.building import build_random, check_dimension
     from wsi_pipe.encoders.weights import file_sha256, load_into, random_weights_id
 
     header = read_lr_header(path)

@@ -25,8 +25,8 @@ from wsi_pipe.job.run import Progress, process
 from wsi_pipe.job.task import slide_task, warm_up
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
-from wsi_pipe.slides.in_use import Keep, keep_copy
-from wsi_pipe.slides.run_folder import share_run_folder
+from wsi_pipe.slides.storage.in_use import Keep, keep_copy
+from wsi_pipe.slides.storage.run_folder import share_run_folder
 
 __all__ = ["MIN_FREE_BYTES", "check_folder", "dispatch"]
 

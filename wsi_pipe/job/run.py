@@ -23,7 +23,7 @@ from wsi_pipe.job.prepare import Prepared, StageClock, open_entry, prepare
 from wsi_pipe.job.record import OutcomeLog, utc_now
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
-from wsi_pipe.slides.in_use import Keep, keep_copy
+from wsi_pipe.slides.storage.in_use import Keep, keep_copy
 
 __all__ = ["Progress", "load_encoders", "process"]
 

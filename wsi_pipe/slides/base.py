@@ -11,19 +11,17 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 
-if TYPE_CHECKING:
-    from wsi_pipe.slides.in_use import InUse
-
 __all__ = [
     "BaseSlide",
     "DecodesInto",
+    "Held",
     "Plane",
     "ReadStats",
     "Slide",
@@ -168,6 +166,13 @@ class DecodesInto(Protocol):
         """
 
 
+class Held(Protocol):
+    """A hold on something that others may remove once it is released, such as the mark on a cached copy."""
+
+    def release(self) -> object:
+        """Let go; releasing twice is fine."""
+
+
 class BaseSlide:
     """What readers share: region reads made of blocks, counting, and the context manager.
 
@@ -178,7 +183,7 @@ class BaseSlide:
     info: SlideInfo
     pyramid: Pyramid
     planes: tuple[Plane, ...]
-    copy: InUse | None = None
+    copy: Held | None = None
 
     def __init__(self) -> None:
         self.stats = ReadStats()

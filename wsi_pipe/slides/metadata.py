@@ -12,7 +12,7 @@ from pathlib import Path
 
 from wsi_pipe.errors import MissingMppError, UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair, IntPair
-from wsi_pipe.slides.tiff_layout import PLAUSIBLE_MPP, parse_xml
+from wsi_pipe.slides.tiff.layout import PLAUSIBLE_MPP, parse_xml
 
 __all__ = ["missing_mpp_error", "ome_mpp", "plausible_mpp", "resolution_tags_mpp"]
 

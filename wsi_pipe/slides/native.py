@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from wsi_pipe.errors import SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 from wsi_pipe.slides.base import WHITE, BaseSlide, Plane, ReadStats, RGBArray, SlideInfo, paste
-from wsi_pipe.slides.codecs import CodecError, reduce_by_mean
-from wsi_pipe.slides.fastjpeg import ReadTiles
+from wsi_pipe.slides.codecs.decode import CodecError, reduce_by_mean
+from wsi_pipe.slides.codecs.fastjpeg import ReadTiles
 from wsi_pipe.slides.room import ReadBlocks, Room
 
 __all__ = ["NativeImage", "NativeSlide", "ProbedImage", "build_pyramid", "read_whole", "user_mpp"]

@@ -17,7 +17,7 @@ from wsi_pipe.geometry import FloatPair
 from wsi_pipe.slides.base import BaseSlide, Slide
 from wsi_pipe.slides.native import user_mpp
 from wsi_pipe.slides.parts import folder_series, is_dicom
-from wsi_pipe.slides.source import is_url
+from wsi_pipe.slides.storage.source import is_url
 
 __all__ = ["READERS", "open_slide"]
 
@@ -52,10 +52,10 @@ def _looks_dicom(path: str | Path) -> bool:
 
 
 _TABLE = (
-    _Reader("tiff", "wsi_pipe.slides.dicom", "open_dicom", takes=_looks_dicom, urls=True),
-    _Reader("tiff", "wsi_pipe.slides.tiff", "open_tiff", takes=lambda path: not _looks_dicom(path), urls=True),
+    _Reader("tiff", "wsi_pipe.slides.dicom.reader", "open_dicom", takes=_looks_dicom, urls=True),
+    _Reader("tiff", "wsi_pipe.slides.tiff.reader", "open_tiff", takes=lambda path: not _looks_dicom(path), urls=True),
     _Reader("openslide", "wsi_pipe.slides.openslide", "open_openslide", fallback="a format that OpenSlide knows"),
-    _Reader("image", "wsi_pipe.slides.image", "open_image"),
+    _Reader("image", "wsi_pipe.slides.plain.reader", "open_image"),
 )
 
 
@@ -104,7 +104,7 @@ def _open_url(
     cache_bytes: int | None,
     copy: bool,
 ) -> Slide:
-    from wsi_pipe.slides.staging import LIMIT_BYTES, stage
+    from wsi_pipe.slides.storage.staging import LIMIT_BYTES, stage
 
     declined = ""
     by_range = [entry for entry in readers if entry.urls and entry.takes(url)]

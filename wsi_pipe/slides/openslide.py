@@ -24,7 +24,7 @@ from wsi_pipe.slides.base import WHITE, BaseSlide, Plane, ReadStats, RGBArray, S
 from wsi_pipe.slides.metadata import plausible_mpp
 from wsi_pipe.slides.native import user_mpp
 from wsi_pipe.slides.parts import slide_files
-from wsi_pipe.slides.source import FileSource, slide_fingerprint
+from wsi_pipe.slides.storage.source import FileSource, slide_fingerprint
 
 __all__ = ["OpenSlideSlide", "flatten", "open_openslide"]
 

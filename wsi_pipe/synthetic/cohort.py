@@ -173,7 +173,7 @@ def _start_worker(cores: int) -> None:
 
 
 def _write_slide(slide: CohortSlide, downsamples: Sequence[int], mpp: float, quality: int) -> None:
-    from wsi_pipe.slides.write import write_pyramid
+    from wsi_pipe.slides.writing.write import write_pyramid
 
     write_pyramid(slide.path, SyntheticSlide(slide.spec).levels(downsamples), mpp=mpp, quality=quality)
 

@@ -1,0 +1,1 @@
+"""Decoding one native tile, at a reduced scale where the codec has one."""

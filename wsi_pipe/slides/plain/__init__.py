@@ -1,0 +1,1 @@
+"""Plain pictures, and TIFFs that only a general reader understands."""

@@ -1,0 +1,1 @@
+"""Writing pyramidal TIFFs and DICOM, for synthetic slides and tests."""
