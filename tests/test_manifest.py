@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,10 @@ def test_csv(tmp_path: Path) -> None:
         ("slide,colour\na.svs,red\n", "unknown column 'colour'; known columns are slide, slide_id, case_id, mpp, mask"),
         ("slide,mpp,mpp\na.svs,1,1\n", "column 'mpp' stands twice"),
         ("slide,mpp\na.svs,0.25\nb.svs,20x\n", "row 3: mpp '20x' is not a resolution; write um/px"),
+        ("slide,mpp\na.svs,0.25\nb.svs,0.04\n", "row 3: mpp '0.04' is outside 0.05 to 20 um/px; write um/px"),
+        ("slide,mpp\na.svs,0.5x25\n", "row 2: mpp '0.5x25' is outside 0.05 to 20 um/px"),
+        ("slide,scene\na.svs,1\nb.svs,-1\n", "row 3: '-1' is not a number of a scan or focal plane (column 'scene')"),
+        ("slide,z\na.svs,middle\n", "row 2: 'middle' is not a number of a scan or focal plane (column 'z')"),
         ("slide,mpp\na.svs,-1\n", "row 2: mpp '-1'"),
         ("slide,mpp\na.svs\n", "row 2: has fewer cells"),
         ("slide\na.svs,b\n", "row 2: has more cells"),
@@ -200,12 +205,22 @@ NAMES = st.text(st.characters(categories=("L", "N", "So"), include_characters=" 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     names=st.lists(NAMES.map(str.strip).filter(bool), unique_by=str.casefold, min_size=1, max_size=5),
-    mpp=st.one_of(st.none(), st.tuples(st.floats(0.01, 50), st.floats(0.01, 50))),
+    mpp=st.one_of(st.none(), st.tuples(st.floats(0.05, 20), st.floats(0.05, 20))),
     tissue=st.one_of(st.none(), st.floats(0, 1)),
+    scene=st.one_of(st.none(), st.integers(0, 40)),
+    z=st.one_of(st.none(), st.integers(0, 40)),
 )
-def test_round_trip(tmp_path: Path, names: list[str], mpp: tuple[float, float] | None, tissue: float | None) -> None:
+def test_round_trip(
+    tmp_path: Path,
+    names: list[str],
+    mpp: tuple[float, float] | None,
+    tissue: float | None,
+    scene: int | None,
+    z: int | None,
+) -> None:
     overrides = {} if tissue is None else {"min_tissue": tissue}
     entries = [SlideEntry(name, f"/slides/{name}.svs", f"case {name}", mpp, None, overrides) for name in names]
+    entries[0] = dataclasses.replace(entries[0], scene=scene, z=z)
     path = tmp_path / "written.csv"
     write_manifest(path, entries)
     assert read_manifest(path) == entries

@@ -8,8 +8,9 @@
     │   │   └── NeedsCopyError               read from a local copy only, and none may be made
     │   ├── SlideReadError (OSError)         opened, but a region or a native tile cannot be decoded
     │   ├── UnsupportedSlideError (ValueError)   a reader cannot prove that it understands the file
+    │   │   └── NotAPictureError             understood, and no one 8-bit colour picture: no other reader is asked
     │   ├── MissingMppError (ValueError)     no resolution in the file, and none given
-    │   └── ResolutionError (ValueError)     a request finer than the slide, or grids that do not align
+    │   └── ResolutionError (ValueError)     a request finer than the slide, grids that do not align, a bad mpp
     ├── ConfigError (ValueError)         a bad option or settings file
     ├── ManifestError (ValueError)       a bad slide list: column, row, two slides with one id
     ├── MaskError (ValueError)           a bad mask or GeoJSON
@@ -42,6 +43,7 @@ __all__ = [
     "MaskError",
     "MissingMppError",
     "NeedsCopyError",
+    "NotAPictureError",
     "OutputError",
     "ResolutionError",
     "SlideError",
@@ -109,12 +111,20 @@ class UnsupportedSlideError(SlideError, ValueError):
     """A reader cannot prove that it understands the file; another reader may."""
 
 
+class NotAPictureError(UnsupportedSlideError):
+    """What the file holds is known, and it is not the one colour picture of 8 bits that was asked for.
+
+    Samples of another kind, several channels, focal planes or scans, no brightfield: the refusal is final, since a
+    reader that knows less of the file would take it for something else.
+    """
+
+
 class MissingMppError(SlideError, ValueError):
     """The file states no resolution and the user gave none."""
 
 
 class ResolutionError(SlideError, ValueError):
-    """A resolution finer than the slide was asked for, or grids that do not align."""
+    """A resolution finer than the slide was asked for, grids do not align, or a slide's mpp is none of a microscope."""
 
 
 class ConfigError(WsiPipeError, ValueError):

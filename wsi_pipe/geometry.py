@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from wsi_pipe.errors import ConfigError, MaskError
 
 __all__ = [
+    "MPP_BOUNDS",
     "FloatPair",
     "IntPair",
     "Level",
@@ -27,6 +28,7 @@ __all__ = [
     "TileGrid",
     "TileSpec",
     "TissueMask",
+    "in_mpp_bounds",
     "level_label",
     "parse_resolution",
 ]
@@ -37,8 +39,16 @@ IntPair = tuple[int, int]
 MICROMETRES_PER_MAGNIFICATION = 10.0
 """The convention behind labels such as "20x": magnification = 10 / mpp."""
 
+MPP_BOUNDS = (0.05, 20.0)
+"""Level 0 of a slide lies inside: the finest objectives give 0.06 um/px, and 20 um/px is a view of the whole glass."""
+
 ISOTROPY_TOLERANCE = 0.01
 """mpp in x and y that differ by no more than this (relative) count as one value."""
+
+
+def in_mpp_bounds(x: float, y: float) -> bool:
+    """Whether a microscope can have both, as um per level-0 pixel."""
+    return all(math.isfinite(value) and MPP_BOUNDS[0] <= value <= MPP_BOUNDS[1] for value in (x, y))
 
 
 def level_label(mpp: float) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from wsi_pipe.config import SegmentSettings, TileSettings, from_mapping
 from wsi_pipe.errors import ConfigError, ManifestError
 from wsi_pipe.files import write_text_atomically
+from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds
 
 __all__ = [
     "SETTING_COLUMNS",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 BASE_COLUMNS = ("slide", "slide_id", "case_id", "mpp", "mask")
+PICTURE_COLUMNS = ("scene", "z")
 TILE_COLUMNS = ("min_tissue", "judge_um", "mpp_tolerance", "allow_upsampling")
 """Tile settings that may differ between slides; resolutions and tile size are the job's, so that bags compare."""
 
@@ -53,7 +55,7 @@ class SlideEntry:
 
     slide_id: unique in the job, names its files. path: file or URL. case_id: the patient. mpp: (x, y) um/px given by
     the user, or None. mask: GeoJSON that replaces the tissue mask, or None. overrides: column -> value, for settings
-    of this slide alone.
+    of this slide alone. scene, z: which scan of the file and which focal plane, from 0, or None.
     """
 
     slide_id: str
@@ -62,6 +64,8 @@ class SlideEntry:
     mpp: tuple[float, float] | None = None
     mask: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    scene: int | None = None
+    z: int | None = None
 
 
 def is_url(path: str) -> bool:
@@ -209,8 +213,8 @@ def _refuse_repeats(entries: Iterable[SlideEntry], where: str) -> None:
 
 
 def read_manifest(path: Path) -> list[SlideEntry]:
-    """Slides from a CSV with the columns ``slide, slide_id, case_id, mpp, mask`` (all but the first optional) and one
-    column for each setting that differs between slides (``SETTING_COLUMNS``).
+    """Slides from a CSV with the columns ``slide, slide_id, case_id, mpp, mask, scene, z`` (all but the first optional)
+    and one column for each setting that differs between slides (``SETTING_COLUMNS``).
 
     Paths are taken from the CSV's own folder. An ``mpp`` cell is one number, or two as ``0.25x0.26``. Raises
     ManifestError naming column or row and the remedy.
@@ -225,7 +229,7 @@ def read_manifest(path: Path) -> list[SlideEntry]:
     except csv.Error as error:
         raise ManifestError(f"{path}: {error}", remedy="give a CSV in UTF-8") from error
     reader.fieldnames = columns
-    known = (*BASE_COLUMNS, *SETTING_COLUMNS)
+    known = (*BASE_COLUMNS, *PICTURE_COLUMNS, *SETTING_COLUMNS)
     if "slide" not in columns:
         raise ManifestError(
             f"{path}: has no column 'slide'", remedy=f"its first row must name columns among {', '.join(known)}"
@@ -272,6 +276,8 @@ def _entry(manifest: Path, line: int, row: Mapping[str | None, Any]) -> SlideEnt
         mpp=_mpp(where, cells.get("mpp", "")),
         mask=_beside(manifest, mask) if mask else None,
         overrides=overrides,
+        scene=_from_zero(where, "scene", cells.get("scene", "")),
+        z=_from_zero(where, "z", cells.get("z", "")),
     )
 
 
@@ -286,12 +292,27 @@ def _mpp(where: str, cell: str) -> tuple[float, float] | None:
         values = [float(part) for part in cell.lower().split("x")]
     except ValueError:
         values = []
-    if len(values) not in (1, 2) or not all(0 < v < 1000 for v in values):
+    if len(values) not in (1, 2) or not in_mpp_bounds(values[0], values[-1]):
+        cause = (
+            f"is outside {MPP_BOUNDS[0]:g} to {MPP_BOUNDS[1]:g} um/px"
+            if len(values) in (1, 2)
+            else "is not a resolution"
+        )
         raise ManifestError(
-            f"{where}: mpp {cell!r} is not a resolution",
+            f"{where}: mpp {cell!r} {cause}",
             remedy="write um/px as one number such as 0.2527, or 0.25x0.26",
         )
     return (values[0], values[-1])
+
+
+def _from_zero(where: str, column: str, cell: str) -> int | None:
+    if not cell:
+        return None
+    if not (cell.isascii() and cell.isdigit() and len(cell) < 9):
+        raise ManifestError(
+            f"{where}: {cell!r} is not a number of a scan or focal plane (column {column!r})", remedy="count from 0"
+        )
+    return int(cell)
 
 
 _WIDEST = {"stain_min": {"stain_seed": 1e9}, "stain_seed": {"stain_min": 0.0}}
@@ -322,12 +343,15 @@ def write_manifest(path: Path, entries: Iterable[SlideEntry]) -> None:
     """Write a CSV that ``read_manifest`` reads back to equal entries; local paths become absolute."""
     entries = list(entries)
     used = [column for column in SETTING_COLUMNS if any(column in entry.overrides for entry in entries)]
+    # Few files hold more than one picture: lists of others look as they always did.
+    pictures = [name for name in PICTURE_COLUMNS if any(getattr(entry, name) is not None for entry in entries)]
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*BASE_COLUMNS, *used])
+    writer.writerow([*BASE_COLUMNS, *pictures, *used])
     for entry in entries:
         mpp = "" if entry.mpp is None else f"{entry.mpp[0]!r}x{entry.mpp[1]!r}"
         row = [_absolute(entry.path), entry.slide_id, entry.case_id, mpp, _absolute(entry.mask) if entry.mask else ""]
+        row += ["" if getattr(entry, name) is None else str(getattr(entry, name)) for name in pictures]
         writer.writerow(row + [str(entry.overrides.get(column, "")) for column in used])
     write_text_atomically(path, buffer.getvalue())
 

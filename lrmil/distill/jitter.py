@@ -89,9 +89,8 @@ def jittered_slides(
             if not len(hr):
                 continue
             place = f"{attrs.fingerprint_tile} {lr.origin_l0}"
-            target = TargetItem(
-                f"{bag.stem}.jitter{number}", partial(open_slide, slide.path, mpp=slide.mpp), (lr, hr), place
-            )
+            opening = partial(open_slide, slide.path, mpp=slide.mpp, scene=slide.scene, z=slide.z)
+            target = TargetItem(f"{bag.stem}.jitter{number}", opening, (lr, hr), place)
             moved.append((slide, _Moved(lr, hr, target)))
             items.append(target)
     files = compute_targets(items, teacher, layers, folder)

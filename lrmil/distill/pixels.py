@@ -58,7 +58,7 @@ class PixelSource:
         slide = self.slides[number]
         self.reads += 1
         out = np.empty((len(slide), self.side_px, self.side_px, 3), np.uint8)
-        opened = open_slide(slide.path, mpp=slide.mpp)
+        opened = open_slide(slide.path, mpp=slide.mpp, scene=slide.scene, z=slide.z)
         try:
             for batch in stream_tiles(opened, slide.lr, threads=1):
                 out[batch.index] = batch.pixels

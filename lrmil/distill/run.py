@@ -279,7 +279,8 @@ def _target(request: DistillRequest, bag: Path, attrs: BagAttrs) -> TargetItem:
     if grid is None:
         raise BagError(f"{bag}: has no level {request.hr}", remedy="tile the slides at that resolution too")
     path = request.slides.get(attrs.slide_id) or attrs.slide_path
-    return TargetItem(bag.stem, partial(open_slide, path, mpp=attrs.mpp_l0), (grid,), attrs.fingerprint_tile)
+    opening = partial(open_slide, path, mpp=attrs.mpp_l0, scene=attrs.scene, z=attrs.z)
+    return TargetItem(bag.stem, opening, (grid,), attrs.fingerprint_tile)
 
 
 def _weighted(

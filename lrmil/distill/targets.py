@@ -48,10 +48,10 @@ __all__ = [
 class DistillSlide:
     """One slide as distillation needs it.
 
-    path: the slide's file. mpp: its (x, y). lr: the grid of LR tiles that have children, in the order of ``children``.
-    children: rows into the HR tiles. layers: teacher's layers, each (N_hr, C_l) float; final: (N_hr, D). weights:
-    float32 (M, k * k), 0 where there is no child, summing to 1 over a tile. baseline: the undistilled LR features of
-    the same tiles (M, D_b), or None.
+    path: the slide's file. mpp: its (x, y). scene, z: which picture in it, or None. lr: the grid of LR tiles that have
+    children, in the order of ``children``. children: rows into the HR tiles. layers: teacher's layers, each (N_hr, C_l)
+    float; final: (N_hr, D). weights: float32 (M, k * k), 0 where there is no child, summing to 1 over a tile. baseline:
+    the undistilled LR features of the same tiles (M, D_b), or None.
     """
 
     slide_id: str
@@ -64,6 +64,8 @@ class DistillSlide:
     final: NDArray[np.floating[Any]]
     weights: NDArray[np.float32]
     baseline: NDArray[np.floating[Any]] | None = None
+    scene: int | None = None
+    z: int | None = None
 
     def __len__(self) -> int:
         return len(self.lr)
@@ -139,6 +141,8 @@ def load_slide(
         final=kept,
         weights=uniform_weights(children),
         baseline=None if baseline is None else shelf.put(baseline),
+        scene=attrs.scene,
+        z=attrs.z,
     )
 
 

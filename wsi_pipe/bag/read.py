@@ -81,6 +81,9 @@ def _attrs(path: Path, file: Any) -> BagAttrs:
     values: dict[str, Any] = {}
     attrs = file.attrs
     for name in (f.name for f in fields(BagAttrs)):
+        if name in ("scene", "z"):
+            values[name] = int(attrs[name]) if name in attrs else None
+            continue
         try:
             value = attrs[name]
         except KeyError as error:

@@ -27,7 +27,8 @@ class BagAttrs:
     mpp_l0: (x, y) um per level-0 pixel. icc: SHA-256 of the embedded colour profile, "" where there is none.
     status: "done" or "empty"; empty_reason: why, or "". fingerprint_segment, fingerprint_tile: of the stages that made
     the grids. primary_level, primary_encoder: what ``/coords`` and ``/features`` link to; primary_encoder is "" in a
-    file that has no features yet.
+    file that has no features yet. scene, z: which scan of the file and which focal plane were asked for; not written
+    where none was.
     """
 
     slide_id: str
@@ -49,6 +50,8 @@ class BagAttrs:
     fingerprint_tile: str
     primary_level: str
     primary_encoder: str = ""
+    scene: int | None = None
+    z: int | None = None
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ def write_bag(path: Path, bag: Bag) -> None:
         attrs["schema"] = SCHEMA
         attrs["schema_version"] = SCHEMA_VERSION
         for name in (f.name for f in fields(bag.attrs)):
-            attrs[name] = getattr(bag.attrs, name)
+            if (value := getattr(bag.attrs, name)) is not None:
+                attrs[name] = value
         levels = file.create_group("levels")
         for level in bag.levels:
             _write_level(levels.create_group(level.grid.label), bag, level)

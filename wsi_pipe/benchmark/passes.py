@@ -322,6 +322,8 @@ class Passes:
             fingerprint_tile="",
             primary_level=grid.label,
             primary_encoder=encoder.slug,
+            scene=entry.scene,
+            z=entry.z,
         )
         features = Features(
             encoder=encoder.name,

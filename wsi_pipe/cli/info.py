@@ -53,6 +53,8 @@ def info(resolutions: tuple[float, ...], tile_px: int, properties: bool, as_json
                 click.echo(f"{item['slide_id']}: {item['error']}", err=True)
             else:
                 click.echo(f"{item['slide_id']}: read by {item['reader']}: {item['reader_reason']}")
+                for note in item["notes"]:
+                    click.echo(f"{item['slide_id']}: {note}")
         if opened:
             click.echo(f"JPEG tiles are decoded by {jpeg_decoder_name()}")
     return EXIT_FAILED if any("error" in item for item in found) else 0

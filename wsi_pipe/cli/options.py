@@ -16,7 +16,7 @@ import click
 from wsi_pipe.config import CacheSettings, ExtractSettings, JobSettings, SegmentSettings, TileSettings, load_toml
 from wsi_pipe.errors import ConfigError, ManifestError
 from wsi_pipe.execute import Where
-from wsi_pipe.geometry import level_label, parse_resolution
+from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds, level_label, parse_resolution
 from wsi_pipe.job.record import load_settings, load_slides, read_outcomes
 from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, collect_slides
 
@@ -72,12 +72,24 @@ def slide_options(function: F) -> F:
             "manifest",
             type=click.Path(path_type=Path, exists=True, dir_okay=False),
             metavar="CSV",
-            help="Slide list with the columns slide, slide_id, case_id, mpp, mask and per-slide settings.",
+            help="Slide list with the columns slide, slide_id, case_id, mpp, mask, scene, z and per-slide settings.",
         ),
         click.option(
             "--slide-mpp",
             metavar="UM",
             help="Resolution of level 0 in um/px, X or XxY, of every slide given; it goes before the file's own.",
+        ),
+        click.option(
+            "--scene",
+            type=click.IntRange(0),
+            metavar="N",
+            help="Which scan, of files that hold several, from 0; of every slide given.",
+        ),
+        click.option(
+            "--z",
+            type=click.IntRange(0),
+            metavar="N",
+            help="Which focal plane, of files that hold a stack, from 0.  [the middle one]",
         ),
         click.option(
             "--reader",
@@ -359,17 +371,20 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def parse_mpp(text: str | None) -> tuple[float, float] | None:
-    """``--slide-mpp`` as (x, y) um/px. Raises ConfigError when it is not one or two numbers above zero."""
+    """``--slide-mpp`` as (x, y) um/px. Raises ConfigError when it is not one or two numbers that a microscope has."""
     if text is None:
         return None
     try:
         values = [float(part) for part in text.lower().split("x")]
     except ValueError:
         values = []
-    if len(values) not in (1, 2) or not all(0 < v < 1000 for v in values):
-        raise ConfigError(
-            f"--slide-mpp {text!r} is not a resolution", remedy="write um/px such as 0.2527, or 0.25x0.26"
+    if len(values) not in (1, 2) or not in_mpp_bounds(values[0], values[-1]):
+        cause = (
+            f"is outside {MPP_BOUNDS[0]:g} to {MPP_BOUNDS[1]:g} um/px"
+            if len(values) in (1, 2)
+            else "is not a resolution"
         )
+        raise ConfigError(f"--slide-mpp {text!r} {cause}", remedy="write um/px such as 0.2527, or 0.25x0.26")
     return (values[0], values[-1])
 
 
@@ -389,6 +404,14 @@ def collect_entries(values: Mapping[str, Any], job: Path | None = None) -> list[
     mpp = parse_mpp(values.get("slide_mpp"))
     if mpp:
         entries = [dataclasses.replace(entry, mpp=entry.mpp or mpp) for entry in entries]
+    for name in ("scene", "z"):
+        given = values.get(name)
+        if given is not None:
+            # As with mpp, what a list says of one slide goes first.
+            entries = [
+                dataclasses.replace(e, **{name: given if getattr(e, name) is None else getattr(e, name)})
+                for e in entries
+            ]
     if values.get("mask"):
         if len(entries) != 1:
             raise ConfigError(

@@ -37,6 +37,7 @@ def describe_slide(
             "vendor": facts.vendor,
             "reader": facts.reader,
             "reader_reason": facts.reader_reason,
+            "notes": list(facts.notes),
             "width": pyramid.size_l0[0],
             "height": pyramid.size_l0[1],
             "levels": [

@@ -81,12 +81,14 @@ class Prepared:
 
 
 def open_entry(entry: SlideEntry, reader: str, cache: CacheSettings | None = None, *, copy: bool = True) -> Slide:
-    """The entry's slide, with the entry's mpp where it gives one; see ``open_slide``."""
+    """The entry's slide, with the entry's mpp, scene and z where it gives them; see ``open_slide``."""
     place = cache or CacheSettings()
     return open_slide(
         entry.path,
         reader=reader,
         mpp=entry.mpp,
+        scene=entry.scene,
+        z=entry.z,
         cache_dir=Path(place.folder) if place.folder else None,
         cache_bytes=int(place.gib * 2**30),
         copy=copy,
@@ -271,6 +273,8 @@ def _tile(
         fingerprint_segment=segment,
         fingerprint_tile=stage,
         primary_level=grids[0].label,
+        scene=entry.scene,
+        z=entry.z,
     )
     write_bag(path, Bag(attrs, tuple(BagLevel(grid) for grid in grids)))
     _draw_grids(entry, slide, grids, mask, paths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sqlite3
@@ -17,9 +18,11 @@ from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.manifest import SlideEntry, is_url
 
-__all__ = ["NEEDS_STAGING", "MetadataCache", "SlideFacts", "slide_facts"]
+__all__ = ["NEEDS_STAGING", "MetadataCache", "SlideFacts", "opened_how", "slide_facts"]
 
 COMMIT_EVERY = 1000
+FACTS_VERSION = 2
+"""Raised when readers come to tell other facts of the same file, so that what was noted before is not used."""
 
 NEEDS_STAGING = "needs staging"
 """Of a slide behind a URL that is read from a local copy, which is not there yet."""
@@ -53,7 +56,7 @@ def slide_facts(entry: SlideEntry, reader: str, cache: CacheSettings | None = No
     A slide behind a URL that cannot be read by byte ranges is not copied: a plan over an archive would copy it all.
     """
     try:
-        slide = open_entry(SlideEntry(entry.slide_id, entry.path, entry.case_id), reader, cache, copy=False)
+        slide = open_entry(dataclasses.replace(entry, mpp=None), reader, cache, copy=False)
     except NeedsCopyError:
         return SlideFacts(note=NEEDS_STAGING)
     except Exception as error:
@@ -99,9 +102,9 @@ class MetadataCache:
         self._database.commit()
         self._database.close()
 
-    def get(self, path: str, reader: str) -> SlideFacts | None:
-        """Facts noted of the file as it is now, or None."""
-        stamp = _stamp(path, reader)
+    def get(self, path: str, how: str) -> SlideFacts | None:
+        """Facts noted of the file as it is now, opened ``how`` (see ``opened_how``), or None."""
+        stamp = _stamp(path, how)
         if stamp is None:
             return None
         row = self._database.execute("SELECT facts FROM facts WHERE path = ? AND stamp = ?", (path, stamp)).fetchone()
@@ -112,9 +115,9 @@ class MetadataCache:
         values["mpp"] = tuple(values["mpp"]) if values["mpp"] else None
         return SlideFacts(**values)
 
-    def put(self, path: str, reader: str, facts: SlideFacts) -> None:
+    def put(self, path: str, how: str, facts: SlideFacts) -> None:
         """Note facts; failures are not kept, since their cause may be mended without a change to the file."""
-        stamp = _stamp(path, reader)
+        stamp = _stamp(path, how)
         if stamp is None or facts.error:
             return
         try:
@@ -129,11 +132,17 @@ class MetadataCache:
             raise output_error(self._path, OSError(str(error))) from error
 
 
-def _stamp(path: str, reader: str) -> str | None:
+def opened_how(entry: SlideEntry, reader: str) -> str:
+    """The reader, and which picture of the file is meant."""
+    asked = [f":{name}={value}" for name, value in (("scene", entry.scene), ("z", entry.z)) if value is not None]
+    return reader + "".join(asked)
+
+
+def _stamp(path: str, how: str) -> str | None:
     if is_url(path):
         return None
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return f"{status.st_size}:{status.st_mtime_ns}:{reader}"
+    return f"{status.st_size}:{status.st_mtime_ns}:{how}:{FACTS_VERSION}"

@@ -16,7 +16,7 @@ from wsi_pipe.errors import WsiPipeError, in_words
 from wsi_pipe.geometry import FloatPair, Pyramid, TissueMask
 from wsi_pipe.job.prepare import open_entry, slide_mask
 from wsi_pipe.manifest import SlideEntry, settings_of
-from wsi_pipe.plan.metadata import NEEDS_STAGING, MetadataCache, SlideFacts, slide_facts
+from wsi_pipe.plan.metadata import NEEDS_STAGING, MetadataCache, SlideFacts, opened_how, slide_facts
 from wsi_pipe.tiling import plan_grids
 
 __all__ = ["PlanTotals", "SlidePlan", "exact_tiles", "spread_sample", "survey", "total"]
@@ -70,10 +70,11 @@ def survey(
     """
     look = describe or partial(slide_facts, cache=settings.cache)
     for entry in entries:
-        facts = cache.get(entry.path, settings.reader)
+        how = opened_how(entry, settings.reader)
+        facts = cache.get(entry.path, how)
         if facts is None:
             facts = look(entry, settings.reader)
-            cache.put(entry.path, settings.reader, facts)
+            cache.put(entry.path, how, facts)
         yield _plan(entry, facts, settings, kept or {})
 
 

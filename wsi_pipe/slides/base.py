@@ -75,7 +75,9 @@ class SlideInfo:
     reader_reason: why this one, one line. mpp_source: where the resolution comes from, such as "user" or
     "aperio.MPP", "none" where it is not known. objective_power: the scan's nominal magnification, if stated.
     icc: the embedded colour profile, recorded and not applied. bounds_l0: (x, y, width, height) of the scanned part.
-    fingerprint: SHA-256 over size, first and last MiB and level table; independent of path and time.
+    fingerprint: SHA-256 over size, first and last MiB and level table; independent of path and time. scene, z: which
+    scan and which focal plane were asked for, from 0. notes: what the user should know of how the file was understood,
+    such as a level that was left out, one line each.
     """
 
     path: str
@@ -88,6 +90,9 @@ class SlideInfo:
     icc: bytes | None = None
     bounds_l0: tuple[int, int, int, int] | None = None
     properties: Mapping[str, str] = field(default_factory=dict)
+    scene: int | None = None
+    z: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 class ReadStats:

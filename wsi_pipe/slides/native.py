@@ -12,14 +12,14 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipe.errors import SlideReadError, UnsupportedSlideError
-from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
+from wsi_pipe.errors import NotAPictureError, SlideReadError, UnsupportedSlideError
+from wsi_pipe.geometry import MPP_BOUNDS, FloatPair, IntPair, Pyramid, in_mpp_bounds
 from wsi_pipe.slides.base import WHITE, BaseSlide, Plane, ReadStats, RGBArray, SlideInfo, paste
 from wsi_pipe.slides.codecs.decode import CodecError, reduce_by_mean
 from wsi_pipe.slides.codecs.fastjpeg import ReadTiles
 from wsi_pipe.slides.room import ReadBlocks, Room
 
-__all__ = ["NativeImage", "NativeSlide", "ProbedImage", "build_pyramid", "read_whole", "user_mpp"]
+__all__ = ["NativeImage", "NativeSlide", "ProbedImage", "build_pyramid", "only_picture", "read_whole", "user_mpp"]
 
 MAX_SIDE_PX = 1 << 24
 MAX_BLOCK_BYTES = 1 << 28
@@ -235,13 +235,26 @@ def read_whole(image: NativeImage) -> RGBArray:
 
 
 def user_mpp(mpp: float | FloatPair | None) -> FloatPair | None:
-    """A resolution given by the user as (x, y). Raises ValueError where it is not above zero."""
+    """A resolution given by the user as (x, y). Raises ValueError where no microscope has it."""
     if mpp is None:
         return None
     pair = (float(mpp[0]), float(mpp[1])) if isinstance(mpp, tuple) else (float(mpp), float(mpp))
     if not all(np.isfinite(value) and value > 0 for value in pair):
         raise ValueError(f"mpp {mpp} must be above zero")
+    if not in_mpp_bounds(*pair):
+        low, high = MPP_BOUNDS
+        raise ValueError(f"mpp {mpp} is outside {low:g} to {high:g} um per level-0 pixel")
     return pair
+
+
+def only_picture(name: str, scene: int | None, z: int | None, *, what: str = "the file holds one picture") -> None:
+    """Raise NotAPictureError where another scan or focal plane than the first is asked for.
+
+    For readers, and for files, that have no such thing; ``what`` says which it is.
+    """
+    asked = [f"--{option} {n}" for option, n in (("scene", scene), ("z", z)) if n not in (None, 0)]
+    if asked:
+        raise NotAPictureError(f"{name}: {' '.join(asked)} was asked for, but {what}", remedy="leave the option out")
 
 
 def to_rgb(pixels: NDArray[np.uint8]) -> RGBArray:

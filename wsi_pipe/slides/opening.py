@@ -7,13 +7,15 @@ the next one is asked; any other error is about the file and ends the search.
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from wsi_pipe.errors import ConfigError, SlideOpenError, UnsupportedSlideError
-from wsi_pipe.geometry import FloatPair
+from wsi_pipe.errors import ConfigError, NotAPictureError, ResolutionError, SlideOpenError, UnsupportedSlideError
+from wsi_pipe.geometry import MPP_BOUNDS, FloatPair, in_mpp_bounds
 from wsi_pipe.slides.base import BaseSlide, Slide
 from wsi_pipe.slides.native import user_mpp
 from wsi_pipe.slides.parts import folder_series, is_dicom
@@ -22,6 +24,15 @@ from wsi_pipe.slides.storage.source import is_url
 __all__ = ["READERS", "open_slide"]
 
 READERS = ("auto", "tiff", "openslide", "image")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the user states of the slide: resolution, and which scan and focal plane are meant."""
+
+    mpp: FloatPair | None
+    scene: int | None
+    z: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +51,10 @@ class _Reader:
     urls: bool = False
     fallback: str | None = None
 
-    def open(self, path: str | Path, mpp: FloatPair | None, *, declined: bool) -> BaseSlide:
-        options = {"reason": self.fallback} if declined and self.fallback else {}
-        slide = getattr(importlib.import_module(self.module), self.function)(path, mpp=mpp, **options)
+    def open(self, path: str | Path, asked: _Asked, *, declined: bool) -> BaseSlide:
+        options: dict[str, Any] = {"reason": self.fallback} if declined and self.fallback else {}
+        options |= {name: n for name, n in (("scene", asked.scene), ("z", asked.z)) if n is not None}
+        slide = getattr(importlib.import_module(self.module), self.function)(path, mpp=asked.mpp, **options)
         assert isinstance(slide, BaseSlide)
         return slide
 
@@ -64,6 +76,8 @@ def open_slide(
     *,
     reader: str = "auto",
     mpp: float | FloatPair | None = None,
+    scene: int | None = None,
+    z: int | None = None,
     cache_dir: Path | None = None,
     cache_bytes: int | None = None,
     copy: bool = True,
@@ -71,27 +85,31 @@ def open_slide(
     """Open a slide: a file, a folder that holds one DICOM series, or a URL that fsspec understands.
 
     reader: "auto" asks the fast reader, OpenSlide and the image reader in turn; a name asks that one only. mpp: what
-    the user states as micrometres per level-0 pixel, one value or (x, y); it goes before the file's own. cache_dir:
+    the user states as micrometres per level-0 pixel, one value or (x, y); it goes before the file's own. scene, z:
+    which of several scans in the file, and which focal plane of a stack, from 0; by default the only scan, and the
+    middle plane, which ``info.notes`` says. cache_dir:
     where a URL is copied to when its format cannot be read by byte ranges; by default the user's cache folder.
     cache_bytes: what all such copies together may take; the least recently used go first. copy: off to make no copy;
     one that is there already is read all the same.
     ``info.reader`` and ``info.reader_reason`` say who reads it and why.
 
     Raises SlideOpenError when the file is not there, not readable, empty or damaged, NeedsCopyError when it could only
-    be read from a copy that may not be made, UnsupportedSlideError when no
-    reader understands it, ConfigError for an unknown reader or an mpp that is not above zero.
+    be read from a copy that may not be made, UnsupportedSlideError when no reader understands it, its subclass
+    NotAPictureError when it is understood and is no one colour picture of 8 bits (or not the scene or plane asked for),
+    ResolutionError when the resolution that the file states is none of a microscope, ConfigError for an unknown reader,
+    a scene or z below 0 or an mpp out of bounds.
     """
     if reader not in READERS:
         raise ConfigError(f"unknown reader {reader!r}", remedy=f"known ones are {', '.join(READERS)}")
     try:
-        given = user_mpp(mpp)
+        asked = _Asked(user_mpp(mpp), _from_zero("scene", scene), _from_zero("z", z))
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     readers = [entry for entry in _TABLE if reader in ("auto", entry.name)]
     if is_url(path):
-        return _open_url(str(path), readers, given, cache_dir, cache_bytes, copy)
+        return _open_url(str(path), readers, asked, cache_dir, cache_bytes, copy)
     found = _existing(Path(path))
-    slide = _first(found, [entry for entry in readers if entry.takes(found)], given)
+    slide = _first(found, [entry for entry in readers if entry.takes(found)], asked)
     slide.info = replace(slide.info, path=str(path))
     return slide
 
@@ -99,7 +117,7 @@ def open_slide(
 def _open_url(
     url: str,
     readers: Sequence[_Reader],
-    mpp: FloatPair | None,
+    asked: _Asked,
     cache_dir: Path | None,
     cache_bytes: int | None,
     copy: bool,
@@ -110,12 +128,14 @@ def _open_url(
     by_range = [entry for entry in readers if entry.urls and entry.takes(url)]
     if by_range:
         try:
-            return _first(url, by_range, mpp)
+            return _first(url, by_range, asked)
+        except NotAPictureError:
+            raise
         except UnsupportedSlideError as error:
             declined = f"not read by byte ranges ({_reason(error, url)}), so "
     staged = stage(url, cache_dir, limit_bytes=LIMIT_BYTES if cache_bytes is None else cache_bytes, fetch=copy)
     try:
-        slide = _first(staged.path, [entry for entry in readers if entry.takes(staged.path)], mpp, shown=url)
+        slide = _first(staged.path, [entry for entry in readers if entry.takes(staged.path)], asked, shown=url)
     except BaseException:
         staged.mark.release()
         raise
@@ -125,14 +145,17 @@ def _open_url(
     return slide
 
 
-def _first(path: str | Path, readers: Sequence[_Reader], mpp: FloatPair | None, *, shown: str = "") -> BaseSlide:
+def _first(path: str | Path, readers: Sequence[_Reader], asked: _Asked, *, shown: str = "") -> BaseSlide:
     """The slide by the first reader that takes it; ``shown`` stands for the path in messages."""
     name = shown or str(path)
     reasons: list[str] = []
     remedy: str | None = None
     for entry in readers:
         try:
-            slide = entry.open(path, mpp, declined=bool(reasons))
+            slide = entry.open(path, asked, declined=bool(reasons))
+        except NotAPictureError as error:
+            # What the file holds is known: a reader that knows less would take it for something else.
+            raise NotAPictureError(f"{name}: {_reason(error, path)}", remedy=error.remedy) from error
         except UnsupportedSlideError as error:
             reasons.append(f"{entry.name}: {_reason(error, path)}")
             remedy = error.remedy
@@ -141,7 +164,7 @@ def _first(path: str | Path, readers: Sequence[_Reader], mpp: FloatPair | None, 
             slide.info = replace(
                 slide.info, reader_reason=f"{slide.info.reader_reason}; declined by {'; '.join(reasons)}"
             )
-        return slide
+        return _checked(slide, asked, name)
     said = "; ".join(reasons)
     # Of a reader that was asked for by name, its own words are enough.
     text = said.partition(": ")[2] if len(reasons) == 1 else f"no reader understands it ({said or 'none was asked'})"
@@ -149,6 +172,34 @@ def _first(path: str | Path, readers: Sequence[_Reader], mpp: FloatPair | None, 
         f"{name}: {text}{_hint(path)}",
         remedy=remedy or "give a whole-slide image: SVS, TIFF, NDPI, MRXS, SCN, DICOM and so on, or a plain image",
     )
+
+
+def _checked(slide: BaseSlide, asked: _Asked, name: str) -> BaseSlide:
+    """The slide, with the scan and plane that were asked for in its fingerprint.
+
+    Raises ResolutionError where it states a resolution that no microscope has.
+    """
+    mpp = slide.pyramid.mpp
+    if mpp is not None and not in_mpp_bounds(*mpp):
+        slide.close()
+        low, high = MPP_BOUNDS
+        raise ResolutionError(
+            f"{name}: the file states {mpp[0]:g} x {mpp[1]:g} um/px ({slide.info.mpp_source}), which is outside "
+            f"{low:g} to {high:g}",
+            remedy="give the right one with --slide-mpp X (um per level-0 pixel), or in the column mpp of a slide list",
+        )
+    if asked.scene is not None or asked.z is not None:
+        # Scans of one size would else pass for each other; without the options fingerprints stay as they were.
+        text = f"{slide.info.fingerprint} scene={asked.scene} z={asked.z}"
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        slide.info = replace(slide.info, scene=asked.scene, z=asked.z, fingerprint=fingerprint)
+    return slide
+
+
+def _from_zero(name: str, value: int | None) -> int | None:
+    if value is not None and (isinstance(value, bool) or value != int(value) or value < 0):
+        raise ValueError(f"{name} {value!r} is not a whole number from 0")
+    return None if value is None else int(value)
 
 
 def _reason(error: UnsupportedSlideError, path: str | Path) -> str:

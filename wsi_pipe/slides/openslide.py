@@ -22,7 +22,7 @@ from wsi_pipe.errors import SlideOpenError, SlideReadError, UnsupportedSlideErro
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 from wsi_pipe.slides.base import WHITE, BaseSlide, Plane, ReadStats, RGBArray, SlideInfo
 from wsi_pipe.slides.metadata import plausible_mpp
-from wsi_pipe.slides.native import user_mpp
+from wsi_pipe.slides.native import only_picture, user_mpp
 from wsi_pipe.slides.parts import slide_files
 from wsi_pipe.slides.storage.source import FileSource, slide_fingerprint
 
@@ -36,13 +36,19 @@ MAX_OFFSET_PX = 0.125
 
 
 def open_openslide(
-    path: str | Path, *, mpp: float | FloatPair | None = None, reason: str = "asked for"
+    path: str | Path,
+    *,
+    mpp: float | FloatPair | None = None,
+    scene: int | None = None,
+    z: int | None = None,
+    reason: str = "asked for",
 ) -> OpenSlideSlide:
     """Open a slide with OpenSlide.
 
     mpp: micrometres per level-0 pixel instead of what the file states. reason: recorded as ``info.reader_reason``.
     Raises UnsupportedSlideError when OpenSlide does not know the format, SlideOpenError when it knows it and fails.
     """
+    only_picture(str(path), scene, z, what="OpenSlide gives one picture of a file")
     return OpenSlideSlide(path, mpp=mpp, reason=reason)
 
 

@@ -18,7 +18,7 @@ from wsi_pipe.errors import SlideError, SlideOpenError, SlideReadError, Unsuppor
 from wsi_pipe.geometry import FloatPair
 from wsi_pipe.slides.base import ReadStats, RGBArray, SlideInfo
 from wsi_pipe.slides.dicom.image import DicomImage, Instance, codec_name
-from wsi_pipe.slides.native import NativeSlide, build_pyramid, read_whole, user_mpp
+from wsi_pipe.slides.native import NativeSlide, build_pyramid, only_picture, read_whole, user_mpp
 from wsi_pipe.slides.parts import dicom_series, without_warnings
 from wsi_pipe.slides.storage.remote import list_folder
 from wsi_pipe.slides.storage.source import SourceFile, is_url, open_source, slide_fingerprint
@@ -184,13 +184,16 @@ def _lenient_pydicom() -> Iterator[None]:
                 settings.reading_validation_mode = _Lenience.before
 
 
-def open_dicom(path: str | Path, *, mpp: float | FloatPair | None = None) -> DicomSlide:
+def open_dicom(
+    path: str | Path, *, mpp: float | FloatPair | None = None, scene: int | None = None, z: int | None = None
+) -> DicomSlide:
     """Open a DICOM whole-slide image by any file, or URL, of its series; the other levels are found beside it.
 
     mpp: micrometres per level-0 pixel, one value or (x, y), instead of what the file states. Raises SlideOpenError when
     a file is not there or damaged, UnsupportedSlideError when it is no DICOM slide or its structure is not understood.
     """
     given = user_mpp(mpp)
+    only_picture(str(path), scene, z)
     with _lenient_pydicom():
         return _open_series(path, given)
 

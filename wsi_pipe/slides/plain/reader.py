@@ -20,7 +20,7 @@ from wsi_pipe.errors import SlideError, SlideOpenError, SlideReadError, Unsuppor
 from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.base import ReadStats, RGBArray, SlideInfo
 from wsi_pipe.slides.codecs.decode import CodecError
-from wsi_pipe.slides.native import NativeImage, user_mpp
+from wsi_pipe.slides.native import NativeImage, only_picture, user_mpp
 from wsi_pipe.slides.plain.image import BLOCK_PX, ImageSlide, WholeImage, check_whole, colours
 from wsi_pipe.slides.plain.tiff import open_image_tiff
 from wsi_pipe.slides.storage.source import FileSource, slide_fingerprint
@@ -32,13 +32,16 @@ _LOADERS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg"}
 _JPEG2000_MAGIC = (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
 
 
-def open_image(path: str | Path, *, mpp: float | FloatPair | None = None) -> ImageSlide:
+def open_image(
+    path: str | Path, *, mpp: float | FloatPair | None = None, scene: int | None = None, z: int | None = None
+) -> ImageSlide:
     """Open a plain image, or a TIFF that is no slide.
 
     mpp: micrometres per level-0 pixel instead of what the file states. Raises SlideOpenError when the file is not there
     or damaged, UnsupportedSlideError when it is no image, or one whose colours or size are not handled.
     """
     given = user_mpp(mpp)
+    only_picture(str(path), scene, z)
     source = FileSource(path, ReadStats())
     try:
         head = source.read(0, min(16, source.size))
