@@ -293,11 +293,8 @@ def _mpp(where: str, cell: str) -> tuple[float, float] | None:
     except ValueError:
         values = []
     if len(values) not in (1, 2) or not in_mpp_bounds(values[0], values[-1]):
-        cause = (
-            f"is outside {MPP_BOUNDS[0]:g} to {MPP_BOUNDS[1]:g} um/px"
-            if len(values) in (1, 2)
-            else "is not a resolution"
-        )
+        bounds = f"{MPP_BOUNDS[0]:g} to {MPP_BOUNDS[1]:g} um/px"
+        cause = f"is outside {bounds}" if len(values) in (1, 2) else "is not a resolution"
         raise ManifestError(
             f"{where}: mpp {cell!r} {cause}",
             remedy="write um/px as one number such as 0.2527, or 0.25x0.26",

@@ -379,11 +379,8 @@ def parse_mpp(text: str | None) -> tuple[float, float] | None:
     except ValueError:
         values = []
     if len(values) not in (1, 2) or not in_mpp_bounds(values[0], values[-1]):
-        cause = (
-            f"is outside {MPP_BOUNDS[0]:g} to {MPP_BOUNDS[1]:g} um/px"
-            if len(values) in (1, 2)
-            else "is not a resolution"
-        )
+        bounds = f"{MPP_BOUNDS[0]:g} to {MPP_BOUNDS[1]:g} um/px"
+        cause = f"is outside {bounds}" if len(values) in (1, 2) else "is not a resolution"
         raise ConfigError(f"--slide-mpp {text!r} {cause}", remedy="write um/px such as 0.2527, or 0.25x0.26")
     return (values[0], values[-1])
 
