@@ -7,12 +7,11 @@ of a PNG or JPEG are printing hints that cameras and editors fill with 72, and a
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from wsi_pipe.errors import MissingMppError, UnsupportedSlideError
-from wsi_pipe.geometry import FloatPair, IntPair
-from wsi_pipe.slides.tiff.layout import PLAUSIBLE_MPP, parse_xml
+from wsi_pipe.geometry import FloatPair, IntPair, in_mpp_bounds
+from wsi_pipe.slides.tiff.layout import parse_xml
 
 __all__ = ["missing_mpp_error", "ome_mpp", "plausible_mpp", "resolution_tags_mpp"]
 
@@ -32,8 +31,7 @@ def missing_mpp_error(path: str | Path) -> MissingMppError:
 
 def plausible_mpp(x: float, y: float) -> FloatPair | None:
     """(x, y) where a microscope can have both, else None."""
-    low, high = PLAUSIBLE_MPP
-    return (x, y) if all(math.isfinite(value) and low <= value <= high for value in (x, y)) else None
+    return (x, y) if in_mpp_bounds(x, y) else None
 
 
 def resolution_tags_mpp(x: float, y: float, unit: int) -> FloatPair | None:

@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wsi_pipe.errors import ConfigError, NotAPictureError, ResolutionError, SlideOpenError, UnsupportedSlideError
+from wsi_pipe.errors import (
+    ConfigError,
+    NotAPictureError,
+    ResolutionError,
+    SlideError,
+    SlideOpenError,
+    UnsupportedSlideError,
+)
 from wsi_pipe.geometry import MPP_BOUNDS, FloatPair, in_mpp_bounds
 from wsi_pipe.slides.base import BaseSlide, Slide
 from wsi_pipe.slides.native import user_mpp
@@ -150,6 +157,7 @@ def _first(path: str | Path, readers: Sequence[_Reader], asked: _Asked, *, shown
     name = shown or str(path)
     reasons: list[str] = []
     remedy: str | None = None
+    known = False
     for entry in readers:
         try:
             slide = entry.open(path, asked, declined=bool(reasons))
@@ -158,7 +166,14 @@ def _first(path: str | Path, readers: Sequence[_Reader], asked: _Asked, *, shown
             raise NotAPictureError(f"{name}: {_reason(error, path)}", remedy=error.remedy) from error
         except UnsupportedSlideError as error:
             reasons.append(f"{entry.name}: {_reason(error, path)}")
-            remedy = error.remedy
+            remedy = remedy if known else error.remedy
+            known = known or not _other_format(error, path)
+            continue
+        except SlideOpenError as error:
+            if not known:
+                raise
+            # One that understood the file said why it is not read: that another fails on it is no sign of damage.
+            reasons.append(f"{entry.name}: {_reason(error, path)}")
             continue
         if reasons:
             slide.info = replace(
@@ -202,7 +217,12 @@ def _from_zero(name: str, value: int | None) -> int | None:
     return None if value is None else int(value)
 
 
-def _reason(error: UnsupportedSlideError, path: str | Path) -> str:
+def _other_format(error: UnsupportedSlideError, path: str | Path) -> bool:
+    """Whether a reader said no more than that the file is not of its format."""
+    return _reason(error, path).startswith(("is not a", "is no ", "OpenSlide does not know the format"))
+
+
+def _reason(error: SlideError, path: str | Path) -> str:
     """An error's message without the path that it begins with."""
     return error.message.removeprefix(str(path)).lstrip(": ")
 

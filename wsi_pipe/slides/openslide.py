@@ -8,8 +8,9 @@ blurs by interpolation. Such a level is left out of ``planes`` where that would 
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from wsi_pipe.slides.metadata import plausible_mpp
 from wsi_pipe.slides.native import only_picture, user_mpp
 from wsi_pipe.slides.parts import slide_files
 from wsi_pipe.slides.storage.source import FileSource, slide_fingerprint
+from wsi_pipe.slides.tiff.choose import Chosen
+from wsi_pipe.slides.tiff.likeness import is_alike
+from wsi_pipe.slides.tiff.meaning import Meaning, meaning_of_file
 
 __all__ = ["OpenSlideSlide", "flatten", "open_openslide"]
 
@@ -46,23 +50,40 @@ def open_openslide(
     """Open a slide with OpenSlide.
 
     mpp: micrometres per level-0 pixel instead of what the file states. reason: recorded as ``info.reader_reason``.
-    Raises UnsupportedSlideError when OpenSlide does not know the format, SlideOpenError when it knows it and fails.
+    Raises UnsupportedSlideError when OpenSlide does not know the format, or would take another picture of the file than
+    the one that is meant (``scene``, ``z``), NotAPictureError as the fast reader does, of which it passes the check,
+    SlideOpenError when it knows the format and fails.
     """
-    only_picture(str(path), scene, z, what="OpenSlide gives one picture of a file")
-    return OpenSlideSlide(path, mpp=mpp, reason=reason)
+    meaning = meaning_of_file(path, scene, z)
+    if meaning is None:
+        only_picture(str(path), scene, z, what="OpenSlide gives one picture of a file")
+    elif not meaning.default:
+        raise UnsupportedSlideError(f"{path}: OpenSlide cannot choose among the scans and focal planes of a file")
+    elif meaning.chosen is not None and len(meaning.chosen.main.directories) > 1:
+        raise UnsupportedSlideError(f"{path}: OpenSlide does not put planes of red, green and blue together")
+    return OpenSlideSlide(path, mpp=mpp, reason=reason, meaning=meaning)
 
 
 class OpenSlideSlide(BaseSlide):
     """A slide read by OpenSlide; see ``open_openslide``."""
 
-    def __init__(self, path: str | Path, *, mpp: float | FloatPair | None = None, reason: str = "asked for") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        mpp: float | FloatPair | None = None,
+        reason: str = "asked for",
+        meaning: Meaning | None = None,
+    ) -> None:
         super().__init__()
         given = user_mpp(mpp)
         self._path = str(path)
         self._handles = _Handles(self._path)
         try:
             with self._handles.use() as handle:
-                self._describe(handle, given, reason)
+                self._describe(handle, given, reason, meaning)
+            if meaning is not None and meaning.chosen is not None:
+                self._check_levels(meaning.chosen)
         except api.OpenSlideError as error:
             self.close()
             raise SlideOpenError(f"{path}: OpenSlide: {error}", remedy="the file is damaged: copy it again") from error
@@ -70,10 +91,12 @@ class OpenSlideSlide(BaseSlide):
             self.close()
             raise
 
-    def _describe(self, handle: Any, given: FloatPair | None, reason: str) -> None:
+    def _describe(self, handle: Any, given: FloatPair | None, reason: str, meaning: Meaning | None) -> None:
         properties = _properties(handle)
         sizes: list[IntPair] = [(int(w), int(h)) for w, h in handle.level_dimensions]
         stated, source = _mpp(properties)
+        if stated is None and meaning is not None and meaning.chosen is not None:
+            stated, source = meaning.chosen.mpp, meaning.chosen.mpp_source
         self._downsamples = tuple(float(d) for d in handle.level_downsamples)
         self.pyramid = Pyramid.from_sizes(sizes, stated if given is None else given)
         self.planes = tuple(
@@ -92,7 +115,27 @@ class OpenSlideSlide(BaseSlide):
             icc=_icc(handle),
             bounds_l0=_bounds(properties, sizes[0]),
             properties=properties,
+            notes=() if meaning is None else meaning.notes,
         )
+
+    def _check_levels(self, chosen: Chosen) -> None:
+        """Raise UnsupportedSlideError where OpenSlide takes another picture of the file for the slide or a level."""
+        sizes = [level.size_px for level in self.pyramid.levels]
+        if sizes[0] != chosen.main.size_px:
+            raise UnsupportedSlideError(
+                f"{self._path}: OpenSlide takes an image of {sizes[0][0]} x {sizes[0][1]} px for the slide, not the "
+                f"largest, of {chosen.main.size_px[0]} x {chosen.main.size_px[1]} px"
+            )
+        known = {level.frame.size_px for level in chosen.candidates}
+        images = [_LevelImage(self, level) for level in range(len(sizes))]
+        aperio = self.info.vendor == "aperio"
+        for finer, coarser in itertools.pairwise(images):
+            width, height = coarser.size_px
+            factor = (finer.size_px[0] / width, finer.size_px[1] / height)
+            if coarser.size_px not in known or not (aperio or is_alike(finer, coarser, factor)):
+                raise UnsupportedSlideError(
+                    f"{self._path}: OpenSlide takes an image of {width} x {height} px for a level, which is none"
+                )
 
     def _offset_px(self, level: int) -> float:
         """By how many level pixels a read of ``level`` may be off its place, at most."""
@@ -161,6 +204,28 @@ class OpenSlideSlide(BaseSlide):
         """See Slide.close."""
         self._handles.close()
         super().close()
+
+
+class _LevelImage:
+    """A level as an image of its own; see NativeImage."""
+
+    origin_px: IntPair = (0, 0)
+    block_px: IntPair = (256, 256)
+    reduces: tuple[int, ...] = (1,)
+
+    def __init__(self, slide: OpenSlideSlide, level: int) -> None:
+        self._slide = slide
+        self._level = level
+        self.size_px = slide.pyramid.levels[level].size_px
+
+    def fetch(self, cells: Sequence[IntPair]) -> list[Any]:
+        """See NativeImage.fetch."""
+        return list(cells)
+
+    def decode(self, cell: IntPair, data: Any, reduce: int) -> RGBArray:
+        """See NativeImage.decode."""
+        (x, y), (width, height) = (cell[0] * self.block_px[0], cell[1] * self.block_px[1]), self.block_px
+        return self._slide.read_region(self._level, x, y, width, height)
 
 
 class _Handles:

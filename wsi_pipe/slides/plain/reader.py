@@ -41,12 +41,12 @@ def open_image(
     or damaged, UnsupportedSlideError when it is no image, or one whose colours or size are not handled.
     """
     given = user_mpp(mpp)
-    only_picture(str(path), scene, z)
     source = FileSource(path, ReadStats())
     try:
         head = source.read(0, min(16, source.size))
         if head.startswith(TIFF_MAGIC):
-            return open_image_tiff(source, given)
+            return open_image_tiff(source, given, scene, z)
+        only_picture(source.name, scene, z)
         kind, image = _plain(source, head)
         info = SlideInfo(
             path=source.name,

@@ -7,21 +7,29 @@ that threads share it. Sixteen-bit pictures are refused: what microscopes call w
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipe.errors import SlideOpenError, UnsupportedSlideError
+from wsi_pipe.errors import SlideOpenError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.base import WHITE, RGBArray, SlideInfo
 from wsi_pipe.slides.codecs.decode import CodecError
-from wsi_pipe.slides.metadata import ome_mpp, plausible_mpp, resolution_tags_mpp
-from wsi_pipe.slides.native import MAX_ANISOTROPY, NativeImage
+from wsi_pipe.slides.metadata import resolution_tags_mpp
+from wsi_pipe.slides.native import NativeImage
 from wsi_pipe.slides.plain.image import ImageSlide, WholeImage, check_whole, colours
 from wsi_pipe.slides.storage.source import FileSource, slide_fingerprint
+from wsi_pipe.slides.tiff.choose import Chosen, Frame
+from wsi_pipe.slides.tiff.ifd import Directory, read_directories
+from wsi_pipe.slides.tiff.levels import Candidate, with_levels
+from wsi_pipe.slides.tiff.likeness import bright_planes, is_alike
+from wsi_pipe.slides.tiff.meaning import meaning_of_tiff
+from wsi_pipe.slides.tiff.pages import stated_factor
+from wsi_pipe.slides.tiff.planes import ColourPlanes
+from wsi_pipe.slides.tiff.samples import check_samples, colour_samples
 
 __all__ = ["open_image_tiff"]
 
@@ -34,27 +42,33 @@ MAX_SEGMENT_BYTES = 1 << 24
 BLOCK_BYTES = 1 << 20
 """Strips are joined to blocks of about this size."""
 
-MAX_PAGES = 4096
+MAX_LOOK_PX = 1 << 26
+"""Pixels up to which an image that has to be unpacked whole is looked at when levels are told from other pictures."""
 
 _UNCOMPRESSED, _JPEG = 1, 7
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
-_COLOUR_NAMES = {4: "a transparency mask", 5: "CMYK", 8: "CIE L*a*b*", 9: "ICC L*a*b*", 32803: "a raw sensor image"}
 _IMAGEJ_UM = {"micron": 1.0, "um": 1.0, "µm": 1.0, "\\u00B5m": 1.0, "microns": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
 
 
-def open_image_tiff(source: FileSource, mpp: FloatPair | None) -> ImageSlide:
+def open_image_tiff(
+    source: FileSource, mpp: FloatPair | None, scene: int | None = None, z: int | None = None
+) -> ImageSlide:
     """Open a TIFF; ``source`` is closed with the slide. Raises as ``open_image`` does."""
     import tifffile
 
     try:
+        meaning = meaning_of_tiff(source, read_directories(source), scene, z)
+        chosen = meaning.chosen
+        if chosen is None:
+            raise UnsupportedSlideError(f"{source.name}: a {meaning.kind} slide is no plain TIFF")
         with tifffile.TiffFile(source.name) as tiff:
-            pages = _levels(source.name, tiff)
-            images: list[NativeImage] = [_image(source, page) for page in pages]
-            stated, mpp_source = _stated_mpp(tiff, pages[0])
-            vendor, words = ("ome", "OME-TIFF") if tiff.is_ome else ("generic-tiff", "TIFF")
-            compression = tifffile.COMPRESSION(pages[0].compression).name.replace("_", " ")
-            profile = pages[0].tags.get(34675)
-    except (UnsupportedSlideError, SlideOpenError):
+            images, notes = _images(source, tiff, chosen)
+            page = _page(tiff, chosen.main.first)
+            stated, mpp_source = _stated_mpp(tiff, page, chosen)
+            vendor, words = ("ome", "OME-TIFF") if chosen.ome else ("generic-tiff", "TIFF")
+            compression = tifffile.COMPRESSION(page.compression).name.replace("_", " ")
+            profile = page.tags.get(34675)
+    except (UnsupportedSlideError, SlideOpenError, SlideReadError):
         raise
     except Exception as error:  # tifffile meets damaged files with errors of every kind
         raise SlideOpenError(
@@ -69,6 +83,7 @@ def open_image_tiff(source: FileSource, mpp: FloatPair | None) -> ImageSlide:
         fingerprint=slide_fingerprint([source], [image.size_px for image in images]),
         mpp_source="user" if mpp is not None else mpp_source,
         icc=bytes(profile.value) if profile is not None and isinstance(profile.value, bytes) else None,
+        notes=(*meaning.notes, *notes),
     )
     return ImageSlide(info, images, stated if mpp is None else mpp, source.close)
 
@@ -76,75 +91,64 @@ def open_image_tiff(source: FileSource, mpp: FloatPair | None) -> ImageSlide:
 def _form(image: NativeImage) -> str:
     if isinstance(image, WholeImage):
         return "one piece"
+    if isinstance(image, ColourPlanes):
+        return "separate planes"
     assert isinstance(image, SegmentImage)
     return "tiles" if image.is_tiled else "strips"
 
 
-def _levels(name: str, tiff: Any) -> list[Any]:
-    """The pages that are the levels, finest first.
+def _page(tiff: Any, directory: Directory) -> Any:
+    """tifffile's page of a directory; "3.1" is the second sub-image of the fourth."""
+    first, _, sub = directory.index.partition(".")
+    page = tiff.pages[int(first)]
+    return page.aspage().pages[int(sub)].aspage() if sub else page.aspage()
 
-    Level 0 is the largest page that is not marked as reduced. Its levels are its own sub-images, else those later pages
-    marked as reduced, else pages at a falling whole fraction of it; all of its shape and colours. Several pages of its
-    size are a stack, in which nothing says which one is meant.
-    """
-    pages = [page.aspage() for page in tiff.pages[:MAX_PAGES]]
-    full = [page for page in pages if not page.subfiletype & 1 and page.imagewidth and page.imagelength] or pages
-    if not full:
-        raise UnsupportedSlideError(f"{name}: the TIFF file holds no image")
-    main = max(full, key=lambda page: page.imagewidth * page.imagelength)
-    same = [page for page in full if (page.imagewidth, page.imagelength) == (main.imagewidth, main.imagelength)]
-    if len(same) > 1:
-        what = "channels, focal planes or times" if tiff.is_ome or tiff.is_imagej else "pages"
-        raise UnsupportedSlideError(
-            f"{name}: {len(same)} images of {main.imagewidth} x {main.imagelength} px ({what}), not one RGB picture",
-            remedy="export the one that is meant as RGB",
+
+def _images(source: FileSource, tiff: Any, chosen: Chosen) -> tuple[list[NativeImage], list[str]]:
+    """The levels, finest first, and what is said of images that are none."""
+
+    def load(frame: Frame, size_px: IntPair | None = None) -> NativeImage:
+        for directory in frame.directories:
+            check_samples(source.name, directory)
+        images = [_image(source, _page(tiff, directory)) for directory in frame.directories]
+        if size_px is not None and size_px != images[0].size_px:
+            raise UnsupportedSlideError(f"{source.name}: a padded level is not read without native tiles")
+        return images[0] if len(images) == 1 else ColourPlanes(source.name, images)
+
+    candidates = [
+        (
+            Candidate(
+                f"image {level.frame.first.index}", level.frame.size_px, (1, 1), level.marked,
+                stated=stated_factor(chosen.main.first, level.frame.first),
+            ),
+            partial(load, level.frame),
         )
-    if main.pages is not None:
-        others = [page.aspage() for page in main.pages]
-    else:
-        others = [page for page in pages if page is not main and page.subfiletype & 1]
-        others = others or [page for page in pages if page is not main and _is_whole_fraction(main, page)]
-    levels = [main]
-    for page in sorted(others, key=lambda page: -page.imagewidth):
-        finer = levels[-1]
-        if _is_level(main, page) and page.imagewidth < finer.imagewidth and page.imagelength <= finer.imagelength:
-            levels.append(page)
-    return levels
+        for level in chosen.candidates
+        if len(level.frame.directories) == len(chosen.main.directories)
+        and colour_samples(level.frame.first) == colour_samples(chosen.main.first)
+    ]  # fmt: skip
+    images, notes = with_levels(load(chosen.main), candidates, look=_look)
+    if chosen.may_be_colours:
+        notes.append(bright_planes(source.name, images[-1]))
+    return images, notes
 
 
-def _is_level(main: Any, page: Any) -> bool:
-    x, y = main.imagewidth / max(page.imagewidth, 1), main.imagelength / max(page.imagelength, 1)
-    slack = MAX_ANISOTROPY + 1 / max(page.imagewidth, 1) + 1 / max(page.imagelength, 1)
-    alike = ("photometric", "samplesperpixel", "bitspersample")
-    return abs(x - y) <= slack * max(x, y) and all(getattr(main, key) == getattr(page, key) for key in alike)
+def _look(finer: NativeImage, coarser: NativeImage, factor: FloatPair) -> bool:
+    if any(isinstance(i, WholeImage) and i.size_px[0] * i.size_px[1] > MAX_LOOK_PX for i in (finer, coarser)):
+        # It would be unpacked whole on opening: then sizes and marks have to do.
+        return True
+    return is_alike(finer, coarser, factor)
 
 
-def _is_whole_fraction(main: Any, page: Any) -> bool:
-    factor = round(main.imagewidth / max(page.imagewidth, 1))
-    sizes = ((main.imagewidth, page.imagewidth), (main.imagelength, page.imagelength))
-    return factor > 1 and all(part in (whole // factor, -(-whole // factor)) for whole, part in sizes)
-
-
-def _stated_mpp(tiff: Any, page: Any) -> tuple[FloatPair | None, str]:
-    if tiff.is_ome:
-        stated = ome_mpp(tiff.ome_metadata or "", (page.imagewidth, page.imagelength))
-        return stated, "none" if stated is None else "ome.PhysicalSize"
-    if tiff.is_svs:
-        value = re.search(r"\|\s*MPP\s*=\s*([0-9]*\.?[0-9]+)\s*(\||$)", page.description)
-        stated = None if value is None else plausible_mpp(float(value[1]), float(value[1]))
-        return stated, "none" if stated is None else "aperio.MPP"
-    x, y = (_rational(page.tags.get(code)) for code in (282, 283))
-    if x is None or y is None:
-        return None, "none"
+def _stated_mpp(tiff: Any, page: Any, chosen: Chosen) -> tuple[FloatPair | None, str]:
     if tiff.is_imagej:
+        x, y = (_rational(page.tags.get(code)) for code in (282, 283))
         # ImageJ writes pixels per its own unit, and no unit into the tag.
         um = _IMAGEJ_UM.get(str((tiff.imagej_metadata or {}).get("unit", "")))
-        stated = None if um is None else resolution_tags_mpp(x * 1e4 / um, y * 1e4 / um, 3)
-        return stated, "none" if stated is None else "imagej.unit"
-    unit_tag = page.tags.get(296)
-    unit = 2 if unit_tag is None else int(unit_tag.value)
-    stated = resolution_tags_mpp(x, y, unit)
-    return stated, "none" if stated is None else f"tiff.XResolution ({'cm' if unit == 3 else 'inch'})"
+        if x is not None and y is not None and um is not None:
+            stated = resolution_tags_mpp(x * 1e4 / um, y * 1e4 / um, 3)
+            return stated, "none" if stated is None else "imagej.unit"
+    return chosen.mpp, chosen.mpp_source
 
 
 def _rational(tag: Any) -> float | None:
@@ -158,7 +162,6 @@ def _rational(tag: Any) -> float | None:
 
 def _image(source: FileSource, page: Any) -> NativeImage:
     name = f"{source.name}: TIFF image {page.index}"
-    _check_colours(name, page)
     segment = SegmentImage(source, page)
     if segment.segment_bytes <= MAX_SEGMENT_BYTES:
         return segment
@@ -170,27 +173,6 @@ def _image(source: FileSource, page: Any) -> NativeImage:
         return segment.assemble(parts, (0, 0))
 
     return WholeImage(size_px, load)
-
-
-def _check_colours(name: str, page: Any) -> None:
-    photometric, bits = int(page.photometric), page.bitspersample
-    if page.dtype is None or page.dtype.kind != "u" or bits != 8:
-        kind = "unknown" if page.dtype is None else f"{bits}-bit {page.dtype.name}"
-        raise UnsupportedSlideError(
-            f"{name}: {kind} samples; only 8-bit ones are read, since how others map to a picture is not stated",
-            remedy="export it as 8-bit RGB with the contrast that is meant",
-        )
-    colour_samples = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _PALETTE: 1, _RGB: 3, _YCBCR: 3}.get(photometric)
-    if colour_samples is None:
-        kind = _COLOUR_NAMES.get(photometric, f"photometric {photometric}")
-        raise UnsupportedSlideError(f"{name}: {kind} is not grey or RGB", remedy="export it as RGB")
-    # One channel more is alpha, or of no stated meaning beside RGB; beside grey it is another stain.
-    extra = tuple(int(kind) for kind in page.extrasamples)
-    known = extra in ((), (1,), (2,)) or (extra == (0,) and colour_samples == 3)
-    if not known or page.samplesperpixel - len(extra) != colour_samples or page.imagedepth != 1:
-        raise UnsupportedSlideError(
-            f"{name}: {page.samplesperpixel} samples a pixel are not grey or RGB", remedy="export it as RGB"
-        )
 
 
 class SegmentImage:

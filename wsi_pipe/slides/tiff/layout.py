@@ -9,17 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from wsi_pipe.errors import UnsupportedSlideError
-from wsi_pipe.geometry import FloatPair
+from wsi_pipe.geometry import FloatPair, in_mpp_bounds
 from wsi_pipe.slides.native import ProbedImage
 from wsi_pipe.slides.tiff.ifd import Directory
 
 __all__ = ["TiffLayout", "icc_profile", "parse_xml", "positive", "resolution_mpp"]
 
 SUBFILE, DESCRIPTION, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, SOFTWARE = 254, 270, 282, 283, 296, 305
-XMP, ICC = 700, 34675
-
-PLAUSIBLE_MPP = (0.02, 20.0)
-"""Level 0 of a slide lies well inside; a default of 72 dots an inch (353 um/px) does not."""
+PAGE_NAME, XMP, ICC = 285, 700, 34675
 
 MAX_XML_CHARACTERS = 1 << 26
 MAX_ICC_BYTES = 1 << 24
@@ -30,7 +27,7 @@ class TiffLayout:
     """What a TIFF slide consists of.
 
     images: the levels, finest first. associated: images such as label and macro, by name. mpp: (x, y) um per level-0
-    pixel or None; mpp_source says where from. description: vendor and codec in words.
+    pixel or None; mpp_source says where from. description: vendor and codec in words. notes: see SlideInfo.
     """
 
     vendor: str
@@ -43,6 +40,7 @@ class TiffLayout:
     properties: Mapping[str, str] = field(default_factory=dict)
     associated: Mapping[str, Directory] = field(default_factory=dict)
     bounds_l0: tuple[int, int, int, int] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def resolution_mpp(directory: Directory) -> tuple[FloatPair | None, str]:
@@ -50,7 +48,8 @@ def resolution_mpp(directory: Directory) -> tuple[FloatPair | None, str]:
     unit, name = {2: (25400.0, "inch"), 3: (10000.0, "cm")}.get(directory.number(RESOLUTION_UNIT, 2), (0.0, "none"))
     x, y = directory.rational(X_RESOLUTION), directory.rational(Y_RESOLUTION)
     mpp = (unit / x, unit / y) if unit and x and y else (0.0, 0.0)
-    if not all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in mpp):
+    # Editors write 72 dots an inch (353 um/px) by themselves: that is no statement of a microscope.
+    if not in_mpp_bounds(*mpp):
         return None, "none"
     return mpp, f"tiff.XResolution ({name})"
 

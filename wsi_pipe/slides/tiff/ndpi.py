@@ -27,13 +27,15 @@ from wsi_pipe.slides.codecs.decode import (
     read_jpeg_head,
     with_frame_size,
 )
-from wsi_pipe.slides.native import to_rgb
+from wsi_pipe.slides.native import only_picture, to_rgb
 from wsi_pipe.slides.storage.source import Source
+from wsi_pipe.slides.tiff.choose import only_plane, pick_plane
 from wsi_pipe.slides.tiff.ifd import Directory
 from wsi_pipe.slides.tiff.image import COMPRESSION, HEIGHT, JPEG, STRIP_COUNTS, STRIP_OFFSETS, WIDTH
 from wsi_pipe.slides.tiff.layout import TiffLayout, icc_profile, resolution_mpp
+from wsi_pipe.slides.tiff.samples import check_samples
 
-__all__ = ["NdpiImage", "read_ndpi"]
+__all__ = ["NdpiImage", "ndpi_focus", "read_ndpi"]
 
 LENS, FOCUS, STARTS, STARTS_HIGH = 65421, 65424, 65426, 65432
 MAX_HEADER_BYTES = 1 << 16
@@ -197,22 +199,22 @@ def _without_marker(piece: bytes | memoryview) -> bytes | memoryview:
     return piece[:end] if end >= 0 else piece
 
 
-def read_ndpi(source: Source, directories: Sequence[Directory]) -> TiffLayout:
-    """The layout of an NDPI file: pages with a lens are levels (in focus plane 0), -1 is the macro image."""
-    first = directories[0]
-    levels, associated = [], {}
-    for directory in directories:
-        values = directory.array(LENS) if directory.count(LENS) == 1 else np.zeros(0)
-        lens = float(values[0]) if len(values) else 0.0
-        if lens == -1:
-            associated["macro"] = directory
-        elif lens > 0 and not _out_of_focus(directory):
-            levels.append(directory)
-    if not levels or levels[0] is not first:
+def read_ndpi(
+    source: Source, directories: Sequence[Directory], scene: int | None = None, z: int | None = None
+) -> TiffLayout:
+    """The layout of an NDPI file: pages with a lens are levels of the focal plane that is meant, -1 is the macro image.
+
+    Raises NotAPictureError for a plane that is not there, UnsupportedSlideError where the file is not understood.
+    """
+    focus, note = ndpi_focus(source.name, directories, scene, z)
+    levels = [d for d in directories if _lens(d) > 0 and _focus(d) == focus]
+    if not levels or levels[0].number(WIDTH) < max(d.number(WIDTH) for d in levels):
         raise UnsupportedSlideError(f"{source.name}: the first image of the NDPI file is not its finest level")
+    first = levels[0]
+    check_samples(source.name, first)
     images = [NdpiImage(source, d) for d in levels]
     mpp, mpp_source = resolution_mpp(first)
-    lens = float(first.array(LENS)[0])
+    lens = _lens(first)
     return TiffLayout(
         vendor="hamamatsu",
         description="Hamamatsu NDPI with JPEG restart intervals",
@@ -222,9 +224,29 @@ def read_ndpi(source: Source, directories: Sequence[Directory]) -> TiffLayout:
         objective_power=lens,
         icc=icc_profile(first),
         properties={"hamamatsu.SourceLens": f"{lens:g}"},
-        associated=associated,
+        associated=dict([("macro", d) for d in directories if _lens(d) == -1][-1:]),
+        notes=(note,) if note else (),
     )
 
 
-def _out_of_focus(directory: Directory) -> bool:
-    return directory.count(FOCUS) == 1 and float(directory.array(FOCUS)[0]) != 0
+def ndpi_focus(name: str, directories: Sequence[Directory], scene: int | None, z: int | None) -> tuple[float, str]:
+    """The offset of the focal plane that is meant, and the note on it where there are several.
+
+    Raises NotAPictureError for one that is not there.
+    """
+    only_picture(name, scene, None)
+    offsets = sorted({_focus(d) for d in directories if _lens(d) > 0})
+    if len(offsets) < 2:
+        only_plane(name, z)
+        return (offsets[0] if offsets else 0.0), ""
+    number, note = pick_plane(name, len(offsets), z)
+    return offsets[number], f"{note}; its focus offset is {offsets[number]:g}"
+
+
+def _lens(directory: Directory) -> float:
+    values = directory.array(LENS) if directory.count(LENS) == 1 else np.zeros(0)
+    return float(values[0]) if len(values) else 0.0
+
+
+def _focus(directory: Directory) -> float:
+    return float(directory.array(FOCUS)[0]) if directory.count(FOCUS) == 1 else 0.0

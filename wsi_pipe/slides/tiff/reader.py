@@ -13,7 +13,7 @@ from wsi_pipe.errors import SlideError, SlideOpenError, SlideReadError, Unsuppor
 from wsi_pipe.geometry import FloatPair
 from wsi_pipe.slides.base import ReadStats, RGBArray, SlideInfo
 from wsi_pipe.slides.codecs.decode import CodecError
-from wsi_pipe.slides.native import NativeSlide, build_pyramid, only_picture, read_whole, user_mpp
+from wsi_pipe.slides.native import NativeSlide, build_pyramid, read_whole, user_mpp
 from wsi_pipe.slides.storage.source import Source, open_source, slide_fingerprint
 from wsi_pipe.slides.tiff.ifd import read_directories
 from wsi_pipe.slides.tiff.image import TiffImage
@@ -41,6 +41,7 @@ class TiffSlide(NativeSlide):
             icc=layout.icc,
             bounds_l0=layout.bounds_l0,
             properties=layout.properties,
+            notes=layout.notes,
         )
         super().__init__(info, pyramid, layout.images, source.stats)
         self._source = source
@@ -70,14 +71,14 @@ def open_tiff(
 ) -> TiffSlide:
     """Open a tiled TIFF slide: a local file, or a URL that fsspec understands and whose server gives byte ranges.
 
-    mpp: micrometres per level-0 pixel, one value or (x, y), instead of what the file states. Raises SlideOpenError when
-    the file is not there or damaged, UnsupportedSlideError when it is no TIFF or its structure is not understood.
+    mpp: micrometres per level-0 pixel, one value or (x, y), instead of what the file states. scene, z: which scan and
+    which focal plane, from 0. Raises SlideOpenError when the file is not there or damaged, UnsupportedSlideError when
+    it is no TIFF or its structure is not understood, NotAPictureError when it is and holds no one 8-bit picture.
     """
     given = user_mpp(mpp)
-    only_picture(str(path), scene, z)
     source = open_source(path, ReadStats())
     try:
-        return TiffSlide(source, read_layout(source, read_directories(source)), given)
+        return TiffSlide(source, read_layout(source, read_directories(source), scene, z), given)
     except SlideReadError as error:
         source.close()
         raise SlideOpenError(error.message, remedy=error.remedy) from error

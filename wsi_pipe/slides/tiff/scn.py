@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from wsi_pipe.errors import UnsupportedSlideError
+from wsi_pipe.errors import NotAPictureError, UnsupportedSlideError
 from wsi_pipe.geometry import IntPair
 from wsi_pipe.slides.base import WHITE, RGBArray, paste
 from wsi_pipe.slides.storage.source import Source
+from wsi_pipe.slides.tiff.choose import only_plane, pick_plane, pick_scan
 from wsi_pipe.slides.tiff.ifd import Directory
 from wsi_pipe.slides.tiff.image import TiffImage
 from wsi_pipe.slides.tiff.layout import TiffLayout, icc_profile, parse_xml, positive, resolution_mpp
+from wsi_pipe.slides.tiff.samples import check_samples
 
-__all__ = ["SCN_NAMESPACE", "OffsetImage", "read_scn"]
+__all__ = ["SCN_NAMESPACE", "OffsetImage", "ScnScan", "choose_scan", "read_scn"]
 
 SCN_NAMESPACE = "http://www.leica-microsystems.com/scn/2010/10/01"
 
@@ -72,29 +74,82 @@ class OffsetImage:
 
 @dataclass(frozen=True)
 class _Picture:
-    """An image of the collection; sizes and offset in nm, dimensions as (ifd, width, height), largest first."""
+    """An image of the collection; sizes and offset in nm, dimensions as (ifd, width, height, depth), largest first."""
 
+    name: str
     size_nm: IntPair
     offset_nm: IntPair
-    dimensions: tuple[tuple[int, int, int], ...]
+    dimensions: tuple[tuple[int, int, int, int], ...]
     illumination: str
     objective: float | None
 
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The focal planes that are there, in order."""
+        return tuple(sorted({depth for *_, depth in self.dimensions}))
 
-def read_scn(source: Source, directories: Sequence[Directory], text: str) -> TiffLayout:
-    """The layout of an SCN file. Raises UnsupportedSlideError unless it has exactly one brightfield main image."""
-    collection = parse_xml(source.name, text).find(f"{{{SCN_NAMESPACE}}}collection")
+    def at_depth(self, depth: int) -> _Picture:
+        """The same with the dimensions of one focal plane."""
+        return replace(self, dimensions=tuple(d for d in self.dimensions if d[3] == depth))
+
+
+@dataclass(frozen=True)
+class ScnScan:
+    """What is to be read of an SCN file. main: the picture, in its focal plane. macro: directory, or None.
+    scans, planes: how many there are to choose from. notes: see SlideInfo."""
+
+    main: _Picture
+    macro: int | None
+    canvas_nm: IntPair
+    scans: int
+    planes: int
+    notes: tuple[str, ...]
+
+
+def choose_scan(source: Source, text: str, scene: int | None, z: int | None) -> ScnScan:
+    """The scan and focal plane that are meant. Raises NotAPictureError where several are there and none is named, where
+    it is not there, or where the file says that its light is no brightfield."""
+    name = source.name
+    collection = parse_xml(name, text).find(f"{{{SCN_NAMESPACE}}}collection")
     if collection is None:
-        raise UnsupportedSlideError(f"{source.name}: the Leica description has no collection")
+        raise UnsupportedSlideError(f"{name}: the Leica description has no collection")
     canvas = (_whole(source, collection, "sizeX"), _whole(source, collection, "sizeY"))
     pictures = [_picture(source, e) for e in collection.findall(f"{{{SCN_NAMESPACE}}}image")]
-    macros = [p for p in pictures if p.offset_nm == (0, 0) and p.size_nm == canvas]
-    mains = [p for p in pictures if p not in macros and p.illumination == "brightfield"]
-    if len(mains) != 1:
-        raise UnsupportedSlideError(f"{source.name}: {len(mains)} brightfield main images, exactly one is read")
-    main = mains[0]
+    macros = [p for p in pictures if p.offset_nm == (0, 0) and p.size_nm == canvas and len(pictures) > 1]
+    others = [p for p in pictures if p not in macros]
+    if not others:
+        raise UnsupportedSlideError(f"{name}: the Leica description has no main image")
+    mains = [p for p in others if p.illumination == "brightfield"]
+    if not mains:
+        lights = ", ".join(dict.fromkeys(p.illumination or "no stated light" for p in others))
+        raise NotAPictureError(
+            f"{name}: 0 brightfield main images, its pictures are taken by {lights}", remedy="give a brightfield slide"
+        )
+    described = [
+        f"{p.dimensions[0][1]} x {p.dimensions[0][2]} px at {p.size_nm[0] / p.dimensions[0][1] / 1000:.4g} um/px"
+        + (f" ({p.name})" if p.name else "")
+        for p in mains
+    ]
+    main = mains[pick_scan(name, described, scene, what="brightfield main images")]
+    notes: tuple[str, ...] = ()
+    if len(main.depths) > 1:
+        number, note = pick_plane(name, len(main.depths), z)
+        main, notes = main.at_depth(main.depths[number]), (note,)
+    else:
+        only_plane(name, z)
+        main = main.at_depth(main.depths[0])
+    return ScnScan(main, macros[0].dimensions[0][0] if macros else None, canvas, len(mains), len(main.depths), notes)
+
+
+def read_scn(
+    source: Source, directories: Sequence[Directory], text: str, scene: int | None = None, z: int | None = None
+) -> TiffLayout:
+    """The layout of an SCN file. Raises as ``choose_scan``, UnsupportedSlideError where it is not understood."""
+    scan = choose_scan(source, text, scene, z)
+    main, canvas = scan.main, scan.canvas_nm
+    check_samples(source.name, _directory(source, directories, main.dimensions[0][0]))
     images: list[OffsetImage] = []
-    for ifd, width, height in main.dimensions:
+    for ifd, width, height, _ in main.dimensions:
         image = TiffImage(source, _directory(source, directories, ifd))
         if image.size_px != (width, height):
             raise UnsupportedSlideError(f"{source.name}: image {ifd} is not the {width} x {height} px described")
@@ -117,8 +172,9 @@ def read_scn(source: Source, directories: Sequence[Directory], text: str) -> Tif
         mpp_source=mpp_source,
         objective_power=main.objective,
         icc=icc_profile(first),
-        associated={"macro": _directory(source, directories, macros[0].dimensions[0][0])} if macros else {},
+        associated={} if scan.macro is None else {"macro": _directory(source, directories, scan.macro)},
         bounds_l0=(*images[0].offset_px, *images[0].image.size_px),
+        notes=scan.notes,
     )
 
 
@@ -128,13 +184,13 @@ def _picture(source: Source, element: Element) -> _Picture:
     if view is None or pixels is None:
         raise UnsupportedSlideError(f"{source.name}: the Leica description has an image without size")
     dimensions = [
-        (_whole(source, d, "ifd"), _whole(source, d, "sizeX"), _whole(source, d, "sizeY"))
+        (_whole(source, d, "ifd"), _whole(source, d, "sizeX"), _whole(source, d, "sizeY"), _whole(source, d, "z", "0"))
         for d in pixels.findall(f"{{{SCN_NAMESPACE}}}dimension")
-        if d.get("z", "0") == "0"
     ]
-    if not dimensions or any(width < 1 or height < 1 for _, width, height in dimensions):
+    if not dimensions or any(width < 1 or height < 1 for _, width, height, _ in dimensions):
         raise UnsupportedSlideError(f"{source.name}: the Leica description has an image without dimensions")
     return _Picture(
+        element.get("name", ""),
         (_whole(source, view, "sizeX"), _whole(source, view, "sizeY")),
         (_whole(source, view, "offsetX"), _whole(source, view, "offsetY")),
         tuple(sorted(dimensions, key=lambda d: -d[1])),
@@ -147,8 +203,8 @@ def _first_text(element: Element, name: str) -> str:
     return next(((e.text or "").strip() for e in element.iter(f"{{{SCN_NAMESPACE}}}{name}")), "")
 
 
-def _whole(source: Source, element: Element, name: str) -> int:
-    text = element.get(name, "").strip()
+def _whole(source: Source, element: Element, name: str, default: str = "") -> int:
+    text = element.get(name, default).strip()
     if not (text.isascii() and text.isdigit() and len(text) < 16):
         raise UnsupportedSlideError(
             f"{source.name}: the Leica description states no {name}, or none that is understood"

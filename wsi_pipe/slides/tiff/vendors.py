@@ -5,74 +5,72 @@ Structure and names follow what the vendors' files and OpenSlide's documentation
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from functools import partial
 from xml.etree.ElementTree import Element
 
 from wsi_pipe.errors import UnsupportedSlideError
-from wsi_pipe.geometry import FloatPair
+from wsi_pipe.geometry import FloatPair, IntPair
+from wsi_pipe.slides.native import ProbedImage, only_picture
 from wsi_pipe.slides.storage.source import Source
+from wsi_pipe.slides.tiff.choose import Chosen, Frame, LevelPages, choose
 from wsi_pipe.slides.tiff.gaps import fill_gaps
-from wsi_pipe.slides.tiff.ifd import SUB_IFDS, Directory, read_directory
-from wsi_pipe.slides.tiff.image import TILE_WIDTH, TiffImage
-from wsi_pipe.slides.tiff.layout import (
-    DESCRIPTION,
-    SOFTWARE,
-    SUBFILE,
-    XMP,
-    TiffLayout,
-    icc_profile,
-    parse_xml,
-    positive,
-    resolution_mpp,
-)
+from wsi_pipe.slides.tiff.ifd import Directory
+from wsi_pipe.slides.tiff.image import HEIGHT, TILE_HEIGHT, TILE_WIDTH, WIDTH, TiffImage
+from wsi_pipe.slides.tiff.layout import DESCRIPTION, TiffLayout, icc_profile, parse_xml, positive
+from wsi_pipe.slides.tiff.levels import Candidate, with_levels
+from wsi_pipe.slides.tiff.likeness import bright_planes
+from wsi_pipe.slides.tiff.meaning import kind_of
 from wsi_pipe.slides.tiff.ndpi import read_ndpi
-from wsi_pipe.slides.tiff.scn import SCN_NAMESPACE, read_scn
+from wsi_pipe.slides.tiff.pages import stated_factor
+from wsi_pipe.slides.tiff.planes import ColourPlanes
+from wsi_pipe.slides.tiff.samples import check_samples, colour_samples
+from wsi_pipe.slides.tiff.scn import read_scn
 
 __all__ = ["read_layout"]
 
-MAX_SUB_IFDS = 64
-OME_NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/"
-_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4, "pm": 1e-6}
 
+def read_layout(
+    source: Source, directories: Sequence[Directory], scene: int | None = None, z: int | None = None
+) -> TiffLayout:
+    """Recognise the vendor and gather the levels of the scan and focal plane that are asked for.
 
-def read_layout(source: Source, directories: Sequence[Directory]) -> TiffLayout:
-    """Recognise the vendor and gather the levels. Raises UnsupportedSlideError with the reason where that fails."""
-    first = directories[0]
-    text, software = first.text(DESCRIPTION), first.text(SOFTWARE)
-    if first.is_ndpi:
-        return read_ndpi(source, directories)
-    if text.startswith("Aperio"):
-        return _aperio(source, directories, text)
-    if software.startswith("Philips") and "DPUfsImport" in text[:4096]:
+    Raises UnsupportedSlideError with the reason where that fails, NotAPictureError where the reason is what it means.
+    """
+    text, kind = directories[0].text(DESCRIPTION), kind_of(list(directories))
+    if kind == "hamamatsu":
+        return read_ndpi(source, directories, scene, z)
+    if kind == "aperio":
+        return _aperio(source, directories, text, scene, z)
+    if kind == "philips":
+        only_picture(source.name, scene, z)
         return _philips(source, directories, text)
-    if OME_NAMESPACE in text[:4096]:
-        return _ome(source, first, text)
-    if SCN_NAMESPACE in text[:4096]:
-        return read_scn(source, directories, text)
-    _refuse_overlaps(source, directories, software)
-    return _generic(source, directories)
+    if kind == "leica":
+        return read_scn(source, directories, text, scene, z)
+    if kind in ("trestle", "ventana"):
+        raise UnsupportedSlideError(f"{source.name}: {kind.title()} slides have overlapping tiles")
+    return _plain(source, choose(source, directories, scene, z))
 
 
-def _refuse_overlaps(source: Source, directories: Sequence[Directory], software: str) -> None:
-    """Scanners whose tiles overlap, or lie at offsets that no TIFF tag states."""
-    if software.startswith("MedScan"):
-        raise UnsupportedSlideError(f"{source.name}: Trestle slides have overlapping tiles")
-    if any(b"iScan" in d.raw(XMP)[: 1 << 20] for d in directories if d.count(XMP)):
-        raise UnsupportedSlideError(f"{source.name}: Ventana slides have overlapping tiles")
-
-
-def _aperio(source: Source, directories: Sequence[Directory], text: str) -> TiffLayout:
+def _aperio(
+    source: Source, directories: Sequence[Directory], text: str, scene: int | None, z: int | None
+) -> TiffLayout:
     tiled = [d for d in directories if TILE_WIDTH in d]
     if not tiled:
         raise UnsupportedSlideError(f"{source.name}: the Aperio slide has no tiled image")
-    stored = [TiffImage(source, d) for d in tiled]
+    chosen = choose(source, tiled, scene, z, all_levels=True)
+    main = TiffImage(source, chosen.main.first)
+    # Aperio marks associated images and names them: what is tiled and bears no name is a level.
+    candidates = [
+        (_candidate(chosen, level, certain=True), partial(_sized, source, level.frame.first))
+        for level in chosen.candidates
+    ]
+    stored, notes = with_levels(main, candidates)
     images, left_out = fill_gaps(stored)
     note = "".join(f"; a level of {w} x {h} px with empty tiles is left out" for w, h in left_out)
     pairs = (part.split("=", 1) for part in text.split("|")[1:] if "=" in part)
     properties = {key.strip(): value.strip() for key, value in pairs}
-    mpp = positive(properties.get("MPP"))
-    associated = {}
+    associated = dict(chosen.associated)
     for i, directory in enumerate(directories):
         if TILE_WIDTH not in directory:
             # The second line of a description begins with the image's name; the second image is the thumbnail.
@@ -81,32 +79,67 @@ def _aperio(source: Source, directories: Sequence[Directory], text: str) -> Tiff
             associated["thumbnail" if i == 1 else words[0] if words else f"image {i}"] = directory
     return TiffLayout(
         vendor="aperio",
-        description=f"Aperio SVS with {stored[0].codec} tiles{note}",
+        description=f"Aperio SVS with {main.codec} tiles{note}",
         images=images,
-        mpp=None if mpp is None else (mpp, mpp),
-        mpp_source="none" if mpp is None else "aperio.MPP",
+        mpp=chosen.mpp,
+        mpp_source=chosen.mpp_source,
         objective_power=positive(properties.get("AppMag")),
-        icc=icc_profile(directories[0]),
+        icc=icc_profile(chosen.main.first),
         properties={f"aperio.{key}": value for key, value in properties.items()},
         associated=associated,
+        notes=(*chosen.notes, *notes),
     )
 
 
-def _generic(source: Source, directories: Sequence[Directory]) -> TiffLayout:
-    first = directories[0]
-    if TILE_WIDTH not in first:
-        raise UnsupportedSlideError(f"{source.name}: the first image of the TIFF file is not tiled")
-    reduced = [d for d in directories[1:] if TILE_WIDTH in d and d.number(SUBFILE, 0) & 1]
-    images = [TiffImage(source, first), *(TiffImage(source, d) for d in reduced)]
-    images[1:] = sorted(images[1:], key=lambda image: -image.size_px[0])
-    mpp, mpp_source = resolution_mpp(first)
+def _candidate(chosen: Chosen, level: LevelPages, *, certain: bool = False) -> Candidate:
+    directory = level.frame.first
+    return Candidate(
+        name=f"image {directory.index}",
+        stored_px=level.frame.size_px,
+        tile_px=(directory.number(TILE_WIDTH, 1), directory.number(TILE_HEIGHT, 1)),
+        marked=level.marked or certain,
+        certain=certain,
+        stated=stated_factor(chosen.main.first, directory),
+    )
+
+
+def _plain(source: Source, chosen: Chosen) -> TiffLayout:
+    """OME-TIFF, and tiled TIFFs of no vendor: the largest picture, and what is like it."""
+    name = source.name
+    if not chosen.main.tiled:
+        what = "the OME image" if chosen.ome else "the largest image of the TIFF file"
+        raise UnsupportedSlideError(f"{name}: {what} is not tiled")
+
+    def load(frame: Frame, size_px: IntPair | None = None) -> ProbedImage:
+        images = [TiffImage(source, directory, size_px=size_px) for directory in frame.directories]
+        image: ProbedImage = images[0] if len(images) == 1 else ColourPlanes(name, images)
+        image.probe()
+        return image
+
+    main = load(chosen.main)
+    candidates = [
+        (_candidate(chosen, level), partial(load, level.frame))
+        for level in chosen.candidates
+        if len(level.frame.directories) == len(chosen.main.directories)
+        and (level.frame.tiled or level.marked)
+        and colour_samples(level.frame.first) == colour_samples(chosen.main.first)
+    ]
+    images, notes = with_levels(main, candidates)
+    if chosen.may_be_colours:
+        notes.append(bright_planes(name, images[-1]))
+    codec = getattr(main, "codec", "stored")
+    separate = len(chosen.main.directories) > 1 or getattr(main, "planar", False)
     return TiffLayout(
-        vendor="generic-tiff",
-        description=f"tiled TIFF with {images[0].codec} tiles",
+        vendor="ome" if chosen.ome else "generic-tiff",
+        description=f"{'OME-TIFF' if chosen.ome else 'tiled TIFF'} with {codec} tiles"
+        + (" in separate planes" if separate else ""),
         images=images,
-        mpp=mpp,
-        mpp_source=mpp_source,
-        icc=icc_profile(first),
+        mpp=chosen.mpp,
+        mpp_source=chosen.mpp_source,
+        objective_power=chosen.objective,
+        icc=icc_profile(chosen.main.first),
+        associated=chosen.associated,
+        notes=(*chosen.notes, *notes),
     )
 
 
@@ -126,13 +159,17 @@ def _philips(source: Source, directories: Sequence[Directory], text: str) -> Tif
         raise UnsupportedSlideError(
             f"{source.name}: the Philips description states {len(spacings)} pixel spacings for {len(levels)} levels"
         )
-    images = [TiffImage(source, levels[0])]
-    width, height = images[0].size_px
     known = [s for s in spacings if s is not None]
+    check_samples(source.name, levels[0])
+    candidates = []
     for directory, (x, y) in zip(levels[1:], known[1:], strict=True):
         # The tags of a lower level count the padding up to whole tiles: its true size follows from the spacing.
-        downsample = max(round((x / known[0][0] + y / known[0][1]) / 2), 1)
-        images.append(TiffImage(source, directory, size_px=(width // downsample, height // downsample)))
+        size = (directory.number(WIDTH), directory.number(HEIGHT))
+        tile = (directory.number(TILE_WIDTH), directory.number(TILE_HEIGHT))
+        stated = (x / known[0][0], y / known[0][1])
+        candidate = Candidate(f"image {directory.index}", size, tile, marked=True, certain=True, stated=stated)
+        candidates.append((candidate, partial(_sized, source, directory)))
+    images, notes = with_levels(TiffImage(source, levels[0]), candidates)
     mpp = _philips_spacing(_philips_text(scan, "DICOM_PIXEL_SPACING")) or known[0]
     return TiffLayout(
         vendor="philips",
@@ -142,7 +179,12 @@ def _philips(source: Source, directories: Sequence[Directory], text: str) -> Tif
         mpp_source="philips.DICOM_PIXEL_SPACING",
         icc=icc_profile(levels[0]),
         associated={kind: d for d, kind in zip(directories, kinds, strict=True) if kind is not None},
+        notes=tuple(notes),
     )
+
+
+def _sized(source: Source, directory: Directory, size_px: IntPair) -> TiffImage:
+    return TiffImage(source, directory, size_px=size_px)
 
 
 def _philips_attribute(item: Element, name: str) -> Element | None:
@@ -164,59 +206,3 @@ def _philips_spacing(text: str) -> FloatPair | None:
     if len(parts) != 2 or parts[0] is None or parts[1] is None:
         return None
     return (parts[1] * 1000, parts[0] * 1000)
-
-
-def _ome(source: Source, first: Directory, text: str) -> TiffLayout:
-    root = parse_xml(source.name, text)
-    image = next((e for e in root if _local(e) == "Image"), None)
-    pixels = None if image is None else next((e for e in image if _local(e) == "Pixels"), None)
-    if image is None or pixels is None:
-        raise UnsupportedSlideError(f"{source.name}: the OME description has no image")
-    _check_ome(source, pixels)
-    main = TiffImage(source, first)
-    stated = (pixels.get("SizeX"), pixels.get("SizeY"))
-    if stated != (str(main.size_px[0]), str(main.size_px[1])) or main.samples != 3:
-        raise UnsupportedSlideError(
-            f"{source.name}: the OME description states {stated[0]} x {stated[1]} px, the first image of the file has "
-            f"{main.size_px[0]} x {main.size_px[1]} with {main.samples} samples"
-        )
-    offsets = first.numbers(SUB_IFDS)
-    if len(offsets) > MAX_SUB_IFDS:
-        raise UnsupportedSlideError(f"{source.name}: the image has {len(offsets)} sub-images")
-    subs = [read_directory(source, first, offset, f"0.{i}") for i, offset in enumerate(offsets)]
-    images = [main, *(TiffImage(source, d) for d in subs if TILE_WIDTH in d)]
-    x, y = _ome_length(pixels, "PhysicalSizeX"), _ome_length(pixels, "PhysicalSizeY")
-    objective = next((e for e in root.iter() if _local(e) == "Objective"), None)
-    return TiffLayout(
-        vendor="ome",
-        description=f"OME-TIFF with {main.codec} tiles" + (" in separate planes" if main.planar else ""),
-        images=images,
-        mpp=None if x is None or y is None else (x, y),
-        mpp_source="none" if x is None or y is None else "ome.PhysicalSize",
-        objective_power=None if objective is None else positive(objective.get("NominalMagnification")),
-        icc=icc_profile(first),
-    )
-
-
-def _check_ome(source: Source, pixels: Element) -> None:
-    axes = {name: pixels.get(name, "1") for name in ("SizeC", "SizeZ", "SizeT")}
-    if axes != {"SizeC": "3", "SizeZ": "1", "SizeT": "1"}:
-        stated = ", ".join(f"{name} {value}" for name, value in axes.items())
-        raise UnsupportedSlideError(f"{source.name}: the OME image is not one RGB picture ({stated})")
-    if pixels.get("Type", pixels.get("PixelType", "uint8")) != "uint8":
-        raise UnsupportedSlideError(f"{source.name}: only 8-bit OME images are read, not {pixels.get('Type')}")
-    blocks = [e for e in pixels if _local(e) == "TiffData"]
-    if any(b.get("IFD", "0") != "0" for b in blocks[:1]):
-        raise UnsupportedSlideError(f"{source.name}: the OME image does not begin with the file's first image")
-    files = {u.get("FileName") for b in blocks for u in b if _local(u) == "UUID"}
-    if len(files) > 1:
-        raise UnsupportedSlideError(f"{source.name}: the OME image is spread over {len(files)} files")
-
-
-def _local(element: Element) -> str:
-    return re.sub(r"^\{.*\}", "", element.tag)
-
-
-def _ome_length(pixels: Element, name: str) -> float | None:
-    value, unit = positive(pixels.get(name)), _UM.get(pixels.get(f"{name}Unit", "µm"))
-    return None if value is None or unit is None else value * unit
