@@ -48,11 +48,12 @@ GEOJSON_KEY = "wsi_pipe"
 
 
 class StageClock:
-    """Wall seconds by stage of one slide, the stage it is in, and whether its mask was valid already."""
+    """Wall seconds by stage of one slide, the stage it is in, whether its mask was valid already, and notes on it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.cached: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()
         self.stage: Stage = "open"
 
     @contextmanager
@@ -110,6 +111,7 @@ def prepare(
     segment_settings, tile_settings = settings_of(entry, settings.segment, settings.tile)
     with clock("open"):
         slide = open_entry(entry, settings.reader, settings.cache)
+        clock.notes = slide.info.notes
     try:
         with clock("segment"):
             mask, segment_fingerprint, segment_cached = _segment(entry, slide, segment_settings, settings, paths)

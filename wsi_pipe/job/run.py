@@ -266,6 +266,7 @@ class _Run:
                 cached=cached if cached is not None else prepared.cached if prepared else work.clock.cached,
                 costs={item.place: work.costs.get(item.place, {}) for item in work.wanted},
                 finished_utc=utc_now(),
+                notes=work.clock.notes,
             )
         )
 
@@ -284,6 +285,7 @@ class _Run:
                 error=kind,
                 seconds=work.clock.seconds,
                 finished_utc=utc_now(),
+                notes=work.clock.notes,
             )
         )
 

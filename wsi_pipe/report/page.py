@@ -110,7 +110,7 @@ def report_data(
     """What the page shows, JSON-able: ``summary`` (see ``summarise``), ``slides`` by column, ``stages``, ``settings``.
 
     ``slides`` holds lists of equal length: id, status, path, tiles (a list by level), tissue_mm2, seconds, stage,
-    reason, remedy, flags, pictures (bit 1: contours, bit 2: grids, are in the folder).
+    reason, remedy, flags, notes, pictures (bit 1: contours, bit 2: grids, are in the folder).
     """
     labels = labels_of(outcomes)
     flags = outlier_flags(outcomes, labels[-1] if labels else None)
@@ -128,6 +128,7 @@ def report_data(
         "reason": [o.reason for o in outcomes],
         "remedy": [o.remedy for o in outcomes],
         "flags": flags,
+        "notes": [list(o.notes) for o in outcomes],
         "pictures": [
             sum(1 << bit for bit, (_, end) in enumerate(KINDS) if o.slide_id + end in there) for o in outcomes
         ],

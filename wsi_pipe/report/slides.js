@@ -87,7 +87,8 @@ function card(i) {
     el("div", { class: "chips" }, chip(S.status[i]), S.flags[i].map(flag => chip("outlier", flag))),
     S.status[i] === "done" ? el("div", { class: "muted" }, tilesText(i)) : null,
     S.tissue_mm2[i] ? el("div", { class: "muted" }, `${number(S.tissue_mm2[i])} mm² tissue · ${seconds(S.seconds[i])}`) : null,
-    S.status[i] !== "done" && S.reason[i] && source ? el("div", { class: "muted" }, S.reason[i]) : null));
+    S.status[i] !== "done" && S.reason[i] && source ? el("div", { class: "muted" }, S.reason[i]) : null,
+    S.notes[i].length ? el("div", { class: "muted" }, S.notes[i].join("; ")) : null));
 }
 function drawSlides() {
   const size = list.view === "pictures" ? list.size : 50, pages = Math.max(Math.ceil(list.shown.length / size), 1);
@@ -101,7 +102,7 @@ function drawSlides() {
       el("td", { class: "id" }, picture(i, "tissue") ? el("a", { href: "#slides", onclick: event => { event.preventDefault(); openViewer(i); } }, S.id[i]) : S.id[i]),
       el("td", {}, chip(S.status[i])), S.tiles[i].map(n => el("td", { class: "num" }, grouped(n))),
       el("td", { class: "num" }, number(S.tissue_mm2[i])), el("td", { class: "num" }, number(S.seconds[i])),
-      el("td", {}, [...S.flags[i], S.reason[i]].filter(Boolean).join("; "))))))));
+      el("td", {}, [...S.flags[i], S.reason[i], ...S.notes[i]].filter(Boolean).join("; "))))))));
   fill("slides-pager", pages > 1 ? pagerParts(list.page, pages, list.shown.length, p => { list.page = p; drawSlides(); byId("slides").scrollIntoView(); }) : []);
   drawTools();
 }

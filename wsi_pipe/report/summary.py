@@ -181,6 +181,10 @@ def summary_table(outcomes: Iterable[SlideOutcome]) -> str:
     lines += [f"empty    {o.slide_id}: {o.reason}" for o in empty[:MAX_FAILURES_IN_TABLE]]
     if len(empty) > MAX_FAILURES_IN_TABLE:
         lines.append(f"         and {len(empty) - MAX_FAILURES_IN_TABLE:,} more without tissue")
+    noted = [(o.slide_id, note) for o in listed for note in o.notes]
+    lines += [f"note     {slide_id}: {note}" for slide_id, note in noted[:MAX_FAILURES_IN_TABLE]]
+    if len(noted) > MAX_FAILURES_IN_TABLE:
+        lines.append(f"         and {len(noted) - MAX_FAILURES_IN_TABLE:,} more notes: see report.csv")
     failed = [o for o in listed if o.status == "failed"]
     for outcome in failed[:MAX_FAILURES_IN_TABLE]:
         remedy = f"; {outcome.remedy}" if outcome.remedy else ""
@@ -200,12 +204,12 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def slides_csv(outcomes: Iterable[SlideOutcome]) -> str:
-    """CSV of all slides: slide_id, status, path, tissue_mm2, tiles_<label>, seconds_<stage>, outliers, reason."""
+    """CSV of slides: slide_id, status, path, tissue_mm2, tiles_<label>, seconds_<stage>, outliers, reason, notes."""
     listed = list(outcomes)
     labels = labels_of(listed)
     flags = outlier_flags(listed, labels[-1] if labels else None)
     header = ["slide_id", "status", "path", "tissue_mm2", *(f"tiles_{label}" for label in labels)]
-    header += [*(f"seconds_{stage}" for stage in STAGE_TIMES), "outliers", "reason"]
+    header += [*(f"seconds_{stage}" for stage in STAGE_TIMES), "outliers", "reason", "notes"]
     rows = [
         [
             o.slide_id,
@@ -216,6 +220,7 @@ def slides_csv(outcomes: Iterable[SlideOutcome]) -> str:
             *(_optional(o.seconds, stage, 4) for stage in STAGE_TIMES),
             "; ".join(flag),
             o.reason or "",
+            "; ".join(o.notes),
         ]
         for o, flag in zip(listed, flags, strict=True)
     ]

@@ -26,9 +26,10 @@ from wsi_pipe.slides.metadata import plausible_mpp
 from wsi_pipe.slides.native import only_picture, user_mpp
 from wsi_pipe.slides.parts import slide_files
 from wsi_pipe.slides.storage.source import FileSource, slide_fingerprint
-from wsi_pipe.slides.tiff.choose import Chosen
+from wsi_pipe.slides.tiff.levels import Placed, place
 from wsi_pipe.slides.tiff.likeness import is_alike
 from wsi_pipe.slides.tiff.meaning import Meaning, meaning_of_file
+from wsi_pipe.slides.tiff.picture import Chosen
 
 __all__ = ["OpenSlideSlide", "flatten", "open_openslide"]
 
@@ -126,13 +127,19 @@ class OpenSlideSlide(BaseSlide):
                 f"{self._path}: OpenSlide takes an image of {sizes[0][0]} x {sizes[0][1]} px for the slide, not the "
                 f"largest, of {chosen.main.size_px[0]} x {chosen.main.size_px[1]} px"
             )
-        known = {level.frame.size_px for level in chosen.candidates}
+        known = {level.frame.size_px: level for level in chosen.candidates}
+        if any(level.candidate.scan and size not in sizes for size, level in known.items()):
+            raise UnsupportedSlideError(f"{self._path}: OpenSlide does not tell scans from levels without a mark")
         images = [_LevelImage(self, level) for level in range(len(sizes))]
         aperio = self.info.vendor == "aperio"
         for finer, coarser in itertools.pairwise(images):
             width, height = coarser.size_px
             factor = (finer.size_px[0] / width, finer.size_px[1] / height)
-            if coarser.size_px not in known or not (aperio or is_alike(finer, coarser, factor)):
+            level = known.get(coarser.size_px)
+            placed = level and place(sizes[0], level.candidate)
+            # OpenSlide knows of no padding.
+            fits = isinstance(placed, Placed) and placed.size_px == coarser.size_px
+            if not fits or not (aperio or is_alike(finer, coarser, factor)):
                 raise UnsupportedSlideError(
                     f"{self._path}: OpenSlide takes an image of {width} x {height} px for a level, which is none"
                 )

@@ -15,7 +15,7 @@ from wsi_pipe.slides.base import RGBArray, SlideInfo
 from wsi_pipe.slides.codecs.decode import CodecError
 from wsi_pipe.slides.native import NativeImage, NativeSlide, build_pyramid
 
-__all__ = ["BLOCK_PX", "MAX_WHOLE_BYTES", "ImageSlide", "WholeImage", "check_whole", "colours"]
+__all__ = ["BLOCK_PX", "MAX_WHOLE_BYTES", "ImageSlide", "Unpadded", "WholeImage", "check_whole", "colours"]
 
 BLOCK_PX = (1024, 1024)
 
@@ -77,6 +77,23 @@ class WholeImage:
                     raise CodecError(f"the image is of another size than stated: {self._pixels.shape}")
         x, y = cell[0] * self.block_px[0], cell[1] * self.block_px[1]
         return colours(self._pixels[y : y + self.block_px[1], x : x + self.block_px[0]])
+
+
+class Unpadded:
+    """An image without what it is padded with on the right and below; see NativeImage."""
+
+    def __init__(self, image: NativeImage, size_px: IntPair) -> None:
+        self.image = image
+        self.size_px = size_px
+        self.block_px, self.origin_px, self.reduces = image.block_px, image.origin_px, image.reduces
+
+    def fetch(self, cells: Sequence[IntPair]) -> list[Any]:
+        """See NativeImage.fetch."""
+        return self.image.fetch(cells)
+
+    def decode(self, cell: IntPair, data: Any, reduce: int) -> RGBArray:
+        """See NativeImage.decode."""
+        return self.image.decode(cell, data, reduce)
 
 
 def check_whole(name: str, size_px: IntPair, channels: int) -> None:

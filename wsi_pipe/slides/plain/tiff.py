@@ -20,14 +20,13 @@ from wsi_pipe.slides.base import WHITE, RGBArray, SlideInfo
 from wsi_pipe.slides.codecs.decode import CodecError
 from wsi_pipe.slides.metadata import resolution_tags_mpp
 from wsi_pipe.slides.native import NativeImage
-from wsi_pipe.slides.plain.image import ImageSlide, WholeImage, check_whole, colours
+from wsi_pipe.slides.plain.image import ImageSlide, Unpadded, WholeImage, check_whole, colours
 from wsi_pipe.slides.storage.source import FileSource, slide_fingerprint
-from wsi_pipe.slides.tiff.choose import Chosen, Frame
 from wsi_pipe.slides.tiff.ifd import Directory, read_directories
-from wsi_pipe.slides.tiff.levels import Candidate, with_levels
+from wsi_pipe.slides.tiff.levels import with_levels
 from wsi_pipe.slides.tiff.likeness import bright_planes, is_alike
 from wsi_pipe.slides.tiff.meaning import meaning_of_tiff
-from wsi_pipe.slides.tiff.pages import stated_factor
+from wsi_pipe.slides.tiff.picture import Chosen, Frame
 from wsi_pipe.slides.tiff.planes import ColourPlanes
 from wsi_pipe.slides.tiff.samples import check_samples, colour_samples
 
@@ -56,11 +55,11 @@ def open_image_tiff(
     """Open a TIFF; ``source`` is closed with the slide. Raises as ``open_image`` does."""
     import tifffile
 
+    meaning = meaning_of_tiff(source, read_directories(source), scene, z)
+    chosen = meaning.chosen
+    if chosen is None:
+        raise UnsupportedSlideError(f"{source.name}: a {meaning.kind} slide is no plain TIFF")
     try:
-        meaning = meaning_of_tiff(source, read_directories(source), scene, z)
-        chosen = meaning.chosen
-        if chosen is None:
-            raise UnsupportedSlideError(f"{source.name}: a {meaning.kind} slide is no plain TIFF")
         with tifffile.TiffFile(source.name) as tiff:
             images, notes = _images(source, tiff, chosen)
             page = _page(tiff, chosen.main.first)
@@ -91,6 +90,8 @@ def open_image_tiff(
 def _form(image: NativeImage) -> str:
     if isinstance(image, WholeImage):
         return "one piece"
+    if isinstance(image, Unpadded):
+        return _form(image.image)
     if isinstance(image, ColourPlanes):
         return "separate planes"
     assert isinstance(image, SegmentImage)
@@ -111,23 +112,16 @@ def _images(source: FileSource, tiff: Any, chosen: Chosen) -> tuple[list[NativeI
         for directory in frame.directories:
             check_samples(source.name, directory)
         images = [_image(source, _page(tiff, directory)) for directory in frame.directories]
-        if size_px is not None and size_px != images[0].size_px:
-            raise UnsupportedSlideError(f"{source.name}: a padded level is not read without native tiles")
-        return images[0] if len(images) == 1 else ColourPlanes(source.name, images)
+        image: NativeImage = images[0] if len(images) == 1 else ColourPlanes(source.name, images)
+        return image if size_px in (None, image.size_px) else Unpadded(image, size_px)
 
     candidates = [
-        (
-            Candidate(
-                f"image {level.frame.first.index}", level.frame.size_px, (1, 1), level.marked,
-                stated=stated_factor(chosen.main.first, level.frame.first),
-            ),
-            partial(load, level.frame),
-        )
+        (level.candidate, partial(load, level.frame))
         for level in chosen.candidates
         if len(level.frame.directories) == len(chosen.main.directories)
         and colour_samples(level.frame.first) == colour_samples(chosen.main.first)
-    ]  # fmt: skip
-    images, notes = with_levels(load(chosen.main), candidates, look=_look)
+    ]
+    images, notes = with_levels(source.name, load(chosen.main), candidates, look=_look)
     if chosen.may_be_colours:
         notes.append(bright_planes(source.name, images[-1]))
     return images, notes

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from wsi_pipe.errors import UnsupportedSlideError
+from wsi_pipe.errors import NotAPictureError, UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.codecs.decode import CodecError
 from wsi_pipe.slides.native import MAX_ANISOTROPY, NativeImage
@@ -32,7 +32,8 @@ T = TypeVar("T", bound=NativeImage)
 class Candidate:
     """An image that may be a level. name: for messages. stored_px: its size as stored; tile_px: of its tiles, up to
     which it may be padded. marked: the file says that it is a level. certain: so surely that its content need not be
-    looked at. stated: level-0 pixels per pixel as the file states it, (x, y), or None."""
+    looked at. stated: level-0 pixels per pixel as the file states it, (x, y), or None. scan: a scan of its own where it
+    shows another picture, and none was chosen."""
 
     name: str
     stored_px: IntPair
@@ -40,6 +41,7 @@ class Candidate:
     marked: bool
     certain: bool = False
     stated: FloatPair | None = None
+    scan: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def place(main_px: IntPair, candidate: Candidate) -> Placed | str:
 
 
 def with_levels(
+    name: str,
     main: T,
     candidates: Sequence[tuple[Candidate, Callable[[IntPair], T]]],
     *,
@@ -90,8 +93,9 @@ def with_levels(
 ) -> tuple[list[T], list[str]]:
     """The main image with its levels, finest first, and what is said of candidates that are none.
 
-    candidates: each with a function that gives its image at a size. Raises UnsupportedSlideError where a level is not
-    understood, SlideReadError or SlideOpenError where the file lacks it.
+    name: the file's, for messages. candidates: each with a function that gives its image at a size. Raises
+    NotAPictureError where one is a scan of its own, UnsupportedSlideError where a level is not understood,
+    SlideReadError or SlideOpenError where the file lacks it.
     """
     images, scales, notes = [main], [(1.0, 1.0)], []
     for candidate, load in sorted(candidates, key=lambda pair: -pair[0].stored_px[0] * pair[0].stored_px[1]):
@@ -116,6 +120,12 @@ def with_levels(
         except CodecError:
             # A damaged tile is no evidence; the mark is.
             alike = candidate.marked
+        if not alike and candidate.scan:
+            raise NotAPictureError(
+                f"{name}: holds 2 pictures, and which is meant is not stated (0: {main.size_px[0]} x "
+                f"{main.size_px[1]} px; 1: {width} x {height} px)",
+                remedy="choose one with --scene 0 or 1, or in the column scene of a slide list",
+            )
         if not alike:
             notes.append(f"{candidate.name} of {width} x {height} px is left out as a level: it shows another picture")
             continue

@@ -9,12 +9,13 @@ from typing import Literal
 from wsi_pipe.errors import NotAPictureError, SlideError, SlideOpenError, UnsupportedSlideError
 from wsi_pipe.slides.base import ReadStats
 from wsi_pipe.slides.storage.source import FileSource, Source
-from wsi_pipe.slides.tiff.choose import Chosen, choose
+from wsi_pipe.slides.tiff.choose import choose
 from wsi_pipe.slides.tiff.ifd import Directory, read_directories
 from wsi_pipe.slides.tiff.image import TILE_WIDTH
 from wsi_pipe.slides.tiff.layout import DESCRIPTION, SOFTWARE, XMP
 from wsi_pipe.slides.tiff.ndpi import ndpi_focus
 from wsi_pipe.slides.tiff.pages import pages_of
+from wsi_pipe.slides.tiff.picture import Chosen
 from wsi_pipe.slides.tiff.samples import check_samples
 from wsi_pipe.slides.tiff.scn import SCN_NAMESPACE, choose_scan
 

@@ -29,10 +29,10 @@ from wsi_pipe.slides.codecs.decode import (
 )
 from wsi_pipe.slides.native import only_picture, to_rgb
 from wsi_pipe.slides.storage.source import Source
-from wsi_pipe.slides.tiff.choose import only_plane, pick_plane
 from wsi_pipe.slides.tiff.ifd import Directory
 from wsi_pipe.slides.tiff.image import COMPRESSION, HEIGHT, JPEG, STRIP_COUNTS, STRIP_OFFSETS, WIDTH
 from wsi_pipe.slides.tiff.layout import TiffLayout, icc_profile, resolution_mpp
+from wsi_pipe.slides.tiff.picture import only_plane, pick_plane
 from wsi_pipe.slides.tiff.samples import check_samples
 
 __all__ = ["NdpiImage", "ndpi_focus", "read_ndpi"]

@@ -208,7 +208,7 @@ def _file_name(name: str) -> str:
 
 
 def _positions(order: str, axes: dict[str, int]) -> Iterator[tuple[int, int, int]]:
-    fast, middle, slow = order
+    fast, middle, slow = tuple(order)
     for c in range(axes[slow]):
         for b in range(axes[middle]):
             for a in range(axes[fast]):

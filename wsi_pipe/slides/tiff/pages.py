@@ -24,7 +24,7 @@ from wsi_pipe.slides.tiff.layout import (
 
 __all__ = ["Page", "image_name", "pages_of", "stated_mpp", "sub_pages"]
 
-WIDTH, HEIGHT, TILE_WIDTH = 256, 257, 322
+WIDTH, HEIGHT, TILE_WIDTH, TILE_HEIGHT = 256, 257, 322, 323
 MAX_SUB_IFDS = 64
 MAX_DESCRIPTION_BYTES = 1 << 20
 

@@ -19,10 +19,10 @@ from wsi_pipe.errors import NotAPictureError, UnsupportedSlideError
 from wsi_pipe.geometry import IntPair
 from wsi_pipe.slides.base import WHITE, RGBArray, paste
 from wsi_pipe.slides.storage.source import Source
-from wsi_pipe.slides.tiff.choose import only_plane, pick_plane, pick_scan
 from wsi_pipe.slides.tiff.ifd import Directory
 from wsi_pipe.slides.tiff.image import TiffImage
 from wsi_pipe.slides.tiff.layout import TiffLayout, icc_profile, parse_xml, positive, resolution_mpp
+from wsi_pipe.slides.tiff.picture import only_plane, pick_plane, pick_scan
 from wsi_pipe.slides.tiff.samples import check_samples
 
 __all__ = ["SCN_NAMESPACE", "OffsetImage", "ScnScan", "choose_scan", "read_scn"]
@@ -131,14 +131,21 @@ def choose_scan(source: Source, text: str, scene: int | None, z: int | None) -> 
         for p in mains
     ]
     main = mains[pick_scan(name, described, scene, what="brightfield main images")]
-    notes: tuple[str, ...] = ()
-    if len(main.depths) > 1:
-        number, note = pick_plane(name, len(main.depths), z)
-        main, notes = main.at_depth(main.depths[number]), (note,)
+    notes = [
+        f"a picture of {p.dimensions[0][1]} x {p.dimensions[0][2]} px is left out: it is taken by "
+        f"{p.illumination or 'no stated light'}"
+        for p in others
+        if p not in mains
+    ]
+    planes = main.depths
+    if len(planes) > 1:
+        number, note = pick_plane(name, len(planes), z)
+        notes.append(note)
     else:
         only_plane(name, z)
-        main = main.at_depth(main.depths[0])
-    return ScnScan(main, macros[0].dimensions[0][0] if macros else None, canvas, len(mains), len(main.depths), notes)
+        number = 0
+    macro = macros[0].dimensions[0][0] if macros else None
+    return ScnScan(main.at_depth(planes[number]), macro, canvas, len(mains), len(planes), tuple(notes))
 
 
 def read_scn(

@@ -13,7 +13,7 @@ from wsi_pipe.errors import UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.native import ProbedImage, only_picture
 from wsi_pipe.slides.storage.source import Source
-from wsi_pipe.slides.tiff.choose import Chosen, Frame, LevelPages, choose
+from wsi_pipe.slides.tiff.choose import choose
 from wsi_pipe.slides.tiff.gaps import fill_gaps
 from wsi_pipe.slides.tiff.ifd import Directory
 from wsi_pipe.slides.tiff.image import HEIGHT, TILE_HEIGHT, TILE_WIDTH, WIDTH, TiffImage
@@ -22,7 +22,7 @@ from wsi_pipe.slides.tiff.levels import Candidate, with_levels
 from wsi_pipe.slides.tiff.likeness import bright_planes
 from wsi_pipe.slides.tiff.meaning import kind_of
 from wsi_pipe.slides.tiff.ndpi import read_ndpi
-from wsi_pipe.slides.tiff.pages import stated_factor
+from wsi_pipe.slides.tiff.picture import Chosen, Frame
 from wsi_pipe.slides.tiff.planes import ColourPlanes
 from wsi_pipe.slides.tiff.samples import check_samples, colour_samples
 from wsi_pipe.slides.tiff.scn import read_scn
@@ -61,11 +61,8 @@ def _aperio(
     chosen = choose(source, tiled, scene, z, all_levels=True)
     main = TiffImage(source, chosen.main.first)
     # Aperio marks associated images and names them: what is tiled and bears no name is a level.
-    candidates = [
-        (_candidate(chosen, level, certain=True), partial(_sized, source, level.frame.first))
-        for level in chosen.candidates
-    ]
-    stored, notes = with_levels(main, candidates)
+    candidates = [(level.candidate, partial(_sized, source, level.frame.first)) for level in chosen.candidates]
+    stored, notes = with_levels(source.name, main, candidates)
     images, left_out = fill_gaps(stored)
     note = "".join(f"; a level of {w} x {h} px with empty tiles is left out" for w, h in left_out)
     pairs = (part.split("=", 1) for part in text.split("|")[1:] if "=" in part)
@@ -91,18 +88,6 @@ def _aperio(
     )
 
 
-def _candidate(chosen: Chosen, level: LevelPages, *, certain: bool = False) -> Candidate:
-    directory = level.frame.first
-    return Candidate(
-        name=f"image {directory.index}",
-        stored_px=level.frame.size_px,
-        tile_px=(directory.number(TILE_WIDTH, 1), directory.number(TILE_HEIGHT, 1)),
-        marked=level.marked or certain,
-        certain=certain,
-        stated=stated_factor(chosen.main.first, directory),
-    )
-
-
 def _plain(source: Source, chosen: Chosen) -> TiffLayout:
     """OME-TIFF, and tiled TIFFs of no vendor: the largest picture, and what is like it."""
     name = source.name
@@ -118,13 +103,13 @@ def _plain(source: Source, chosen: Chosen) -> TiffLayout:
 
     main = load(chosen.main)
     candidates = [
-        (_candidate(chosen, level), partial(load, level.frame))
+        (level.candidate, partial(load, level.frame))
         for level in chosen.candidates
         if len(level.frame.directories) == len(chosen.main.directories)
-        and (level.frame.tiled or level.marked)
+        and (level.frame.tiled or level.candidate.marked)
         and colour_samples(level.frame.first) == colour_samples(chosen.main.first)
     ]
-    images, notes = with_levels(main, candidates)
+    images, notes = with_levels(name, main, candidates)
     if chosen.may_be_colours:
         notes.append(bright_planes(name, images[-1]))
     codec = getattr(main, "codec", "stored")
@@ -169,7 +154,7 @@ def _philips(source: Source, directories: Sequence[Directory], text: str) -> Tif
         stated = (x / known[0][0], y / known[0][1])
         candidate = Candidate(f"image {directory.index}", size, tile, marked=True, certain=True, stated=stated)
         candidates.append((candidate, partial(_sized, source, directory)))
-    images, notes = with_levels(TiffImage(source, levels[0]), candidates)
+    images, notes = with_levels(source.name, TiffImage(source, levels[0]), candidates)
     mpp = _philips_spacing(_philips_text(scan, "DICOM_PIXEL_SPACING")) or known[0]
     return TiffLayout(
         vendor="philips",
