@@ -141,7 +141,7 @@ def near(a: Picture, b: Picture, mean: float = 5.0) -> bool:
 def test_frames_are_found_by_every_table(
     tmp_path: Path, picture: Picture, half: Picture, table: str, pieces: int
 ) -> None:
-    write_level(tmp_path / "b.dcm", half, table=table, pieces=pieces)
+    write_level(tmp_path / "b.dcm", half, table=table, pieces=pieces, mm_per_px=(0.0005, 0.00052))
     path = write_level(tmp_path / "a.dcm", picture, table=table, pieces=pieces)
     with open_dicom(path) as slide:
         assert [level.size_px for level in slide.pyramid.levels] == [(420, 300), (210, 150)]
@@ -159,7 +159,8 @@ def test_frames_are_found_by_every_table(
 
 
 def test_any_file_of_the_series_opens_the_whole(tmp_path: Path, picture: Picture, half: Picture) -> None:
-    a, b = write_level(tmp_path / "a.dcm", picture), write_level(tmp_path / "b.dcm", half)
+    a = write_level(tmp_path / "a.dcm", picture)
+    b = write_level(tmp_path / "b.dcm", half, mm_per_px=(0.0005, 0.00052))
     write_level(tmp_path / "c.dcm", picture[::-1].copy(), series=OTHER_SERIES)
     (tmp_path / "notes.txt").write_text("no DICOM")
     (tmp_path / "copy of b.dcm").write_bytes(b.read_bytes())

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from wsi_pipe.errors import SlideError, SlideOpenError, SlideReadError, UnsupportedSlideError
+from wsi_pipe.errors import NotAPictureError, SlideError, SlideOpenError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair
 from wsi_pipe.slides.base import ReadStats, RGBArray, SlideInfo
-from wsi_pipe.slides.dicom.image import DicomImage, Instance, codec_name
+from wsi_pipe.slides.dicom.image import DicomImage
+from wsi_pipe.slides.dicom.instance import Instance, codec_name
+from wsi_pipe.slides.dicom.scale import Candidate, arrange, spacing, stated_mpp
 from wsi_pipe.slides.native import NativeSlide, build_pyramid, only_picture, read_whole, user_mpp
 from wsi_pipe.slides.parts import dicom_series, without_warnings
 from wsi_pipe.slides.storage.remote import list_folder
@@ -37,12 +37,29 @@ _ASSOCIATED = {"LABEL": "label", "OVERVIEW": "macro", "THUMBNAIL": "thumbnail"}
 class DicomSlide(NativeSlide):
     """A slide in a DICOM series; see ``open_dicom``."""
 
-    def __init__(self, path: str, instances: Sequence[Instance], mpp: FloatPair | None, stats: ReadStats) -> None:
-        levels, self._associated = _sort_instances(path, instances)
-        images = sorted((DicomImage(level) for level in levels), key=lambda image: -image.size_px[0] * image.size_px[1])
-        finest = next(level[0] for level in levels if level[0].size_px == images[0].size_px)
-        stated = _spacing(finest)
-        pyramid = build_pyramid(path, images, stated if mpp is None else mpp)
+    def __init__(
+        self, path: str, instances: Sequence[Instance], mpp: FloatPair | None, z: int | None, stats: ReadStats
+    ) -> None:
+        levels, self._associated, notes = _sort_instances(path, instances)
+        levels.sort(key=lambda pieces: -pieces[0].size_px[0] * pieces[0].size_px[1])
+        finest, kept = levels[0][0], []
+        for pieces in levels:
+            image = DicomImage(pieces, z)
+            build_pyramid(path, [image], None)
+            kept.append((pieces[0], image))
+        planes = kept[0][1].focal_planes
+        notes += _of_planes(path, [image for _, image in kept], z)
+        images, pyramid, left_out = arrange(
+            path,
+            [
+                Candidate(image, spacing(instance), Path(instance.source.name).name)
+                for instance, image in kept
+                if image.focal_planes == planes
+            ],
+            stated_mpp(finest)[0] if mpp is None else mpp,
+        )
+        notes += left_out
+        mpp_source = "user" if mpp is not None else stated_mpp(finest)[1]
         for image in images:
             image.probe()
         files = [i.source for i in sorted(instances, key=lambda i: str(i.tags.get("SOPInstanceUID", "")))]
@@ -55,7 +72,7 @@ class DicomSlide(NativeSlide):
             reader="tiff",
             reader_reason=f"DICOM series with {codec_name(finest.syntax)} frames, read by its own structure",
             fingerprint=slide_fingerprint(files, [image.size_px for image in images]),
-            mpp_source="user" if mpp is not None else "none" if stated is None else "dicom.PixelSpacing",
+            mpp_source=mpp_source,
             objective_power=None if power is None or float(power) <= 0 else float(power),
             icc=bytes(icc) if icc else None,
             properties={
@@ -63,6 +80,9 @@ class DicomSlide(NativeSlide):
                 for name in ("Manufacturer", "ManufacturerModelName", "SeriesInstanceUID")
                 if finest.tags.get(name)
             },
+            scene=None,
+            z=z,
+            notes=tuple(notes),
         )
         super().__init__(info, pyramid, images, stats)
         self._sources = [instance.source for instance in instances]
@@ -89,30 +109,59 @@ class DicomSlide(NativeSlide):
         super().close()
 
 
-def _spacing(instance: Instance) -> FloatPair | None:
-    """(x, y) um/px from PixelSpacing, which states the distance of rows first, in mm."""
-    shared = instance.tags.get("SharedFunctionalGroupsSequence") or []
-    measures = (shared[0].get("PixelMeasuresSequence") if len(shared) else None) or []
-    values = measures[0].get("PixelSpacing") if len(measures) else None
-    try:
-        y, x = (float(value) * 1000 for value in values)  # type: ignore[union-attr]
-    except (TypeError, ValueError):
-        return None
-    return (x, y) if np.isfinite(x) and np.isfinite(y) and x > 0 and y > 0 else None
+def _of_planes(path: str, images: Sequence[DicomImage], z: int | None) -> list[str]:
+    """What is to be said of focal planes. Raises NotAPictureError for a plane that is not there."""
+    first = images[0]
+    if first.focal_planes == 1:
+        only_picture(path, None, z, what="the file has one focal plane")
+        notes = []
+    elif z is not None and z >= first.focal_planes:
+        raise NotAPictureError(
+            f"{path}: --z {z} was asked for, but the slide has {first.focal_planes} focal planes",
+            remedy=f"give 0, nearest to the glass, to {first.focal_planes - 1}",
+        )
+    else:
+        chosen = "the middle one is read" if z is None else "as asked for"
+        notes = [f"focal plane {first.z} of 0 to {first.focal_planes - 1}, {chosen} (--z N takes another)"]
+    for image in images[1:]:
+        if image.focal_planes != first.focal_planes:
+            width, height = image.size_px
+            notes.append(
+                f"the level of {width} x {height} px is left out: it has {image.focal_planes} focal planes, where level "
+                f"0 has {first.focal_planes}"
+            )
+    return notes
 
 
-def _sort_instances(path: str, instances: Sequence[Instance]) -> tuple[list[list[Instance]], dict[str, Instance]]:
-    """The instances of each level, in the order of their frames, and the associated images by name."""
+def _sort_instances(
+    path: str, instances: Sequence[Instance]
+) -> tuple[list[list[Instance]], dict[str, Instance], list[str]]:
+    """The instances of each level, in the order of their frames, the associated images by name, and notes."""
     levels: dict[str, list[Instance]] = {}
     associated: dict[str, Instance] = {}
+    others: list[Instance] = []
     for instance in instances:
         if instance.kind in _ASSOCIATED:
             associated.setdefault(_ASSOCIATED[instance.kind], instance)
         elif instance.kind == "VOLUME":
             piece = instance.tags.get("ConcatenationUID") or instance.tags.get("SOPInstanceUID")
             levels.setdefault(str(piece), []).append(instance)
+        else:
+            others.append(instance)
     if not levels:
-        raise UnsupportedSlideError(f"{path}: the DICOM series has no VOLUME image")
+        cause = "has no VOLUME image"
+        if others:
+            kind = others[0].kind
+            cause += f": the ImageType of {Path(others[0].source.name).name} " + (
+                f"is {kind}" if kind else "is missing"
+            )
+        raise NotAPictureError(
+            f"{path}: the DICOM series {cause}", remedy="ImageType must say which images are the slide (VOLUME)"
+        )
+    notes = [
+        f"{Path(other.source.name).name} is left out: its ImageType is {other.kind or 'missing'}, not VOLUME"
+        for other in others
+    ]
     for pieces in levels.values():
         pieces.sort(key=lambda i: i.number("InConcatenationNumber", 1))
         expected = pieces[0].number("InConcatenationTotalNumber", len(pieces))
@@ -122,7 +171,7 @@ def _sort_instances(path: str, instances: Sequence[Instance]) -> tuple[list[list
                 f"{path}: {len(pieces)} of {expected} pieces of a concatenation are in the folder",
                 remedy="put all files of the series in one folder",
             )
-    return list(levels.values()), associated
+    return list(levels.values()), associated, notes
 
 
 def _open_instance(path: str | Path, stats: ReadStats) -> Instance:
@@ -146,7 +195,7 @@ def _open_instance(path: str | Path, stats: ReadStats) -> Instance:
                 remedy="the file is truncated or damaged: copy it again",
             ) from error
         if kind != WSI_STORAGE:
-            raise UnsupportedSlideError(f"{source.name}: the DICOM file is no whole-slide image (SOP class {kind})")
+            raise NotAPictureError(f"{source.name}: the DICOM file is no whole-slide image (SOP class {kind})")
         return Instance(source, tags, handle.tell(), syntax)
     except BaseException:
         source.close()
@@ -189,13 +238,15 @@ def open_dicom(
 ) -> DicomSlide:
     """Open a DICOM whole-slide image by any file, or URL, of its series; the other levels are found beside it.
 
-    mpp: micrometres per level-0 pixel, one value or (x, y), instead of what the file states. Raises SlideOpenError when
-    a file is not there or damaged, UnsupportedSlideError when it is no DICOM slide or its structure is not understood.
+    mpp: micrometres per level-0 pixel, one value or (x, y), instead of what the file states. z: the focal plane, 0
+    nearest to the glass; the middle one by default. Raises SlideOpenError when a file is not there or damaged,
+    UnsupportedSlideError when its structure is not understood, its subclass NotAPictureError when it is understood and
+    is no brightfield slide in 8-bit colour, or has no such plane.
     """
     given = user_mpp(mpp)
-    only_picture(str(path), scene, z)
+    only_picture(str(path), scene, None, what="a DICOM series holds one scan")
     with _lenient_pydicom():
-        return _open_series(path, given)
+        return _open_series(path, given, z)
 
 
 def _beside(path: str | Path) -> list[str | Path]:
@@ -210,7 +261,7 @@ def _beside(path: str | Path) -> list[str | Path]:
     return list(found)
 
 
-def _open_series(path: str | Path, mpp: FloatPair | None) -> DicomSlide:
+def _open_series(path: str | Path, mpp: FloatPair | None, z: int | None) -> DicomSlide:
     stats = ReadStats()
     instances: list[Instance] = []
     try:
@@ -227,7 +278,7 @@ def _open_series(path: str | Path, mpp: FloatPair | None) -> DicomSlide:
                 instances.append(other)
             else:
                 other.source.close()
-        return DicomSlide(str(path), instances, mpp, stats)
+        return DicomSlide(str(path), instances, mpp, z, stats)
     except SlideReadError as error:
         _close(instances)
         raise SlideOpenError(error.message, remedy=error.remedy) from error
