@@ -13,12 +13,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wsi_pipe.config import SegmentSettings, TileSettings, from_mapping
 from wsi_pipe.errors import ConfigError, ManifestError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds
+
+if TYPE_CHECKING:
+    from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = [
     "SETTING_COLUMNS",
@@ -88,16 +91,23 @@ def settings_of(
 
 
 def collect_slides(
-    sources: Sequence[str], manifest: Path | None = None, *, job: Iterable[SlideEntry] = ()
+    sources: Sequence[str],
+    manifest: Path | None = None,
+    *,
+    job: Iterable[SlideEntry] = (),
+    passed_over: PassedOver | None = None,
 ) -> list[SlideEntry]:
     """The slides of a command line: files, folders (searched through), URLs and CSV files, and a ``--slides`` CSV.
 
     Local paths become absolute. Ids come from file names; two slides of one name get their folders' names in front.
     job: slides of earlier runs, which keep their ids; a slide elsewhere takes such an id only where the other is gone
-    (it was moved). Raises ManifestError when nothing is found, a source does not exist, or ids in a CSV repeat.
+    (it was moved). passed_over: takes in what folders hold that looks like a slide and is not listed. Raises
+    ManifestError when nothing is found, a source does not exist, or ids in a CSV repeat.
     """
-    from wsi_pipe.slides.discover import find_slide_files
+    from wsi_pipe.slides.discover import find_slide_files, is_slide_folder
+    from wsi_pipe.slides.passed_over import PassedOver
 
+    passed = PassedOver() if passed_over is None else passed_over
     listed: list[SlideEntry] = read_manifest(manifest) if manifest else []
     found: list[str] = []
     for source in sources:
@@ -107,12 +117,15 @@ def collect_slides(
         path = Path(source)
         if path.suffix.lower() == ".csv" and path.is_file():
             listed += read_manifest(path)
+        elif is_slide_folder(path):
+            found.append(source)
         elif path.is_dir() and path.suffix.lower() not in (".svs", ".ndpi", ".mrxs", ".scn"):
             if not os.access(path, os.R_OK | os.X_OK):
                 raise ManifestError(f"{path}: permission denied", remedy="ask for read permission on the folder")
-            inside = [str(p) for p in find_slide_files(path)]
+            inside = [str(p) for p in find_slide_files(path, passed)]
             if not inside:
-                raise ManifestError(f"{path}: no slides in this folder", remedy="give slide files, or another folder")
+                cause = "; ".join(["no slides in this folder", *passed.lines()])
+                raise ManifestError(f"{path}: {cause}", remedy="give slide files, or another folder")
             found += inside
         elif path.exists() or path.is_symlink():
             found.append(source)
@@ -152,12 +165,14 @@ def _named(paths: Sequence[str], taken: set[str], job: Sequence[SlideEntry]) -> 
 
 def _name_parts(path: str) -> list[str]:
     """Folder names and the file's stem, outermost first. A DICOM file goes by the name of its folder."""
+    from wsi_pipe.slides.parts import goes_by_its_folder
+
     pure = PurePosixPath(path.split("://", 1)[-1]) if is_url(path) else PurePosixPath(Path(path).absolute().as_posix())
     folders = [part for part in pure.parts[:-1] if part != "/"]
     name = pure.name
-    if pure.suffix.lower() == ".dcm" and folders:
+    if folders and (pure.suffix.lower() == ".dcm" if is_url(path) else goes_by_its_folder(path)):
         return folders
-    for suffix in (".ome.tif", ".ome.tiff", ".ome.btf"):
+    for suffix in (".ome.tif", ".ome.tiff", ".ome.btf", ".ome.zarr"):
         if name.lower().endswith(suffix):
             return [*folders, name[: -len(suffix)]]
     return [*folders, pure.stem or name]

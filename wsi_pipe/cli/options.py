@@ -19,6 +19,7 @@ from wsi_pipe.execute import Where
 from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds, level_label, parse_resolution
 from wsi_pipe.job.record import load_settings, load_slides, read_outcomes
 from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, collect_slides
+from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = [
     "collect_entries",
@@ -385,15 +386,21 @@ def parse_mpp(text: str | None) -> tuple[float, float] | None:
     return (values[0], values[-1])
 
 
-def collect_entries(values: Mapping[str, Any], job: Path | None = None) -> list[SlideEntry]:
+def collect_entries(
+    values: Mapping[str, Any], job: Path | None = None, passed_over: PassedOver | None = None
+) -> list[SlideEntry]:
     """The slides that a command is to work on: those named, or those that the job holds already.
 
-    Raises ManifestError or ConfigError.
+    What folders hold that looks like a slide and is not among them is told on standard error, and put into
+    ``passed_over``. Raises ManifestError or ConfigError.
     """
     sources, manifest = values["sources"], values["manifest"]
     listed = load_slides(job) if job else []
     if sources or manifest:
-        entries = collect_slides(sources, manifest, job=listed)
+        passed = PassedOver() if passed_over is None else passed_over
+        entries = collect_slides(sources, manifest, job=listed, passed_over=passed)
+        for line in passed.lines():
+            click.echo(line, err=True)
     else:
         entries = listed
         if not entries:

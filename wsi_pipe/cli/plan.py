@@ -20,6 +20,7 @@ from wsi_pipe.cli.options import (
     tile_options,
 )
 from wsi_pipe.errors import OutputError
+from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = ["plan"]
 
@@ -85,7 +86,8 @@ def plan(
     )
 
     settings = settings_from(values, None, config)
-    entries = collect_entries(values)
+    passed_over = PassedOver()
+    entries = collect_entries(values, passed_over=passed_over)
     by_id = {entry.slide_id: entry for entry in entries}
     room = SpaceCount(job)
     with MetadataCache(metadata) as cache:
@@ -124,6 +126,7 @@ def plan(
             unchecked = f"not checked: {error.message}"
     if as_json:
         result = dataclasses.asdict(totals) | {"calibration": dataclasses.asdict(rates) if rates else None}
+        result["passed_over"] = passed_over.to_json()
         if rates:
             result |= {"hours": rates.hours(totals, workers), "gigabytes": rates.gigabytes(totals), "workers": workers}
         result["space"] = dataclasses.asdict(space) | {"lacking_gb": space.lacking_gb} if space else None

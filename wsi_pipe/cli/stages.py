@@ -27,8 +27,10 @@ from wsi_pipe.config import JobSettings, to_mapping
 from wsi_pipe.errors import EncoderError, JobError, OutputError, WorkerError, WsiPipeError
 from wsi_pipe.files import remove_partial_files
 from wsi_pipe.job import JobPaths, open_job, read_outcomes, utc_now, write_failures
+from wsi_pipe.job.left_out import note_passed_over
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import SlideOutcome, Stage
+from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = ["assemble", "extract", "run", "segment", "tile"]
 
@@ -51,7 +53,8 @@ def _run_until(
     job: Path = values["job"]
     settings = settings_from(values, job, values["config"])
     where = where_from(values)
-    entries = collect_entries(values, job)
+    passed_over = PassedOver()
+    entries = collect_entries(values, job, passed_over)
     # A bad encoder stops here, before any work; other processes load their own.
     encoders = load_encoders(settings) if until in ("extract", "assemble") and where.here else None
     outcomes: list[SlideOutcome] = []
@@ -61,6 +64,8 @@ def _run_until(
     about = {"started_utc": utc_now(), "slides": len(entries), "until": until}
     with hold_job(job, about) as tell, LogLines(values["log_json"]) as log:
         paths = open_job(job, settings, entries)
+        if values["sources"]:
+            note_passed_over(paths, passed_over)
         # Of a run that was killed: nobody else writes here now.
         remove_partial_files(job, paths.written)
         log.event("start", **about)

@@ -36,6 +36,11 @@ class JobPaths:
         return self.root / "failures.csv"
 
     @property
+    def passed_over(self) -> Path:
+        """What the search of folders passed over, JSON; only where it passed over anything."""
+        return self.root / "passed_over.json"
+
+    @property
     def report(self) -> Path:
         """The page to look at."""
         return self.root / "report.html"

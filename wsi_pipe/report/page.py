@@ -16,6 +16,7 @@ from typing import Any
 from wsi_pipe import __version__
 from wsi_pipe.config import JobSettings, to_mapping
 from wsi_pipe.files import output_error, write_text_atomically
+from wsi_pipe.job.left_out import read_passed_over
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.pages import asset, data_uri, render_page
@@ -28,6 +29,7 @@ from wsi_pipe.report.summary import (
     stage_seconds,
     summarise,
 )
+from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = ["EMBED_SLIDES", "Picture", "Section", "report_data", "write_report"]
 
@@ -79,6 +81,9 @@ def write_report(
     Raises OutputError when the page cannot be written or a picture of a section cannot be read.
     """
     listed = list(outcomes)
+    passed_over = read_passed_over(job_dir)
+    if passed_over:
+        sections = [*sections, _passed_over_section(passed_over)]
     data = report_data(job_dir, listed, settings, title=title, embed_slides=embed_slides)
     package = "wsi_pipe.report"
     extra = "".join(_section_html(section, number) for number, section in enumerate(sections))
@@ -95,8 +100,18 @@ def write_report(
     write_text_atomically(path, page)
     write_text_atomically(path.with_suffix(".csv"), slides_csv(listed))
     figures = {"schema": "wsi-pipe report", "schema_version": 1, "created_utc": data["created_utc"], **data["summary"]}
+    figures["passed_over"] = passed_over.to_json()
     write_text_atomically(path.with_suffix(".json"), json.dumps(figures, indent=1, allow_nan=False) + "\n")
     return path
+
+
+def _passed_over_section(passed_over: PassedOver) -> Section:
+    return Section(
+        "Passed over",
+        ["Files in the folders given that look like slides and are not among the slides of this job."],
+        ("what", "files", "the first of them"),
+        [(kind, count, ", ".join(names)) for kind, count, names in passed_over],
+    )
 
 
 def report_data(

@@ -19,13 +19,12 @@ from wsi_pipe.slides.dicom.image import DicomImage
 from wsi_pipe.slides.dicom.instance import Instance, codec_name
 from wsi_pipe.slides.dicom.scale import Candidate, arrange, spacing, stated_mpp
 from wsi_pipe.slides.native import NativeSlide, build_pyramid, only_picture, read_whole, user_mpp
-from wsi_pipe.slides.parts import dicom_series, without_warnings
+from wsi_pipe.slides.parts import DEFLATED, WSI_STORAGE, dicom_series, without_warnings
 from wsi_pipe.slides.storage.remote import list_folder
 from wsi_pipe.slides.storage.source import SourceFile, is_url, open_source, slide_fingerprint
 
-__all__ = ["DicomSlide", "open_dicom"]
+__all__ = ["WSI_STORAGE", "DicomSlide", "open_dicom"]
 
-WSI_STORAGE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 MAX_HEADER_BYTES = 1 << 28
 MAX_VALUE_BYTES = 1 << 24
 MAX_FILES = 1000
@@ -127,8 +126,8 @@ def _of_planes(path: str, images: Sequence[DicomImage], z: int | None) -> list[s
         if image.focal_planes != first.focal_planes:
             width, height = image.size_px
             notes.append(
-                f"the level of {width} x {height} px is left out: it has {image.focal_planes} focal planes, where level "
-                f"0 has {first.focal_planes}"
+                f"the level of {width} x {height} px is left out: it has {image.focal_planes} focal planes, level 0 "
+                f"has {first.focal_planes}"
             )
     return notes
 
@@ -179,6 +178,8 @@ def _open_instance(path: str | Path, stats: ReadStats) -> Instance:
 
     source = open_source(path, stats)
     try:
+        if DEFLATED in source.read(0, min(source.size, 1024)):
+            raise UnsupportedSlideError(f"{source.name}: a deflated DICOM data set is not read")
         handle = SourceFile(source, limit=MAX_HEADER_BYTES)
         try:
             with without_warnings():
@@ -195,7 +196,10 @@ def _open_instance(path: str | Path, stats: ReadStats) -> Instance:
                 remedy="the file is truncated or damaged: copy it again",
             ) from error
         if kind != WSI_STORAGE:
-            raise NotAPictureError(f"{source.name}: the DICOM file is no whole-slide image (SOP class {kind})")
+            raise (NotAPictureError if kind else UnsupportedSlideError)(
+                f"{source.name}: the DICOM file is no whole-slide image (SOP class {kind or 'missing'})",
+                remedy="give a file of the class VL Whole Slide Microscopy",
+            )
         return Instance(source, tags, handle.tell(), syntax)
     except BaseException:
         source.close()
