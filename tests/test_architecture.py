@@ -83,6 +83,8 @@ ONLY_IN = {
     "simplejpeg": {"wsi_pipe.slides"},
     "pyvips": {"wsi_pipe.slides"},
     "pydicom": {"wsi_pipe.slides"},
+    "zarr": {"wsi_pipe.slides"},
+    "numcodecs": {"wsi_pipe.slides"},
     "timm": {"wsi_pipe.encoders", "lrmil.distill"},
     "huggingface_hub": {"wsi_pipe.encoders"},
 }

@@ -16,14 +16,9 @@ from wsi_pipe.geometry import FloatPair, IntPair, Level, Pyramid
 from wsi_pipe.slides.dicom.image import DicomImage
 from wsi_pipe.slides.dicom.instance import Instance
 from wsi_pipe.slides.dicom.likeness import shows_the_same
+from wsi_pipe.slides.levels import level_downsample, level_share
 
 __all__ = ["Candidate", "arrange", "spacing", "stated_mpp"]
-
-WHOLE_TOLERANCE = 0.01 + 1e-9
-"""A stated ratio this near to a whole number means that number: spacings are written with few digits."""
-
-PADDING_TILES = 2
-"""By how much a level may be larger than its share of level 0: Philips pads to an even number of tiles."""
 
 
 @dataclass(frozen=True)
@@ -138,41 +133,15 @@ def _ordered(path: str, candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _downsample(finest: Candidate, candidate: Candidate) -> FloatPair | None:
     """Level-0 pixels per pixel of a level; None where its spacing and its size contradict each other."""
-    full, size = finest.image.size_px, candidate.image.size_px
-    by_size = Pyramid.from_sizes([full, size]).levels[1].downsample
-    if finest.spacing is None or candidate.spacing is None:
-        return by_size
-    ratio = (candidate.spacing[0] / finest.spacing[0], candidate.spacing[1] / finest.spacing[1])
-    whole = (_whole(ratio[0]), _whole(ratio[1]))
-    if whole[0] and whole[1] and _covers(whole, full, candidate.image):
-        return whole
-    # Sizes are exact to a pixel, spacings to the digits that are written.
-    if all(abs(r / s - 1) <= WHOLE_TOLERANCE for r, s in zip(ratio, by_size, strict=True)):
-        return by_size
-    return ratio if _covers(ratio, full, candidate.image) else None
-
-
-def _whole(ratio: float) -> float:
-    """The whole number above 1 that a stated ratio means, 0 for none; a power of two before others."""
-    near = [2.0 ** round(math.log2(ratio)), float(round(ratio))]
-    return next((k for k in near if k > 1 and abs(ratio / k - 1) <= WHOLE_TOLERANCE), 0.0)
-
-
-def _covers(downsample: FloatPair, full: IntPair, image: DicomImage) -> bool:
-    """Whether a level at this scale has all of level 0, and no more beyond it than padding."""
-    for side, wanted, tile in zip(image.size_px, _shares(full, downsample), image.block_px, strict=True):
-        if not wanted - 1 <= side <= wanted + PADDING_TILES * tile:
-            return False
-    return True
-
-
-def _shares(full: IntPair, downsample: FloatPair) -> FloatPair:
-    return (full[0] / downsample[0], full[1] / downsample[1])
+    stated = None
+    if finest.spacing is not None and candidate.spacing is not None:
+        stated = (candidate.spacing[0] / finest.spacing[0], candidate.spacing[1] / finest.spacing[1])
+    return level_downsample(finest.image.size_px, candidate.image.size_px, stated, candidate.image.block_px)
 
 
 def _crop(image: DicomImage, full: IntPair, downsample: FloatPair) -> bool:
     """Cut a level to its share of level 0; whether more was cut than rounding leaves over."""
-    width, height = (math.ceil(share - 1e-6) for share in _shares(full, downsample))
+    width, height = level_share(full, downsample)
     stored = image.size_px
     image.size_px = (min(stored[0], max(width, 1)), min(stored[1], max(height, 1)))
     return stored[0] > width + 1 or stored[1] > height + 1

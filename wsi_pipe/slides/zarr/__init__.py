@@ -1,0 +1,1 @@
+"""OME-Zarr: slides as folders, or URLs, of chunks."""
