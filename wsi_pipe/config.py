@@ -36,7 +36,7 @@ __all__ = [
 
 S = TypeVar("S")
 
-READERS = ("auto", "tiff", "openslide", "image")
+READERS = ("auto", "tiff", "openslide", "image", "zarr", "czi")
 SEGMENT_METHODS = ("stain", "od", "otsu-saturation")
 
 

@@ -20,11 +20,13 @@ import pytest
 import simplejpeg
 from numpy.typing import NDArray
 
+from tests.slides.czi.build import Tile, write_czi
 from tests.slides.dicom.test_dicom import tiles_of
 from tests.slides.dicom.test_dicom import write_level as write_dicom_level
 from tests.slides.storage.test_source import Server
 from tests.slides.tiff.test_ndpi import build as build_ndpi
 from tests.slides.tiff.test_tiff import philips_file
+from tests.slides.zarr.test_zarr import store as write_zarr
 from wsi_pipe.errors import SlideReadError
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.array import ArraySlide
@@ -122,6 +124,30 @@ def philips_case(folder: Path) -> Case:
     return Case(lambda: open_slide(path, reader="tiff"), path=path)
 
 
+def zarr_case(**options: Any) -> Callable[[Path], Case]:
+    def build(folder: Path) -> Case:
+        path = write_zarr(folder / "slide.ome.zarr", [picture(), half_picture()], mpp=MPP, **options)
+        return Case(lambda: open_slide(path), (picture(), half_picture()), path=path)
+
+    return build
+
+
+def czi_case(compression: str, worst: int, mean: float, step: int = 128) -> Callable[[Path], Case]:
+    def build(folder: Path) -> Case:
+        tiles = []
+        for rgb, factor in ((picture(), 1), (half_picture(), 2)):
+            for y in range(0, rgb.shape[0], step):
+                for x in range(0, rgb.shape[1], step):
+                    part = rgb[y : y + 128, x : x + 128]
+                    size = (part.shape[1] * factor, part.shape[0] * factor)
+                    at = (40 + x * factor, y * factor - 30)
+                    tiles.append(Tile(part, at, size, compression, 2 * (factor - 1), {"M": len(tiles)}))
+        path = write_czi(folder / "slide.czi", tiles, um=(MPP, MPP))
+        return Case(lambda: open_slide(path), (picture(), half_picture()), worst, mean, path)
+
+    return build
+
+
 def http_case(folder: Path) -> Case:
     local = pyramid_file("tiff", 12, 1.5, jpeg_colour="rgb")(folder)
     assert local.path is not None
@@ -169,6 +195,11 @@ WRITTEN: dict[str, Callable[[Path], Case]] = {
     "tiff: DICOM": dicom_case,
     "tiff: Philips": philips_case,
     "tiff: SVS behind a URL": http_case,
+    "zarr: version 2": zarr_case(version=2, chunk=200),
+    "zarr: version 3, shards": zarr_case(chunk=128, shard=2, axes="yxc"),
+    "czi: Zstandard": czi_case("zstd1", 0, 0),
+    "czi: JPEG XR, tiles that overlap": czi_case("jpegxr", 0, 0, step=110),
+    "czi: JPEG": czi_case("jpeg", 32, 3.0),
     "openslide: SVS, JPEG as RGB": pyramid_file("openslide", 12, 1.5, jpeg_colour="rgb"),
     "openslide: SVS, JPEG 2000": pyramid_file("openslide", 0, 0, compression="jpeg2000", quality=0, jpeg_colour="rgb"),
     "openslide: generic, deflate": pyramid_file("openslide", 0, 0, compression="deflate", style="generic"),
@@ -245,7 +276,7 @@ def test_it_is_a_slide_that_says_what_it_is(slide: Slide) -> None:
     assert isinstance(slide, Slide)
     info = slide.info
     assert info.vendor
-    assert info.reader in ("array", "tiff", "openslide", "image")
+    assert info.reader in ("array", "tiff", "openslide", "image", "zarr", "czi")
     assert info.reader_reason
     assert "\n" not in info.reader_reason
     assert re.fullmatch("[0-9a-f]{64}", info.fingerprint)

@@ -94,7 +94,7 @@ def slide_options(function: F) -> F:
         ),
         click.option(
             "--reader",
-            type=click.Choice(["auto", "tiff", "openslide", "image"]),
+            type=click.Choice(["auto", "tiff", "openslide", "image", "zarr", "czi"]),
             help="Which reader opens slides.  [auto]",
         ),
     )(function)

@@ -25,12 +25,12 @@ from wsi_pipe.errors import (
 from wsi_pipe.geometry import MPP_BOUNDS, FloatPair, in_mpp_bounds
 from wsi_pipe.slides.base import BaseSlide, Slide
 from wsi_pipe.slides.native import user_mpp
-from wsi_pipe.slides.parts import folder_series, is_dicom
+from wsi_pipe.slides.parts import folder_series, is_dicom, is_zarr_store
 from wsi_pipe.slides.storage.source import is_url
 
 __all__ = ["READERS", "open_slide"]
 
-READERS = ("auto", "tiff", "openslide", "image")
+READERS = ("auto", "tiff", "openslide", "image", "zarr", "czi")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +66,49 @@ class _Reader:
         return slide
 
 
+def _looks_zarr(path: str | Path) -> bool:
+    if is_url(path):
+        # A series of a collection as well: .../slide.ome.zarr/0
+        return any(part.lower().endswith(".zarr") for part in str(path).rstrip("/").split("/")[-2:])
+    return is_zarr_store(Path(path))
+
+
 def _looks_dicom(path: str | Path) -> bool:
-    return str(path).lower().endswith(".dcm") if is_url(path) else is_dicom(Path(path))
+    if is_url(path):
+        return str(path).lower().endswith(".dcm")
+    return _is_file(path) and is_dicom(Path(path))
+
+
+def _is_file(path: str | Path) -> bool:
+    return not _looks_zarr(path)
+
+
+def _looks_czi(path: str | Path) -> bool:
+    if is_url(path):
+        return str(path).lower().endswith(".czi")
+    if not _is_file(path):
+        return False
+    with open(path, "rb") as handle:
+        return handle.read(16).rstrip(b"\0") == b"ZISRAWFILE"
+
+
+def _looks_tiff(path: str | Path) -> bool:
+    return _is_file(path) and not _looks_dicom(path) and not _looks_czi(path)
 
 
 _TABLE = (
+    _Reader("zarr", "wsi_pipe.slides.zarr.reader", "open_zarr", takes=_looks_zarr, urls=True),
     _Reader("tiff", "wsi_pipe.slides.dicom.reader", "open_dicom", takes=_looks_dicom, urls=True),
-    _Reader("tiff", "wsi_pipe.slides.tiff.reader", "open_tiff", takes=lambda path: not _looks_dicom(path), urls=True),
-    _Reader("openslide", "wsi_pipe.slides.openslide", "open_openslide", fallback="a format that OpenSlide knows"),
-    _Reader("image", "wsi_pipe.slides.plain.reader", "open_image"),
+    _Reader("czi", "wsi_pipe.slides.czi.reader", "open_czi", takes=_looks_czi, urls=True),
+    _Reader("tiff", "wsi_pipe.slides.tiff.reader", "open_tiff", takes=_looks_tiff, urls=True),
+    _Reader(
+        "openslide",
+        "wsi_pipe.slides.openslide",
+        "open_openslide",
+        takes=_is_file,
+        fallback="a format that OpenSlide knows",
+    ),
+    _Reader("image", "wsi_pipe.slides.plain.reader", "open_image", takes=_is_file),
 )
 
 
@@ -89,7 +123,7 @@ def open_slide(
     cache_bytes: int | None = None,
     copy: bool = True,
 ) -> Slide:
-    """Open a slide: a file, a folder that holds one DICOM series, or a URL that fsspec understands.
+    """Open a slide: a file, an OME-Zarr store, a folder that holds one DICOM series, or a URL that fsspec understands.
 
     reader: "auto" asks the fast reader, OpenSlide and the image reader in turn; a name asks that one only. mpp: what
     the user states as micrometres per level-0 pixel, one value or (x, y); it goes before the file's own. scene, z:
@@ -113,6 +147,9 @@ def open_slide(
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     readers = [entry for entry in _TABLE if reader in ("auto", entry.name)]
+    if is_url(path) and (reader == "zarr" or (reader == "auto" and _looks_zarr(path))):
+        # A store of many files: read by ranges or not at all.
+        return _first(str(path), readers[:1], asked)
     if is_url(path):
         return _open_url(str(path), readers, asked, cache_dir, cache_bytes, copy)
     found = _existing(Path(path))
@@ -230,10 +267,12 @@ def _reason(error: SlideError, path: str | Path) -> str:
 def _existing(path: Path) -> Path:
     """The file to open, checked so that every reader need not: there, a file, readable, not empty.
 
-    A folder stands for the one slide in it where that is a DICOM series.
+    A folder stands for the one slide in it where that is a DICOM series, and for itself where it is a Zarr store.
     """
     try:
         status = path.stat()
+        if is_zarr_store(path):
+            return path
         if path.is_dir():
             return _in_folder(path)
         if not path.is_file():
@@ -288,7 +327,7 @@ def _in_folder(folder: Path) -> Path:
 
 def _hint(path: str | Path) -> str:
     """What a file that nobody understands may be, from its first bytes."""
-    if is_url(path):
+    if is_url(path) or Path(path).is_dir():
         return ""
     with open(path, "rb") as handle:
         head = handle.read(512)
