@@ -276,6 +276,7 @@ def test_a_czi_by_its_bytes_and_behind_a_url(tmp_path: Path) -> None:
         assert remote.info.fingerprint == local.info.fingerprint
         assert "copied" not in remote.info.reader_reason
     server.shutdown()
+    server.server_close()
 
 
 def changed(path: Path, at: int, data: bytes) -> Path:

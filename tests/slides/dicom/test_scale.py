@@ -131,6 +131,15 @@ def test_a_level_that_fills_its_tiles_is_not_taken_for_a_padded_one(tmp_path: Pa
         assert len(slide.pyramid.levels) == 1
 
 
+def test_a_level_of_another_picture_is_left_out(tmp_path: Path) -> None:
+    """Its size and its spacing agree."""
+    for i, factor in enumerate((1, 2, 4)):
+        level(tmp_path / f"{i}.dcm", box(blobs(640, 480, seed=7 if i == 1 else 3), factor), MM * factor)
+    with open_slide(tmp_path / "0.dcm") as slide:
+        assert [found.downsample for found in slide.pyramid.levels] == [(1, 1), (4, 4)]
+        assert "(1.dcm) is left out: it shows another picture than the next finer one" in slide.info.notes[0]
+
+
 def test_without_spacings_the_sizes_count(tmp_path: Path) -> None:
     picture = blobs(640, 480)
     for i, factor in enumerate((1, 4)):

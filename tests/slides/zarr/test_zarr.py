@@ -19,6 +19,7 @@ import pytest
 import zarr
 from numpy.typing import NDArray
 
+from tests.slides.dicom.test_scale import blobs
 from wsi_pipe.errors import NotAPictureError, SlideError, SlideOpenError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.zarr.reader import ZarrSlide, open_zarr
@@ -57,6 +58,15 @@ def _fewer(whole: NDArray[Any], axes: str) -> NDArray[Any]:
     return np.squeeze(whole, dropped).transpose([left.index(axis) for axis in axes])
 
 
+def colours(*names: str, labels: tuple[str, ...] = ("0", "1", "2")) -> dict[str, Any]:
+    return {"channels": [{"color": c, "label": text} for c, text in zip(names, labels, strict=True)]}
+
+
+RGB = ("FF0000", "00FF00", "0000FF")
+NAMED = colours(*RGB, labels=("Red", "Green", "Blue"))
+UNNAMED = "three channels without names are taken for red, green and blue, as their background is bright"
+
+
 def write_image(
     group: Any,
     levels: list[NDArray[Any]],
@@ -68,7 +78,7 @@ def write_image(
     unit: str | None = "micrometer",
     scales: list[float] | None = None,
     one_chunk_per_channel: bool = True,
-    omero: Any = None,
+    omero: Any = NAMED,
     compressor: Any = "auto",
     fill: int = 0,
     mpp: float = MPP,
@@ -249,13 +259,6 @@ def test_focal_planes(tmp_path: Path) -> None:
         open_slide(tmp_path / "a.zarr", z=4)
 
 
-def colours(*names: str, labels: tuple[str, ...] = ("0", "1", "2")) -> dict[str, Any]:
-    return {"channels": [{"color": c, "label": text} for c, text in zip(names, labels, strict=True)]}
-
-
-RGB = ("FF0000", "00FF00", "0000FF")
-
-
 @pytest.mark.parametrize(
     ("levels", "omero", "reason"),
     [
@@ -277,10 +280,29 @@ def test_what_is_no_brightfield_picture_in_colour_is_refused_for_good(
     assert str(caught.value).startswith(str(path))
 
 
-@pytest.mark.parametrize("omero", [None, colours(*RGB), colours("FFFFFF", "FFFFFF", "FFFFFF"), {"channels": "x"}])
+@pytest.mark.parametrize(
+    "omero", [None, NAMED, colours(*RGB), colours("FFFFFF", "FFFFFF", "FFFFFF"), {"channels": "x"}]
+)
 def test_three_channels_are_red_green_and_blue(tmp_path: Path, omero: Any) -> None:
     with open_slide(store(tmp_path / "a.zarr", omero=omero)) as slide:
         assert np.array_equal(whole(slide), picture())
+        assert slide.info.notes == (() if omero is NAMED else (UNNAMED,))
+
+
+def test_three_channels_without_names_on_black_are_refused(tmp_path: Path) -> None:
+    glowing = np.ascontiguousarray(255 - picture() // 2 - 120)
+    with pytest.raises(NotAPictureError, match="on a dark background"):
+        open_slide(store(tmp_path / "a.zarr", [glowing], omero=None))
+    with open_slide(store(tmp_path / "b.zarr", [glowing], omero=NAMED)) as slide:
+        assert np.array_equal(whole(slide), glowing)
+
+
+def test_a_level_of_another_picture_is_left_out(tmp_path: Path) -> None:
+    levels, others = (halves(blobs(640, 480, seed), 3) for seed in (3, 7))
+    levels[1] = others[1]
+    with open_slide(store(tmp_path / "a.zarr", levels, omero=NAMED)) as slide:
+        assert [level.downsample for level in slide.pyramid.levels] == [(1, 1), (4, 4)]
+        assert slide.info.notes[0].endswith("(1) is left out: it shows another picture than the next finer one")
 
 
 def test_time_points_are_refused(tmp_path: Path) -> None:
@@ -473,7 +495,8 @@ def test_a_damaged_chunk_is_an_error_with_its_place(tmp_path: Path, kind: str) -
     chunk = path / "0" / "c" / "0" / "0" / "0" / "1" / "2"
     data = chunk.read_bytes()
     chunk.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "noise": b"\xff" * len(data)}[kind])
-    with open_zarr(path) as slide, pytest.raises(SlideReadError, match=r"a\.zarr: level 0, tile column .*, row 1"):
+    place = pytest.raises((SlideOpenError, SlideReadError), match=r"a\.zarr: level 0, tile column .*, row 1")
+    with place, open_zarr(path) as slide:
         whole(slide)
 
 

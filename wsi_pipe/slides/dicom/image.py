@@ -43,6 +43,7 @@ class DicomImage:
     def __init__(self, instances: Sequence[Instance], z: int | None = None) -> None:
         first = instances[0]
         self._name = first.source.name
+        self.local = first.source.local
         for instance in instances:
             check_meaning(instance)
             check_pixels(instance)

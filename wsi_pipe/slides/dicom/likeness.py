@@ -8,10 +8,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipe.errors import SlideReadError
 from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.base import WHITE
-from wsi_pipe.slides.codecs.decode import CodecError
 from wsi_pipe.slides.native import NativeImage
 
 __all__ = ["shows_the_same"]
@@ -84,10 +82,7 @@ def _read(image: NativeImage, x: int, y: int, width: int, height: int) -> NDArra
     for (column, row), data in zip(cells, image.fetch(cells), strict=True):
         if data is None:
             continue
-        try:
-            block = image.decode((column, row), data, 1)
-        except CodecError as error:
-            raise SlideReadError(f"tile column {column}, row {row}: {error}") from error
+        block = image.decode((column, row), data, 1)
         x0, y0 = max(column * block_w, x), max(row * block_h, y)
         x1, y1 = min((column + 1) * block_w, last_x), min((row + 1) * block_h, last_y)
         part = block[y0 - row * block_h : y1 - row * block_h, x0 - column * block_w : x1 - column * block_w]

@@ -15,6 +15,7 @@ from typing import Any
 from wsi_pipe.errors import NotAPictureError, SlideError, SlideOpenError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair
 from wsi_pipe.slides.base import ReadStats, RGBArray, SlideInfo
+from wsi_pipe.slides.codecs.decode import CodecError
 from wsi_pipe.slides.dicom.image import DicomImage
 from wsi_pipe.slides.dicom.instance import Instance, codec_name
 from wsi_pipe.slides.dicom.scale import Candidate, arrange, spacing, stated_mpp
@@ -286,6 +287,11 @@ def _open_series(path: str | Path, mpp: FloatPair | None, z: int | None) -> Dico
     except SlideReadError as error:
         _close(instances)
         raise SlideOpenError(error.message, remedy=error.remedy) from error
+    except CodecError as error:
+        _close(instances)
+        raise SlideOpenError(
+            f"{path}: a tile does not decode: {error}", remedy="the file is truncated or damaged: copy it again"
+        ) from error
     except SlideError:
         _close(instances)
         raise

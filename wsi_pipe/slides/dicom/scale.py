@@ -17,8 +17,12 @@ from wsi_pipe.slides.dicom.image import DicomImage
 from wsi_pipe.slides.dicom.instance import Instance
 from wsi_pipe.slides.dicom.likeness import shows_the_same
 from wsi_pipe.slides.levels import level_downsample, level_share
+from wsi_pipe.slides.tiff.likeness import is_alike
 
 __all__ = ["Candidate", "arrange", "spacing", "stated_mpp"]
+
+SMALLEST_PX = 32
+"""Side of a level below which a comparison of contents tells nothing."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,14 @@ def arrange(
             cause = f"the spacing of {stated} um/px that it states does not go with its size"
         elif image.size_px[0] >= levels[-1].size_px[0] or image.size_px[1] > levels[-1].size_px[1]:
             cause = "it is not smaller than the next finer one"
-        elif padded:
+        else:
             ratio = (downsample[0] / levels[-1].downsample[0], downsample[1] / levels[-1].downsample[1])
             other = (levels[-1].size_px[0] / width, levels[-1].size_px[1] / height)
-            if not shows_the_same(images[-1], image, ratio, other):
+            if padded and not shows_the_same(images[-1], image, ratio, other):
                 cause = f"its picture is not at the scale of {downsample[0]:g} that its spacing states"
+            elif image.local and min(image.size_px) >= SMALLEST_PX and not is_alike(images[-1], image, ratio):
+                # Behind a URL that would take dozens of requests on each opening.
+                cause = "it shows another picture than the next finer one"
         if cause is not None or downsample is None:
             notes.append(f"the level of {width} x {height} px ({candidate.name}) is left out: {cause}")
             continue

@@ -171,8 +171,11 @@ def _transform(name: str, steps: Any, axes: int) -> tuple[tuple[float, ...], tup
     return tuple(scale), tuple(moved)
 
 
-def check_channels(name: str, count: int, dtype: str, ome: Mapping[str, Any]) -> None:
-    """Raise NotAPictureError where an image is not red, green and blue in 8 bits."""
+def check_channels(name: str, count: int, dtype: str, ome: Mapping[str, Any]) -> bool:
+    """Whether an image is said to be red, green and blue; where nothing is said of its channels, it is not.
+
+    Raises NotAPictureError where it is said to be something else, or is not of 8 bits.
+    """
     if dtype != "uint8":
         raise NotAPictureError(
             f"{name}: pixels of type {dtype} are not read, only 8-bit colour", remedy="export the slide as 8-bit RGB"
@@ -185,7 +188,7 @@ def check_channels(name: str, count: int, dtype: str, ome: Mapping[str, Any]) ->
     omero = ome.get("omero")
     channels = omero.get("channels") if isinstance(omero, Mapping) else None
     if not isinstance(channels, list):
-        return
+        return False
     labels = [str(c.get("label") or "") for c in channels if isinstance(c, Mapping)]
     glowing = [label for label in labels if FLUORESCENCE.search(label)]
     if glowing:
@@ -195,3 +198,4 @@ def check_channels(name: str, count: int, dtype: str, ome: Mapping[str, Any]) ->
         raise NotAPictureError(
             f"{name}: channels in the colours {', '.join(colours)}, not red, green and blue", remedy="export it as RGB"
         )
+    return [label.lower()[:1] for label in labels] == ["r", "g", "b"]

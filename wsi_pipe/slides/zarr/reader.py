@@ -15,6 +15,7 @@ from wsi_pipe.slides.base import ReadStats, RGBArray, SlideInfo
 from wsi_pipe.slides.codecs.decode import CodecError
 from wsi_pipe.slides.levels import level_downsample
 from wsi_pipe.slides.native import NativeSlide, build_pyramid, only_picture, read_whole, user_mpp
+from wsi_pipe.slides.tiff.likeness import bright_planes, is_alike
 from wsi_pipe.slides.zarr.image import ZarrImage
 from wsi_pipe.slides.zarr.multiscales import (
     MAX_SERIES,
@@ -33,6 +34,9 @@ __all__ = ["ZarrSlide", "open_zarr"]
 MAX_SHIFT_PX = 1.0
 """By so many of its own pixels a level may be shifted: half a pixel is where the middle of a box of pixels lies."""
 
+SMALLEST_PX = 32
+"""Side of a level below which a comparison of contents tells nothing."""
+
 FINGERPRINT_BYTES = 1 << 20
 FINGERPRINT_CHUNKS = 64
 
@@ -46,7 +50,10 @@ class ZarrSlide(NativeSlide):
         name, image = store.name, chosen.image
         notes = [*chosen.notes, *image.notes]
         first = _image(store, chosen.path, image, image.datasets[0], z)
-        check_channels(name, first.channels, first.dtype, chosen.ome)
+        build_pyramid(name, [first], None)
+        said = check_channels(name, first.channels, first.dtype, chosen.ome)
+        if not said and not chosen.rgb:
+            notes.append(bright_planes(name, first))
         if z is None and first.planes > 1:
             notes.append(
                 f"focal plane {first.z} of 0 to {first.planes - 1}, the middle one is read (--z N takes another)"
@@ -56,7 +63,6 @@ class ZarrSlide(NativeSlide):
         kept = _levels(store, chosen, first, notes)
         stated = _mpp(image)
         images = [level.image for level in kept]
-        build_pyramid(name, images[:1], None)
         pyramid = Pyramid(
             tuple(Level(level.image.size_px, level.downsample) for level in kept), stated if mpp is None else mpp
         )
@@ -144,6 +150,14 @@ def _levels(store: GuardedStore, chosen: Series, first: ZarrImage, notes: list[s
             continue
         build_pyramid(store.name, [level], None)
         level = ZarrImage(store, array, image, key, first.z)
+        step = (downsample[0] / kept[-1].downsample[0], downsample[1] / kept[-1].downsample[1])
+        if store.local and min(level.size_px) >= SMALLEST_PX and not is_alike(kept[-1].image, level, step):
+            # Behind a URL that would take dozens of requests on each opening.
+            notes.append(
+                f"the level of {level.size_px[0]} x {level.size_px[1]} px ({key}) is left out: it shows another "
+                "picture than the next finer one"
+            )
+            continue
         kept.append(_Kept(key, array, level, downsample))
     return kept
 
@@ -218,7 +232,7 @@ def _choose(store: GuardedStore, scene: int | None) -> tuple[Series, Mapping[str
     if paths is None:
         only_picture(store.name, scene, None, what="the store holds one image")
         fluorescent(store.name, xml, 0)
-        return Series("", ome, multiscale_of(store.name, ome), ()), {}
+        return Series("", ome, multiscale_of(store.name, ome), (), rgb=bool(xml) and xml[0].rgb), {}
     found: list[Series] = []
     for path in paths or [str(i) for i in range(MAX_SERIES)]:
         try:
@@ -243,4 +257,5 @@ def _choose(store: GuardedStore, scene: int | None) -> tuple[Series, Mapping[str
         if i != number and (kind := associated_kind(xml[i].name if i < len(xml) else "")) is not None
     }
     chosen = found[number]
-    return Series(chosen.path, chosen.ome, chosen.image, (note,) if note else ()), others
+    rgb = number < len(xml) and xml[number].rgb
+    return Series(chosen.path, chosen.ome, chosen.image, (note,) if note else (), rgb), others

@@ -28,20 +28,24 @@ SMALL = 16
 
 @dataclass(frozen=True)
 class Series:
-    """An image of a store: the path of its group, its OME metadata, what they say, and notes for the user."""
+    """An image of a store: the path of its group, its OME metadata, what they say, notes for the user, and whether the
+    OME-XML says that it is in colour."""
 
     path: str
     ome: Mapping[str, Any]
     image: Multiscale
     notes: tuple[str, ...]
+    rgb: bool = False
 
 
 @dataclass(frozen=True)
 class Described:
-    """What OME-XML says of an image: its name, and why it is no brightfield picture, "" where it may be one."""
+    """What OME-XML says of an image: its name, why it is no brightfield picture, "" where it may be one, and whether
+    one channel has three samples, which is colour."""
 
     name: str
     other: str
+    rgb: bool
 
 
 def names_of(store: GuardedStore) -> list[Described]:
@@ -55,7 +59,12 @@ def names_of(store: GuardedStore) -> list[Described]:
     except (SlideError, UnsupportedSlideError):
         return []
     images = [element for element in root.iter() if element.tag.rpartition("}")[2] == "Image"]
-    return [Described(image.get("Name", ""), _other(image)) for image in images]
+    return [Described(image.get("Name", ""), _other(image), _is_rgb(image)) for image in images]
+
+
+def _is_rgb(image: Any) -> bool:
+    channels = [element for element in image.iter() if element.tag.rpartition("}")[2] == "Channel"]
+    return len(channels) == 1 and channels[0].get("SamplesPerPixel") == "3"
 
 
 def _other(image: Any) -> str:

@@ -56,6 +56,7 @@ class GuardedStore(WrapperStore[Store]):
         super().__init__(store)
         self.name = name
         self.stats = stats or ReadStats()
+        self.local = isinstance(store, LocalStore)
         self.shut = threading.Event()
         self.limits: dict[str, _Limit] = {}
 
