@@ -348,3 +348,14 @@ def test_a_disk_that_does_not_answer_does_not_cost_the_plan(
     result = json.loads(printed.out)
     assert (result["slides"], result["space"]) == (1, None)
     assert f"not checked: cannot write {tmp_path / 'job'}: Stale file handle" in printed.err
+
+
+def test_facts_of_a_folder_are_not_kept(tmp_path: Path) -> None:
+    """Of a store of chunks, the folder's own size and time do not change with its contents."""
+    (tmp_path / "a.zarr").mkdir()
+    (tmp_path / "b.svs").write_bytes(b"x")
+    with MetadataCache(tmp_path / "facts.sqlite") as cache:
+        for name in ("a.zarr", "b.svs"):
+            cache.put(str(tmp_path / name), "auto", SlideFacts(sizes_px=((10, 10),)))
+        assert cache.get(str(tmp_path / "a.zarr"), "auto") is None
+        assert cache.get(str(tmp_path / "b.svs"), "auto") is not None

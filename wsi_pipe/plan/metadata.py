@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sqlite3
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -144,5 +145,8 @@ def _stamp(path: str, how: str) -> str | None:
     try:
         status = os.stat(path)
     except OSError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        # Of a store of chunks, the folder's own size and time say nothing.
         return None
     return f"{status.st_size}:{status.st_mtime_ns}:{how}:{FACTS_VERSION}"
