@@ -19,6 +19,7 @@ from wsi_pipe.config import SegmentSettings, TileSettings, from_mapping
 from wsi_pipe.errors import ConfigError, ManifestError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds
+from wsi_pipe.tissue.frame import FRAMES
 
 if TYPE_CHECKING:
     from wsi_pipe.slides.passed_over import PassedOver
@@ -34,6 +35,9 @@ __all__ = [
 
 BASE_COLUMNS = ("slide", "slide_id", "case_id", "mpp", "mask")
 PICTURE_COLUMNS = ("scene", "z")
+REGION_COLUMNS = ("annotations", "tissue_class", "frame")
+"""What is drawn on a slide, which classes of it are its tissue (several with semicolons), and from where its
+coordinates count."""
 TILE_COLUMNS = ("min_tissue", "judge_um", "mpp_tolerance", "allow_upsampling")
 """Tile settings that may differ between slides; resolutions and tile size are the job's, so that bags compare."""
 
@@ -58,7 +62,10 @@ class SlideEntry:
 
     slide_id: unique in the job, names its files. path: file or URL. case_id: the patient. mpp: (x, y) um/px given by
     the user, or None. mask: GeoJSON that replaces the tissue mask, or None. overrides: column -> value, for settings
-    of this slide alone. scene, z: which scan of the file and which focal plane, from 0, or None.
+    of this slide alone. scene, z: which scan of the file and which focal plane, from 0, or None. annotations: GeoJSON
+    whose classes become labels of tiles, or None. tissue_class: classes of it, or of the mask, that are the tissue; any
+    where empty. frame: from where the coordinates of both count where the files do not say, "image" or "qupath", or
+    None.
     """
 
     slide_id: str
@@ -69,6 +76,9 @@ class SlideEntry:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     scene: int | None = None
     z: int | None = None
+    annotations: str | None = None
+    tissue_class: tuple[str, ...] = ()
+    frame: str | None = None
 
 
 def is_url(path: str) -> bool:
@@ -244,7 +254,7 @@ def read_manifest(path: Path) -> list[SlideEntry]:
     except csv.Error as error:
         raise ManifestError(f"{path}: {error}", remedy="give a CSV in UTF-8") from error
     reader.fieldnames = columns
-    known = (*BASE_COLUMNS, *PICTURE_COLUMNS, *SETTING_COLUMNS)
+    known = (*BASE_COLUMNS, *PICTURE_COLUMNS, *REGION_COLUMNS, *SETTING_COLUMNS)
     if "slide" not in columns:
         raise ManifestError(
             f"{path}: has no column 'slide'", remedy=f"its first row must name columns among {', '.join(known)}"
@@ -283,7 +293,10 @@ def _entry(manifest: Path, line: int, row: Mapping[str | None, Any]) -> SlideEnt
     overrides = {
         column: _setting(where, column, cells[column]) for column in SETTING_COLUMNS if cells.get(column, "") != ""
     }
-    mask = cells.get("mask") or None
+    mask, annotations = cells.get("mask") or None, cells.get("annotations") or None
+    frame = cells.get("frame", "").lower() or None
+    if frame not in (None, *FRAMES):
+        raise ManifestError(f"{where}: the frame {frame!r} is unknown", remedy=f"write {' or '.join(FRAMES)}")
     return SlideEntry(
         slide_id=slide_id,
         path=_beside(manifest, cells["slide"]),
@@ -293,7 +306,15 @@ def _entry(manifest: Path, line: int, row: Mapping[str | None, Any]) -> SlideEnt
         overrides=overrides,
         scene=_from_zero(where, "scene", cells.get("scene", "")),
         z=_from_zero(where, "z", cells.get("z", "")),
+        annotations=_beside(manifest, annotations) if annotations else None,
+        tissue_class=split_classes(cells.get("tissue_class", "")),
+        frame=frame,
     )
+
+
+def split_classes(text: str) -> tuple[str, ...]:
+    """The classes of a cell, "Tumour; Stroma"."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(";") if part.strip()))
 
 
 def _beside(manifest: Path, cell: str) -> str:
@@ -357,13 +378,20 @@ def write_manifest(path: Path, entries: Iterable[SlideEntry]) -> None:
     used = [column for column in SETTING_COLUMNS if any(column in entry.overrides for entry in entries)]
     # Few files hold more than one picture: lists of others look as they always did.
     pictures = [name for name in PICTURE_COLUMNS if any(getattr(entry, name) is not None for entry in entries)]
+    regions = {
+        "annotations": [_absolute(entry.annotations) if entry.annotations else "" for entry in entries],
+        "tissue_class": ["; ".join(entry.tissue_class) for entry in entries],
+        "frame": [entry.frame or "" for entry in entries],
+    }
+    drawn = [column for column in REGION_COLUMNS if any(regions[column])]
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*BASE_COLUMNS, *pictures, *used])
-    for entry in entries:
+    writer.writerow([*BASE_COLUMNS, *pictures, *drawn, *used])
+    for number, entry in enumerate(entries):
         mpp = "" if entry.mpp is None else f"{entry.mpp[0]!r}x{entry.mpp[1]!r}"
         row = [_absolute(entry.path), entry.slide_id, entry.case_id, mpp, _absolute(entry.mask) if entry.mask else ""]
         row += ["" if getattr(entry, name) is None else str(getattr(entry, name)) for name in pictures]
+        row += [regions[column][number] for column in drawn]
         writer.writerow(row + [str(entry.overrides.get(column, "")) for column in used])
     write_text_atomically(path, buffer.getvalue())
 

@@ -31,7 +31,8 @@ class SlideOutcome:
     reason: why it is empty or failed; remedy: what the user can do. stage: where it failed. seconds: wall seconds by
     stage. tiles: kept tiles by level label. cached: stages that were valid already and not run again. costs: the
     seconds of "read" and "encode" by the features that they went into, level and encoder ("20x/uni"); nothing for
-    features that were valid already. notes: what the user should know of how the file was understood.
+    features that were valid already. notes: what the user should know of how the file was understood, and of what of a
+    mask or of annotations did not count.
     """
 
     slide_id: str
@@ -85,5 +86,5 @@ class SlideOutcome:
         """The inverse of ``to_json``; unknown keys of later versions are ignored."""
         known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
         known["cached"] = tuple(known.get("cached", ()))
-        known["notes"] = tuple(known.get("notes", ()))
+        known["notes"] = tuple(str(note) for note in known.get("notes") or ())
         return cls(**known)

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from wsi_pipe.errors import OutputError
 from wsi_pipe.files import atomic_path
 from wsi_pipe.geometry import FloatPair, TileGrid, TissueMask
-from wsi_pipe.tissue import trace_mask
+from wsi_pipe.tissue import Region, fill_polygons, trace_mask
 
 __all__ = [
     "GRID_COLOURS",
@@ -47,6 +47,7 @@ class _Entry:
 
     colour: RGB
     text: str
+    solid: bool = False
 
 
 def thumbnail_with_contours(
@@ -81,16 +82,21 @@ def thumbnail_with_grids(
     um_per_px: FloatPair | None = None,
     title: str = "",
     max_px: int = _MAX_PX,
+    regions: Sequence[Region] = (),
 ) -> Picture:
     """A thumbnail with the tiles of one or more grids.
 
     rgb: uint8 (H, W, 3), the whole slide. scale_l0: level-0 pixels per pixel of rgb, (x, y). grids: any number,
     coarsest first, each in its own colour; the coarser ones have the thicker lines. mask: drawn too, if given.
+    regions: annotated classes, filled with a tint of their colours, those of less ground over those of more.
     """
     import cv2
 
     picture, zoom = _sized(rgb, max_px)
     per_l0 = (zoom[0] / scale_l0[0], zoom[1] / scale_l0[1])
+    painted = [_filled(region, per_l0, picture.shape) for region in regions]
+    for region, filled in sorted(zip(regions, painted, strict=True), key=lambda pair: -int(pair[1].sum())):
+        picture[filled] = np.rint(0.62 * picture[filled] + 0.38 * np.array(region.colour)).astype(np.uint8)
     order = sorted(range(len(grids)), key=lambda i: grids[i].tile_size_l0[0])
     entries: list[_Entry] = []
     for position, i in enumerate(order):
@@ -119,7 +125,29 @@ def thumbnail_with_grids(
         scale = (picture.shape[1] / mask.mask.shape[1], picture.shape[0] / mask.mask.shape[0])
         _draw_rings(picture, [r * scale for rings in trace_mask(mask.mask) for r in rings], (0, 0, 0), 1.0, casing=1.0)
         entries.append(_Entry((0, 0, 0), "tissue"))
+    for region, filled in zip(regions, painted, strict=True):
+        lines = [ring * per_l0 for rings in region.polygons for ring in rings]
+        _draw_rings(picture, lines, region.colour, 2.0, casing=1.0)
+        entries.append(_Entry(region.colour, _region_text(region, filled, um_per_px, zoom), solid=True))
     return _with_panel(picture, entries, _um(um_per_px, zoom), title)
+
+
+def _filled(region: Region, per_l0: FloatPair, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Where a region lies in a picture, without what is to be ignored."""
+    size = (shape[1], shape[0])
+    filled = fill_polygons([[ring * per_l0 for ring in rings] for rings in region.polygons], size)
+    if region.cut:
+        filled &= ~fill_polygons([[ring * per_l0 for ring in rings] for rings in region.cut], size)
+    return filled
+
+
+def _region_text(region: Region, filled: NDArray[np.bool_], um_per_px: FloatPair | None, zoom: FloatPair) -> str:
+    noun = "area" if len(region.polygons) == 1 else "areas"
+    text = f"{region.name}: {len(region.polygons):,} {noun}"
+    if um_per_px is None:
+        return text
+    ground = float(filled.sum()) * um_per_px[0] / zoom[0] * um_per_px[1] / zoom[1] / 1e6
+    return f"{text}, {ground:.3g} mm²"
 
 
 def _grid_text(grid: TileGrid) -> str:
@@ -270,7 +298,8 @@ def _with_panel(
         y += line
     for entry in entries:
         top = y + (line - size) // 2
-        draw.rectangle([margin, top, margin + size, top + size], outline=entry.colour, width=3)
+        tint = tuple(round(255 - 0.38 * (255 - value)) for value in entry.colour) if entry.solid else None
+        draw.rectangle([margin, top, margin + size, top + size], fill=tint, outline=entry.colour, width=3)
         text = _fitted(draw, entry.text, font, room - 2 * size)
         draw.text((margin + 2 * size, y + line // 2), text, fill=_INK, font=font, anchor="lm")
         y += line

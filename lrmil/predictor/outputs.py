@@ -17,6 +17,8 @@ from lrmil.predictor.predict import Predictor, SlidePrediction
 from lrmil.store import check_readable
 from wsi_pipe.errors import BagError
 from wsi_pipe.files import write_text_atomically
+from wsi_pipe.tissue import frame_statement, qupath_origin
+from wsi_pipe.tissue.frame import MEMBER
 
 __all__ = ["attention_geojson", "predictions_table", "write_attention", "write_predictions"]
 
@@ -111,7 +113,9 @@ def write_attention(prediction: SlidePrediction, model: str) -> bool:
 def attention_geojson(prediction: SlidePrediction, model: str) -> dict[str, Any]:
     """Tiles as a GeoJSON that QuPath opens: one tile object each, with attention and its percentile as measurements.
 
-    Coordinates are level-0 pixels. Raises StoreError when the bag's coordinates are not, or the tile size is unknown.
+    Coordinates are level-0 pixels from where QuPath counts, the corner of the scan's bounds; of bags that do not state
+    them, from the whole image's. The file says which. Raises StoreError when the bag's coordinates are not level-0
+    pixels, or the tile size is unknown.
     """
     info = prediction.bag
     assert info is not None
@@ -123,12 +127,15 @@ def attention_geojson(prediction: SlidePrediction, model: str) -> dict[str, Any]
             remedy="leave out --geojson, or make the bag with wsi-pipe",
         )
     width, height = info.tile_size_l0
+    origin = qupath_origin(info.bounds_l0)
+    stated = frame_statement(origin) if info.bounds_l0 else {"frame": "image"}
     attention = prediction.attention
     # Attention is spread over thousands of tiles: the percentile is what a colour scale can show.
     order = np.argsort(np.argsort(attention, kind="stable"), kind="stable")
     percentile = 100.0 * (order + 1) / len(attention)
     features = []
-    for (x, y), value, rank in zip(prediction.coords.tolist(), attention.tolist(), percentile.tolist(), strict=True):
+    coords = prediction.coords - origin
+    for (x, y), value, rank in zip(coords.tolist(), attention.tolist(), percentile.tolist(), strict=True):
         ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
         measurements = {f"{model} attention": value, f"{model} attention percentile": rank}
         features.append(
@@ -138,4 +145,4 @@ def attention_geojson(prediction: SlidePrediction, model: str) -> dict[str, Any]
                 "properties": {"objectType": "tile", "measurements": measurements},
             }
         )
-    return {"type": "FeatureCollection", "features": features}
+    return {"type": "FeatureCollection", "features": features, MEMBER: stated}

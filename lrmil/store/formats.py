@@ -34,7 +34,8 @@ class BagInfo:
     rows, dim: shape of the features. slug: the features' name in the file. case_id: None where the file states none.
     encoder, weights_sha256, level, mpp (um/px), tile_px: empty or None where neither file nor user states them.
     tile_size_l0: (x, y) in level-0 px.
-    coords_unit: frame of the coordinates. fingerprint: changes whenever the features do.
+    coords_unit: frame of the coordinates. fingerprint: changes whenever the features do. bounds_l0: (x, y, width,
+    height) of the scanned part, from whose corner QuPath counts; None where the bag does not state it.
     """
 
     path: str
@@ -54,6 +55,7 @@ class BagInfo:
     fingerprint: str
     has_parent: bool = False
     empty_reason: str | None = None
+    bounds_l0: tuple[int, int, int, int] | None = None
 
 
 def find_bags(where: Iterable[str | Path] | str | Path) -> list[Path]:
@@ -197,7 +199,15 @@ def _inspect_own(path: Path, file: h5py.File, level: str | None, encoder: str | 
         fingerprint=_text(features.attrs.get("fingerprint", "")) or _file_fingerprint(path, f"{label}/{slug}"),
         has_parent="parent" in group,
         empty_reason=(_text(file.attrs.get("empty_reason", "")) or "no tissue") if status == "empty" else None,
+        bounds_l0=_bounds(file.attrs.get("bounds_l0")),
     )
+
+
+def _bounds(value: Any) -> tuple[int, int, int, int] | None:
+    if value is None:
+        return None
+    x, y, width, height = (int(number) for number in value)
+    return (x, y, width, height)
 
 
 def _shape(path: Path, data: h5py.Dataset) -> tuple[int, int]:

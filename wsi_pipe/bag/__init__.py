@@ -21,7 +21,7 @@ from wsi_pipe.bag.read import (
     read_level,
 )
 from wsi_pipe.bag.skim import skim_file
-from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, Features, content_digest
+from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, Features, TileValues, content_digest
 from wsi_pipe.bag.write import write_attention, write_bag, write_feature_file
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "FeatureFileHeader",
     "FeatureHeader",
     "Features",
+    "TileValues",
     "check_bag",
     "check_feature_file",
     "content_digest",

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.bag.read import _attrs, finite, grid_of, level_labels, open_bag
-from wsi_pipe.bag.values import SCHEMA, BagAttrs, content_digest, fits_next
+from wsi_pipe.bag.values import PER_TILE, SCHEMA, BagAttrs, content_digest, fits_next
 from wsi_pipe.errors import BagError, ConfigError
 from wsi_pipe.geometry import TileGrid
 
@@ -109,6 +109,13 @@ def _level_problems(
                 problems.append(f"{label}: attention of {model} has shape {values.shape}, not ({n},)")
             elif n and not abs(float(values.sum(dtype=np.float64)) - 1) < ATTENTION_TOLERANCE:
                 problems.append(f"{label}: attention of {model} sums to {values.sum():.4g}, not 1")
+    for kind, (least, most) in PER_TILE.items():
+        for slug, data in group[kind].items() if kind in group else ():
+            values = data[()]
+            if values.shape != (n,) or values.dtype != np.float32:
+                problems.append(f"{label}: {kind} {slug} is {values.dtype} {values.shape}, not float32 ({n},)")
+            elif n and not (finite(values) and values.min() >= least and values.max() <= most):
+                problems.append(f"{label}: {kind} {slug} leaves the range {least:g} to {most:g}")
     return problems, grid
 
 

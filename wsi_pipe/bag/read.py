@@ -12,7 +12,18 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, FeatureArray, Features, content_digest
+from wsi_pipe.bag.values import (
+    PER_TILE,
+    SCHEMA,
+    SCHEMA_VERSION,
+    Bag,
+    BagAttrs,
+    BagLevel,
+    FeatureArray,
+    Features,
+    TileValues,
+    content_digest,
+)
 from wsi_pipe.errors import BagError
 from wsi_pipe.geometry import TileGrid, TileSpec
 
@@ -71,6 +82,10 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
+_ADDED = ("bounds_l0", "annotation")
+"""Attributes that bags of earlier versions lack."""
+
+
 def read_attrs(path: Path) -> BagAttrs:
     """The root attributes of a bag. Raises BagError when the file is not a bag or lacks one."""
     with open_bag(path) as file:
@@ -87,8 +102,13 @@ def _attrs(path: Path, file: Any) -> BagAttrs:
         try:
             value = attrs[name]
         except KeyError as error:
+            if name in _ADDED:
+                continue
             raise BagError(f"{path}: lacks the attribute {name}") from error
-        if name == "mpp_l0":
+        if name == "bounds_l0":
+            x, y, width, height = (int(number) for number in value)
+            values[name] = (x, y, width, height)
+        elif name == "mpp_l0":
             values[name] = (float(value[0]), float(value[1]))
         elif name in ("width_l0", "height_l0"):
             values[name] = int(value)
@@ -211,6 +231,24 @@ def _features_of(group: Any, slug: str) -> Features:
     )
 
 
+def _tile_values(group: Any) -> dict[str, dict[str, TileValues]]:
+    """What a level holds of one number a tile: kind -> slug -> values."""
+    return {
+        kind: {
+            slug: TileValues(data[()], {name: _plain_attr(value) for name, value in data.attrs.items()})
+            for slug, data in group[kind].items()
+        }
+        for kind in PER_TILE
+        if kind in group
+    }
+
+
+def _plain_attr(value: Any) -> str | float | tuple[int, ...]:
+    if isinstance(value, np.ndarray):
+        return tuple(int(number) for number in value)
+    return value if isinstance(value, str) else float(value)
+
+
 def read_bag(path: Path) -> Bag:
     """A whole bag in memory. Raises BagError when the file is not a bag or is damaged."""
     with open_bag(path) as file:
@@ -224,6 +262,7 @@ def read_bag(path: Path) -> Bag:
                     grid=grid_of(group),
                     features={slug: _features_of(group, slug) for slug in slugs},
                     attention={model: attention[model][()] for model in attention},
+                    **_tile_values(group),
                 )
             )
         return Bag(_attrs(path, file), tuple(levels))
@@ -234,7 +273,8 @@ class BagLevelView:
     """What a MIL model needs of one level of a bag: features, geometry, and where they come from.
 
     features: (N, D) float16 or float32. parent: int32 (N,) rows in the next coarser level, None for the coarsest;
-    parent_label: the label of that level. layers: CLS of blocks, (N, D) each, when they are stored.
+    parent_label: the label of that level. layers: CLS of blocks, (N, D) each, when they are stored. annotation: by
+    name of the class, the fraction of each tile that its regions cover, float32 (N,).
     """
 
     attrs: BagAttrs
@@ -246,6 +286,7 @@ class BagLevelView:
     fingerprint: str
     parent_label: str | None
     layers: dict[str, FeatureArray]
+    annotation: dict[str, NDArray[np.float32]]
 
 
 def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bool = False) -> BagLevelView:
@@ -279,6 +320,10 @@ def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bo
             fingerprint=str(data.attrs["fingerprint"]),
             parent_label=labels[position - 1] if position else None,
             layers=dict(found.layers) if found else {},
+            annotation={
+                str(item.attrs.get("class", slug)): item.values
+                for slug, item in _tile_values(group).get("annotation", {}).items()
+            },
         )
 
 

@@ -12,10 +12,25 @@ from numpy.typing import NDArray
 
 from wsi_pipe.geometry import FloatPair, TileGrid
 
-__all__ = ["SCHEMA", "SCHEMA_VERSION", "Bag", "BagAttrs", "BagLevel", "Features", "content_digest", "fits_next"]
+__all__ = [
+    "PER_TILE",
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "Bag",
+    "BagAttrs",
+    "BagLevel",
+    "Features",
+    "TileValues",
+    "content_digest",
+    "fits_next",
+]
 
 SCHEMA = "wsi-pipe-bag"
 SCHEMA_VERSION = 1
+
+PER_TILE = {"annotation": (0.0, 1.0)}
+"""Groups of a level with one number a tile in each of their data sets, and the range that it keeps to. Each is a field
+of ``BagLevel`` of the same name. Bags of earlier versions lack them."""
 
 FeatureArray = NDArray[np.floating[Any]]
 
@@ -28,7 +43,9 @@ class BagAttrs:
     status: "done" or "empty"; empty_reason: why, or "". fingerprint_segment, fingerprint_tile: of the stages that made
     the grids. primary_level, primary_encoder: what ``/coords`` and ``/features`` link to; primary_encoder is "" in a
     file that has no features yet. scene, z: which scan of the file and which focal plane were asked for; not written
-    where none was.
+    where none was. bounds_l0: (x, y, width, height) of the scanned part, from whose corner QuPath counts; the whole
+    image where the file states none, None in files of earlier versions. annotation: JSON text on the annotations that
+    tiles were compared with, "" where there were none.
     """
 
     slide_id: str
@@ -52,6 +69,8 @@ class BagAttrs:
     primary_encoder: str = ""
     scene: int | None = None
     z: int | None = None
+    bounds_l0: tuple[int, int, int, int] | None = None
+    annotation: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,12 +92,28 @@ class Features:
 
 
 @dataclass(frozen=True)
+class TileValues:
+    """One number a tile, and what there is to say of it.
+
+    values: float32 (N,). attrs: attributes of the data set, text, numbers or lists of whole numbers.
+    """
+
+    values: NDArray[np.float32]
+    attrs: Mapping[str, str | float | tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class BagLevel:
-    """One grid with its features by encoder slug, and attention by model name (float32 (N,), sums to 1)."""
+    """One grid with what belongs to its tiles.
+
+    features: by encoder slug. attention: by model name, float32 (N,), sums to 1. annotation: by the slug of a class,
+    the fraction of each tile that its regions cover; attributes ``class`` (its name) and ``color`` (R, G, B).
+    """
 
     grid: TileGrid
     features: Mapping[str, Features] = field(default_factory=dict)
     attention: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    annotation: Mapping[str, TileValues] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.bag.check import check_bag, check_feature_file
-from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagLevel, Features, content_digest
+from wsi_pipe.bag.values import PER_TILE, SCHEMA, SCHEMA_VERSION, Bag, BagLevel, Features, content_digest
 from wsi_pipe.errors import BagError
 from wsi_pipe.files import atomic_path, output_error
 from wsi_pipe.geometry import MICROMETRES_PER_MAGNIFICATION
@@ -33,7 +33,9 @@ def write_bag(path: Path, bag: Bag) -> None:
         attrs["schema"] = SCHEMA
         attrs["schema_version"] = SCHEMA_VERSION
         for name in (f.name for f in fields(bag.attrs)):
-            if (value := getattr(bag.attrs, name)) is not None:
+            value = getattr(bag.attrs, name)
+            # What later versions brought is left out where there is nothing to say.
+            if value is not None and not (name == "annotation" and value == ""):
                 attrs[name] = value
         levels = file.create_group("levels")
         for level in bag.levels:
@@ -88,6 +90,11 @@ def _write_level(group: Any, bag: Bag, level: BagLevel) -> None:
         _write_features(group, slug, features)
     for model, attention in level.attention.items():
         _dataset(group.require_group("attention"), model, np.asarray(attention, np.float32))
+    for kind in PER_TILE:
+        for slug, item in getattr(level, kind).items():
+            own = _dataset(group.require_group(kind), slug, np.asarray(item.values, np.float32)).attrs
+            for name, value in item.attrs.items():
+                own[name] = value
 
 
 def _write_features(group: Any, slug: str, features: Features) -> None:

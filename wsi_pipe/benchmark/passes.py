@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from collections import deque
@@ -36,6 +35,7 @@ from wsi_pipe.encoders.base import Encoder, LayeredEncoder, LayerFeatures
 from wsi_pipe.errors import ConfigError, WsiPipeError
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job import open_job
+from wsi_pipe.job.given import given_mask
 from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.job.run import process
 from wsi_pipe.manifest import SlideEntry, is_url, settings_of
@@ -43,7 +43,7 @@ from wsi_pipe.overview import read_overview
 from wsi_pipe.slides.base import Slide
 from wsi_pipe.tiles import StreamStats, stream_tiles
 from wsi_pipe.tiling import plan_grids
-from wsi_pipe.tissue import find_tissue, mask_from_geojson
+from wsi_pipe.tissue import find_tissue
 
 __all__ = ["Passes", "now_utc"]
 
@@ -127,9 +127,9 @@ class Passes:
         segment, tile = settings_of(entry, own.segment, own.tile)
         meter = Meter()
         overview = read_overview(slide, segment.mpp)
-        if entry.mask:
-            outlines = json.loads(Path(entry.mask).read_text(encoding="utf-8"))
-            mask = mask_from_geojson(outlines, slide.pyramid.size_l0, overview.scale_l0)
+        given = given_mask(entry, slide, segment)
+        if given is not None:
+            mask = given.mask
         else:
             mask = find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, segment)
         stages.add("segment", meter.spent())

@@ -23,7 +23,7 @@ class JobStatus:
     itself, or None.
     finished_in_run: slides that it made something of; unchanged_in_run: those that it found valid, which say nothing of
     its pace. slides_per_hour, hours_left: of that run, None where none is or nothing is finished yet; until the run has
-    come by them, slides that are valid count as still to do.
+    come by them, slides that are valid count as still to do. noted: slides that something is to be said of.
     """
 
     slides: int
@@ -37,6 +37,7 @@ class JobStatus:
     slides_per_hour: float | None
     hours_left: float | None
     failures: tuple[SlideOutcome, ...]
+    noted: tuple[SlideOutcome, ...] = ()
 
 
 def job_status(root: Path, now: datetime | None = None) -> JobStatus:
@@ -63,6 +64,7 @@ def job_status(root: Path, now: datetime | None = None) -> JobStatus:
         slides_per_hour=rate,
         hours_left=left,
         failures=tuple(end for end in ends if end is not None and end.status == "failed"),
+        noted=tuple(end for end in ends if end is not None and end.notes),
     )
 
 

@@ -114,9 +114,11 @@ def _stale(bag: BagHeader, slide_id: str, paths: JobPaths, settings: JobSettings
     if stored is not None and stored != bag.attrs.fingerprint_segment:
         yield "was made from another tissue mask: run again"
     try:
-        tiles = read_guarded(read_attrs, paths.tiles(slide_id)).fingerprint_tile
-        if tiles != bag.attrs.fingerprint_tile:
+        tiles = read_guarded(read_attrs, paths.tiles(slide_id))
+        if tiles.fingerprint_tile != bag.attrs.fingerprint_tile:
             yield "was made from other grids: run again"
+        elif tiles.annotation != bag.attrs.annotation:
+            yield "was compared with other annotations: run again"
     except BagError:
         # Grids may be deleted once the bag holds them.
         pass

@@ -96,6 +96,9 @@ def status(job: Path, as_json: bool) -> int:
         if state.unchanged_in_run:
             rows.append(["unchanged", f"{state.unchanged_in_run:,} slides were right already"])
     print_table({"": "left", " ": "left"}, rows)
+    if state.noted:
+        click.echo()
+        print_table({"slide": "left", "note": "left"}, ([o.slide_id, note] for o in state.noted for note in o.notes))
     if state.failures:
         click.echo()
         print_table(

@@ -159,6 +159,10 @@ def print_outcomes(outcomes: Sequence[SlideOutcome], seconds: float) -> None:
     by_stage = ", ".join(f"{stage} {value:.1f}" for stage, value in stages.items())
     rows.append(["seconds", f"{seconds:.1f} in all; by stage, overlapped: {by_stage}"])
     print_table({"": "left", " ": "left"}, rows)
+    noted = [outcome for outcome in outcomes if outcome.notes]
+    if noted:
+        click.echo()
+        print_table({"slide": "left", "note": "left"}, ([o.slide_id, note] for o in noted for note in o.notes))
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if failed:
         click.echo()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from wsi_pipe.cli.regions import carried, region_options, with_regions
 from wsi_pipe.config import CacheSettings, ExtractSettings, JobSettings, SegmentSettings, TileSettings, load_toml
 from wsi_pipe.errors import ConfigError, ManifestError
 from wsi_pipe.execute import Where
@@ -73,7 +74,8 @@ def slide_options(function: F) -> F:
             "manifest",
             type=click.Path(path_type=Path, exists=True, dir_okay=False),
             metavar="CSV",
-            help="Slide list with the columns slide, slide_id, case_id, mpp, mask, scene, z and per-slide settings.",
+            help="Slide list with the columns slide, slide_id, case_id, mpp, mask, scene, z, annotations, tissue_class, "
+            "frame and per-slide settings.",
         ),
         click.option(
             "--slide-mpp",
@@ -177,16 +179,9 @@ def where_from(values: Mapping[str, Any]) -> Where:
 
 
 def segment_options(function: F) -> F:
-    """One option for every segment setting, and --mask."""
+    """One option for every segment setting, and those of what is drawn on slides."""
     hints = typing.get_type_hints(SegmentSettings)
-    options = [
-        click.option(
-            "--mask",
-            type=click.Path(path_type=Path, dir_okay=False),
-            metavar="GEOJSON",
-            help="Use this mask (level-0 pixels, as QuPath exports it) in place of finding tissue; for one slide.",
-        )
-    ]
+    options: list[Callable[[F], F]] = region_options()
     for column, (stage, name) in SETTING_COLUMNS.items():
         if stage != "segment":
             continue
@@ -401,6 +396,8 @@ def collect_entries(
         entries = collect_slides(sources, manifest, job=listed, passed_over=passed)
         for line in passed.lines():
             click.echo(line, err=True)
+        if not manifest and not any(source.lower().endswith(".csv") for source in sources):
+            entries = carried(entries, listed)
     else:
         entries = listed
         if not entries:
@@ -416,12 +413,7 @@ def collect_entries(
                 dataclasses.replace(e, **{name: given if getattr(e, name) is None else getattr(e, name)})
                 for e in entries
             ]
-    if values.get("mask"):
-        if len(entries) != 1:
-            raise ConfigError(
-                f"--mask is for one slide, {len(entries)} are given", remedy="use the column mask of a CSV (--slides)"
-            )
-        entries = [dataclasses.replace(entries[0], mask=str(values["mask"].absolute()))]
+    entries = with_regions(entries, values)
     if values.get("only"):
         wanted = set(values["only"])
         unknown = wanted - {entry.slide_id for entry in entries}

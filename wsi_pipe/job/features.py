@@ -15,6 +15,7 @@ from wsi_pipe.bag import (
     BagHeader,
     BagLevel,
     Features,
+    TileValues,
     check_bag,
     check_feature_file,
     read_bag,
@@ -172,6 +173,7 @@ def assemble(
         old = None
     old_features = {f.fingerprint: f for level in (old.levels if old else ()) for f in level.features.values()}
     fresh = {key: value for key, (_, value) in computed_features(computed, wanted).items()} if computed else {}
+    labels = _annotation(prepared, paths)
     levels = []
     for grid in prepared.grids:
         own = {
@@ -181,10 +183,21 @@ def assemble(
             for item in wanted
             if item.label == grid.label
         }
-        levels.append(BagLevel(grid, own, _kept_attention(old, grid, attrs.slide_fingerprint)))
+        attention = _kept_attention(old, grid, attrs.slide_fingerprint)
+        levels.append(BagLevel(grid, own, attention, labels.get(grid.label, {})))
     write_bag(path, Bag(dataclasses.replace(attrs, created_utc=utc_now()), tuple(levels)))
     _clean(slide_id, paths, keep_features)
     return True
+
+
+def _annotation(prepared: Prepared, paths: JobPaths) -> dict[str, Mapping[str, TileValues]]:
+    """By level, what each class of the slide's annotations covers of each tile."""
+    if not prepared.attrs.annotation:
+        return {}
+    if prepared.annotation is not None:
+        return dict(prepared.annotation)
+    levels = read_guarded(read_bag, paths.tiles(prepared.entry.slide_id)).levels
+    return {level.grid.label: level.annotation for level in levels}
 
 
 def _is_right(attrs: BagAttrs, fingerprints: set[str], prepared: Prepared, paths: JobPaths) -> bool:

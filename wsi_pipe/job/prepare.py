@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe import __version__
-from wsi_pipe.bag import Bag, BagAttrs, BagLevel, read_header, write_bag
+from wsi_pipe.bag import Bag, BagAttrs, BagLevel, TileValues, read_header, write_bag
 from wsi_pipe.config import CacheSettings, JobSettings, SegmentSettings, TileSettings, fingerprint
 from wsi_pipe.errors import BagError, MaskError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.geometry import FloatPair, TileGrid, TissueMask
+from wsi_pipe.job.annotate import annotate, read_annotations, stored_annotation
+from wsi_pipe.job.given import given_mask, how_given, placed_mask, read_geojson, read_given
 from wsi_pipe.job.guard import read_guarded
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.record import utc_now
@@ -32,7 +34,16 @@ from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.base import Slide
 from wsi_pipe.slides.metadata import missing_mpp_error
 from wsi_pipe.tiling import plan_grids
-from wsi_pipe.tissue import find_tissue, mask_from_geojson, mask_to_geojson
+from wsi_pipe.tissue import (
+    Bounds,
+    GivenMask,
+    Region,
+    find_tissue,
+    mask_from_geojson,
+    mask_to_geojson,
+    qupath_origin,
+)
+from wsi_pipe.tissue.frame import MEMBER
 
 __all__ = ["Prepared", "StageClock", "open_entry", "prepare", "slide_mask"]
 
@@ -43,7 +54,7 @@ TILE_VERSION = 1
 PICTURE_PX = 1024
 """Longest side of the pictures in ``thumbnails/``."""
 
-GEOJSON_KEY = "wsi_pipe"
+GEOJSON_KEY = MEMBER
 """Where a GeoJSON holds what belongs to the job: programs that edit it drop the key, which shows that it is theirs."""
 
 
@@ -71,7 +82,8 @@ class Prepared:
 
     attrs: the root attributes of its bag to be. grids: coarsest first. cached: stages that were valid already.
     counts: for the outcome. "tissue_mm2", and where tissue was looked for now "prepare_bytes_fetched": what was read of
-    the file until then, its header, what its fingerprint is made of and the overview.
+    the file until then, its header, what its fingerprint is made of and the overview. annotation: covered fractions by
+    level label and class, None where the file of grids holds them.
     """
 
     entry: SlideEntry
@@ -79,6 +91,7 @@ class Prepared:
     grids: tuple[TileGrid, ...]
     cached: tuple[str, ...] = ()
     counts: dict[str, float] = field(default_factory=dict)
+    annotation: Mapping[str, Mapping[str, TileValues]] | None = None
 
 
 def open_entry(entry: SlideEntry, reader: str, cache: CacheSettings | None = None, *, copy: bool = True) -> Slide:
@@ -114,13 +127,13 @@ def prepare(
         clock.notes = slide.info.notes
     try:
         with clock("segment"):
-            mask, segment_fingerprint, segment_cached = _segment(entry, slide, segment_settings, settings, paths)
+            mask, segment_fingerprint, segment_cached = _segment(entry, slide, segment_settings, settings, paths, clock)
         if segment_cached:
             clock.cached = ("segment",)
         if not tile:
             return None
         with clock("tile"):
-            prepared = _tile(entry, slide, mask, segment_fingerprint, tile_settings, paths)
+            prepared = _tile(entry, slide, mask, segment_fingerprint, tile_settings, paths, clock)
         if not segment_cached:
             prepared.counts["prepare_bytes_fetched"] = float(slide.stats.bytes_fetched)
     finally:
@@ -129,32 +142,42 @@ def prepare(
 
 
 def _segment(
-    entry: SlideEntry, slide: Slide, settings: SegmentSettings, job: JobSettings, paths: JobPaths
+    entry: SlideEntry, slide: Slide, settings: SegmentSettings, job: JobSettings, paths: JobPaths, clock: StageClock
 ) -> tuple[TissueMask, str, bool]:
     """The slide's mask, the stage's fingerprint, and whether it was there already."""
     mpp = slide.pyramid.isotropic_mpp
     if mpp is None:
         raise missing_mpp_error(entry.path)
-    given = _read_mask(Path(entry.mask)) if entry.mask else None
-    how = {"mask": given[1]} if given else {"settings": _plain_settings(settings)}
+    given = read_given(entry)
+    how = how_given(entry, slide, given[1]) if given else {"settings": _plain_settings(settings)}
     stage = fingerprint("segment", SEGMENT_VERSION, slide.info.fingerprint, mpp, job.reader, how)
     path = paths.tissue(entry.slide_id)
     stored = _stored_mask(path, slide, stage)
     if stored is not None:
-        return stored, stage, True
+        mask, own = stored
+        clock.notes += tuple(str(note) for note in own.get("notes") or ())
+        if "frame" not in own and qupath_origin(slide.info.bounds_l0) != (0, 0):
+            # Of a version that counted from the whole image, where QuPath does not.
+            _write_mask(path, mask, slide, own)
+        return mask, stage, True
     overview = read_overview(slide, settings.mpp)
-    mask = _mask(entry, slide, settings, overview, given[0] if given else None)
-    data = dict(mask_to_geojson(mask))
-    data[GEOJSON_KEY] = {
-        **data.get(GEOJSON_KEY, {}),
-        "fingerprint": stage,
-        "slide_id": entry.slide_id,
-        "settings": how,
-        "tissue_um2": mask.area_um2(mpp),
-    }
+    if given is None:
+        found = GivenMask(find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, settings), ())
+    else:
+        found = placed_mask(entry, slide, settings, given[0])
+    mask, notes = found.mask, found.notes
     _draw_tissue(entry, overview, mask, paths)
-    write_text_atomically(path, json.dumps(data))
+    own = {"fingerprint": stage, "slide_id": entry.slide_id, "settings": how, "tissue_um2": mask.area_um2(mpp)}
+    _write_mask(path, mask, slide, own | ({"notes": list(notes)} if notes else {}))
+    clock.notes += notes
     return mask, stage, False
+
+
+def _write_mask(path: Path, mask: TissueMask, slide: Slide, own: Mapping[str, Any]) -> None:
+    """The mask as GeoJSON in QuPath's frame, with what the job says of it."""
+    data = mask_to_geojson(mask, origin_l0=qupath_origin(slide.info.bounds_l0))
+    data[GEOJSON_KEY] = {**own, **{k: v for k, v in data[GEOJSON_KEY].items() if k != "settings"}}
+    write_text_atomically(path, json.dumps(data))
 
 
 def slide_mask(entry: SlideEntry, slide: Slide, settings: SegmentSettings) -> TissueMask:
@@ -162,48 +185,26 @@ def slide_mask(entry: SlideEntry, slide: Slide, settings: SegmentSettings) -> Ti
 
     Raises MaskError for a given mask that cannot be used, MissingMppError, SlideReadError.
     """
-    given = _read_mask(Path(entry.mask))[0] if entry.mask else None
-    return _mask(entry, slide, settings, read_overview(slide, settings.mpp), given)
-
-
-def _mask(
-    entry: SlideEntry, slide: Slide, settings: SegmentSettings, overview: Overview, given: dict[str, Any] | None
-) -> TissueMask:
-    if given is None:
-        return find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, settings)
-    mpp = _mpp(slide)
-    mask = mask_from_geojson(given, slide.pyramid.size_l0, (settings.mpp / mpp[0], settings.mpp / mpp[1]))
-    if mask.is_empty and not mask.empty_reason:
-        mask = dataclasses.replace(mask, empty_reason=f"the mask {entry.mask} holds no area")
-    return mask
+    given = given_mask(entry, slide, settings)
+    if given is not None:
+        return given.mask
+    overview = read_overview(slide, settings.mpp)
+    return find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, settings)
 
 
 def _plain_settings(settings: SegmentSettings) -> dict[str, Any]:
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
 
 
-def _read_mask(path: Path) -> tuple[dict[str, Any], str]:
-    """A GeoJSON and the SHA-256 of its bytes. Raises MaskError when it is not there or not JSON."""
-    try:
-        raw = path.read_bytes()
-        return json.loads(raw), hashlib.sha256(raw).hexdigest()
-    except OSError as error:
-        raise MaskError(f"{path}: {error.strerror or error}", remedy="give a GeoJSON file that can be read") from error
-    except ValueError as error:
-        raise MaskError(
-            f"{path}: is not JSON ({error})", remedy="export the annotations from QuPath as GeoJSON"
-        ) from error
-
-
-def _stored_mask(path: Path, slide: Slide, stage: str) -> TissueMask | None:
-    """The mask of an earlier run where its fingerprint fits.
+def _stored_mask(path: Path, slide: Slide, stage: str) -> tuple[TissueMask, dict[str, Any]] | None:
+    """The mask of an earlier run where its fingerprint fits, and what the job says of it.
 
     Raises MaskError when another program changed the file: edits are the user's work and are not written over.
     """
     if not path.is_file():
         return None
     try:
-        data, _ = _read_mask(path)
+        data, _ = read_geojson(path, limited=False)
     except MaskError:
         return None
     own = data.get(GEOJSON_KEY) if isinstance(data, dict) else None
@@ -216,7 +217,7 @@ def _stored_mask(path: Path, slide: Slide, stage: str) -> TissueMask | None:
         return None
     try:
         scale = own["scale_l0"]
-        return mask_from_geojson(data, slide.pyramid.size_l0, (float(scale[0]), float(scale[1])))
+        return mask_from_geojson(data, slide.pyramid.size_l0, (float(scale[0]), float(scale[1]))), own
     except (MaskError, KeyError, TypeError, ValueError, IndexError):
         return None
 
@@ -239,24 +240,70 @@ def _shrunk(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _tile(
-    entry: SlideEntry, slide: Slide, mask: TissueMask, segment: str, settings: TileSettings, paths: JobPaths
+    entry: SlideEntry,
+    slide: Slide,
+    mask: TissueMask,
+    segment: str,
+    settings: TileSettings,
+    paths: JobPaths,
+    clock: StageClock,
 ) -> Prepared:
     content = hashlib.sha256(np.packbits(mask.mask).tobytes() + repr((mask.mask.shape, mask.scale_l0)).encode())
     stage = fingerprint("tile", TILE_VERSION, segment, content.hexdigest(), settings)
     path = paths.tiles(entry.slide_id)
     counts = {"tissue_mm2": mask.area_um2(_mpp(slide)) / 1e6}
+    annotations = read_annotations(entry, slide, stage)
+    bounds = slide.info.bounds_l0 or (0, 0, *slide.pyramid.size_l0)
+    laid = _laid(entry, stage, path)
+    if laid is not None:
+        attrs, grids = laid
+        if attrs.bounds_l0 is None and qupath_origin(bounds) != (0, 0):
+            attrs = dataclasses.replace(attrs, bounds_l0=bounds)
+        about = stored_annotation(attrs.annotation)
+        if about.get("fingerprint") == (annotations.fingerprint if annotations else None):
+            clock.notes += tuple(str(note) for note in about.get("notes") or ())
+            return Prepared(entry, attrs, grids, ("tile",), counts)
+        attrs = dataclasses.replace(attrs, created_utc=utc_now(), annotation="")
+    else:
+        grids = plan_grids(slide.pyramid, mask, settings)
+        attrs = _attrs(entry, slide, grids, mask, settings, segment, stage, bounds)
+    values: dict[str, dict[str, TileValues]] = {}
+    regions: list[Region] = []
+    if annotations is not None:
+        values, regions, text = annotate(annotations, entry.frame, slide, grids)
+        attrs = dataclasses.replace(attrs, annotation=text)
+        clock.notes += tuple(stored_annotation(text)["notes"])
+    levels = tuple(BagLevel(grid, annotation=values.get(grid.label, {})) for grid in grids)
+    write_bag(path, Bag(attrs, levels))
+    _draw_grids(entry, slide, grids, mask, paths, regions)
+    return Prepared(entry, attrs, grids, (), counts, values)
+
+
+def _laid(entry: SlideEntry, stage: str, path: Path) -> tuple[BagAttrs, tuple[TileGrid, ...]] | None:
+    """The grids of an earlier run where they fit, with the attributes of their file."""
     try:
         header = read_guarded(read_header, path)
-        attrs = header.attrs
-        if attrs.fingerprint_tile == stage and attrs.case_id == entry.case_id and attrs.slide_path == entry.path:
-            return Prepared(entry, attrs, header.grids, ("tile",), counts)
     except BagError:
-        pass
-    grids = plan_grids(slide.pyramid, mask, settings)
+        return None
+    attrs = header.attrs
+    fits = attrs.fingerprint_tile == stage and attrs.case_id == entry.case_id and attrs.slide_path == entry.path
+    return (attrs, header.grids) if fits else None
+
+
+def _attrs(
+    entry: SlideEntry,
+    slide: Slide,
+    grids: tuple[TileGrid, ...],
+    mask: TissueMask,
+    settings: TileSettings,
+    segment: str,
+    stage: str,
+    bounds: Bounds,
+) -> BagAttrs:
     tiles = sum(len(grid) for grid in grids)
     reason = "" if tiles else mask.empty_reason or f"no tile has a tissue fraction of {settings.min_tissue:g} or more"
     info = slide.info
-    attrs = BagAttrs(
+    return BagAttrs(
         slide_id=entry.slide_id,
         case_id=entry.case_id,
         slide_path=entry.path,
@@ -277,10 +324,8 @@ def _tile(
         primary_level=grids[0].label,
         scene=entry.scene,
         z=entry.z,
+        bounds_l0=bounds,
     )
-    write_bag(path, Bag(attrs, tuple(BagLevel(grid) for grid in grids)))
-    _draw_grids(entry, slide, grids, mask, paths)
-    return Prepared(entry, attrs, grids, (), counts)
 
 
 def _mpp(slide: Slide) -> FloatPair:
@@ -290,7 +335,12 @@ def _mpp(slide: Slide) -> FloatPair:
 
 
 def _draw_grids(
-    entry: SlideEntry, slide: Slide, grids: tuple[TileGrid, ...], mask: TissueMask, paths: JobPaths
+    entry: SlideEntry,
+    slide: Slide,
+    grids: tuple[TileGrid, ...],
+    mask: TissueMask,
+    paths: JobPaths,
+    regions: Sequence[Region],
 ) -> None:
     import cv2
 
@@ -299,5 +349,7 @@ def _draw_grids(
     scale_l0 = (slide.pyramid.size_l0[0] / rgb.shape[1], slide.pyramid.size_l0[1] / rgb.shape[0])
     mpp = _mpp(slide)
     um_per_px = (scale_l0[0] * mpp[0], scale_l0[1] * mpp[1])
-    picture = thumbnail_with_grids(rgb, scale_l0, grids, mask=mask, um_per_px=um_per_px, title=entry.slide_id)
+    picture = thumbnail_with_grids(
+        rgb, scale_l0, grids, mask=mask, um_per_px=um_per_px, title=entry.slide_id, regions=regions
+    )
     write_image(paths.grid_picture(entry.slide_id), picture)

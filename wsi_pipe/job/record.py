@@ -101,7 +101,7 @@ class OutcomeLog:
             # Its times are of work that came to nothing; what features of earlier runs cost still holds.
             outcome = outcome.keeping(replace(before, seconds={}, counts={}))
         elif before is not None:
-            same = (before.status, before.path) == (outcome.status, outcome.path)
+            same = (before.status, before.path, before.notes) == (outcome.status, outcome.path, outcome.notes)
             if outcome.nothing_new and same and outcome.seconds.keys() <= before.seconds.keys():
                 return
             outcome = outcome.keeping(before)

@@ -61,10 +61,10 @@ const SORTS = {
 };
 const FILTERS = {
   all: () => true, done: i => S.status[i] === "done", empty: i => S.status[i] === "empty",
-  failed: i => S.status[i] === "failed", outliers: i => S.flags[i].length > 0,
+  failed: i => S.status[i] === "failed", outliers: i => S.flags[i].length > 0, noted: i => S.notes[i].length > 0,
 };
 const list = { shown: [], page: 0, size: 24, view: COUNT > 200 ? "table" : "pictures", kind: "tissue", filter: "all", sort: "order", text: "" };
-const haystack = S.id.map((id, i) => (id + "\n" + S.path[i] + "\n" + (S.reason[i] || "")).toLowerCase());
+const haystack = S.id.map((id, i) => (id + "\n" + S.path[i] + "\n" + (S.reason[i] || "") + "\n" + S.notes[i].join("\n")).toLowerCase());
 
 function choose() {
   const words = list.text.toLowerCase().split(/\s+/).filter(Boolean), passes = FILTERS[list.filter];

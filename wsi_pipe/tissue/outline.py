@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.geometry import IntPair
+from wsi_pipe.tissue.spans import Polygon, scan_polygons
 
 __all__ = ["fill_polygons", "trace_mask"]
-
-Ring = NDArray[Any]
-"""Vertices (x, y) of a closed ring, numbers (N, 2), the first one not repeated at the end."""
-
-Polygon = Sequence[Ring]
-"""An outer ring, then its holes."""
 
 _BAND_PIXELS = 1 << 24
 """Pixels that are filled at a time: bounds the memory of the counters to 64 MiB."""
@@ -150,49 +144,17 @@ def fill_polygons(polygons: Iterable[Polygon], size_px: IntPair) -> NDArray[np.b
 
     Rings in pixels, pixel (c, r) covering [c, c + 1) x [r, r + 1), whichever way they turn. Within a polygon the
     even-odd rule counts, so holes are holes and rings may cross themselves; polygons may overlap each other and reach
-    beyond the mask. A centre exactly on an edge counts on the left and top sides.
+    beyond the mask. A centre exactly on an edge counts on the left and top sides. Raises MaskError for outlines too
+    intricate to be filled (see ``scan_polygons``).
     """
     width, height = size_px
     mask = np.zeros((height, width), bool)
-    starts: list[Ring] = []
-    owners: list[int] = []
-    for owner, rings in enumerate(polygons):
-        starts += rings
-        owners += [owner] * len(rings)
-    if not starts:
-        return mask
-    lengths = np.array([len(ring) for ring in starts])
-    a = np.concatenate(starts).astype(np.float64)
-    following = np.arange(1, len(a) + 1)
-    ends = np.cumsum(lengths)
-    following[ends - 1] = ends - lengths
-    b = a[following]
-    owner_of = np.repeat(np.array(owners), lengths)
-    rising = b[:, 1] < a[:, 1]
-    top, bottom = np.where(rising[:, None], b, a), np.where(rising[:, None], a, b)
-    # Rows whose centre r + 0.5 lies in [top, bottom).
-    first = np.clip(np.ceil(top[:, 1] - 0.5), 0, height).astype(np.int64)
-    last = np.clip(np.ceil(bottom[:, 1] - 0.5), 0, height).astype(np.int64)
-    count = last - first
-    edge = np.repeat(np.arange(len(a)), count)
-    row = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count) + first[edge]
-    slope = (bottom[:, 0] - top[:, 0]) / np.where(count > 0, bottom[:, 1] - top[:, 1], 1.0)
-    x = top[edge, 0] + slope[edge] * (row + 0.5 - top[edge, 1])
-    column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
-    # A closed ring crosses a row an even number of times: in the order of x, the crossings of one polygon with a row
-    # are the ends of its spans in turn. Sorting by row first lets bands of rows be filled apart.
-    order = np.lexsort((x, owner_of[edge], row))
-    row, column = row[order][::2], column[order]
-    left, right = column[::2], column[1::2]
     band = max(1, _BAND_PIXELS // (width + 1))
-    for r0 in range(0, height, band):
-        r1 = min(r0 + band, height)
-        i, j = np.searchsorted(row, (r0, r1))
-        if i == j:
-            continue
+    for r0, r1, spans in scan_polygons(polygons, np.arange(height, dtype=np.float64) + 0.5, band):
+        left, right = (np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64) for x in (spans.left, spans.right))
         cover = np.zeros((r1 - r0, width + 1), np.int32)
-        np.add.at(cover, (row[i:j] - r0, left[i:j]), 1)
-        np.add.at(cover, (row[i:j] - r0, right[i:j]), -1)
+        np.add.at(cover, (spans.line - r0, left), 1)
+        np.add.at(cover, (spans.line - r0, right), -1)
         np.cumsum(cover, axis=1, out=cover)
         mask[r0:r1] = cover[:, :-1] > 0
     return mask

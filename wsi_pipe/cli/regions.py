@@ -1,0 +1,127 @@
+"""The options of what is drawn on slides: masks, annotations, their classes, and from where their coordinates count."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from wsi_pipe.errors import ConfigError
+from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.tissue.frame import FRAMES
+
+__all__ = ["carried", "region_options", "with_regions"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ENDINGS = (".geojson", ".json")
+NONE = "none"
+"""What takes away what an earlier run was given."""
+
+
+def region_options() -> list[Callable[[F], F]]:
+    """--mask, --annotations, --tissue-class and --frame."""
+    return [
+        click.option(
+            "--mask",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="GEOJSON",
+            help="Use this mask (level-0 pixels, as QuPath exports it) in place of finding tissue; for one slide.",
+        ),
+        click.option(
+            "--annotations",
+            type=click.Path(path_type=Path),
+            metavar="GEOJSON|DIR",
+            help="Annotated regions, as QuPath exports them: each tile gets the fraction that each class covers. A "
+            "file for one slide, or a folder with <slide_id>.geojson of each; none takes them away.",
+        ),
+        click.option(
+            "--tissue-class",
+            "tissue_class",
+            multiple=True,
+            metavar="CLASS",
+            help="Use the regions of this class, of --annotations or --mask, in place of finding tissue; repeatable; "
+            "none to find it again.",
+        ),
+        click.option(
+            "--frame",
+            type=click.Choice(FRAMES),
+            help="From where coordinates in masks and annotations that do not say count: the corner of the whole image "
+            "or of the scan's bounds, to which QuPath crops SCN, MIRAX and BIF slides.  [where they fit, else qupath]",
+        ),
+    ]
+
+
+def carried(entries: Sequence[SlideEntry], job: Sequence[SlideEntry]) -> list[SlideEntry]:
+    """Slides named on the command line with what earlier runs of the job were told is drawn on them."""
+    known = {(entry.slide_id, entry.path): entry for entry in job}
+    found = []
+    for entry in entries:
+        own = known.get((entry.slide_id, entry.path))
+        if own is not None and (entry.annotations, entry.tissue_class, entry.frame) == (None, (), None):
+            entry = dataclasses.replace(
+                entry, annotations=own.annotations, tissue_class=own.tissue_class, frame=own.frame
+            )
+        found.append(entry)
+    return found
+
+
+def with_regions(entries: Sequence[SlideEntry], values: Mapping[str, Any]) -> list[SlideEntry]:
+    """Slides with what these options say; the cells of a slide list go first.
+
+    Raises ConfigError when a file is given for several slides, or a folder holds none for any of them.
+    """
+    found = list(entries)
+    if values.get("mask"):
+        if len(found) != 1:
+            raise ConfigError(
+                f"--mask is for one slide, {len(found)} are given", remedy="use the column mask of a CSV (--slides)"
+            )
+        found = [dataclasses.replace(found[0], mask=str(values["mask"].absolute()))]
+    annotations: Path | None = values.get("annotations")
+    if annotations is not None and str(annotations) == NONE and not annotations.exists():
+        found = [dataclasses.replace(entry, annotations=None) for entry in found]
+    elif annotations is not None:
+        found = _annotated(found, annotations)
+    classes = tuple(dict.fromkeys(name.strip() for name in values.get("tissue_class") or () if name.strip()))
+    if classes == (NONE,):
+        found = [dataclasses.replace(entry, tissue_class=()) for entry in found]
+    elif classes:
+        found = [dataclasses.replace(entry, tissue_class=classes) for entry in found]
+        if not any(entry.annotations or entry.mask for entry in found):
+            raise ConfigError("--tissue-class is given, but no annotations", remedy="give --annotations or --mask")
+    if values.get("frame"):
+        found = [dataclasses.replace(entry, frame=entry.frame or values["frame"]) for entry in found]
+    return found
+
+
+def _annotated(entries: Sequence[SlideEntry], where: Path) -> list[SlideEntry]:
+    if not where.is_dir():
+        if len(entries) != 1:
+            raise ConfigError(
+                f"--annotations {where} is one file for {len(entries)} slides",
+                remedy="give a folder with <slide_id>.geojson of each, or use the column annotations of a CSV",
+            )
+        return [dataclasses.replace(entries[0], annotations=str(where.absolute()))]
+    files = {path.stem: path for path in sorted(where.iterdir(), reverse=True) if path.suffix.lower() in ENDINGS}
+    found = [
+        dataclasses.replace(entry, annotations=str(files[entry.slide_id].absolute()))
+        if entry.slide_id in files
+        else entry
+        for entry in entries
+    ]
+    lacking = [entry.slide_id for entry in found if not entry.annotations]
+    if len(lacking) == len(found):
+        raise ConfigError(
+            f"--annotations {where}: holds no file for any of the {len(found)} slides",
+            remedy=f"name them by the slides' ids, such as {found[0].slide_id}.geojson",
+        )
+    spare = sorted(set(files) - {entry.slide_id for entry in entries})
+    for what, names in (("slides without a file in it", lacking), ("files of no slide given", spare)):
+        if names:
+            more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+            click.echo(f"--annotations {where}: {len(names):,} {what}: {', '.join(names[:5])}{more}", err=True)
+    return found

@@ -1,0 +1,233 @@
+"""Where the coordinates of a GeoJSON count from, and its areas placed on the slide.
+
+Some scanners lay what they scanned somewhere on a larger canvas (Leica SCN, MIRAX, Ventana). OpenSlide counts from the
+canvas's corner, and so do bags and CLAM and TRIDENT; QuPath crops such a slide to the scan's bounds and counts from
+their corner. GeoJSON is what QuPath reads and writes, so here, and nowhere else, its frame is met. On slides without
+bounds the two are one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_pipe.errors import MaskError
+from wsi_pipe.geometry import FloatPair, IntPair
+from wsi_pipe.tissue.areas import Area, Rings, read_areas
+from wsi_pipe.tissue.outline import fill_polygons
+
+__all__ = ["FRAMES", "MEMBER", "Bounds", "Frame", "Placed", "frame_statement", "place_areas", "qupath_origin"]
+
+Frame = Literal["image", "qupath"]
+FRAMES: tuple[Frame, ...] = ("image", "qupath")
+
+Bounds = tuple[int, int, int, int]
+"""(x, y, width, height) of the scanned part in level-0 pixels of the whole image."""
+
+MEMBER = "wsi_pipe"
+"""The member of a FeatureCollection in which this program states what GeoJSON has no words for. QuPath ignores it, and
+drops it on export: a file without it is another program's."""
+
+_FITS = 0.9
+"""Share of the areas that must lie within the scan for a frame to fit: annotations may hang over the edge."""
+_LEAST_ON_SLIDE = 0.5
+_NAMED = 3
+"""Objects named one by one in a note."""
+_RASTER = 64
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The areas of a GeoJSON on a slide.
+
+    areas: in level-0 pixels of the whole image, as they were drawn, also where they hang over its edge. frame,
+    origin_l0: what the file's coordinates count from. notes: what was decided or left out, one line each.
+    """
+
+    areas: tuple[Area, ...]
+    frame: Frame
+    origin_l0: FloatPair
+    notes: tuple[str, ...]
+
+
+def qupath_origin(bounds_l0: Bounds | None) -> IntPair:
+    """The level-0 pixel from which QuPath counts: the corner of the scan's bounds, or of the whole image."""
+    return (bounds_l0[0], bounds_l0[1]) if bounds_l0 else (0, 0)
+
+
+def frame_statement(origin_l0: FloatPair) -> dict[str, Any]:
+    """What a file in QuPath's frame says of it, for its member ``wsi_pipe``."""
+    whole = [int(v) if float(v).is_integer() else float(v) for v in origin_l0]
+    return {"frame": "qupath", "origin_l0": whole}
+
+
+def place_areas(
+    data: object,
+    size_l0: IntPair,
+    bounds_l0: Bounds | None = None,
+    *,
+    frame: str | None = None,
+    slack_l0: FloatPair = (1.0, 1.0),
+) -> Placed:
+    """The areas of parsed GeoJSON in level-0 pixels of the whole image.
+
+    size_l0: (width, height) of the slide. frame: "image" or "qupath" for files that do not say. Without it, a file
+    written by an earlier version of this program counts from the image; any other from the frame in which its areas
+    lie on the scan, and from QuPath's where they do in both. slack_l0: by how much areas may reach over the edge
+    without a note, (x, y).
+
+    Raises MaskError when the data is not GeoJSON, its statement is broken, or more than half of the area lies off the
+    slide.
+    """
+    if frame is not None and frame not in FRAMES:
+        raise MaskError(f"the frame {frame!r} is neither image nor qupath", remedy="give --frame image or qupath")
+    areas, notes = read_areas(data)
+    stated = _stated(data)
+    qupath = qupath_origin(bounds_l0)
+    if stated is not None:
+        used, origin = stated
+        if used == "qupath" and origin != qupath:
+            notes.append(f"the file counts from {_pair(origin)}, but this slide's scan begins at {_pair(qupath)}")
+    elif qupath == (0, 0):
+        used, origin = ("qupath", (0.0, 0.0))
+    else:
+        used, note = _chosen(areas, size_l0, bounds_l0 or (0, 0, *size_l0), frame)
+        origin = (float(qupath[0]), float(qupath[1])) if used == "qupath" else (0.0, 0.0)
+        if areas:
+            notes.append(note)
+    moved = [area.moved(origin) for area in areas]
+    kept, more = _on_slide(moved, size_l0, slack_l0)
+    return Placed(tuple(kept), used, origin, (*notes, *more))
+
+
+def _stated(data: object) -> tuple[Frame, FloatPair] | None:
+    """What the file says of its frame; files of this program that say nothing are of a version that knew only one."""
+    member = data.get(MEMBER) if isinstance(data, Mapping) else None
+    if member is None:
+        return None
+    try:
+        used = member.get("frame", "image")
+        x, y = member["origin_l0"] if used != "image" else (0, 0)
+        if used not in FRAMES or not (math.isfinite(x) and math.isfinite(y)):
+            raise ValueError(f"frame {used!r}, origin {x}, {y}")
+        return used, (float(x), float(y))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise MaskError(
+            f"the member {MEMBER!r} of the GeoJSON is broken: {error!r}",
+            remedy="delete that member and give --frame, or make the file again",
+        ) from error
+
+
+def _chosen(areas: Sequence[Area], size_l0: IntPair, bounds: Bounds, given: str | None) -> tuple[Frame, str]:
+    """The frame of a file that does not say, on a slide where it matters, and the note that says so."""
+    x, y, width, height = bounds
+    shares: dict[Frame, float] = {
+        "qupath": _share_inside(areas, (0, 0, width, height)),
+        "image": _share_inside(areas, bounds),
+    }
+    fits = [name for name in ("qupath", "image") if shares[name] >= _FITS]
+    if given is not None:
+        used: Frame = "image" if given == "image" else "qupath"
+        why = f"--frame {used}"
+        other: Frame = "qupath" if used == "image" else "image"
+        if areas and used not in fits and other in fits:
+            why += f", though {1 - shares[used]:.0%} of it then lies outside of the scan; --frame {other} would fit"
+    elif len(fits) == 1:
+        used = "qupath" if "qupath" in fits else "image"
+        why = "the file does not say, and otherwise it would not lie on the scan"
+    elif fits:
+        used = "qupath"
+        why = "the file does not say; --frame image if it counts from the whole image"
+    else:
+        used = "image" if shares["image"] > shares["qupath"] else "qupath"
+        why = f"the file does not say; {shares[used]:.0%} of it then lies on the scan"
+    place = f"the corner of the scan's bounds at {_pair((x, y))}, as in QuPath" if used == "qupath" else (
+        f"the corner of the whole image, {_pair((x, y))} before the scan's bounds"
+    )  # fmt: skip
+    return used, f"coordinates are counted from {place} ({why})"
+
+
+def _on_slide(areas: Sequence[Area], size_l0: IntPair, slack: FloatPair) -> tuple[list[Area], list[str]]:
+    """Areas that lie on the slide, in part at least, with notes of what does not. Raises MaskError where most does."""
+    over: list[str] = []
+    off: list[str] = []
+    kept: list[Area] = []
+    size, spare = np.asarray(size_l0, float), np.asarray(slack)
+    for area in areas:
+        low, high = area.corners
+        span = f"{area.where}, from {_pair(low)} to {_pair(high)}"
+        if (high <= 0).any() or (low >= size).any():
+            off.append(span)
+            continue
+        kept.append(area)
+        if (low < -spare).any() or (high > size + spare).any():
+            over.append(span)
+    if not over and not off:
+        return kept, []
+    share = _share_inside(areas, (0, 0, *size_l0))
+    if share < _LEAST_ON_SLIDE:
+        raise MaskError(
+            f"{1 - share:.0%} of the areas lie outside the slide of {size_l0[0]} x {size_l0[1]} px: "
+            f"{_some([*off, *over])}",
+            remedy="the file must be of this slide, in level-0 pixels and not in um or pixels of another level",
+        )
+    notes = []
+    if over:
+        notes.append(f"cut at the edge of the slide of {size_l0[0]} x {size_l0[1]} px: {_some(over)}")
+    if off:
+        notes.append(f"left out, off the slide of {size_l0[0]} x {size_l0[1]} px: {_some(off)}")
+    return kept, notes
+
+
+def _share_inside(areas: Sequence[Area], box: Bounds) -> float:
+    """Share of the areas' ground that lies in a box (x, y, width, height), from 0 to 1; 1 where there are none."""
+    low = np.array(box[:2], float)
+    high = low + box[2:]
+    inside = total = 0.0
+    for rings in (rings for area in areas for rings in area.polygons):
+        first, last = rings[0].min(axis=0), rings[0].max(axis=0)
+        ground = _ground(rings, last - first)
+        total += ground
+        if (first >= low).all() and (last <= high).all():
+            inside += ground
+        elif (last > low).all() and (first < high).all():
+            inside += ground * _part_inside(rings, first, last, low, high)
+    return inside / total if total else 1.0
+
+
+def _ground(rings: Rings, span: NDArray[np.float64]) -> float:
+    """Area by the shoelace formula; of a ring that crosses itself at least a little of its box."""
+    sizes = []
+    for ring in rings:
+        x, y = (ring - ring[0]).T
+        sizes.append(abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2)
+    return max(sizes[0] - sum(sizes[1:]), 1e-3 * float(span[0] * span[1]), 1e-12)
+
+
+def _part_inside(
+    rings: Rings,
+    first: NDArray[np.float64],
+    last: NDArray[np.float64],
+    low: NDArray[np.float64],
+    high: NDArray[np.float64],
+) -> float:
+    """Share of one polygon that lies in a box, from a raster over it."""
+    step = np.maximum((last - first) / _RASTER, 1e-9)
+    filled = fill_polygons([[(ring - first) / step for ring in rings]], (_RASTER, _RASTER))
+    x, y = (first + (np.arange(_RASTER)[:, None] + 0.5) * step).T
+    here = ((y >= low[1]) & (y < high[1]))[:, None] & ((x >= low[0]) & (x < high[0]))[None]
+    return float(filled[here].sum() / filled.sum()) if filled.any() else float(here.mean())
+
+
+def _pair(values: Any) -> str:
+    return f"({values[0]:g}, {values[1]:g})"
+
+
+def _some(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
+    return "; ".join(items[:_NAMED]) + more
