@@ -21,6 +21,8 @@ from wsi_pipe.tissue import (
     fill_polygons,
     mask_from_geojson,
     mask_to_geojson,
+    place_areas,
+    read_mask,
     stored_mask,
     trace_mask,
 )
@@ -211,3 +213,203 @@ def test_what_is_wrong_is_named(data: Any, message: str) -> None:
 def test_without_any_scale_the_error_says_so() -> None:
     with pytest.raises(MaskError, match="no scale"):
         mask_from_geojson([square(1, 1, 5)], (100, 100))
+
+
+# -- what counts of foreign files -------------------------------------------------------------------------------------
+
+
+def test_a_stray_ring_is_dropped_with_a_note_and_takes_its_holes_along() -> None:
+    """qupath#1112: a ring of two points beside sound ones; and as a hole, where only the hole goes."""
+    sound = square(10, 10, 40)
+    stray = as_feature({"type": "Polygon", "coordinates": [[[5, 5], [5, 5]], [[1, 1], [2, 1], [2, 2], [1, 1]]]})
+    holed = json.loads(json.dumps(sound))
+    holed["geometry"]["coordinates"].append([[20, 20], [30, 20], [20, 20]])
+    repeated = as_feature({"type": "Polygon", "coordinates": [[[7, 7], [8, 8], [7, 7], [8, 8], [7, 7]]]})
+    empty = as_feature({"type": "Polygon", "coordinates": [[]]})
+    for data in ([sound, stray], [holed], [sound, repeated], [sound, empty]):
+        found = read_mask(data, (100, 100), (10.0, 10.0))
+        assert found.mask.mask.sum() == 16
+        assert found.notes == ("1 stray ring ignored: it has fewer than three different points",)
+
+
+@pytest.mark.parametrize(
+    ("classification", "name", "colour", "ignored"),
+    [
+        ({"name": "Tumour", "color": [1, 2, 3]}, "Tumour", (1, 2, 3), False),
+        ({"name": "Tumour", "colorRGB": -3670016}, "Tumour", (200, 0, 0), False),
+        ({"name": "Tumour: Positive"}, "Tumour: Positive", None, False),
+        ({"names": ["Tumour", "Positive"], "color": [9, 9, 9]}, "Tumour: Positive", (9, 9, 9), False),
+        ({"names": ["Ignore*", "Fold"]}, "Ignore*: Fold", None, True),
+        ({"names": ["Stroma", "ignore"]}, "Stroma: ignore", None, True),
+        ({"name": "IGNORE*"}, "IGNORE*", None, True),
+        ({"name": "Ignored by the pathologist"}, "Ignored by the pathologist", None, False),
+        ({"name": "Region*", "color": "red"}, "Region*", None, False),
+        ("Tumour", "Tumour", None, False),
+        ({"name": None}, "", None, False),
+        ({"names": []}, "", None, False),
+        (7, "", None, False),
+    ],
+)
+def test_classes_as_versions_of_qupath_write_them(classification: Any, name: str, colour: Any, ignored: bool) -> None:
+    feature = square(10, 10, 40)
+    feature["properties"]["classification"] = classification
+    (area,), _ = read_areas([feature])
+    assert (area.class_name, area.colour, area.is_ignored) == (name, colour, ignored)
+
+
+def test_detections_cells_and_tiles_are_no_annotations() -> None:
+    kinds = ["detection", "cell", "cell", "tile"]
+    others = [square(60, 60, 10) for _ in kinds]
+    for feature, kind in zip(others, kinds, strict=True):
+        feature["properties"]["objectType"] = kind
+    early = square(70, 70, 10)
+    early["id"] = "PathDetectionObject"
+    del early["properties"]["objectType"]
+    found = read_mask([square(10, 10, 40), *others, early], (100, 100), (10.0, 10.0))
+    assert found.mask.mask.sum() == 16
+    assert found.notes == (
+        "2 detections ignored: only annotations count",
+        "2 cells ignored: only annotations count",
+        "1 tile ignored: only annotations count",
+    )
+    with pytest.raises(MaskError, match=r"holds no annotation \(2 cells ignored"):
+        read_mask(others[1:3], (100, 100), (10.0, 10.0))
+
+
+def test_only_chosen_classes_make_the_mask() -> None:
+    data = [square(10, 10, 20, "Tumour"), square(50, 10, 20, "Tumour: Positive"), square(10, 50, 20, "Stroma")]
+    data.append(square(10, 10, 10, "Ignore*"))
+    masks = {
+        classes: read_mask(data, (100, 100), (10.0, 10.0), classes=classes).mask
+        for classes in ((), ("tumour",), ("Tumour: Positive", "Stroma"), ("Necrosis",))
+    }
+    assert {classes: int(mask.mask.sum()) for classes, mask in masks.items()} == {
+        (): 11,
+        ("tumour",): 7,
+        ("Tumour: Positive", "Stroma"): 8,
+        ("Necrosis",): 0,
+    }
+    assert masks[("Necrosis",)].empty_reason == ("no area of class Necrosis: there is Tumour, Tumour: Positive, Stroma")
+
+
+def test_collections_without_end_are_refused() -> None:
+    data: dict[str, Any] = {"type": "Point", "coordinates": [0, 0]}
+    for _ in range(40):
+        data = {"type": "GeometryCollection", "geometries": [data]}
+    with pytest.raises(MaskError, match="without end"):
+        read_areas(data)
+
+
+# -- the edge of the slide --------------------------------------------------------------------------------------------
+
+
+def test_what_hangs_over_the_edge_is_cut_with_a_note() -> None:
+    """qupath#1606: annotations that were enlarged or transferred reach beyond the image."""
+    found = read_mask([square(-20, 20, 50), square(60, 60, 55)], (100, 100), (10.0, 10.0))
+    expected = np.zeros((10, 10), bool)
+    expected[2:7, 0:3] = True
+    expected[6:, 6:] = True
+    assert np.array_equal(found.mask.mask, expected)
+    (note,) = found.notes
+    assert note.startswith(
+        "cut at the edge of the slide of 100 x 100 px: object 1, from (-20, 20) to (30, 70); object 2"
+    )
+    # A part of a mask's pixel over the edge is what masks of this program have.
+    assert read_mask([square(0, 0, 108)], (100, 100), (10.0, 10.0)).notes == ()
+
+
+def test_what_lies_off_the_slide_is_left_out_with_a_note_and_an_error_where_it_is_most() -> None:
+    found = read_mask([square(10, 10, 40), square(200, 10, 20)], (100, 100), (10.0, 10.0))
+    assert found.mask.mask.sum() == 16
+    assert found.notes == ("left out, off the slide of 100 x 100 px: object 2, from (200, 10) to (220, 30)",)
+    for data in ([square(10, 10, 10), square(200, 10, 20)], [square(85, 85, 60)], [square(-500, 0, 50)]):
+        with pytest.raises(MaskError, match="outside the slide of 100 x 100 px") as error:
+            read_mask(data, (100, 100), (10.0, 10.0))
+        assert "level-0 pixels" in str(error.value.remedy)
+
+
+# -- the frame --------------------------------------------------------------------------------------------------------
+
+SIZE = (10_000, 8_000)
+BOUNDS = (4_000, 1_000, 3_000, 2_500)
+"""As of a MIRAX slide: what was scanned lies somewhere on a larger canvas."""
+
+
+def placed(data: Any, **options: Any) -> tuple[str, list[float], tuple[str, ...]]:
+    found = place_areas(data, SIZE, BOUNDS, **options)
+    return found.frame, found.areas[0].corners[0].tolist(), found.notes
+
+
+def test_a_foreign_file_counts_from_the_scan_where_it_fits_both_or_only_that() -> None:
+    both = [square(100, 200, 500)]  # lies on the canvas as well, though not on the scan
+    frame, corner, notes = placed(both)
+    assert (frame, corner) == ("qupath", [4_100, 1_200])
+    assert "corner of the scan's bounds at (4000, 1000)" in notes[0]
+    assert "otherwise it would not lie on the scan" in notes[0]
+    # Where a scan begins near the corner, an annotation may lie on it in either frame.
+    near = place_areas([square(500, 500, 500)], SIZE, (100, 100, 3000, 2500))
+    assert near.frame == "qupath"
+    assert "--frame image if it counts from the whole image" in near.notes[0]
+
+
+def test_a_foreign_file_that_fits_only_the_whole_image_counts_from_there() -> None:
+    frame, corner, notes = placed([square(5_000, 2_000, 800)])
+    assert (frame, corner) == ("image", [5_000, 2_000])
+    assert "corner of the whole image" in notes[0]
+
+
+def test_a_frame_that_is_given_is_taken_at_its_word_and_doubted_aloud() -> None:
+    frame, corner, notes = placed([square(100, 200, 500)], frame="image")
+    assert (frame, corner) == ("image", [100, 200])
+    assert "--frame qupath would fit" in notes[0]
+    frame, corner, notes = placed([square(5_000, 2_000, 800)], frame="image")
+    assert (frame, corner) == ("image", [5_000, 2_000])
+    assert "would fit" not in notes[0]
+    with pytest.raises(MaskError, match="neither image nor qupath"):
+        placed([square(1, 1, 5)], frame="slide")
+
+
+def test_a_file_that_states_its_frame_is_read_by_it() -> None:
+    ours = {"type": "FeatureCollection", "features": [square(100, 200, 500)]}
+    for member, expected in (
+        ({"frame": "qupath", "origin_l0": [4_000, 1_000]}, ("qupath", [4_100, 1_200])),
+        ({"frame": "image"}, ("image", [100, 200])),
+        # Of a version that knew but one frame, and said nothing of it.
+        ({"mask_size_px": [10, 8], "scale_l0": [1_000, 1_000]}, ("image", [100, 200])),
+    ):
+        assert placed({**ours, "wsi_pipe": member}) == (*expected, ())
+        # The file's own word goes before the option.
+        assert placed({**ours, "wsi_pipe": member}, frame="image") == (*expected, ())
+    other = placed({**ours, "wsi_pipe": {"frame": "qupath", "origin_l0": [50, 60]}})
+    assert other[1] == [150, 260]
+    assert "this slide's scan begins at (4000, 1000)" in other[2][0]
+
+
+@pytest.mark.parametrize("member", [{"frame": "stage"}, {"frame": "qupath"}, {"frame": "qupath", "origin_l0": [1]}])
+def test_a_broken_statement_is_an_error(member: Any) -> None:
+    with pytest.raises(MaskError, match="broken"):
+        placed({"type": "FeatureCollection", "features": [], "wsi_pipe": member})
+
+
+def test_without_bounds_the_frames_are_one_and_nothing_is_said() -> None:
+    for bounds in (None, (0, 0, 10_000, 8_000), (0, 0, 3_000, 2_500)):
+        for frame in (None, "image", "qupath"):
+            found = place_areas([square(100, 200, 500)], SIZE, bounds, frame=frame)
+            assert found.areas[0].corners[0].tolist() == [100, 200]
+            assert found.notes == ()
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks, st.integers(0, 500), st.integers(0, 500))
+def test_a_mask_survives_both_frames(mask: Bools, x: int, y: int) -> None:
+    scale = (16.0, 15.5)
+    size = (int(np.ceil(mask.shape[1] * scale[0])) + 1, int(np.ceil(mask.shape[0] * scale[1])) + 1)
+    original = TissueMask(mask, scale, None if mask.any() else "blank")
+    data = json.loads(json.dumps(mask_to_geojson(original, origin_l0=(x, y))))
+    assert data["wsi_pipe"]["origin_l0"] == [x, y]
+    assert np.array_equal(mask_from_geojson(data, size).mask, mask)
+    # QuPath drops what it does not know, and its own frame begins at the scan's corner: there is the same place.
+    first = mask_to_geojson(original)["features"]
+    for here, there in zip(data["features"], first, strict=True):
+        moved = np.array(here["geometry"]["coordinates"][0]) + np.array([x, y])
+        assert np.allclose(moved, there["geometry"]["coordinates"][0], atol=1e-4)

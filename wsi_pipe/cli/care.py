@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from wsi_pipe.cli import EXIT_FAILED
-from wsi_pipe.cli.display import print_json, print_table
+from wsi_pipe.cli.display import print_json, print_notes, print_table
 
 __all__ = ["status", "verify"]
 
@@ -96,9 +96,7 @@ def status(job: Path, as_json: bool) -> int:
         if state.unchanged_in_run:
             rows.append(["unchanged", f"{state.unchanged_in_run:,} slides were right already"])
     print_table({"": "left", " ": "left"}, rows)
-    if state.noted:
-        click.echo()
-        print_table({"slide": "left", "note": "left"}, ([o.slide_id, note] for o in state.noted for note in o.notes))
+    print_notes(state.noted)
     if state.failures:
         click.echo()
         print_table(

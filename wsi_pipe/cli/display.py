@@ -18,7 +18,9 @@ from wsi_pipe.outcome import SlideOutcome
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["LogLines", "RunDisplay", "print_json", "print_outcomes", "print_table"]
+__all__ = ["LogLines", "RunDisplay", "print_json", "print_notes", "print_outcomes", "print_table"]
+
+MOST_NOTES = 50
 
 
 class RunDisplay:
@@ -144,6 +146,16 @@ def print_table(columns: Mapping[str, str], rows: Iterable[Sequence[str]]) -> No
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
+def print_notes(outcomes: Iterable[SlideOutcome]) -> None:
+    """What is to be said of slides, after an empty line; nothing where there is nothing."""
+    rows = [[outcome.slide_id, note] for outcome in outcomes for note in outcome.notes]
+    if rows:
+        click.echo()
+        print_table({"slide": "left", "note": "left"}, rows[:MOST_NOTES])
+    if len(rows) > MOST_NOTES:
+        click.echo(f"and {len(rows) - MOST_NOTES:,} notes more: see outcomes.jsonl and the report")
+
+
 def print_outcomes(outcomes: Sequence[SlideOutcome], seconds: float) -> None:
     """The closing table of a run: totals, then failures with their remedies."""
     tiles: dict[str, int] = {}
@@ -159,10 +171,7 @@ def print_outcomes(outcomes: Sequence[SlideOutcome], seconds: float) -> None:
     by_stage = ", ".join(f"{stage} {value:.1f}" for stage, value in stages.items())
     rows.append(["seconds", f"{seconds:.1f} in all; by stage, overlapped: {by_stage}"])
     print_table({"": "left", " ": "left"}, rows)
-    noted = [outcome for outcome in outcomes if outcome.notes]
-    if noted:
-        click.echo()
-        print_table({"slide": "left", "note": "left"}, ([o.slide_id, note] for o in noted for note in o.notes))
+    print_notes(outcomes)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if failed:
         click.echo()

@@ -182,7 +182,8 @@ def _polygons(geometry: Mapping[str, Any], where: str, left_out: Counter[str], d
         raise MaskError(f"{where} has the unknown geometry type {kind!r}", remedy=_REMEDY)
     coordinates = geometry.get("coordinates")
     polygons = [coordinates] if kind == "Polygon" else coordinates
-    if not isinstance(polygons, list) or not all(isinstance(polygon, list) for polygon in polygons):
+    lists = (list, tuple)  # the latter from programs that make GeoJSON in memory
+    if not isinstance(polygons, lists) or not all(isinstance(polygon, lists) for polygon in polygons):
         raise MaskError(f"{where} has no coordinates", remedy=_REMEDY)
     for polygon in polygons:
         rings: Rings = []
