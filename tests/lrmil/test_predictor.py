@@ -220,6 +220,25 @@ def test_geojson_places_tiles_in_level_0_pixels(make_bag: MakeBag) -> None:
     json.dumps(data, allow_nan=False)
 
 
+def test_geojson_counts_from_where_qupath_does_and_says_so(make_bag: MakeBag) -> None:
+    """QuPath crops slides to the scan's bounds; coordinates in bags are the whole image's."""
+    model = make_model()
+    predictor = Predictor(model, make_card(model))
+    path = make_bag("s", random_features())
+    old = attention_geojson(predictor.predict_bag(path), "m")
+    assert old["wsi_pipe"] == {"frame": "image"}  # of a version that did not keep the bounds
+    with h5py.File(path, "r+") as file:
+        file.attrs["bounds_l0"] = [1000, 300, 4000, 5000]
+    assert check_bag(path) == []
+    got = predictor.predict_bag(path)
+    new = attention_geojson(got, "m")
+    assert new["wsi_pipe"] == {"frame": "qupath", "origin_l0": [1000, 300]}
+    for before, after in zip(old["features"], new["features"], strict=True):
+        shift = np.subtract(before["geometry"]["coordinates"], after["geometry"]["coordinates"])
+        assert (shift == [1000, 300]).all()
+    assert got.top_tiles[0].x == got.coords[got.top_tiles[0].row, 0]  # type: ignore[index]
+
+
 def test_geojson_of_bags_in_micrometres_is_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "slide.h5", "w") as file:
         file["feats"], file["coords"] = random_features(), np.arange(24.0).reshape(12, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,11 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
+from wsi_pipe.config import JobSettings, SegmentSettings
 from wsi_pipe.errors import UnsupportedSlideError
+from wsi_pipe.job import open_job
+from wsi_pipe.job.run import process
+from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.overview import read_overview
 from wsi_pipe.slides.array import ArraySlide
 from wsi_pipe.slides.tiff.image import TiffImage
@@ -78,6 +84,10 @@ def test_the_picture_lies_where_openslide_puts_it(tmp_path: Path, picture: Pictu
         assert slide.pyramid.mpp == pytest.approx((0.25, 0.25))
         assert slide.info.objective_power == 40
         assert slide.info.bounds_l0 == (*offset_px, 500, 400)
+        # What QuPath crops to, and counts from.
+        assert slide.info.bounds_l0 == tuple(
+            int(theirs.properties[f"openslide.bounds-{side}"]) for side in ("x", "y", "width", "height")
+        )
         x, y = offset_px
         expected = np.full((1000, 900, 3), 255, np.uint8)
         expected[y : y + 400, x : x + 500] = picture
@@ -125,6 +135,29 @@ def test_each_native_tile_is_decoded_once(
         assert len(decoded) == (16 if mpp < 1 else 1)  # level 0 has 4 x 4 tiles, level 1 has one
         # Boxes may be averaged before or after patches are put together: rounding differs by one.
         assert np.abs(found.astype(int) - read_tiles(plain, corners, size_l0, 100)).max() <= 1
+
+
+def test_the_mask_of_a_cropped_slide_is_written_as_qupath_counts(tmp_path: Path) -> None:
+    """One piece of tissue, whose place in the scan is known; QuPath shows the scan alone."""
+    picture = np.full((400, 500, 3), 240, np.uint8)
+    picture[100:300, 150:400] = (200, 120, 180)
+    path = build(tmp_path / "slide.scn", picture, (300 * NM_PER_PX, 500 * NM_PER_PX))
+    settings = JobSettings(segment=SegmentSettings(mpp=2.0, min_area_um2=100.0))
+    entry = SlideEntry("s", str(path), "s")
+    paths = open_job(tmp_path / "job", settings, [entry])
+    (outcome,) = process([entry], settings, paths, until="segment")
+    assert outcome.status == "done"
+    stored = json.loads(paths.tissue("s").read_text())
+    (feature,) = stored["features"]
+    ring = np.array(feature["geometry"]["coordinates"][0])
+    assert np.abs(np.concatenate([ring.min(0), ring.max(0)]) - [150, 100, 400, 300]).max() <= 16
+    assert stored["wsi_pipe"]["origin_l0"] == [300, 500]
+    # Back through QuPath, which drops what it does not know.
+    (tmp_path / "edited.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    again = dataclasses.replace(entry, mask=str(tmp_path / "edited.geojson"))
+    (outcome,) = process([again], settings, paths, until="segment")
+    assert "corner of the scan's bounds at (300, 500)" in outcome.notes[0]
+    assert json.loads(paths.tissue("s").read_text())["features"] == stored["features"]
 
 
 def test_blocks_beside_the_picture_are_missing(tmp_path: Path, picture: Picture) -> None:
