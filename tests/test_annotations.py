@@ -149,7 +149,9 @@ def test_the_picture_of_the_grids_shows_the_classes(job: Path) -> None:
     assert ratio[0] > 1.2 * ratio[1]
 
 
-def test_another_file_is_read_anew_and_features_are_kept(tmp_path: Path, make_slide: MakeSlide) -> None:
+def test_another_file_is_read_anew_and_features_are_kept(
+    tmp_path: Path, make_slide: MakeSlide, capsys: pytest.CaptureFixture[str]
+) -> None:
     slide, file, job = make_slide(tmp_path / "s.svs"), annotated(tmp_path / "s.geojson"), tmp_path / "job"
     assert cli("run", slide, "-o", job) == 0
     before = read_header(job / "bags/s.h5")
@@ -163,7 +165,11 @@ def test_another_file_is_read_anew_and_features_are_kept(tmp_path: Path, make_sl
     assert cli("run", slide, "-o", job) == 0
     assert cli("run", "-o", job) == 0
     assert (job / "bags/s.h5").stat().st_mtime_ns == stamp
+    assert cli("verify", job) == 0
     write_geojson(file, [feature((300, 300, 10, 10), "Other")])
+    capsys.readouterr()
+    assert cli("verify", job) == 1
+    assert "annotations" in capsys.readouterr().out
     assert cli("run", slide, "-o", job) == 0
     assert set(read_outcomes(job)["s"].cached) == {"segment", "extract"}
     two = read_bag(job / "bags/s.h5")

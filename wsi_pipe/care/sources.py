@@ -1,4 +1,4 @@
-"""Whether what bags were made of is still the same: the slide's file, and the files of encoders."""
+"""Whether what bags were made of is still the same: the slide's file, its annotations, and the files of encoders."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from wsi_pipe.config import CacheSettings, JobSettings
 from wsi_pipe.encoders.naming import is_lr_file, slug_of
 from wsi_pipe.errors import in_words
 from wsi_pipe.execute import run_bounded
+from wsi_pipe.job.annotate import stored_annotation
 from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.manifest import SlideEntry, is_url
 
@@ -35,7 +36,7 @@ class SourceReport:
 
 
 class Sources:
-    """The slides and encoder files of a job as they are now. An encoder's file is read once, however many bags.
+    """The slides, annotations and encoder files of a job as they are now. A file is read once, however many bags.
 
     What is not there any more is not held against a bag: slides may be put away once their features are made. Slides
     behind URLs are not asked for.
@@ -47,7 +48,7 @@ class Sources:
 
     def compare(self, bag: BagHeader, entry: SlideEntry) -> SourceReport:
         """What a bag was made of beside what is there now."""
-        found = [*self._of_slide(bag, entry), *self._of_encoders(bag)]
+        found = [*self._of_slide(bag, entry), *self._of_annotations(bag, entry), *self._of_encoders(bag)]
         return SourceReport(
             tuple(text for changed, text in found if changed), tuple(text for changed, text in found if not changed)
         )
@@ -74,6 +75,19 @@ class Sources:
             return
         if fingerprint != bag.attrs.slide_fingerprint:
             yield True, f"its slide {entry.path} was replaced or changed since: run again"
+
+    def _of_annotations(self, bag: BagHeader, entry: SlideEntry) -> Iterator[tuple[bool, str]]:
+        if entry.annotations is None:
+            return
+        sha256 = self._sha256(Path(entry.annotations))
+        if isinstance(sha256, OSError):
+            if not isinstance(sha256, GONE):
+                yield (
+                    False,
+                    f"its annotations {entry.annotations} cannot be looked at ({sha256.strerror}): not compared",
+                )
+        elif sha256 != stored_annotation(bag.attrs.annotation).get("sha256"):
+            yield True, f"its annotations {entry.annotations} are others by now: run again"
 
     def _of_encoders(self, bag: BagHeader) -> Iterator[tuple[bool, str]]:
         for grid in bag.grids:
