@@ -67,6 +67,8 @@ def expected_fractions(path: Path, label: str, boxes: Iterable[Box], cut: Iterab
 
 TUMOUR: tuple[Box, ...] = ((300, 300, 500, 417), (700, 600, 301, 250))
 NECROSIS: Box = (400, 400, 350, 330)
+OVER: Box = (1100, 500, 900, 400)
+"""Over the right edge, into the part of a 5x tile that lies beyond it."""
 IGNORED: Box = (320, 320, 100, 45)
 
 
@@ -77,6 +79,7 @@ def annotated(path: Path) -> Path:
             *(feature(box, "Tumour") for box in TUMOUR),
             feature(NECROSIS, "Tumour: Necrosis", (90, 90, 90)),
             feature((-100, 900, 500, 200), "Stroma/fat", (0, 0, 250)),
+            feature(OVER, "Edge", (0, 200, 0)),
             feature(IGNORED, "Ignore*"),
             feature((5, 5, 10, 10), None),
             feature((5, 5, 10, 10), "Tumour", kind="cell"),
@@ -98,6 +101,7 @@ def test_the_bag_holds_the_fraction_of_every_class(job: Path) -> None:
     cases = {
         "Tumour": (TUMOUR, (200, 0, 0), "Tumour"),
         "Tumour: Necrosis": ([NECROSIS], (90, 90, 90), "Tumour: Necrosis"),
+        "Edge": ([(1100.0, 500.0, 436.0, 400.0)], (0, 200, 0), "Edge"),
         "Stroma_fat": ([(-100.0, 900.0, 500.0, 200.0)], (0, 0, 250), "Stroma/fat"),
     }
     with h5py.File(path) as bag:
@@ -116,7 +120,7 @@ def test_the_bag_holds_the_fraction_of_every_class(job: Path) -> None:
         assert bag.attrs["bounds_l0"].tolist() == [0, 0, 1536, 1280]
         # What other tools read is as it was.
         assert sorted(bag) == ["coords", "features", "levels"]
-    assert [item["name"] for item in about["classes"]] == ["Tumour", "Tumour: Necrosis", "Stroma/fat"]
+    assert [item["name"] for item in about["classes"]] == ["Tumour", "Tumour: Necrosis", "Stroma/fat", "Edge"]
     level = read_level(path, "20x")
     assert np.array_equal(level.annotation["Stroma/fat"], read_bag(path).levels[1].annotation["Stroma_fat"].values)
 
@@ -125,9 +129,10 @@ def test_what_does_not_count_is_said_in_outcome_status_and_report(
     job: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outcome = read_outcomes(job)["s"]
+    over = "object 4, from (-100, 900) to (400, 1100); object 5, from (1100, 500) to (2000, 900)"
     assert outcome.notes == (
         "annotations: 1 cell ignored: only annotations count",
-        "annotations: cut at the edge of the slide of 1536 x 1280 px: object 4, from (-100, 900) to (400, 1100)",
+        f"annotations: cut at the edge of the slide of 1536 x 1280 px: {over}",
         "annotations: 1 annotation without a class left out",
     )
     cli("status", job)
@@ -217,7 +222,7 @@ def test_a_class_is_the_tissue(tmp_path: Path, make_slide: MakeSlide) -> None:
     assert cli("tile", slide, "-o", job, "-r", "20x", "--tissue-class", "Mucin") == 0
     outcome = read_outcomes(job)["s"]
     assert outcome.status == "empty"
-    assert outcome.reason == "no area of class Mucin: there is Tumour, Tumour: Necrosis, Stroma/fat, no class"
+    assert outcome.reason == "no area of class Mucin: there is Tumour, Tumour: Necrosis, Stroma/fat, Edge, no class"
     assert cli("tile", slide, "-o", job, "-r", "20x", "--tissue-class", "none") == 0
     assert read_outcomes(job)["s"].status == "done"
 

@@ -181,7 +181,7 @@ def where_from(values: Mapping[str, Any]) -> Where:
 def segment_options(function: F) -> F:
     """One option for every segment setting, and those of what is drawn on slides."""
     hints = typing.get_type_hints(SegmentSettings)
-    options: list[Callable[[F], F]] = region_options()
+    options: list[Callable[[F], F]] = [region_options]
     for column, (stage, name) in SETTING_COLUMNS.items():
         if stage != "segment":
             continue

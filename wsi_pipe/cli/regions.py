@@ -22,9 +22,9 @@ NONE = "none"
 """What takes away what an earlier run was given."""
 
 
-def region_options() -> list[Callable[[F], F]]:
+def region_options(function: F) -> F:
     """--mask, --annotations, --tissue-class and --frame."""
-    return [
+    options = [
         click.option(
             "--mask",
             type=click.Path(path_type=Path, dir_okay=False),
@@ -53,6 +53,9 @@ def region_options() -> list[Callable[[F], F]]:
             "or of the scan's bounds, to which QuPath crops SCN, MIRAX and BIF slides.  [where they fit, else qupath]",
         ),
     ]
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 def carried(entries: Sequence[SlideEntry], job: Sequence[SlideEntry]) -> list[SlideEntry]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.errors import MaskError
 
-__all__ = ["Area", "Rings", "class_matches", "read_areas"]
+__all__ = ["FARTHEST", "Area", "Rings", "class_matches", "read_areas"]
 
 Rings = list[NDArray[np.float64]]
 """One polygon: its outer ring, then its holes; float64 (N, 2) each, the first vertex not repeated at the end."""
@@ -29,7 +29,7 @@ _NOT_AREAS = ("Point", "MultiPoint", "LineString", "MultiLineString")
 _NOT_DRAWN = ("detection", "cell", "tile", "root")
 _DEEPEST = 16
 """Collections within collections."""
-_FARTHEST = 1e12
+FARTHEST = 1e12
 """No slide has pixels beyond; squares of it keep their precision."""
 _REMEDY = "give a GeoJSON that QuPath exports (File > Export objects as GeoJSON), in level-0 pixels of this slide"
 
@@ -209,7 +209,7 @@ def _ring(ring: object, where: str) -> NDArray[np.float64] | None:
     if points.ndim != 2 or points.shape[1] < 2:
         raise MaskError(f"{where} has a coordinate that is not a pair of numbers", remedy=_REMEDY)
     points = points[:, :2]  # a third number is a height
-    if not (np.abs(points) <= _FARTHEST).all():
+    if not (np.abs(points) <= FARTHEST).all():
         raise MaskError(f"{where} has a coordinate that is not finite, or on no slide", remedy=_REMEDY)
     if len(points) > 1 and np.array_equal(points[0], points[-1]):
         points = points[:-1]

@@ -28,7 +28,7 @@ class Region:
     """All areas of one class on a slide.
 
     name: as QuPath shows it. slug: its name in paths. colour: RGB. polygons: in level-0 pixels of the whole image.
-    cut: areas to ignore, which belong to no class.
+    cut: areas that belong to no class: those to ignore, and what lies beyond the edge of the slide.
     """
 
     name: str
@@ -43,7 +43,7 @@ def regions_of(placed: Placed) -> tuple[list[Region], list[str]]:
 
     Areas of a class "Ignore" or "Ignore*" are cut out of all classes; areas without a class are left out with a note.
     """
-    cut = tuple(rings for area in placed.areas if area.is_ignored for rings in area.polygons)
+    cut = (*(rings for area in placed.areas if area.is_ignored for rings in area.polygons), *placed.beyond)
     by_name: dict[str, list[Rings]] = {}
     colours: dict[str, RGB] = {}
     nameless = 0

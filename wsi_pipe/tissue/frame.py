@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.errors import MaskError
 from wsi_pipe.geometry import FloatPair, IntPair
-from wsi_pipe.tissue.areas import Area, Rings, read_areas
+from wsi_pipe.tissue.areas import FARTHEST, Area, Rings, read_areas
 from wsi_pipe.tissue.outline import fill_polygons
 
 __all__ = ["FRAMES", "MEMBER", "Bounds", "Frame", "Placed", "frame_statement", "place_areas", "qupath_origin"]
@@ -45,11 +45,13 @@ _RASTER = 64
 class Placed:
     """The areas of a GeoJSON on a slide.
 
-    areas: in level-0 pixels of the whole image, as they were drawn, also where they hang over its edge. frame,
-    origin_l0: what the file's coordinates count from. notes: what was decided or left out, one line each.
+    areas: in level-0 pixels of the whole image, as they were drawn, also where they hang over its edge. beyond: all
+    that is not on the slide, one polygon, where any of them does, else nothing. frame, origin_l0: what the file's
+    coordinates count from. notes: what was decided or left out, one line each.
     """
 
     areas: tuple[Area, ...]
+    beyond: tuple[Rings, ...]
     frame: Frame
     origin_l0: FloatPair
     notes: tuple[str, ...]
@@ -102,7 +104,17 @@ def place_areas(
             notes.append(note)
     moved = [area.moved(origin) for area in areas]
     kept, more = _on_slide(moved, size_l0, slack_l0)
-    return Placed(tuple(kept), used, origin, (*notes, *more))
+    hangs_over = any((a.corners[0] < 0).any() or (a.corners[1] > size_l0).any() for a in kept)
+    return Placed(tuple(kept), (_beyond(size_l0),) if hangs_over else (), used, origin, (*notes, *more))
+
+
+def _beyond(size_l0: IntPair) -> Rings:
+    """All that is not on the slide: a box that no area leaves, with the slide as its hole."""
+    return [_box(-FARTHEST, -FARTHEST, FARTHEST, FARTHEST), _box(0, 0, *size_l0)]
+
+
+def _box(x0: float, y0: float, x1: float, y1: float) -> NDArray[np.float64]:
+    return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], np.float64)
 
 
 def _stated(data: object) -> tuple[Frame, FloatPair] | None:
