@@ -50,7 +50,7 @@ def region_options(function: F) -> F:
             "--frame",
             type=click.Choice(FRAMES),
             help="From where coordinates in masks and annotations that do not say count: the corner of the whole image "
-            "or of the scan's bounds, to which QuPath crops SCN, MIRAX and BIF slides.  [where they fit, else qupath]",
+            "or of the scan's bounds, to which QuPath crops SCN and MIRAX slides.  [where they fit, else qupath]",
         ),
     ]
     for option in reversed(options):

@@ -1,6 +1,6 @@
 """Where the coordinates of a GeoJSON count from, and its areas placed on the slide.
 
-Some scanners lay what they scanned somewhere on a larger canvas (Leica SCN, MIRAX, Ventana). OpenSlide counts from the
+Some scanners lay what they scanned somewhere on a larger canvas (Leica SCN, MIRAX). OpenSlide counts from the
 canvas's corner, and so do bags and CLAM and TRIDENT; QuPath crops such a slide to the scan's bounds and counts from
 their corner. GeoJSON is what QuPath reads and writes, so here, and nowhere else, its frame is met. On slides without
 bounds the two are one.
@@ -46,8 +46,8 @@ class Placed:
     """The areas of a GeoJSON on a slide.
 
     areas: in level-0 pixels of the whole image, as they were drawn, also where they hang over its edge. beyond: all
-    that is not on the slide, one polygon, where any of them does, else nothing. frame, origin_l0: what the file's
-    coordinates count from. notes: what was decided or left out, one line each.
+    that is not on the slide, one polygon (a box with the slide as its hole), where any of them does, else nothing.
+    frame, origin_l0: what the file's coordinates count from. notes: what was decided or left out, one line each.
     """
 
     areas: tuple[Area, ...]
@@ -103,14 +103,8 @@ def place_areas(
         if areas:
             notes.append(note)
     moved = [area.moved(origin) for area in areas]
-    kept, more = _on_slide(moved, size_l0, slack_l0)
-    hangs_over = any((a.corners[0] < 0).any() or (a.corners[1] > size_l0).any() for a in kept)
-    return Placed(tuple(kept), (_beyond(size_l0),) if hangs_over else (), used, origin, (*notes, *more))
-
-
-def _beyond(size_l0: IntPair) -> Rings:
-    """All that is not on the slide: a box that no area leaves, with the slide as its hole."""
-    return [_box(-FARTHEST, -FARTHEST, FARTHEST, FARTHEST), _box(0, 0, *size_l0)]
+    kept, beyond, more = _on_slide(moved, size_l0, slack_l0)
+    return Placed(tuple(kept), beyond, used, origin, (*notes, *more))
 
 
 def _box(x0: float, y0: float, x1: float, y1: float) -> NDArray[np.float64]:
@@ -138,9 +132,10 @@ def _stated(data: object) -> tuple[Frame, FloatPair] | None:
 def _chosen(areas: Sequence[Area], size_l0: IntPair, bounds: Bounds, given: str | None) -> tuple[Frame, str]:
     """The frame of a file that does not say, on a slide where it matters, and the note that says so."""
     x, y, width, height = bounds
+    drawn = _Outlines(areas)
     shares: dict[Frame, float] = {
-        "qupath": _share_inside(areas, (0, 0, width, height)),
-        "image": _share_inside(areas, bounds),
+        "qupath": drawn.share_inside((0, 0, width, height)),
+        "image": drawn.share_inside(bounds),
     }
     fits = [name for name in ("qupath", "image") if shares[name] >= _FITS]
     if given is not None:
@@ -164,61 +159,83 @@ def _chosen(areas: Sequence[Area], size_l0: IntPair, bounds: Bounds, given: str 
     return used, f"coordinates are counted from {place} ({why})"
 
 
-def _on_slide(areas: Sequence[Area], size_l0: IntPair, slack: FloatPair) -> tuple[list[Area], list[str]]:
-    """Areas that lie on the slide, in part at least, with notes of what does not. Raises MaskError where most does."""
-    over: list[str] = []
-    off: list[str] = []
-    kept: list[Area] = []
-    size, spare = np.asarray(size_l0, float), np.asarray(slack)
-    for area in areas:
-        low, high = area.corners
-        span = f"{area.where}, from {_pair(low)} to {_pair(high)}"
-        if (high <= 0).any() or (low >= size).any():
-            off.append(span)
-            continue
-        kept.append(area)
-        if (low < -spare).any() or (high > size + spare).any():
-            over.append(span)
-    if not over and not off:
-        return kept, []
-    share = _share_inside(areas, (0, 0, *size_l0))
-    if share < _LEAST_ON_SLIDE:
-        raise MaskError(
-            f"{1 - share:.0%} of the areas lie outside the slide of {size_l0[0]} x {size_l0[1]} px: "
-            f"{_some([*off, *over])}",
-            remedy="the file must be of this slide, in level-0 pixels and not in um or pixels of another level",
-        )
+def _on_slide(
+    areas: Sequence[Area], size_l0: IntPair, slack: FloatPair
+) -> tuple[list[Area], tuple[Rings, ...], list[str]]:
+    """Areas that lie on the slide, in part at least; what lies beyond its edge, if any of them does; and notes of what
+    does not count. Raises MaskError where that is most of it."""
+    drawn = _Outlines(areas)
+    if not areas or ((drawn.first >= 0).all() and (drawn.last <= size_l0).all()):
+        return list(areas), (), []
+    counts = np.array([len(area.polygons) for area in areas])
+    starts = np.cumsum(counts) - counts
+    low, high = np.minimum.reduceat(drawn.first, starts), np.maximum.reduceat(drawn.last, starts)
+    off = (high <= 0).any(axis=1) | (low >= size_l0).any(axis=1)
+    over = ~off & ((low < -np.asarray(slack)).any(axis=1) | (high > np.asarray(size_l0) + slack).any(axis=1))
+
+    def named(which: NDArray[np.bool_]) -> str:
+        places = np.flatnonzero(which)
+        listed = [f"{areas[i].where}, from {_pair(low[i])} to {_pair(high[i])}" for i in places[:_NAMED]]
+        return "; ".join(listed) + (f" and {len(places) - _NAMED:,} more" if len(places) > _NAMED else "")
+
     notes = []
-    if over:
-        notes.append(f"cut at the edge of the slide of {size_l0[0]} x {size_l0[1]} px: {_some(over)}")
-    if off:
-        notes.append(f"left out, off the slide of {size_l0[0]} x {size_l0[1]} px: {_some(off)}")
-    return kept, notes
+    slide = f"the slide of {size_l0[0]} x {size_l0[1]} px"
+    if off.any() or over.any():
+        share = drawn.share_inside((0, 0, *size_l0))
+        if share < _LEAST_ON_SLIDE:
+            raise MaskError(
+                f"{1 - share:.0%} of the areas lie outside {slide}: {named(off | over)}",
+                remedy="the file must be of this slide, in level-0 pixels and not in um or pixels of another level",
+            )
+        if over.any():
+            notes.append(f"cut at the edge of {slide}: {named(over)}")
+        if off.any():
+            notes.append(f"left out, off {slide}: {named(off)}")
+    beyond = [_box(-FARTHEST, -FARTHEST, FARTHEST, FARTHEST), _box(0, 0, *size_l0)]
+    return [area for area, gone in zip(areas, off, strict=True) if not gone], (beyond,), notes
 
 
-def _share_inside(areas: Sequence[Area], box: Bounds) -> float:
-    """Share of the areas' ground that lies in a box (x, y, width, height), from 0 to 1; 1 where there are none."""
-    low = np.array(box[:2], float)
-    high = low + box[2:]
-    inside = total = 0.0
-    for rings in (rings for area in areas for rings in area.polygons):
-        first, last = rings[0].min(axis=0), rings[0].max(axis=0)
-        ground = _ground(rings, last - first)
-        total += ground
-        if (first >= low).all() and (last <= high).all():
-            inside += ground
-        elif (last > low).all() and (first < high).all():
-            inside += ground * _part_inside(rings, first, last, low, high)
-    return inside / total if total else 1.0
+class _Outlines:
+    """The polygons of areas all at once: there may be a hundred thousand.
 
+    first, last: corners of each polygon's box, float64 (n, 2). ground: their area by the shoelace formula, (n,); of a
+    ring that crosses itself at least a little of its box.
+    """
 
-def _ground(rings: Rings, span: NDArray[np.float64]) -> float:
-    """Area by the shoelace formula; of a ring that crosses itself at least a little of its box."""
-    sizes = []
-    for ring in rings:
-        x, y = (ring - ring[0]).T
-        sizes.append(abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2)
-    return max(sizes[0] - sum(sizes[1:]), 1e-3 * float(span[0] * span[1]), 1e-12)
+    def __init__(self, areas: Sequence[Area]) -> None:
+        self.polygons = [rings for area in areas for rings in area.polygons]
+        rings = [ring for polygon in self.polygons for ring in polygon]
+        if not rings:
+            self.first = self.last = np.zeros((0, 2))
+            self.ground = np.zeros(0)
+            return
+        lengths = np.array([len(ring) for ring in rings])
+        starts = np.cumsum(lengths) - lengths
+        points = np.concatenate(rings)
+        following = np.concatenate([points[1:], points[:1]])
+        following[starts + lengths - 1] = points[starts]
+        corner = np.repeat(points[starts], lengths, axis=0)
+        a, b = points - corner, following - corner
+        sizes = np.abs(np.add.reduceat(a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0], starts)) / 2
+        outer = np.cumsum([0, *(len(polygon) for polygon in self.polygons[:-1])])
+        self.first = np.minimum.reduceat(points, starts)[outer]
+        self.last = np.maximum.reduceat(points, starts)[outer]
+        span = self.last - self.first
+        without_holes = 2 * sizes[outer] - np.add.reduceat(sizes, outer)
+        self.ground = np.maximum(np.maximum(without_holes, 1e-3 * span[:, 0] * span[:, 1]), 1e-12)
+
+    def share_inside(self, box: Bounds) -> float:
+        """Share of the ground that lies in a box (x, y, width, height), from 0 to 1; 1 where there is none."""
+        low = np.array(box[:2], float)
+        high = low + box[2:]
+        within = (self.first >= low).all(axis=1) & (self.last <= high).all(axis=1)
+        touching = (self.last > low).all(axis=1) & (self.first < high).all(axis=1) & ~within
+        inside = float(self.ground[within].sum())
+        for i in np.flatnonzero(touching):
+            part = _part_inside(self.polygons[i], self.first[i], self.last[i], low, high)
+            inside += float(self.ground[i]) * part
+        total = float(self.ground.sum())
+        return inside / total if total else 1.0
 
 
 def _part_inside(
@@ -238,8 +255,3 @@ def _part_inside(
 
 def _pair(values: Any) -> str:
     return f"({values[0]:g}, {values[1]:g})"
-
-
-def _some(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
-    return "; ".join(items[:_NAMED]) + more
