@@ -170,8 +170,10 @@ def _on_slide(
     counts = np.array([len(area.polygons) for area in areas])
     starts = np.cumsum(counts) - counts
     low, high = np.minimum.reduceat(drawn.first, starts), np.maximum.reduceat(drawn.last, starts)
-    off = (high <= 0).any(axis=1) | (low >= size_l0).any(axis=1)
-    over = ~off & ((low < -np.asarray(slack)).any(axis=1) | (high > np.asarray(size_l0) + slack).any(axis=1))
+    off: NDArray[np.bool_] = np.asarray((high <= 0).any(axis=1) | (low >= size_l0).any(axis=1))
+    over: NDArray[np.bool_] = ~off & (
+        (low < -np.asarray(slack)).any(axis=1) | (high > np.asarray(size_l0) + slack).any(axis=1)
+    )
 
     def named(which: NDArray[np.bool_]) -> str:
         places = np.flatnonzero(which)
