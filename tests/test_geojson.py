@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import shapely
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from wsi_pipe.tissue import (
     mask_to_geojson,
     place_areas,
     read_mask,
+    regions_of,
     stored_mask,
     trace_mask,
 )
@@ -203,11 +205,25 @@ def test_a_mask_without_area_is_empty_with_a_reason() -> None:
         ({"type": "GeometryCollection"}, "without geometries"),
         ({"type": "FeatureCollection", "features": [], "wsi_pipe": {"scale_l0": [1]}}, "broken"),
         ({"type": "FeatureCollection", "features": [], "wsi_pipe": 3}, "broken"),
+        (
+            {"type": "FeatureCollection", "features": [], "wsi_pipe": {"frame": "qupath", "origin_l0": [10**400, 1]}},
+            "broken",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(data: Any, message: str) -> None:
     with pytest.raises(MaskError, match=message):
         mask_from_geojson(data, (100, 100), (10.0, 10.0))
+
+
+def test_a_stated_size_that_is_not_of_the_slide_is_not_believed() -> None:
+    """A number in a file must not decide over memory."""
+    data = mask_to_geojson(TissueMask(np.ones((10, 10), bool), (10.0, 10.0)))
+    data["wsi_pipe"]["mask_size_px"] = [10**9, 10**9]
+    assert mask_from_geojson(data, (100, 100)).mask.shape == (10, 10)
+    data["wsi_pipe"]["scale_l0"] = [1e-7, 1e-7]
+    with pytest.raises(MaskError, match="too large"):
+        mask_from_geojson(data, (100, 100))
 
 
 def test_without_any_scale_the_error_says_so() -> None:
@@ -298,6 +314,68 @@ def test_collections_without_end_are_refused() -> None:
         data = {"type": "GeometryCollection", "geometries": [data]}
     with pytest.raises(MaskError, match="without end"):
         read_areas(data)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats(-1e3, 1e3) | st.integers(-(10**400), 10**400) | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "type",
+                    "features",
+                    "geometry",
+                    "geometries",
+                    "coordinates",
+                    "properties",
+                    "classification",
+                    "name",
+                    "names",
+                    "color",
+                    "objectType",
+                    "wsi_pipe",
+                    "frame",
+                    "origin_l0",
+                    "mask_size_px",
+                    "scale_l0",
+                    "id",
+                ]
+            ),
+            inner
+            | st.sampled_from(
+                ["FeatureCollection", "Feature", "Polygon", "MultiPolygon", "GeometryCollection", "Point", "qupath"]
+            ),
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(json_values)
+def test_whatever_a_file_holds_is_read_or_refused_in_words(data: Any) -> None:
+    with contextlib.suppress(MaskError):
+        read_mask(data, (100, 100), (10.0, 10.0), bounds_l0=(10, 10, 50, 50))
+    with contextlib.suppress(MaskError):
+        regions_of(place_areas(data, (100, 100)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_sound_file_with_one_part_of_it_replaced_is_read_or_refused_in_words(data: st.DataObject) -> None:
+    whole: Any = mask_to_geojson(TissueMask(np.eye(4, dtype=bool), (10.0, 10.0)), origin_l0=(3, 4))
+    here = whole
+    while True:
+        keys = list(here) if isinstance(here, dict) else list(range(len(here)))
+        key = data.draw(st.sampled_from(keys))
+        if not isinstance(here[key], (dict, list)) or not here[key] or data.draw(st.integers(0, 3)) == 0:
+            here[key] = data.draw(json_values)
+            break
+        here = here[key]
+    with contextlib.suppress(MaskError):
+        read_mask(whole, (40, 40), bounds_l0=(3, 4, 30, 30))
 
 
 # -- the edge of the slide --------------------------------------------------------------------------------------------

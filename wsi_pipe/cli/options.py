@@ -74,8 +74,8 @@ def slide_options(function: F) -> F:
             "manifest",
             type=click.Path(path_type=Path, exists=True, dir_okay=False),
             metavar="CSV",
-            help="Slide list with the columns slide, slide_id, case_id, mpp, mask, scene, z, annotations, tissue_class, "
-            "frame and per-slide settings.",
+            help="Slide list with the columns slide, slide_id, case_id, mpp, mask, scene, z, annotations, "
+            "tissue_class, frame and per-slide settings.",
         ),
         click.option(
             "--slide-mpp",

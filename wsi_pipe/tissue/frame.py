@@ -8,7 +8,6 @@ bounds the two are one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -119,10 +118,11 @@ def _stated(data: object) -> tuple[Frame, FloatPair] | None:
     try:
         used = member.get("frame", "image")
         x, y = member["origin_l0"] if used != "image" else (0, 0)
-        if used not in FRAMES or not (math.isfinite(x) and math.isfinite(y)):
-            raise ValueError(f"frame {used!r}, origin {x}, {y}")
-        return used, (float(x), float(y))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        origin = (float(x), float(y))
+        if used not in FRAMES or not all(abs(value) <= FARTHEST for value in origin):
+            raise ValueError(f"frame {used!r}, origin {origin}")
+        return used, origin
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise MaskError(
             f"the member {MEMBER!r} of the GeoJSON is broken: {error!r}",
             remedy="delete that member and give --frame, or make the file again",

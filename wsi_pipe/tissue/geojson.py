@@ -27,6 +27,7 @@ TISSUE_RGB = (0, 128, 64)
 """Colour of the outlines: a green that neither haematoxylin nor eosin has."""
 
 _DECIMALS = 4
+_MOST_PX = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -143,21 +144,31 @@ def read_mask(
     class named "Ignore" or "Ignore*", or derived from it, are cut out of the others. classes: only areas of these
     count, as ``class_matches`` compares them; without them, areas of any class. size_l0: (width, height) of the slide;
     what lies off it is cut off, with a note. scale_l0: level-0 pixels per mask pixel; None for that stored in the file.
-    The mask's size is the stored one where the scale is the stored one, else what covers the slide.
+    The mask's size is the stored one where that is of this scale and slide, else what covers the slide.
 
     Raises MaskError when the data is not GeoJSON or holds detections alone, a coordinate is not a finite number, most
-    of the area lies off the slide, or no scale is given and none stored.
+    of the area lies off the slide, no scale is given and none stored, or the mask would have more than 2**31 pixels.
     """
     stored = stored_mask(data)
     if scale_l0 is None:
         if stored is None:
             raise MaskError("the GeoJSON states no scale", remedy="give the mask's resolution")
         scale_l0 = stored.scale_l0
-    if stored is not None and np.allclose(stored.scale_l0, scale_l0, rtol=1e-9, atol=0):
+    covering = [max(1, math.ceil(n / s - 1e-6)) for n, s in zip(size_l0, scale_l0, strict=True)]
+    size_px = (covering[0], covering[1])
+    if (
+        stored is not None
+        and np.allclose(stored.scale_l0, scale_l0, rtol=1e-9, atol=0)
+        # Overviews are rounded to whole pixels; a size that is farther off is of another slide, or of nobody.
+        and all(
+            abs(own * s - n) <= s + 1 + n / 100 for own, s, n in zip(stored.size_px, scale_l0, size_l0, strict=True)
+        )
+    ):
         size_px = stored.size_px
-    else:
-        covering = [max(1, math.ceil(n / s - 1e-6)) for n, s in zip(size_l0, scale_l0, strict=True)]
-        size_px = (covering[0], covering[1])
+    if size_px[0] * size_px[1] > _MOST_PX:
+        raise MaskError(
+            f"a mask of {size_px[0]:,} x {size_px[1]:,} px is too large", remedy="give it at a coarser resolution"
+        )
     # The last column and row of a mask may reach a part of a mask pixel beyond the slide.
     slack = (max(scale_l0[0], 1.0), max(scale_l0[1], 1.0))
     placed = place_areas(data, size_l0, bounds_l0, frame=frame, slack_l0=slack)
