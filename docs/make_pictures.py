@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/tissue.md, docs/synthetic.md and docs/lrmil.md: ``python docs/make_pictures.py``."""
+"""Draw the pictures of docs/tissue.md, annotations.md, synthetic.md and lrmil.md: ``python docs/make_pictures.py``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wsi_pipe.geometry import Pyramid
 from wsi_pipe.pictures import thumbnail_with_contours, thumbnail_with_grids, write_image
 from wsi_pipe.synthetic import SIGNALS, SlideSpec, SyntheticSlide
 from wsi_pipe.tiling import plan_grids
-from wsi_pipe.tissue import find_tissue
+from wsi_pipe.tissue import find_tissue, place_areas, regions_of
 
 OUT = Path(__file__).parent / "images"
 RESULTS = Path(__file__).parent / "results"
@@ -34,6 +34,33 @@ def slide_pictures() -> None:
         sharp, (scale_l0[0] / 2, scale_l0[1] / 2), grids, mask=mask, um_per_px=um, title="synthetic slide 45"
     )
     write_image(OUT / "grids.jpg", picture, quality=85)
+
+
+def annotation_picture() -> None:
+    """The lesions of a synthetic slide as annotations, with necrosis within one and a margin around it."""
+    spec = SlideSpec(51, (8192, 6144), 0.5, 1, pen=True, debris=True, pale=True, holes=True)
+    slide = SyntheticSlide(spec)
+    sharp, um_per_px, scale_l0 = slide.overview(4.0)
+    mask = find_tissue(*slide.overview(8.0))
+    lesions = slide.truth().lesion_polygons
+    centre = lesions[0].mean(axis=0)
+    drawn = [("Tumour", (200, 0, 0), ring) for ring in lesions]
+    drawn.append(("Necrosis", (60, 60, 60), centre + (lesions[0] - centre) * 0.4))
+    drawn.append(("Invasive margin", (0, 100, 220), centre + (lesions[0] - centre) * 1.6))
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [[*ring.tolist(), ring[0].tolist()]]},
+            "properties": {"objectType": "annotation", "classification": {"name": name, "color": list(colour)}},
+        }
+        for name, colour, ring in drawn
+    ]
+    regions, _ = regions_of(place_areas(features, spec.size_px))
+    grids = plan_grids(Pyramid.from_sizes([spec.size_px], (0.5, 0.5)), mask, TileSettings())
+    picture = thumbnail_with_grids(
+        sharp, scale_l0, grids, mask=mask, um_per_px=um_per_px, title="synthetic slide 51", regions=regions
+    )
+    write_image(OUT / "annotations.jpg", picture, quality=85)
 
 
 def signal_picture() -> None:
@@ -79,5 +106,6 @@ def settings_picture() -> None:
 
 if __name__ == "__main__":
     slide_pictures()
+    annotation_picture()
     signal_picture()
     settings_picture()
