@@ -137,6 +137,30 @@ def test_each_native_tile_is_decoded_once(
         assert np.abs(found.astype(int) - read_tiles(plain, corners, size_l0, 100)).max() <= 1
 
 
+@pytest.mark.parametrize("scene", [0, 1])
+def test_of_several_scans_each_has_the_bounds_of_all(tmp_path: Path, picture: Picture, scene: int) -> None:
+    """OpenSlide shows all scans of a file on one canvas and QuPath crops to them together, whichever is read here."""
+    small = picture[:200, :300]
+    offsets = [(37 * NM_PER_PX + 90, 601 * NM_PER_PX + 10), (500 * NM_PER_PX, 251 * NM_PER_PX + 90)]
+    mains = "".join(
+        image_xml((300, 200), offset, [(n + 1, 300, 200)], "brightfield") for n, offset in enumerate(offsets)
+    )
+    macro = image_xml(CANVAS_PX, (0, 0), [(0, 90, 100)], "brightfield")
+    xml = (
+        f'<?xml version="1.0"?><scn xmlns="{SCN_NAMESPACE}"><collection sizeX="{CANVAS_PX[0] * NM_PER_PX}" '
+        f'sizeY="{CANVAS_PX[1] * NM_PER_PX}"><barcode>x</barcode>{macro}{mains}</collection></scn>'
+    )
+    options: dict[str, Any] = {"tile": (128, 128), "photometric": "rgb", "compression": "zlib", "metadata": None}
+    with tifffile.TiffWriter(tmp_path / "slide.scn", bigtiff=True) as file:
+        for page, text in ((picture[:100, :90], xml), (small, None), (small, None)):
+            file.write(page, description=text, resolution=(40000, 40000), resolutionunit="CENTIMETER", **options)
+    with open_tiff(tmp_path / "slide.scn", scene=scene) as slide, openslide.OpenSlide(tmp_path / "slide.scn") as theirs:
+        theirs_l0 = [int(theirs.properties[f"openslide.bounds-{side}"]) for side in ("x", "y", "width", "height")]
+        assert slide.info.bounds_l0 is not None
+        assert slide.info.bounds_l0[:2] == tuple(theirs_l0[:2]) == (37, 251)
+        assert np.abs(np.subtract(slide.info.bounds_l0, theirs_l0)).max() <= 1
+
+
 def test_the_mask_of_a_cropped_slide_is_written_as_qupath_counts(tmp_path: Path) -> None:
     """One piece of tissue, whose place in the scan is known; QuPath shows the scan alone."""
     picture = np.full((400, 500, 3), 240, np.uint8)

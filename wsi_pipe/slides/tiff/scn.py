@@ -96,7 +96,8 @@ class _Picture:
 @dataclass(frozen=True)
 class ScnScan:
     """What is to be read of an SCN file. main: the picture, in its focal plane. macro: directory, or None.
-    scans, planes: how many there are to choose from. notes: see SlideInfo."""
+    scans, planes: how many there are to choose from. notes: see SlideInfo. scanned_nm: corners (x0, y0, x1, y1) of the
+    box around all brightfield scans, to which OpenSlide and QuPath crop, whichever is read."""
 
     main: _Picture
     macro: int | None
@@ -104,6 +105,7 @@ class ScnScan:
     scans: int
     planes: int
     notes: tuple[str, ...]
+    scanned_nm: tuple[int, int, int, int]
 
 
 def choose_scan(source: Source, text: str, scene: int | None, z: int | None) -> ScnScan:
@@ -145,7 +147,14 @@ def choose_scan(source: Source, text: str, scene: int | None, z: int | None) -> 
         only_plane(name, z)
         number = 0
     macro = macros[0].dimensions[0][0] if macros else None
-    return ScnScan(main.at_depth(planes[number]), macro, canvas, len(mains), len(planes), tuple(notes))
+    scanned = (
+        min(p.offset_nm[0] for p in mains),
+        min(p.offset_nm[1] for p in mains),
+        max(p.offset_nm[0] + p.size_nm[0] for p in mains),
+        max(p.offset_nm[1] + p.size_nm[1] for p in mains),
+    )
+    plane = main.at_depth(planes[number])
+    return ScnScan(plane, macro, canvas, len(mains), len(planes), tuple(notes), scanned)
 
 
 def read_scn(
@@ -180,9 +189,19 @@ def read_scn(
         objective_power=main.objective,
         icc=icc_profile(first),
         associated={} if scan.macro is None else {"macro": _directory(source, directories, scan.macro)},
-        bounds_l0=(*images[0].offset_px, *images[0].image.size_px),
+        bounds_l0=_bounds(scan, images[0]),
         notes=scan.notes,
     )
+
+
+def _bounds(scan: ScnScan, image: OffsetImage) -> tuple[int, int, int, int]:
+    """(x, y, width, height) of the scanned part in level-0 pixels: all scans of the file, as QuPath crops to them."""
+    if scan.scans == 1:
+        return (*image.offset_px, *image.image.size_px)
+    nm_per_px = scan.main.size_nm[0] / image.image.size_px[0]
+    x0, y0 = (math.floor(edge / nm_per_px) for edge in scan.scanned_nm[:2])
+    x1, y1 = (math.ceil(edge / nm_per_px) for edge in scan.scanned_nm[2:])
+    return (x0, y0, min(x1, image.size_px[0]) - x0, min(y1, image.size_px[1]) - y0)
 
 
 def _picture(source: Source, element: Element) -> _Picture:
