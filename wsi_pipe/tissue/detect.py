@@ -4,7 +4,8 @@ The default method rests on one fact: haematoxylin, eosin, DAB and most bright-f
 absorb red or blue (whichever of the two they absorb least), while uneven light, stitching seams, dust, glass edges and
 black ink are grey. So ``stain = OD_green - min(OD_red, OD_blue)`` in optical density (Beer-Lambert; Ruifrok and
 Johnston 2001) is zero on all of these whatever their brightness, and above zero on the palest eosin. It needs no
-histogram with two peaks, so a slide that is all tissue, or none, is no special case.
+histogram with two peaks, so a slide that is all tissue, or none, is no special case. It does need the colour of the
+glass, which ``wsi_pipe.tissue.glass`` measures, place by place where fields of view differ.
 """
 
 from __future__ import annotations
@@ -18,23 +19,17 @@ from numpy.typing import NDArray
 from wsi_pipe.config import SegmentSettings
 from wsi_pipe.errors import MaskError
 from wsi_pipe.geometry import FloatPair, TissueMask
+from wsi_pipe.tissue.glass import NEAR_WHITE_SHARE, optical_density, white_map
 from wsi_pipe.tissue.marks import find_marks
 from wsi_pipe.tissue.shapes import close_gaps, components, disc, drop_lines, extremes
 
-__all__ = ["find_tissue", "optical_density", "white_reference"]
+__all__ = ["find_tissue"]
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
-DEFAULT_WHITE = 245.0
-"""Grey level of glass where no glass is in view: what scanners calibrate to lies between 235 and 255."""
-
-_LOG_LEVELS = np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
-_NEAR_WHITE_SHARE = 0.005
 _DARK_SHARE = 0.25
 _GREY_SPREAD = 3
-_MAX_WHITE_CHROMA = 0.05
-_MAX_WHITE_STAIN = 0.018
 _LEAST_CONTRAST = 0.03
 _EDGE_REACH_UM = 20.0
 
@@ -66,7 +61,7 @@ def find_tissue(
     reason = _dark_reason(rgb, settings)
     if reason is not None:
         return TissueMask(blank, scale_l0, reason)
-    od = optical_density(rgb, white_reference(rgb, settings.white_min))
+    od = optical_density(rgb, white_map(rgb, um_per_px, settings.white_min))
     marks = find_marks(od, um_per_px, settings)
     candidates = _candidates(rgb, od, marks.core | marks.halo, um_per_px, settings)
     mask = _cleaned(candidates, marks.core, marks.halo, um_per_px, settings)
@@ -83,7 +78,7 @@ def find_tissue(
 def _dark_reason(rgb: NDArray[np.uint8], settings: SegmentSettings) -> str | None:
     """Why a slide is not bright-field, or None; black that was not scanned does not make it dark."""
     dimmest, brightest = extremes(rgb)
-    if float(np.mean(dimmest >= settings.white_min)) >= _NEAR_WHITE_SHARE:
+    if float(np.mean(dimmest >= settings.white_min)) >= NEAR_WHITE_SHARE:
         return None
     seen = brightest > 12  # black that was never scanned says nothing
     if not seen.any():
@@ -94,42 +89,6 @@ def _dark_reason(rgb: NDArray[np.uint8], settings: SegmentSettings) -> str | Non
             f"{settings.dark_background:g} and next to nothing is white, as in fluorescence"
         )
     return None
-
-
-def white_reference(rgb: NDArray[np.uint8], white_min: float = 200.0) -> Floats:
-    """RGB of the empty glass, float32 (3,).
-
-    The most frequent value of each channel among pixels that are bright (``white_min`` or more) and nearly grey; pure
-    white counts only where there is no other glass, since scanners fill with it what they did not scan. Where less
-    than 0.5 % of the slide qualifies, there is no glass in view and the reference is what scanners calibrate to.
-    """
-    bright = rgb[extremes(rgb)[0] >= white_min]
-    enough = _NEAR_WHITE_SHARE * rgb.shape[0] * rgb.shape[1]
-    log = _LOG_LEVELS[bright]
-    least, most = extremes(log)
-    # A tint towards pink or violet must be slight: beyond that it is pale tissue that fills the slide.
-    pink = np.maximum(log[:, 0], log[:, 2]) - log[:, 1]
-    glass = bright[(most - least <= _MAX_WHITE_CHROMA) & (pink <= _MAX_WHITE_STAIN)]
-    scanned = glass[extremes(glass)[0] < 254]
-    chosen = scanned if len(scanned) >= enough else glass
-    if len(chosen) < enough or len(chosen) == 0:
-        return np.full(3, DEFAULT_WHITE, np.float32)
-    # A mode and not a mean: the pale parts of tissue and uneven light are among these pixels.
-    return np.array([_mode(chosen[:, channel]) for channel in range(3)], np.float32)
-
-
-def _mode(values: NDArray[np.uint8]) -> float:
-    counts = np.bincount(values, minlength=256).astype(np.float64)
-    return float(np.argmax(np.convolve(counts, np.ones(5), mode="same")))
-
-
-def optical_density(rgb: NDArray[np.uint8], white: Floats) -> Floats:
-    """``log10((white + 1) / (value + 1))`` by channel, float32 (H, W, 3), not below zero; white: float32 (3,)."""
-    import cv2
-
-    levels = np.arange(256, dtype=np.float64)[:, None]
-    table = np.maximum(np.log10((white[None].astype(np.float64) + 1) / (levels + 1)), 0).astype(np.float32)
-    return np.asarray(cv2.LUT(np.ascontiguousarray(rgb), table[None]), np.float32)
 
 
 def _candidates(
