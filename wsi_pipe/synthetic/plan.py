@@ -56,7 +56,8 @@ class SlidePlan:
 
     edge_um, lesion_um: signed distance to the edge of the tissue or lesions, positive inside, within 60 um. gland, fat,
     crowd, nest: 0 to 1, where glands lie, fat, lymphocytes, nests of tumour. mix: which of two textures of fibres
-    shows. thick: of the section, about 1, less where the tissue is pale.
+    shows. thick: of the section, about 1, less where the tissue is pale. fold: 0 to 1, where it lies twice. blur: 0 to
+    1, where it is out of focus.
     """
 
     spec: SlideSpec
@@ -72,6 +73,9 @@ class SlidePlan:
     glands: Glands
     pen: tuple[Mark, ...]
     debris: tuple[Mark, ...]
+    fold: Floats
+    blur: Floats
+    bubbles: tuple[Mark, ...]
 
 
 def make_plan(spec: SlideSpec) -> SlidePlan:
@@ -113,6 +117,9 @@ def make_plan(spec: SlideSpec) -> SlidePlan:
         glands=_glands(spec, edge, gland * (lesion_um < -30) if sheets else gland, fat),
         pen=_pen(spec) if spec.pen else (),
         debris=_debris(spec) if spec.debris else (),
+        fold=_folds(spec, edge) if spec.folds else np.zeros(shape, np.float32),
+        blur=_blurred(spec, shape),
+        bubbles=_bubbles(spec) if spec.bubbles else (),
     )
 
 
@@ -237,6 +244,8 @@ def _stain(spec: SlideSpec) -> Stain:
     a, b = 0.5 + 0.5 * much * rng.uniform(-1, 1, 2)
     haematoxylin = a * np.array([0.650, 0.704, 0.286]) + (1 - a) * np.array([0.563, 0.720, 0.406])
     eosin = b * np.array([0.072, 0.990, 0.250]) + (1 - b) * np.array([0.170, 0.850, 0.500])
+    if spec.stain != "he":
+        eosin = {"dab": np.array([0.268, 0.570, 0.776]), "pas": np.array([0.175, 0.972, 0.155])}[spec.stain]
     strengths = np.exp(much * np.clip(rng.standard_normal(2), -1.8, 1.8) * [0.13, 0.16])
     glass = 243 + much * rng.uniform(-5, 5) + much * rng.uniform(-1.5, 1.5, 3)
     return Stain(haematoxylin * strengths[0], eosin * strengths[1], glass)
@@ -257,7 +266,8 @@ def _pen(spec: SlideSpec) -> tuple[Mark, ...]:
     side = min(width, height)
     marks = []
     for _ in range(int(rng.integers(1, 4))):
-        ink = list(_INKS)[int(rng.integers(len(_INKS)))]
+        drawn = list(_INKS)[int(rng.integers(len(_INKS)))]
+        ink = spec.ink or drawn
         along, off = rng.uniform(0.1, 0.9), rng.uniform(0.03, 0.16)
         x, y = [(along, off), (along, 1 - off), (off, along), (1 - off, along)][int(rng.integers(4))]
         heading, bend = rng.uniform(0, 2 * np.pi), rng.uniform(-1.6, 1.6)
@@ -286,6 +296,49 @@ def _debris(spec: SlideSpec) -> tuple[Mark, ...]:
         path = np.cumsum(np.stack([np.cos(angles), np.sin(angles)], axis=1) * rng.uniform(8, 22), axis=0)
         marks.append(Mark(path + rng.uniform(0, 1, 2) * [width, height], 9.0, 0.45 * np.array([1.0, 0.98, 0.95])))
     return tuple(marks)
+
+
+def _folds(spec: SlideSpec, edge: Floats) -> Floats:
+    """Bands of 60 to 120 um across the tissue, where it lies twice."""
+    import cv2
+
+    rng = generator(spec.seed, "folds")
+    canvas = np.zeros(edge.shape, np.uint8)
+    inside = np.argwhere(edge > 30)
+    side = min(edge.shape)
+    for _ in range(int(rng.integers(2, 5)) if len(inside) else 0):
+        row, column = inside[int(rng.uniform() * len(inside))]
+        angles = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.uniform(-0.12, 0.12, 30))
+        steps = np.stack([np.cos(angles), np.sin(angles)], axis=1) * side * rng.uniform(0.25, 0.5) / 30
+        path = np.cumsum(steps, axis=0)
+        path += [column, row] - path.mean(axis=0)
+        width = max(1, round(rng.uniform(60, 120) / MAP_UM))
+        cv2.polylines(
+            canvas, [np.rint(path * 16).astype(np.int32).reshape(1, -1, 2)], False, 255.0, width, cv2.LINE_AA, 4
+        )
+    return np.asarray(canvas / np.float32(255) * (edge > 0), np.float32)
+
+
+def _bubbles(spec: SlideSpec) -> tuple[Mark, ...]:
+    """Air under the cover glass: dark rings of 120 to 500 um."""
+    rng = generator(spec.seed, "bubbles")
+    marks = []
+    around = np.linspace(0, 2 * np.pi, 73)
+    for _ in range(int(rng.integers(2, 6))):
+        centre = rng.uniform(0.15, 0.85, 2) * spec.size_um
+        radius = rng.uniform(60, 250)
+        ring = np.stack([np.cos(around), np.sin(around)], axis=1) * radius
+        marks.append(Mark(centre + ring, rng.uniform(12, 20), rng.uniform(0.45, 0.8) * np.ones(3)))
+    return tuple(marks)
+
+
+def _blurred(spec: SlideSpec, shape: tuple[int, int]) -> Floats:
+    if spec.blur_um == 0 or spec.blur_fraction == 0:
+        return np.zeros(shape, np.float32)
+    if spec.blur_fraction >= 1:
+        return np.ones(shape, np.float32)
+    values = field(shape, 1500 / MAP_UM, generator(spec.seed, "blur"))
+    return _smoothstep(values - np.quantile(values, 1 - spec.blur_fraction), 0.05)
 
 
 def draw_marks(

@@ -7,12 +7,14 @@ the whole slide, so a pixel is the same whichever block or tile it is asked for 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.synthetic.chance import uniform
+from wsi_pipe.synthetic.light import leave_unscanned, lit, tinted
 from wsi_pipe.synthetic.nuclei import sprites, stamp
 from wsi_pipe.synthetic.paint import (
     EDGE,
@@ -32,11 +34,10 @@ from wsi_pipe.synthetic.paint import (
 from wsi_pipe.synthetic.plan import MAP_UM, SlidePlan, draw_marks, sample_map
 from wsi_pipe.synthetic.textures import Textures, textures, window
 
-__all__ = ["BLOCK_PX", "block_size_px", "render_block"]
+__all__ = ["BLOCK_PX", "block_size_px", "blurred_block", "finish_block", "optical_block", "render_block"]
 
 BLOCK_PX = 1024
 _COARSE_UM = 2.0
-_FIELD_OF_VIEW_UM = 620.0
 _LARGEST_NUCLEUS_UM = 12.0
 _FINE_GREY = 26
 
@@ -58,7 +59,36 @@ def block_size_px(mpp: float) -> int:
 
 def render_block(plan: SlidePlan, column: int, row: int) -> Bytes:
     """Level-0 pixels of a block, uint8 (side, side, 3); the last ones reach over the slide's border."""
-    return _Block(plan, column, row).render()
+    block = _Block(plan, column, row)
+    return block.sensed(block.optical())
+
+
+def optical_block(plan: SlidePlan, column: int, row: int) -> Bytes:
+    """A block in focus as light reaches the sensor: no noise yet, nothing left unscanned."""
+    return _Block(plan, column, row).optical()
+
+
+def blurred_block(plan: SlidePlan, column: int, row: int, around: Mapping[tuple[int, int], Bytes]) -> Bytes:
+    """A block out of focus where the plan says so; around: ``optical_block`` of it and its neighbours by offset."""
+    import cv2
+
+    own = around[0, 0]
+    side = own.shape[0]
+    sigma = plan.spec.blur_um / plan.spec.mpp
+    # The kernel stays within the neighbours, however coarse the question.
+    margin = min(int(np.ceil(4 * sigma)) + 1, side)
+    canvas = np.concatenate([np.concatenate([around[c, r] for c in (-1, 0, 1)], axis=1) for r in (-1, 0, 1)])
+    cut = slice(side - margin, 2 * side + margin)
+    soft = cv2.GaussianBlur(canvas[cut, cut], (2 * margin + 1, 2 * margin + 1), sigma)
+    soft = soft[margin:-margin, margin:-margin]
+    block = _Block(plan, column, row)
+    weight = block.pixels(as_bytes(block.coarse(plan.blur) * 255))
+    return blend(soft, own, cv2.merge([weight, weight, weight]))
+
+
+def finish_block(plan: SlidePlan, column: int, row: int, rgb: Bytes) -> Bytes:
+    """What the sensor and the scanner's software make of a block's light."""
+    return _Block(plan, column, row).sensed(rgb)
 
 
 class _Block:
@@ -106,9 +136,7 @@ class _Block:
 
     # -- layers -----------------------------------------------------------------------------------------------------
 
-    def render(self) -> Bytes:
-        import cv2
-
+    def optical(self) -> Bytes:
         edge = self.coarse(self.plan.edge_um, cubic=True)
         if edge.max() > -12:
             rgb = self._tissue(edge)
@@ -116,18 +144,23 @@ class _Block:
             glass = np.clip(np.rint(self.plan.stain.glass), 0, 255).astype(np.uint8)
             rgb = np.empty((self.side, self.side, 3), np.uint8)
             rgb[:] = glass
-        rgb = self._lit(rgb)
-        marks = (*self.plan.debris, *self.plan.pen)
-        if marks:
-            od = draw_marks(marks, self.x * self.mpp, self.y * self.mpp, (self.mpp, self.mpp), (self.side, self.side))
+        rgb = tinted(self.spec, lit(self.spec, rgb, self.x, self.y), self.x, self.y)
+        if self.plan.debris or self.plan.bubbles or self.plan.pen:
+            od = self._marks_od()
             where = np.maximum(np.maximum(od[..., 0], od[..., 1]), od[..., 2]) > 0
             if where.any():
                 streaks = 0.85 + 0.15 * self.texture(self.textures.grain, 9)[where].astype(np.float32)[:, None] / 128
                 rgb[where] = np.rint(rgb[where] * np.power(10.0, -od[where] * streaks)).astype(np.uint8)
+        return np.asarray(rgb, np.uint8)
+
+    def sensed(self, rgb: Bytes) -> Bytes:
+        """The block's light with the sensor's noise, and the scanner's own white or black."""
+        import cv2
+
         noise = self.texture(self.textures.noise, 8)
         noisy = cv2.add(rgb, cv2.merge([noise, noise, noise]), dtype=cv2.CV_8U)
         if self.spec.stitching:
-            self._unscanned(noisy)
+            leave_unscanned(self.plan, noisy, self.x, self.y)
         if self.haema is not None and self.spec.signal == "fine" and self.spec.label == 1:
             self._add_fine(noisy, self.haema)
         return np.asarray(noisy, np.uint8)
@@ -174,6 +207,9 @@ class _Block:
         cover = cv2.multiply(cover, thick, scale=1 / 128)
         eosin = cv2.multiply(eosin, cover, scale=1 / 255)
         haema = cv2.multiply(haema, cover, scale=1 / 255)
+        if plan.fold.any():
+            twice = self.pixels(as_bytes(128 + 127 * self.coarse(plan.fold)))
+            eosin, haema = (cv2.multiply(a, twice, scale=1 / 128) for a in (eosin, haema))
         if self.mpp < 0.8:
             # The optics: nothing is sharper than 0.35 um.
             eosin, haema = (cv2.GaussianBlur(a, (0, 0), 0.28 / self.mpp) for a in (eosin, haema))
@@ -315,37 +351,21 @@ class _Block:
 
     # -- light and signal -------------------------------------------------------------------------------------------
 
-    def _lit(self, rgb: Bytes) -> Bytes:
-        """Vignette within each field of view, and steps of brightness between them."""
+    def _marks_od(self) -> Floats:
+        """Density of marks on the block; where ink bleeds, drawn with a margin and softened."""
         import cv2
 
-        if not self.spec.stitching:
-            return rgb
-        gains, views, indices = [], [], []
-        for start in (self.x, self.y):
-            position = (start + np.arange(self.side) + 0.5) * self.mpp / _FIELD_OF_VIEW_UM
-            gains.append((1 - 0.012 * (2 * (position % 1) - 1) ** 2).astype(np.float32))
-            view, index = np.unique(np.floor(position).astype(np.int64), return_inverse=True)
-            views.append(view)
-            indices.append(index)
-        step = 255 * (1 - 0.022 * uniform(self.spec.seed, 601, views[0][None], views[1][:, None])).astype(np.float32)
-        gain = (gains[1][:, None] * gains[0][None] * step[indices[1]][:, indices[0]]).astype(np.uint8)
-        return np.asarray(cv2.multiply(rgb, cv2.merge([gain, gain, gain]), scale=1 / 255))
-
-    def _unscanned(self, rgb: Bytes) -> None:
-        """Pure white where whole fields of view hold no tissue and were not scanned, as some scanners do."""
-        size = _FIELD_OF_VIEW_UM
-        first = [int(o * self.mpp // size) for o in (self.x, self.y)]
-        last = [int((o + self.side) * self.mpp // size) for o in (self.x, self.y)]
-        for r in range(first[1], last[1] + 1):
-            for c in range(first[0], last[0] + 1):
-                c0, r0 = int(c * size / MAP_UM), int(r * size / MAP_UM)
-                k = int(np.ceil(size / MAP_UM))
-                view = self.plan.edge_um[r0 : r0 + k, c0 : c0 + k]
-                if uniform(self.spec.seed, 602, c, r) < 0.5 and (view.size == 0 or view.max() < -40):
-                    x, y = ((n * size / self.mpp) - o for n, o in ((c, self.x), (r, self.y)))
-                    width = size / self.mpp
-                    rgb[max(0, round(y)) : max(0, round(y + width)), max(0, round(x)) : max(0, round(x + width))] = 255
+        x_um, y_um, um = self.x * self.mpp, self.y * self.mpp, (self.mpp, self.mpp)
+        bleed = self.spec.ink_bleed_um
+        if not (bleed and self.plan.pen):
+            marks = (*self.plan.debris, *self.plan.bubbles, *self.plan.pen)
+            return draw_marks(marks, x_um, y_um, um, (self.side, self.side))
+        od = draw_marks((*self.plan.debris, *self.plan.bubbles), x_um, y_um, um, (self.side, self.side))
+        m = int(np.ceil(3 * bleed / self.mpp))
+        n = self.side + 2 * m
+        ink = draw_marks(self.plan.pen, x_um - m * self.mpp, y_um - m * self.mpp, um, (n, n))
+        soft = cv2.GaussianBlur(ink, (2 * m + 1, 2 * m + 1), bleed / self.mpp)[m:-m, m:-m]
+        return np.asarray(np.maximum(od, soft), np.float32)
 
     def _add_fine(self, rgb: Bytes, haema: Bytes) -> None:
         """Grains of chromatin in the nuclei of lesions that sum to exactly nothing over cells of about 2 um."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.geometry import IntPair, TissueMask
 from wsi_pipe.synthetic.plan import MAP_UM, SlidePlan, draw_marks, make_plan
-from wsi_pipe.synthetic.render import block_size_px, render_block
+from wsi_pipe.synthetic.render import block_size_px, blurred_block, finish_block, optical_block, render_block
 from wsi_pipe.synthetic.spec import SlideSpec
 
 __all__ = ["LevelView", "SyntheticSlide", "Truth"]
@@ -29,7 +29,8 @@ _LARGE_PX = 8192 * 8192
 class Truth:
     """What a synthetic slide shows. Masks are bool (H, W) at one scale; polygons are rings (x, y) in level-0 pixels.
 
-    tissue: without pen and debris. pale: where the tissue is pale. lesions: outer rings, float64 (N, 2).
+    tissue: without pen and debris. lesions: outer rings, float64 (N, 2). fold: where tissue lies twice. bubble: with
+    what their rings surround. blurred: out of focus.
     """
 
     label: int
@@ -39,6 +40,9 @@ class Truth:
     lesion: Bools
     tissue_polygons: tuple[NDArray[np.float64], ...]
     lesion_polygons: tuple[NDArray[np.float64], ...]
+    fold: Bools
+    bubble: Bools
+    blurred: Bools
 
 
 class SyntheticSlide:
@@ -48,6 +52,7 @@ class SyntheticSlide:
         self.spec = spec
         self.plan: SlidePlan = make_plan(spec)
         self._blocks: OrderedDict[tuple[int, int], Bytes] = OrderedDict()
+        self._sharp: OrderedDict[tuple[int, int], Bytes] = OrderedDict()
 
     @property
     def size_px(self) -> IntPair:
@@ -85,16 +90,30 @@ class SyntheticSlide:
         key = (column, row)
         block = self._blocks.get(key)
         if block is None:
-            block = render_block(self.plan, column, row)
-            self._blocks[key] = block
-            # Tiles are asked for in rows: a row of blocks is kept, so that each is made once a level.
-            across = -(-self.size_px[0] // block.shape[1]) + 1
-            limit = max(across, 1)
-            while len(self._blocks) > limit and len(self._blocks) * block.nbytes > _CACHE_BYTES:
-                self._blocks.popitem(last=False)
+            if self.plan.blur.any():
+                around = {(c, r): self._sharp_block(column + c, row + r) for c in (-1, 0, 1) for r in (-1, 0, 1)}
+                block = finish_block(self.plan, column, row, blurred_block(self.plan, column, row, around))
+            else:
+                block = render_block(self.plan, column, row)
+            self._keep(self._blocks, key, block, rows=1)
         else:
             self._blocks.move_to_end(key)
         return block
+
+    def _sharp_block(self, column: int, row: int) -> Bytes:
+        """A block before the sensor saw it, for the blur to reach into."""
+        key = (column, row)
+        if key not in self._sharp:
+            self._keep(self._sharp, key, optical_block(self.plan, column, row), rows=3)
+        return self._sharp[key]
+
+    def _keep(self, blocks: OrderedDict[tuple[int, int], Bytes], key: tuple[int, int], block: Bytes, rows: int) -> None:
+        """Tiles are asked for in rows: a row of blocks is kept, so that each is made once a level."""
+        blocks[key] = block
+        across = -(-self.size_px[0] // block.shape[1]) + 1
+        limit = max(across, 1) * rows + 2 * (rows - 1)
+        while len(blocks) > limit and len(blocks) * block.nbytes > _CACHE_BYTES * rows:
+            blocks.popitem(last=False)
 
     def level(self, downsample: int, tile_px: int = 256) -> LevelView:
         """A level of the pyramid, at 1 / ``downsample`` of level 0 by averaging, tile by tile."""
@@ -133,12 +152,13 @@ class SyntheticSlide:
             )
         scale = (self.size_px[0] / size_px[0], self.size_px[1] / size_px[1])
         um = (scale[0] * self.mpp, scale[1] * self.mpp)
-        pen = draw_marks(self.plan.pen, 0, 0, um, size_px).max(axis=2) > _MARK_OD
+        pen = softened(draw_marks(self.plan.pen, 0, 0, um, size_px), self.spec.ink_bleed_um, um).max(axis=2) > _MARK_OD
         debris = draw_marks(self.plan.debris, 0, 0, um, size_px).max(axis=2) > _MARK_OD
         covered = _resampled(self.plan.edge_um, um, size_px) > 0
         lesion = (_resampled(self.plan.lesion_um, um, size_px) > 0) & covered
         tissue = covered & ~pen & ~debris
         reason = None if tissue.any() else "the slide was made without tissue"
+        discs = tuple(mark._replace(width_um=0.0) for mark in self.plan.bubbles)
         return Truth(
             label=self.label,
             tissue=TissueMask(tissue, scale, reason),
@@ -147,6 +167,9 @@ class SyntheticSlide:
             lesion=lesion,
             tissue_polygons=_outlines(self.plan.edge_um, self.mpp),
             lesion_polygons=_outlines(self.plan.lesion_um, self.mpp),
+            fold=(_resampled(self.plan.fold, um, size_px) > 0.5) & covered,
+            bubble=draw_marks(discs, 0, 0, um, size_px).max(axis=2) > _MARK_OD,
+            blurred=_resampled(self.plan.blur, um, size_px) > 0.5,
         )
 
 
@@ -175,6 +198,15 @@ def average(rgb: Bytes, factor: int) -> Bytes:
     height, width = max(1, rgb.shape[0] // factor), max(1, rgb.shape[1] // factor)
     part = rgb[: height * factor, : width * factor]
     return np.asarray(cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def softened(od: NDArray[np.float32], sigma_um: float, um: tuple[float, float]) -> NDArray[np.float32]:
+    """Density of ink that has bled."""
+    import cv2
+
+    if sigma_um == 0:
+        return od
+    return np.asarray(cv2.GaussianBlur(od, (0, 0), sigmaX=sigma_um / um[0], sigmaY=sigma_um / um[1]), np.float32)
 
 
 def _resampled(values: NDArray[np.float32], um: tuple[float, float], size_px: IntPair) -> NDArray[np.float32]:

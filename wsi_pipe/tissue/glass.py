@@ -256,9 +256,7 @@ def _sampled(glass: list[_Piece], drifted: dict[int, Floats], labels: NDArray[np
     return found
 
 
-def _spread(
-    labels: NDArray[np.int32], glass: list[_Piece], drifted: dict[int, Floats], um_per_px: FloatPair
-) -> Floats:
+def _spread(labels: NDArray[np.int32], glass: list[_Piece], drifted: dict[int, Floats], um_per_px: FloatPair) -> Floats:
     """The glass's colour at every pixel, grey levels float32 (H, W, 3)."""
     import cv2
 
