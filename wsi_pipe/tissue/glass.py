@@ -38,14 +38,15 @@ _MAX_TINT = 0.058
 _FLAT_SD = 1.4
 """Grey levels; three times the noise of scanned glass at 8 um/px, two thirds of the faintest texture of tissue."""
 _FLAT_WINDOW_UM = 40.0
-_PIECE_UM2 = 20_000.0
+_PIECE_UM2 = 5_000.0
 _UNSCANNED = 254
 _SAME_TINT = 0.006
 _TINT_THAT_MATTERS = 0.007
 """OD; little more than half of what makes a pixel pale tissue."""
 _DRIFT_UM = 250.0
 _BORDER_UM = 56.0
-_STRAIGHT_SHARE = 0.5
+_STRAIGHT_SHARE = 0.4
+_LEAST_RIM_PX = 6
 _TOUCHING_SHARE = 0.08
 
 
@@ -187,22 +188,21 @@ def _glass_pieces(
     kept[[piece.label for piece in pieces]] = True
     others = kept[labels] | off_scan
     glass: list[_Piece] = []
-    enclosed: list[_Piece] = []
+    doubtful: list[_Piece] = []
     for piece in pieces:
-        if piece.tint - main.tint <= _SAME_TINT:
-            glass.append(piece)
-        elif (verdict := _is_field(labels, piece, others, um_per_px)) is None:
-            enclosed.append(piece)
-        elif verdict:
-            glass.append(piece)
-    # Between tissue on all sides: glass where it has the colour of other glass.
+        is_main = piece.tint - main.tint <= _SAME_TINT
+        (glass if is_main or _is_field(labels, piece, others, um_per_px) else doubtful).append(piece)
+    # Between tissue on all sides, or a sliver: glass where it has the colour of other glass.
     known = np.array([piece.log for piece in glass])
-    glass += [p for p in enclosed if np.abs(known - p.log).max(axis=1).min() <= _SAME_TINT]
+    glass += [p for p in doubtful if np.abs(known - p.log).max(axis=1).min() <= _SAME_TINT]
     return glass
 
 
-def _is_field(labels: NDArray[np.int32], piece: _Piece, others: Bools, um_per_px: FloatPair) -> bool | None:
-    """Whether a tinted piece is a field of glass by its borders; None where only tissue is around it."""
+def _is_field(labels: NDArray[np.int32], piece: _Piece, others: Bools, um_per_px: FloatPair) -> bool:
+    """Whether a tinted piece is a field of glass by its borders; others: other smooth pieces, and what is off the scan.
+
+    Its borders with them run along rows and columns, or it has none with them and reaches the edge of the picture.
+    """
     import cv2
 
     height, width = labels.shape
@@ -223,16 +223,21 @@ def _is_field(labels: NDArray[np.int32], piece: _Piece, others: Bools, um_per_px
     if x1 >= width:
         at_end[:, -1] |= own[:, -1]
     perimeter = int(np.count_nonzero(rim | at_end))
-    near = cv2.dilate((others[y0:y1, x0:x1] & ~own).astype(np.uint8), np.ones((2 * reach_y + 1, 2 * reach_x + 1)))
+    around = others[y0:y1, x0:x1] & ~own
+    near = cv2.dilate(around.astype(np.uint8), np.ones((2 * reach_y + 1, 2 * reach_x + 1), np.uint8))
     touching = rim & (near > 0)
     if np.count_nonzero(touching) >= _TOUCHING_SHARE * perimeter:
-        soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 3.0, borderType=cv2.BORDER_REPLICATE)
+        # Where tissue begins the border with other glass ends: there the rim turns, and says nothing.
+        gap = np.ones((2 * (reach_y // 2) + 1, 2 * (reach_x // 2) + 1), np.uint8)
+        tissue = cv2.dilate((own | around).astype(np.uint8), gap) == 0
+        margin = np.ones((3 * reach_y | 1, 3 * reach_x | 1), np.uint8)
+        clear = touching & (cv2.dilate(tissue.astype(np.uint8), margin) == 0)
+        judged = clear if np.count_nonzero(clear) >= _LEAST_RIM_PX else touching
+        soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 2.0, borderType=cv2.BORDER_REPLICATE)
         dx, dy = np.abs(cv2.Sobel(soft, cv2.CV_32F, 1, 0)), np.abs(cv2.Sobel(soft, cv2.CV_32F, 0, 1))
         along = np.minimum(dx, dy) <= np.tan(np.radians(10.0)) * np.maximum(dx, dy)
-        return bool(np.mean(along[touching]) >= _STRAIGHT_SHARE)
-    if np.count_nonzero(at_end) >= _TOUCHING_SHARE * perimeter:
-        return True
-    return None
+        return bool(np.mean(along[judged]) >= _STRAIGHT_SHARE)
+    return bool(np.count_nonzero(at_end) >= _TOUCHING_SHARE * perimeter)
 
 
 def _drift(labels: NDArray[np.int32], piece: _Piece, log: Floats, um_per_px: FloatPair) -> Floats:
