@@ -38,6 +38,8 @@ _MAX_TINT = 0.058
 _FLAT_SD = 1.4
 """Grey levels; three times the noise of scanned glass at 8 um/px, two thirds of the faintest texture of tissue."""
 _FLAT_WINDOW_UM = 40.0
+_NOISE_UM = 8.0
+_MOST_NOISY_SHARE = 0.9
 _PIECE_UM2 = 5_000.0
 _UNSCANNED = 254
 _SAME_TINT = 0.006
@@ -117,8 +119,14 @@ def white_map(rgb: Picture, um_per_px: FloatPair, white_min: float = 200.0) -> F
     log = _LOG_LEVELS[rgb]
     least, most = extremes(log)
     # What was not scanned says nothing of the lamp.
-    smooth = (dimmest >= white_min) & (most - least <= _MAX_TINT) & _flat(rgb, um_per_px)
-    labels, pieces = _pieces(smooth & (dimmest < _UNSCANNED), log, um_per_px)
+    pale = (dimmest >= white_min) & (most - least <= _MAX_TINT) & (dimmest < _UNSCANNED)
+    variance = _variance(rgb, um_per_px)
+    labels, pieces = _pieces(pale & (variance <= _FLAT_SD**2), log, um_per_px)
+    if _share(pieces, rgb) < NEAR_WHITE_SHARE:
+        # A noisy picture. One that is alike all over may as well be pale tissue.
+        labels, pieces = _pieces(pale & (variance <= (2 * _FLAT_SD) ** 2), log, um_per_px)
+        if _share(pieces, rgb) > _MOST_NOISY_SHARE:
+            return common
     if not pieces:
         return common
     off_scan = (dimmest >= _UNSCANNED) | (brightest <= 12)
@@ -142,15 +150,22 @@ def _odd(length_um: float, um_per_px: FloatPair) -> tuple[int, int]:
     return (x, y)
 
 
-def _flat(rgb: Picture, um_per_px: FloatPair) -> Bools:
-    """Where no channel varies more than glass does, over a window of 40 um."""
+def _variance(rgb: Picture, um_per_px: FloatPair) -> Floats:
+    """The largest variance of any channel over a window of 40 um, of values averaged over about 8 um."""
     import cv2
 
-    window = _odd(_FLAT_WINDOW_UM, um_per_px)
     values = rgb.astype(np.float32)
+    fine = tuple(max(round(_NOISE_UM / um), 1) for um in um_per_px)
+    if max(fine) > 1:
+        values = np.asarray(cv2.blur(values, fine), np.float32)
+    window = _odd(_FLAT_WINDOW_UM, um_per_px)
     mean = cv2.blur(values, window)
     variance = cv2.blur(cv2.multiply(values, values), window) - cv2.multiply(mean, mean)
-    return np.asarray(extremes(variance)[1] <= _FLAT_SD**2)
+    return np.asarray(extremes(variance)[1], np.float32)
+
+
+def _share(pieces: list[_Piece], rgb: Picture) -> float:
+    return sum(piece.area_px for piece in pieces) / (rgb.shape[0] * rgb.shape[1])
 
 
 def _pieces(smooth: Bools, log: Floats, um_per_px: FloatPair) -> tuple[NDArray[np.int32], list[_Piece]]:
