@@ -28,6 +28,7 @@ WSI_PIPE = [
     "synthetic",
     "tissue",
     "tiling",
+    "quality",
     # streams, encoders, files
     "overview",
     "tiles",
@@ -90,10 +91,10 @@ ONLY_IN = {
 }
 # Reading, segmenting and tiling must start without torch.
 TORCH_FREE = {
-    "errors", "cores", "geometry", "files", "config", "outcome", "slides", "synthetic", "tissue", "tiling", "overview",
+    "errors", "cores", "geometry", "files", "config", "outcome", "slides", "synthetic", "tissue", "tiling", "quality", "overview",
     "tiles", "bag", "manifest", "execute", "pictures", "pages", "plan", "care",
 }  # fmt: skip
-PURE = {"tissue", "tiling"}
+PURE = {"tissue", "tiling", "quality"}
 IMPURE_IMPORTS = {"pathlib", "os", "io", "subprocess", "wsi_pipe.slides", "wsi_pipe.files"}
 
 

@@ -103,6 +103,7 @@ class TileSettings:
     min_tissue: a tile is kept if one judging cell in it has at least this fraction of tissue. judge_um: side of the
     judging cell. mpp_tolerance: relative distance within which tiles are cut at a dyadic scale of the slide.
     max_upsampling: relative amount by which a request may be finer than the slide. allow_upsampling: no limit to that.
+    min_sharpness: tiles that are less sharp are left out, and so are those inside them; 0 asks for none to be.
     """
 
     resolutions: tuple[float, ...] = (0.5, 2.0)
@@ -113,8 +114,11 @@ class TileSettings:
     mpp_tolerance: float = 0.025
     max_upsampling: float = 0.10
     allow_upsampling: bool = False
+    min_sharpness: float = 0.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.min_sharpness) and self.min_sharpness >= 0):
+            raise ConfigError(f"min_sharpness {self.min_sharpness} must be a finite number, zero or above")
         if not self.resolutions:
             raise ConfigError("no resolution is given", remedy="give at least one, such as -r 20x")
         if not 0 <= self.min_tissue <= 1:

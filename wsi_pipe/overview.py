@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.cores import available_cores
-from wsi_pipe.errors import MissingMppError
+from wsi_pipe.errors import MissingMppError, ResolutionError
 from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.base import WHITE, Plane, RGBArray, Slide
 
@@ -32,6 +32,12 @@ REDUCED_COST = {1: 1.0, 2: 0.5, 4: 0.35, 8: 0.3}
 MAX_PRODUCT = 200_000
 """Multiplications in one matrix product, below the 262,144 from which OpenBLAS starts threads. Those fight with ours:
 on a busy machine they cost twenty times the processor time of the product."""
+
+MAX_PIXELS = 48_000_000
+"""Of a picture, which takes 12 bytes for each while it is made: 250 x 190 mm at 32 um/px, more than any glass slide."""
+
+COARSEST_UM = 32.0
+"""A picture that would be larger is made coarser, but not coarser than this: tissue would not be found on it."""
 
 SCALE_EPSILON = 1e-9
 
@@ -59,7 +65,10 @@ def read_overview(slide: Slide, mpp: float = 8.0, *, threads: int | None = None)
     The plane that costs least among those at least as fine is read once, block by block; memory is the picture (as
     float32) and a few blocks. The result does not depend on ``threads`` (default: the cores this process may use).
 
-    Raises MissingMppError when the slide states no resolution, SlideReadError when it cannot be read.
+    A picture of more than MAX_PIXELS is made coarser, down to COARSEST_UM.
+
+    Raises MissingMppError when the slide states no resolution, ResolutionError when it would be larger than any slide
+    is, SlideReadError when it cannot be read.
     """
     slide_mpp = slide.pyramid.isotropic_mpp
     if slide_mpp is None:
@@ -67,9 +76,27 @@ def read_overview(slide: Slide, mpp: float = 8.0, *, threads: int | None = None)
             f"{slide.info.path} states no resolution, so a picture at {mpp:g} um/px cannot be made",
             remedy="give it in micrometres per level-0 pixel: --slide-mpp X, or the column mpp of the slides CSV",
         )
-    scale = (float(overview_scale(mpp / slide_mpp[0])), float(overview_scale(mpp / slide_mpp[1])))
+    scale = _within_limit(slide, slide_mpp, mpp)
     rgb = _average(slide, scale, threads or available_cores())
     return Overview(rgb, scale, (scale[0] * slide_mpp[0], scale[1] * slide_mpp[1]))
+
+
+def _within_limit(slide: Slide, slide_mpp: FloatPair, mpp: float) -> FloatPair:
+    """Level-0 pixels to a picture pixel, (x, y). Raises ResolutionError where none would do."""
+    width, height = slide.pyramid.size_l0
+    wanted = mpp
+    while True:
+        scale = (float(overview_scale(wanted / slide_mpp[0])), float(overview_scale(wanted / slide_mpp[1])))
+        if math.ceil(width / scale[0]) * math.ceil(height / scale[1]) <= MAX_PIXELS:
+            return scale
+        if wanted >= COARSEST_UM:
+            size_mm = (width * slide_mpp[0] / 1000, height * slide_mpp[1] / 1000)
+            raise ResolutionError(
+                f"{slide.info.path}: at {slide_mpp[0]:g} um/px its {width} x {height} px would be "
+                f"{size_mm[0]:,.0f} x {size_mm[1]:,.0f} mm, larger than any slide",
+                remedy="give the resolution of level 0 in um/px and not the magnification: --slide-mpp 0.5 for 20x",
+            )
+        wanted = min(wanted * math.sqrt(2), COARSEST_UM)
 
 
 def overview_scale(wanted: float) -> int:

@@ -1,10 +1,10 @@
 """How well a tile is in focus, and whether tissue lies folded or under a bubble there. Pure functions on uint8 tiles.
 
-*Sharpness* is the variance of the Laplacian of luminance at the tile's own resolution, the usual measure of focus
-(Pech-Pacheco et al. 2000), over that of the tile shrunk four times. The first falls with blur, the second stays until
-the blur is four times as wide, and both rise alike with contrast: so the square root of their ratio says how fine the
-detail is and not how much stain there is. Sensor noise is detail too: as much of it as the calmest part of the tile
-shows is taken off first, up to 2.5 grey levels.
+*Sharpness* is the standard deviation of the Laplacian of luminance at the tile's own resolution, the usual measure of
+focus (Pech-Pacheco et al. 2000), over that of the structures 8 to 36 pixels wide. The first falls with blur, the second
+stays until the blur is as wide, and both rise alike with contrast: so their ratio says how fine the detail is and not
+how much stain there is. Sensor noise is detail too: as much of it as the calmest quarter of the pixels shows is taken
+off first. At 20x about 1 is in focus, 0.35 a Gaussian blur of 1 um, 0 one of 2 um or more.
 
 *Fold*: tissue that lies twice is twice as dense as the slide's tissue is otherwise. *Bubble*: the rim of an air bubble
 is dark and has no colour, as have dust and black pen.
@@ -13,7 +13,6 @@ is dark and has no colour, as have dust and black pen.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ QUALITY_VERSION = 1
 """Raised when a change to the measures changes their values."""
 
 QUALITY_METHODS: Mapping[str, str] = {
-    "sharpness": "square root of the variance of the Laplacian over that at a quarter of the resolution, less noise",
+    "sharpness": "standard deviation of the Laplacian less noise, over that of structures of 8 to 36 px, times 0.2",
     "fold": "share of the tile that is 1.6 times as dense as the slide's dense tissue, at 16 um",
     "bubble": "share of the tile that is dark and without colour, at 4 um",
 }
@@ -44,7 +43,7 @@ _SCALE = 0.2
 _FOLD_UM = 16.0
 _BUBBLE_UM = 4.0
 _DARK_OD = 0.35
-_GREY_SHARE = 0.75
+_GREY_SHARE = 0.8
 _BINS = 48
 _BIN_OD = 0.05
 _TISSUE_OD = 0.10
@@ -56,8 +55,10 @@ _OD = (2.3922 - np.log10(np.arange(256, dtype=np.float32) + 1)).clip(0)
 
 
 class TileMeasures(NamedTuple):
-    """What is measured of tiles one by one. sharpness, bubble: float32 (B,). density: uint16 (B, 48), counts of low-pass
-    pixels by mean optical density in steps of 0.05."""
+    """What is measured of tiles one by one.
+
+    sharpness, bubble: float32 (B,). density: uint16 (B, 48), low-pass pixels by mean optical density in steps of 0.05.
+    """
 
     sharpness: Floats
     bubble: Floats
@@ -66,12 +67,10 @@ class TileMeasures(NamedTuple):
 
 def measure_tiles(tiles: NDArray[np.uint8], mpp: float) -> TileMeasures:
     """Measures of tiles, uint8 (B, H, W, 3), each by itself; mpp: um per tile pixel."""
-    count, height, width = tiles.shape[:3]
-    if not count:
+    if not len(tiles):
         return TileMeasures(np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros((0, _BINS), np.uint16))
     sharpness = np.array([_sharpness(tile) for tile in tiles], np.float32)
-    parts = [_density(tile, mpp) for tile in tiles]
-    return TileMeasures(sharpness, np.array([p[0] for p in parts], np.float32), np.stack([p[1] for p in parts]))
+    return TileMeasures(sharpness, *_density(tiles, mpp))
 
 
 def _sharpness(tile: NDArray[np.uint8]) -> float:
@@ -96,29 +95,42 @@ def _sharpness(tile: NDArray[np.uint8]) -> float:
     return float(np.sqrt(detail)) / max(structure, _FAINTEST) * _SCALE
 
 
-def _density(tile: NDArray[np.uint8], mpp: float) -> tuple[float, Counts]:
-    """The dark grey share of a tile, and counts of its low-pass pixels by mean optical density."""
+def _density(tiles: NDArray[np.uint8], mpp: float) -> tuple[Floats, Counts]:
+    """The dark grey share of each tile, and counts of its low-pass pixels by mean optical density."""
+    count, height, width = tiles.shape[:3]
+    step = max(round(_BUBBLE_UM / mpp), 1)
+    size = (max(width // step, 1), max(height // step, 1))
+    od = _OD[np.stack([_shrunk(tile, size) for tile in tiles])]
+    red, green, blue = od[..., 0], od[..., 1], od[..., 2]
+    least, most = np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
+    grey = ((least >= _DARK_OD) & (least >= _GREY_SHARE * most)).mean(axis=(1, 2))
+    coarse = max(min(round(_FOLD_UM / (mpp * step)), *size), 1)
+    rows, columns = size[1] // coarse, size[0] // coarse
+    mean = ((red + green + blue) / 3)[:, : rows * coarse, : columns * coarse]
+    mean = mean.reshape(count, rows, coarse, columns, coarse).mean(axis=(2, 4))
+    bins = np.minimum((mean / _BIN_OD).astype(np.int64), _BINS - 1).reshape(count, -1)
+    places = bins + np.arange(count)[:, None] * _BINS
+    counts = np.bincount(places.ravel(), minlength=count * _BINS).reshape(count, _BINS)
+    return grey.astype(np.float32), counts.astype(np.uint16)
+
+
+def _shrunk(tile: NDArray[np.uint8], size_px: tuple[int, int]) -> NDArray[np.uint8]:
+    """Area means. Halved first, as often as it fits: cv2 has a quick way for that and a slow one for other factors."""
     import cv2
 
     height, width = tile.shape[:2]
-    step = max(round(_BUBBLE_UM / mpp), 1)
-    size = (max(width // step, 1), max(height // step, 1))
-    # Halved first: cv2 has a quick way for that and a slow one for other factors.
-    while width >= 2 * size[0] and height >= 2 * size[1] and width % 2 == height % 2 == 0:
-        tile, width, height = cv2.resize(tile, (width // 2, height // 2), interpolation=cv2.INTER_AREA), width // 2, height // 2
-    od = _OD[cv2.resize(tile, size, interpolation=cv2.INTER_AREA)]
-    least = od.min(axis=2)
-    grey = (least >= _DARK_OD) & (least >= _GREY_SHARE * od.max(axis=2))
-    coarse = max(round(_FOLD_UM / (mpp * step)), 1)
-    mean = cv2.resize(od.mean(axis=2), (max(size[0] // coarse, 1), max(size[1] // coarse, 1)), interpolation=cv2.INTER_AREA)
-    bins = np.clip(np.asarray(mean) / _BIN_OD, 0, _BINS - 1).astype(np.int64)
-    return float(grey.mean()), np.bincount(bins.ravel(), minlength=_BINS).astype(np.uint16)
+    while width % 2 == height % 2 == 0 and width >= 2 * size_px[0] and height >= 2 * size_px[1]:
+        width, height = width // 2, height // 2
+        tile = np.asarray(cv2.resize(tile, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+    if (width, height) == size_px:
+        return tile
+    return np.asarray(cv2.resize(tile, size_px, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def fold_shares(density: Counts) -> Floats:
     """The share of each tile of one level of one slide that is a fold, float32 (N,), from the counts of all its tiles.
 
-    The slide's dense tissue is the 75th percentile of its tissue's density: a fold is 1.6 times that, and at least 0.45.
+    A fold is 1.6 times as dense as the slide's dense tissue (the 75th percentile of its density), and 0.45 OD or more.
     """
     counts = density.astype(np.float64)
     first = round(_TISSUE_OD / _BIN_OD)

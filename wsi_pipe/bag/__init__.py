@@ -19,6 +19,7 @@ from wsi_pipe.bag.read import (
     read_grids,
     read_header,
     read_level,
+    read_quality,
 )
 from wsi_pipe.bag.skim import skim_file
 from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, Features, TileValues, content_digest
@@ -46,6 +47,7 @@ __all__ = [
     "read_grids",
     "read_header",
     "read_level",
+    "read_quality",
     "skim_file",
     "write_attention",
     "write_bag",

@@ -40,6 +40,7 @@ __all__ = [
     "read_grids",
     "read_header",
     "read_level",
+    "read_quality",
 ]
 
 
@@ -82,7 +83,7 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-_ADDED = ("bounds_l0", "annotation")
+_ADDED = ("bounds_l0", "annotation", "left_out")
 """Attributes that bags of earlier versions lack."""
 
 
@@ -357,6 +358,15 @@ def read_feature_file(path: Path) -> Features:
     """The features in a feature file. Raises BagError when it is not one or is damaged."""
     with open_bag(path, f"{SCHEMA}-features") as file:
         return _features_of(file, str(file.attrs["slug"]))
+
+
+def read_quality(path: Path) -> dict[str, TileValues]:
+    """What a feature file holds of the quality of its tiles; nothing in files of earlier versions.
+
+    Raises BagError when it is not a feature file or is damaged.
+    """
+    with open_bag(path, f"{SCHEMA}-features") as file:
+        return _tile_values(file).get("quality", {})
 
 
 def finite(values: NDArray[Any]) -> bool:

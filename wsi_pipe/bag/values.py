@@ -28,7 +28,7 @@ __all__ = [
 SCHEMA = "wsi-pipe-bag"
 SCHEMA_VERSION = 1
 
-PER_TILE = {"annotation": (0.0, 1.0)}
+PER_TILE = {"annotation": (0.0, 1.0), "quality": (0.0, np.inf)}
 """Groups of a level with one number a tile in each of their data sets, and the range that it keeps to. Each is a field
 of ``BagLevel`` of the same name. Bags of earlier versions lack them."""
 
@@ -45,7 +45,8 @@ class BagAttrs:
     file that has no features yet. scene, z: which scan of the file and which focal plane were asked for; not written
     where none was. bounds_l0: (x, y, width, height) of the scanned part, from whose corner QuPath counts; the whole
     image where the file states none, None in files of earlier versions. annotation: JSON text on the annotations that
-    tiles were compared with, "" where there were none.
+    tiles were compared with, "" where there were none. left_out: JSON text on the tiles that were left out as blurred,
+    "" where sharpness was not asked for.
     """
 
     slide_id: str
@@ -71,6 +72,7 @@ class BagAttrs:
     z: int | None = None
     bounds_l0: tuple[int, int, int, int] | None = None
     annotation: str = ""
+    left_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,15 @@ class BagLevel:
     """One grid with what belongs to its tiles.
 
     features: by encoder slug. attention: by model name, float32 (N,), sums to 1. annotation: by the slug of a class,
-    the fraction of each tile that its regions cover; attributes ``class`` (its name) and ``color`` (R, G, B).
+    the fraction of each tile that its regions cover; attributes ``class`` (its name) and ``color`` (R, G, B). quality:
+    "sharpness", "fold", "bubble"; attributes ``method`` and ``version`` (see ``wsi_pipe.quality``).
     """
 
     grid: TileGrid
     features: Mapping[str, Features] = field(default_factory=dict)
     attention: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     annotation: Mapping[str, TileValues] = field(default_factory=dict)
+    quality: Mapping[str, TileValues] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

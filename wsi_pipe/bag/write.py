@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.bag.check import check_bag, check_feature_file
-from wsi_pipe.bag.values import PER_TILE, SCHEMA, SCHEMA_VERSION, Bag, BagLevel, Features, content_digest
+from wsi_pipe.bag.values import PER_TILE, SCHEMA, SCHEMA_VERSION, Bag, BagLevel, Features, TileValues, content_digest
 from wsi_pipe.errors import BagError
 from wsi_pipe.files import atomic_path, output_error
 from wsi_pipe.geometry import MICROMETRES_PER_MAGNIFICATION
@@ -35,7 +35,7 @@ def write_bag(path: Path, bag: Bag) -> None:
         for name in (f.name for f in fields(bag.attrs)):
             value = getattr(bag.attrs, name)
             # What later versions brought is left out where there is nothing to say.
-            if value is not None and not (name == "annotation" and value == ""):
+            if value is not None and not (name in ("annotation", "left_out") and value == ""):
                 attrs[name] = value
         levels = file.create_group("levels")
         for level in bag.levels:
@@ -91,10 +91,14 @@ def _write_level(group: Any, bag: Bag, level: BagLevel) -> None:
     for model, attention in level.attention.items():
         _dataset(group.require_group("attention"), model, np.asarray(attention, np.float32))
     for kind in PER_TILE:
-        for slug, item in getattr(level, kind).items():
-            own = _dataset(group.require_group(kind), slug, np.asarray(item.values, np.float32)).attrs
-            for name, value in item.attrs.items():
-                own[name] = value
+        _write_values(group, kind, getattr(level, kind))
+
+
+def _write_values(group: Any, kind: str, values: Mapping[str, TileValues]) -> None:
+    for slug, item in values.items():
+        own = _dataset(group.require_group(kind), slug, np.asarray(item.values, np.float32)).attrs
+        for name, value in item.attrs.items():
+            own[name] = value
 
 
 def _write_features(group: Any, slug: str, features: Features) -> None:
@@ -127,9 +131,17 @@ def _refuser(path: Path, problems_of: Callable[[Path], list[str]]) -> Callable[[
     return refuse
 
 
-def write_feature_file(path: Path, slide_id: str, label: str, slug: str, features: Features) -> None:
+def write_feature_file(
+    path: Path,
+    slide_id: str,
+    label: str,
+    slug: str,
+    features: Features,
+    quality: Mapping[str, TileValues] | None = None,
+) -> None:
     """Write one encoder's features of one grid, as the extract stage keeps them until the bag is assembled.
 
+    quality: what was measured of the tiles, as in ``BagLevel``.
     Raises OutputError when it cannot be written.
     """
     with atomic_path(path, check=_refuser(path, check_feature_file)) as temporary, _file_at(temporary) as file:
@@ -139,6 +151,7 @@ def write_feature_file(path: Path, slide_id: str, label: str, slug: str, feature
         file.attrs["level"] = label
         file.attrs["slug"] = slug
         _write_features(file, slug, features)
+        _write_values(file, "quality", quality or {})
 
 
 def write_attention(path: Path, label: str, model: str, values: NDArray[np.float32]) -> None:

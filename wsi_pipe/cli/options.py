@@ -230,6 +230,12 @@ def tile_options(function: F) -> F:
             help="Cut at the slide's own scale when it is this near (relative) to what is asked for.  [0.025]",
         ),
         click.option(
+            "--min-sharpness",
+            "tile_min_sharpness",
+            type=click.FloatRange(0),
+            help="Leave out tiles less sharp than this; about 1 is in focus at 20x, 0.35 blurred by 1 um.  [0: none]",
+        ),
+        click.option(
             "--allow-upsampling/--no-allow-upsampling",
             "tile_allow_upsampling",
             default=None,

@@ -261,13 +261,15 @@ class Encoding:
         counts = {"tiles": float(sum(len(level.grid) for level in state.levels.values())), **state.counts}
         for label, level in state.levels.items():
             counts |= {f"read_s.{label}": level.read_s, f"encode_s.{label}": sum(level.encode_s.values())}
+            counts |= {f"quality_s.{label}": level.quality_s}
         levels = state.levels.values()
         seconds = {
             "read": state.open_s + sum(level.read_s for level in levels),
             "encode": sum(sum(level.encode_s.values()) for level in levels),
         }
         costs = self._costs(state)
-        self._lines.hand_out(SlideFeatures(state.item.slide_id, features, layers, seconds, counts, costs))
+        quality = {label: level.quality.values() for label, level in state.levels.items() if level.quality is not None}
+        self._lines.hand_out(SlideFeatures(state.item.slide_id, features, layers, seconds, counts, costs, quality))
 
     def _costs(self, state: SlideState) -> dict[str, dict[str, float]]:
         """Seconds of each encoder at each level, which add up to those of the slide."""

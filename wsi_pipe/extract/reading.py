@@ -10,6 +10,7 @@ from wsi_pipe.encoders.base import Encoder, batch_of, check_grid
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.extract.lines import END, Lines, StoppedError
 from wsi_pipe.extract.values import ExtractItem, Level, SlideState
+from wsi_pipe.quality import LevelQuality
 from wsi_pipe.slides.base import Slide
 from wsi_pipe.tiles import stream_tiles
 
@@ -100,11 +101,15 @@ class Reading:
             memory_bytes=self._memory_bytes,
             new_tiles=next((room for room in rooms if room is not None), None),
         )
+        level.quality = LevelQuality(len(level.grid), sum(level.grid.mpp_effective) / 2)
         while True:
             started = time.perf_counter()
             tiles = next(stream, None)
             level.read_s += time.perf_counter() - started
             if tiles is None or level.slide.settled:  # settled before its end: it has failed in encoding
                 break
+            started = time.perf_counter()
+            level.quality.add(tiles.index, tiles.pixels)
+            level.quality_s += time.perf_counter() - started
             self._lines.waiting.put((level, tiles), tiles.pixels.nbytes)
         self._lines.waiting.put((level, None))

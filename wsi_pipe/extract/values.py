@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.geometry import TileGrid
+from wsi_pipe.quality import LevelQuality
 from wsi_pipe.slides.base import Slide
 
 __all__ = ["ExtractItem", "Level", "Progress", "Rows", "SlideFailure", "SlideFeatures", "SlideState", "StoredArray"]
@@ -41,7 +42,8 @@ class SlideFeatures:
     that block. Both float16 or float32. seconds: "read", "encode" (its share, by tiles, of batches it shared).
     counts: "tiles", what the reader counted ("bytes_fetched", "requests", "blocks_decoded", "blocks_missing"), and the
     seconds of each level: "read_s.20x", "encode_s.20x" and so on. costs: the same seconds by what they were spent on,
-    "20x/uni" -> "read", "encode"; encoders that share the reading of a level share its time evenly.
+    "20x/uni" -> "read", "encode"; encoders that share the reading of a level share its time evenly. quality: label ->
+    measure (see ``wsi_pipe.quality``) -> float32 (N,), of every level that was read.
     """
 
     slide_id: str
@@ -50,6 +52,7 @@ class SlideFeatures:
     seconds: Mapping[str, float]
     counts: Mapping[str, float]
     costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    quality: Mapping[str, Mapping[str, NDArray[np.float32]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Level:
     layers: dict[str, dict[int, StoredArray]] = field(default_factory=dict)
     read_s: float = 0.0
     encode_s: dict[str, float] = field(default_factory=dict)
+    quality: LevelQuality | None = None
+    quality_s: float = 0.0
 
 
 @dataclass

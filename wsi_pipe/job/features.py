@@ -22,6 +22,7 @@ from wsi_pipe.bag import (
     read_feature_file,
     read_feature_header,
     read_header,
+    read_quality,
     write_bag,
     write_feature_file,
 )
@@ -35,6 +36,7 @@ from wsi_pipe.job.guard import problems_guarded, read_guarded
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import Prepared
 from wsi_pipe.job.record import utc_now
+from wsi_pipe.quality import QUALITY_METHODS, QUALITY_VERSION
 
 __all__ = ["Wanted", "assemble", "missing_features", "store_features", "wanted_features"]
 
@@ -135,12 +137,21 @@ def computed_features(computed: SlideFeatures, wanted: Iterable[Wanted]) -> dict
     return found
 
 
+def computed_quality(computed: SlideFeatures, label: str) -> dict[str, TileValues]:
+    """What the engine measured of a level's tiles."""
+    return {
+        name: TileValues(values, {"method": QUALITY_METHODS[name], "version": float(QUALITY_VERSION)})
+        for name, values in computed.quality.get(label, {}).items()
+    }
+
+
 def store_features(prepared: Prepared, computed: SlideFeatures, wanted: Iterable[Wanted], paths: JobPaths) -> None:
     """Write what the engine computed, one file an encoder and grid. Raises OutputError when it cannot be written."""
     slide_id = prepared.entry.slide_id
     for item, features in computed_features(computed, wanted).values():
         path = paths.features(slide_id, item.label, item.info.slug)
-        write_feature_file(path, slide_id, item.label, item.info.slug, features)
+        quality = computed_quality(computed, item.label)
+        write_feature_file(path, slide_id, item.label, item.info.slug, features, quality)
 
 
 def assemble(
@@ -184,7 +195,13 @@ def assemble(
             if item.label == grid.label
         }
         attention = _kept_attention(old, grid, attrs.slide_fingerprint)
-        levels.append(BagLevel(grid, own, attention, labels.get(grid.label, {})))
+        measured = computed_quality(computed, grid.label) if computed else {}
+        quality = (
+            measured
+            or _kept_quality(old, grid, attrs.slide_fingerprint)
+            or _stored_quality(prepared, wanted, grid, paths)
+        )
+        levels.append(BagLevel(grid, own, attention, labels.get(grid.label, {}), quality))
     write_bag(path, Bag(dataclasses.replace(attrs, created_utc=utc_now()), tuple(levels)))
     _clean(slide_id, paths, keep_features)
     return True
@@ -236,6 +253,28 @@ def _kept_attention(
     for level in old.levels if old else ():
         if old and grid_fingerprint(old.attrs.slide_fingerprint, level.grid) == grid_fingerprint(slide, grid):
             return level.attention
+    return {}
+
+
+def _kept_quality(old: Bag | None, grid: TileGrid, slide: str) -> Mapping[str, TileValues]:
+    """What was measured of the very same tiles of the very same slide, where it was measured as now."""
+    for level in old.levels if old else ():
+        if old and grid_fingerprint(old.attrs.slide_fingerprint, level.grid) == grid_fingerprint(slide, grid):
+            current = all(item.attrs.get("version") == QUALITY_VERSION for item in level.quality.values())
+            return level.quality if current else {}
+    return {}
+
+
+def _stored_quality(
+    prepared: Prepared, wanted: Iterable[Wanted], grid: TileGrid, paths: JobPaths
+) -> Mapping[str, TileValues]:
+    """What the feature files of a grid hold of its tiles; nothing where they were written before it was measured."""
+    for item in wanted:
+        path = paths.features(prepared.entry.slide_id, item.label, item.info.slug)
+        if item.label == grid.label and len(grid) and path.is_file():
+            quality = read_quality(path)
+            if quality and all(len(values.values) == len(grid) for values in quality.values()):
+                return quality
     return {}
 
 

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from wsi_pipe import __version__
 from wsi_pipe.bag import Bag, BagAttrs, BagLevel, TileValues, read_header, write_bag
-from wsi_pipe.config import CacheSettings, JobSettings, SegmentSettings, TileSettings, fingerprint
+from wsi_pipe.config import CacheSettings, JobSettings, SegmentSettings, TileSettings, fingerprint, to_mapping
 from wsi_pipe.errors import BagError, MaskError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.geometry import FloatPair, TileGrid, TissueMask
 from wsi_pipe.job.annotate import annotate, read_annotations, stored_annotation
+from wsi_pipe.job.focus import drop_blurred, left_out_notes
 from wsi_pipe.job.given import given_mask, how_given, placed_mask, read_geojson, read_given
 from wsi_pipe.job.guard import read_guarded
 from wsi_pipe.job.paths import JobPaths
@@ -42,12 +43,13 @@ from wsi_pipe.tissue import (
     mask_from_geojson,
     mask_to_geojson,
     qupath_origin,
+    share_notes,
 )
 from wsi_pipe.tissue.frame import MEMBER
 
 __all__ = ["Prepared", "StageClock", "open_entry", "prepare", "slide_mask"]
 
-SEGMENT_VERSION = 1
+SEGMENT_VERSION = 2
 TILE_VERSION = 1
 """Raised when a change to a stage changes its results, so that what older versions made counts as stale."""
 
@@ -128,6 +130,7 @@ def prepare(
     try:
         with clock("segment"):
             mask, segment_fingerprint, segment_cached = _segment(entry, slide, segment_settings, settings, paths, clock)
+        clock.notes += tuple(share_notes(mask, slide.pyramid.size_l0))
         if segment_cached:
             clock.cached = ("segment",)
         if not tile:
@@ -192,6 +195,14 @@ def slide_mask(entry: SlideEntry, slide: Slide, settings: SegmentSettings) -> Ti
     return find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, settings)
 
 
+def _plain_tile_settings(settings: TileSettings) -> dict[str, Any]:
+    """What a grid hangs on; what was not asked for is left out, so that grids of earlier versions stay valid."""
+    plain = to_mapping(settings)
+    if not plain["min_sharpness"]:
+        del plain["min_sharpness"]
+    return plain
+
+
 def _plain_settings(settings: SegmentSettings) -> dict[str, Any]:
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
 
@@ -249,7 +260,7 @@ def _tile(
     clock: StageClock,
 ) -> Prepared:
     content = hashlib.sha256(np.packbits(mask.mask).tobytes() + repr((mask.mask.shape, mask.scale_l0)).encode())
-    stage = fingerprint("tile", TILE_VERSION, segment, content.hexdigest(), settings)
+    stage = fingerprint("tile", TILE_VERSION, segment, content.hexdigest(), _plain_tile_settings(settings))
     path = paths.tiles(entry.slide_id)
     counts = {"tissue_mm2": mask.area_um2(_mpp(slide)) / 1e6}
     annotations = read_annotations(entry, slide, stage)
@@ -261,12 +272,18 @@ def _tile(
             attrs = dataclasses.replace(attrs, bounds_l0=bounds)
         about = stored_annotation(attrs.annotation)
         if about.get("fingerprint") == (annotations.fingerprint if annotations else None):
-            clock.notes += tuple(str(note) for note in about.get("notes") or ())
+            clock.notes += (*left_out_notes(attrs.left_out), *(str(note) for note in about.get("notes") or ()))
             return Prepared(entry, attrs, grids, ("tile",), counts)
         attrs = dataclasses.replace(attrs, created_utc=utc_now(), annotation="")
     else:
         grids = plan_grids(slide.pyramid, mask, settings)
-        attrs = _attrs(entry, slide, grids, mask, settings, segment, stage, bounds)
+        left_out = ""
+        if settings.min_sharpness:
+            grids, left_out = drop_blurred(slide, grids, settings.min_sharpness)
+        attrs = dataclasses.replace(
+            _attrs(entry, slide, grids, mask, settings, segment, stage, bounds), left_out=left_out
+        )
+    clock.notes += tuple(left_out_notes(attrs.left_out))
     values: dict[str, dict[str, TileValues]] = {}
     regions: list[Region] = []
     if annotations is not None:
@@ -302,6 +319,8 @@ def _attrs(
 ) -> BagAttrs:
     tiles = sum(len(grid) for grid in grids)
     reason = "" if tiles else mask.empty_reason or f"no tile has a tissue fraction of {settings.min_tissue:g} or more"
+    if reason and settings.min_sharpness and not mask.empty_reason:
+        reason += f" and a sharpness of {settings.min_sharpness:g} (--min-sharpness)"
     info = slide.info
     return BagAttrs(
         slide_id=entry.slide_id,

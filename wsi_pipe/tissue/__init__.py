@@ -4,7 +4,7 @@ Pure functions on arrays and parsed JSON.
 """
 
 from wsi_pipe.tissue.classes import Region, region_coverage, regions_of
-from wsi_pipe.tissue.detect import find_tissue
+from wsi_pipe.tissue.detect import find_tissue, share_notes
 from wsi_pipe.tissue.frame import FRAMES, Bounds, Placed, frame_statement, place_areas, qupath_origin
 from wsi_pipe.tissue.geojson import (
     TISSUE_RGB,
@@ -35,6 +35,7 @@ __all__ = [
     "read_mask",
     "region_coverage",
     "regions_of",
+    "share_notes",
     "stored_mask",
     "trace_mask",
 ]

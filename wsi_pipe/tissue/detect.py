@@ -23,7 +23,7 @@ from wsi_pipe.tissue.glass import NEAR_WHITE_SHARE, optical_density, white_map
 from wsi_pipe.tissue.marks import find_marks
 from wsi_pipe.tissue.shapes import close_gaps, components, disc, drop_lines, extremes
 
-__all__ = ["find_tissue"]
+__all__ = ["find_tissue", "share_notes"]
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -32,6 +32,8 @@ _DARK_SHARE = 0.25
 _GREY_SPREAD = 3
 _LEAST_CONTRAST = 0.03
 _EDGE_REACH_UM = 20.0
+_MOST_TISSUE = 0.95
+_LEAST_TISSUE = 0.001
 
 
 class _Candidates(NamedTuple):
@@ -72,7 +74,37 @@ def find_tissue(
         reason = f"no tissue: only pen or debris, on {marked:.1%} of the slide"
     else:
         reason = f"no tissue: no stained area of {settings.min_area_um2:g} um2 or more"
+    reason += f"; {_remedies(settings)}"
     return TissueMask(blank, scale_l0, reason)
+
+
+def _remedies(settings: SegmentSettings) -> str:
+    """Options that may find what was not found."""
+    other = "--method od finds stains that are not pink, violet or brown"
+    if settings.method != "stain":
+        other = "--method stain goes by colour"
+    lower = f"--stain-seed (now {settings.stain_seed:g}) and --min-area-um2 lower find paler and smaller tissue"
+    ink = (
+        ", --no-drop-pen and --no-drop-dark keep what looks like ink" if settings.drop_pen or settings.drop_dark else ""
+    )
+    return f"{other}, {lower}{ink}"
+
+
+def share_notes(mask: TissueMask, size_l0: tuple[int, int]) -> list[str]:
+    """What a user should know of a mask that covers more of the slide than tissue does, or hardly any of it.
+
+    size_l0: (width, height) of the slide in level-0 pixels, of which the mask's last pixels may hang over.
+    """
+    if mask.is_empty:
+        return []
+    covered = float(mask.mask.sum()) * mask.scale_l0[0] * mask.scale_l0[1] / (size_l0[0] * size_l0[1])
+    if covered > _MOST_TISSUE:
+        remedy = "if there is glass, look at the picture and raise --stain-min, or try --method od"
+        return [f"tissue: {min(covered, 1):.1%} of the slide is taken for tissue; {remedy}"]
+    if covered < _LEAST_TISSUE:
+        remedy = "if there is more, lower --stain-seed or --min-area-um2, or try --method od"
+        return [f"tissue: only {covered:.3%} of the slide is taken for tissue; {remedy}"]
+    return []
 
 
 def _dark_reason(rgb: NDArray[np.uint8], settings: SegmentSettings) -> str | None:
