@@ -91,7 +91,8 @@ ONLY_IN = {
 }
 # Reading, segmenting and tiling must start without torch.
 TORCH_FREE = {
-    "errors", "cores", "geometry", "files", "config", "outcome", "slides", "synthetic", "tissue", "tiling", "quality", "overview",
+    "errors", "cores", "geometry", "files", "config", "outcome", "slides", "synthetic", "tissue", "tiling", "quality",
+    "overview",
     "tiles", "bag", "manifest", "execute", "pictures", "pages", "plan", "care",
 }  # fmt: skip
 PURE = {"tissue", "tiling", "quality"}

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from wsi_pipe.errors import MissingMppError, SlideReadError
+from wsi_pipe.errors import MissingMppError, ResolutionError, SlideReadError
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 from wsi_pipe.overview import overview_scale, read_overview
 from wsi_pipe.slides.array import ArraySlide
@@ -209,3 +209,22 @@ def test_memory_is_the_picture_and_a_few_blocks() -> None:
         tracemalloc.stop()
     assert np.all(view.rgb[:-1] == 10)
     assert peak < view.rgb.size * 12 + 2 * 40 * 2**20
+
+
+def test_a_picture_larger_than_the_limit_is_made_coarser(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsi_pipe.overview.MAX_PIXELS", 3_000)
+    slide = ArraySlide([picture(2_000, 1_500)], mpp=0.5)
+    view = read_overview(slide, 8.0)
+    assert view.rgb.shape[0] * view.rgb.shape[1] <= 3_000
+    assert 8.0 < view.um_per_px[0] <= 33.0
+    assert view.scale_l0[0] == view.um_per_px[0] / 0.5
+
+
+def test_a_magnification_given_as_resolution_is_told_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 um/px on a large slide asked for 8 billion pixels."""
+    monkeypatch.setattr("wsi_pipe.overview.MAX_PIXELS", 10_000)
+    slide = ArraySlide([picture(2_000, 1_500)], mpp=20.0)
+    with pytest.raises(ResolutionError, match="40 x 30 mm, larger than any slide") as caught:
+        read_overview(slide, 8.0)
+    assert "--slide-mpp" in str(caught.value.remedy)
+    assert slide.stats.blocks_decoded == 0

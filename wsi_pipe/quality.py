@@ -18,7 +18,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["QUALITY_METHODS", "QUALITY_VERSION", "LevelQuality", "TileMeasures", "fold_shares", "measure_tiles"]
+__all__ = [
+    "BLURRED_BELOW",
+    "FOLDED_FROM",
+    "QUALITY_METHODS",
+    "QUALITY_VERSION",
+    "LevelQuality",
+    "TileMeasures",
+    "fold_shares",
+    "measure_tiles",
+    "quality_counts",
+]
 
 Floats = NDArray[np.float32]
 Counts = NDArray[np.uint16]
@@ -31,6 +41,11 @@ QUALITY_METHODS: Mapping[str, str] = {
     "fold": "share of the tile that is 1.6 times as dense as the slide's dense tissue, at 16 um",
     "bubble": "share of the tile that is dark and without colour, at 4 um",
 }
+
+BLURRED_BELOW = 0.3
+"""Sharpness of tiles that reports count as blurred: at 20x, what a Gaussian of a little over 1 um leaves."""
+FOLDED_FROM = 0.1
+"""Share of a tile from which reports count it as folded, or as under a bubble."""
 
 _SHRINK = 4
 _AROUND = 9
@@ -162,3 +177,19 @@ class LevelQuality:
     def values(self) -> dict[str, Floats]:
         """By the names of ``QUALITY_METHODS``, float32 (N,)."""
         return {"sharpness": self._sharpness, "fold": fold_shares(self._density), "bubble": self._bubble}
+
+
+def quality_counts(label: str, values: Mapping[str, Floats]) -> dict[str, float]:
+    """Figures of one level of one slide for its outcome: "sharpness_p5.20x", "sharpness_median.20x",
+    "sharpness_p95.20x", and how many tiles are blurred, folded or under a bubble ("blurred_tiles.20x" and so on).
+    """
+    sharpness = values.get("sharpness")
+    if sharpness is None or not len(sharpness):
+        return {}
+    low, middle, high = (float(v) for v in np.percentile(sharpness, (5, 50, 95)))
+    figures = {"sharpness_p5": low, "sharpness_median": middle, "sharpness_p95": high}
+    figures["blurred_tiles"] = float(np.count_nonzero(sharpness < BLURRED_BELOW))
+    for name, key in (("fold", "folded_tiles"), ("bubble", "bubble_tiles")):
+        if name in values:
+            figures[key] = float(np.count_nonzero(values[name] >= FOLDED_FROM))
+    return {f"{key}.{label}": value for key, value in figures.items()}

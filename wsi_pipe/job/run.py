@@ -23,6 +23,7 @@ from wsi_pipe.job.prepare import Prepared, StageClock, open_entry, prepare
 from wsi_pipe.job.record import OutcomeLog, utc_now
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
+from wsi_pipe.quality import quality_counts
 from wsi_pipe.slides.storage.in_use import Keep, keep_copy
 
 __all__ = ["Progress", "load_encoders", "process"]
@@ -215,6 +216,8 @@ class _Run:
         work.clock.seconds.update(result.seconds)
         work.costs = result.costs
         work.prepared.counts.update(result.counts)
+        for label, values in result.quality.items():
+            work.prepared.counts.update(quality_counts(label, values))
         if self.until == "assemble" and not self.keep_features:
             # Straight into the bag: a file in between would be written, read back and deleted.
             self._assemble(work, result)

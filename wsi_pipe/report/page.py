@@ -20,6 +20,7 @@ from wsi_pipe.job.left_out import read_passed_over
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.pages import asset, data_uri, render_page
+from wsi_pipe.report.focus import HEADER, focus_rows, focus_text
 from wsi_pipe.report.summary import (
     OUTLIER_RULE,
     histogram_bars,
@@ -86,6 +87,9 @@ def write_report(
         sections = [*sections, _passed_over_section(passed_over)]
     data = report_data(job_dir, listed, settings, title=title, embed_slides=embed_slides)
     package = "wsi_pipe.report"
+    rows, in_all = focus_rows(listed)
+    if rows:
+        sections = (*sections, Section("Focus and folds", [focus_text(len(rows), in_all)], HEADER, rows))
     extra = "".join(_section_html(section, number) for number, section in enumerate(sections))
     links = "".join(f'<a href="#extra-{i}">{html.escape(s.title)}</a>' for i, s in enumerate(sections))
     body = asset(package, "report.html").replace("<!-- sections -->", extra).replace("<!-- links -->", links)
