@@ -47,7 +47,7 @@ def lit(picture: Picture, gain: NDArray[np.float64]) -> Picture:
 
 @pytest.mark.parametrize(
     "gain",
-    [(1, 0.95, 1), (0.95, 0.95, 1), (0.98, 0.92, 1), (1, 0.94, 0.99), (0.93, 0.97, 1), (1, 1, 0.92), (0.94, 1, 1)],
+    [(1, 0.95, 1), (0.95, 0.95, 1), (0.98, 0.92, 1), (1, 0.94, 0.99), (1, 1, 0.92), (0.94, 1, 1)],
 )
 def test_tinted_glass_is_glass_and_pale_tissue_on_it_is_not(gain: tuple[float, float, float]) -> None:
     picture, where = slide()

@@ -261,10 +261,10 @@ def _drift(labels: NDArray[np.int32], piece: _Piece, log: Floats, um_per_px: Flo
 
     x, y, w, h = piece.box
     own = (labels[y : y + h, x : x + w] == piece.label).astype(np.float32)
-    sigma = {"sigmaX": _DRIFT_UM / um_per_px[0], "sigmaY": _DRIFT_UM / um_per_px[1]}
+    sx, sy = (_DRIFT_UM / um for um in um_per_px)
     edge = cv2.BORDER_CONSTANT
-    weight = cv2.GaussianBlur(own, (0, 0), borderType=edge, **sigma)
-    values = cv2.GaussianBlur(log[y : y + h, x : x + w] * own[..., None], (0, 0), borderType=edge, **sigma)
+    weight = cv2.GaussianBlur(own, (0, 0), sigmaX=sx, sigmaY=sy, borderType=edge)
+    values = cv2.GaussianBlur(log[y : y + h, x : x + w] * own[..., None], (0, 0), sigmaX=sx, sigmaY=sy, borderType=edge)
     return np.asarray(values / np.maximum(weight, 1e-6)[..., None], np.float32)
 
 

@@ -92,8 +92,8 @@ def _bled(od: Floats, found: Bools, um_per_px: FloatPair, settings: SegmentSetti
     zone = grow(found, _BLED_MARGINS * settings.mark_margin_um, um_per_px)
     rows, columns = np.flatnonzero(zone.any(axis=1)), np.flatnonzero(zone.any(axis=0))
     part = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
-    sigma = {"sigmaX": max(_BLED_SMOOTH_UM / um_per_px[0], 0.3), "sigmaY": max(_BLED_SMOOTH_UM / um_per_px[1], 0.3)}
-    soft = np.asarray(cv2.GaussianBlur(np.ascontiguousarray(od[part]), (0, 0), **sigma), np.float32)
+    sx, sy = (max(_BLED_SMOOTH_UM / um, 0.3) for um in um_per_px)
+    soft = np.asarray(cv2.GaussianBlur(np.ascontiguousarray(od[part]), (0, 0), sigmaX=sx, sigmaY=sy), np.float32)
     length = np.sqrt(np.einsum("ijk,ijk->ij", soft, soft))
     own = found[part]
     faint = own & (length <= np.quantile(length[own], 0.3))
