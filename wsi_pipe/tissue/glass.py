@@ -165,7 +165,7 @@ def _variance(rgb: Picture, um_per_px: FloatPair) -> Floats:
 
 
 def _share(pieces: list[_Piece], rgb: Picture) -> float:
-    return sum(piece.area_px for piece in pieces) / (rgb.shape[0] * rgb.shape[1])
+    return float(sum(piece.area_px for piece in pieces)) / float(rgb.shape[0] * rgb.shape[1])
 
 
 def _pieces(smooth: Bools, log: Floats, um_per_px: FloatPair) -> tuple[NDArray[np.int32], list[_Piece]]:
@@ -262,10 +262,17 @@ def _drift(labels: NDArray[np.int32], piece: _Piece, log: Floats, um_per_px: Flo
     x, y, w, h = piece.box
     own = (labels[y : y + h, x : x + w] == piece.label).astype(np.float32)
     sx, sy = (_DRIFT_UM / um for um in um_per_px)
+    # What is smooth over so far needs few pixels.
+    size = (max(round(4 * w / sx), 1), max(round(4 * h / sy), 1))
+    size = (min(size[0], w), min(size[1], h))
+    sigma = (max(sx * size[0] / w, 0.3), max(sy * size[1] / h, 0.3))
     edge = cv2.BORDER_CONSTANT
-    weight = cv2.GaussianBlur(own, (0, 0), sigmaX=sx, sigmaY=sy, borderType=edge)
-    values = cv2.GaussianBlur(log[y : y + h, x : x + w] * own[..., None], (0, 0), sigmaX=sx, sigmaY=sy, borderType=edge)
-    return np.asarray(values / np.maximum(weight, 1e-6)[..., None], np.float32)
+    weight = cv2.resize(own, size, interpolation=cv2.INTER_AREA)
+    values = cv2.resize(log[y : y + h, x : x + w] * own[..., None], size, interpolation=cv2.INTER_AREA)
+    weight = cv2.GaussianBlur(weight, (0, 0), sigmaX=sigma[0], sigmaY=sigma[1], borderType=edge)
+    values = cv2.GaussianBlur(values, (0, 0), sigmaX=sigma[0], sigmaY=sigma[1], borderType=edge)
+    smooth = np.asarray(values).reshape(size[1], size[0], 3) / np.maximum(weight, 1e-6)[..., None]
+    return np.asarray(cv2.resize(smooth, (w, h), interpolation=cv2.INTER_LINEAR), np.float32)
 
 
 def _sampled(glass: list[_Piece], drifted: dict[int, Floats], labels: NDArray[np.int32]) -> list[Floats]:
