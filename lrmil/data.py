@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lrmil.errors import LabelError
-from lrmil.tables import CASE_COLUMNS, SLIDE_COLUMNS, find_column, read_table
+from lrmil.tables import CASE_COLUMNS, SLIDE_COLUMNS, read, whole_number
+from wsi_pipe.ids import Ids, same_name, table_ids
+from wsi_pipe.tables import Table, is_missing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,8 +47,9 @@ class LabelTable:
     """Labels of the bags of a store, and everything that found no partner.
 
     classes: sorted names, whole numbers by value. labels: int64 (bags,), index into them or -1. case_ids: per bag.
-    usable: bags with label and rows. missing: in the table, but no bag. unlabelled: a bag, but not in the table. empty:
-    labelled bags without rows, with the reason.
+    usable: bags with label and rows. missing: in the table, but no bag. unlabelled: a bag, but not in the table or with
+    a label that is empty, NA or NaN there. empty: labelled bags without rows, with the reason. remarks: how the table
+    was read, where that is not plain.
     """
 
     classes: tuple[str, ...]
@@ -56,6 +59,7 @@ class LabelTable:
     missing: tuple[str, ...] = ()
     unlabelled: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """One line for each kind of slide that is left out, with all names."""
@@ -64,7 +68,7 @@ class LabelTable:
             ("without a label", self.unlabelled),
             ("without tiles", self.empty),
         ]
-        return [f"{len(names)} {what}: {', '.join(names)}" for what, names in kinds if names]
+        return [*self.remarks, *(f"{len(names)} {what}: {', '.join(names)}" for what, names in kinds if names)]
 
     def case_labels(self) -> dict[str, str]:
         """Class of each case with a usable bag; a case whose slides differ gets its classes joined by "+"."""
@@ -77,16 +81,18 @@ class LabelTable:
 def read_cases(path: str | Path) -> dict[str, str]:
     """Case of each slide by a CSV with a slide and a case column; empty where it lacks either.
 
-    A slide's file suffix is ignored, as in labels. Raises LabelError when the file cannot be read.
+    A slide's file suffix is ignored, as in labels; ``Ids`` of the keys tells which of them a bag is. Raises LabelError
+    when the file cannot be read.
     """
-    header, rows = read_table(path, "label table", LabelError)
-    slide, case = find_column(header, SLIDE_COLUMNS), find_column(header, CASE_COLUMNS)
+    table = read(path, "label table", LabelError)
+    slide, case = table.find(*SLIDE_COLUMNS), table.find(*CASE_COLUMNS)
     if slide is None or case is None:
         return {}
+    rows = [cells for _, cells in table.rows if not (is_missing(cells[slide]) or is_missing(cells[case]))]
+    names = table_ids([cells[slide] for cells in rows])
     found: dict[str, str] = {}
-    for _, row in rows:
-        if row[slide] and row[case]:
-            found |= {row[slide]: row[case], Path(row[slide]).stem: row[case]}
+    for cells, name in zip(rows, names, strict=True):
+        found |= {cells[slide]: same_name(cells[case]), name: same_name(cells[case])}
     return found
 
 
@@ -106,40 +112,47 @@ def load_labels(
     The CSV has a column ``label`` (or ``label_column``), and ``slide_id``, ``case_id`` or both. With a slide column
     labels are by slide, and its case column, if any, overrides the bags' cases; with a case column alone they are by
     case. slide_ids, case_ids, lengths: of the bags. by: "slide", "case" or "auto". classes: in this order instead of
-    sorted, as a trained model has them. A slide's file suffix in the CSV is ignored.
+    sorted, as a trained model has them. Which bag a row means is told by ``wsi_pipe.ids``: a slide's file suffix, its
+    folder and the form of its accents do not count. A label that is empty, NA or NaN is missing; whole numbers are one
+    class with or without ``.0``.
 
-    Raises LabelError for a missing column, an empty or unknown label, or one id with two labels; when no bag at all has
-    a label; or when fewer than two classes are left.
+    Raises LabelError for a missing column, an unknown label, or one id with two labels; when no bag at all has a label;
+    or when fewer than two classes are left.
     """
-    header, rows = read_table(path, "label table", LabelError)
-    label_name = label_column or find_column(header, LABEL_COLUMNS)
-    if label_name is None or label_name not in header:
+    table = read(path, "label table", LabelError, *LABEL_COLUMNS, *([label_column] if label_column else []))
+    label_place = table.find(label_column) if label_column else table.find(*LABEL_COLUMNS)
+    if label_place is None:
         raise LabelError(
-            f"{path} has no column {label_column or 'label'!r}", remedy=f"its columns are {', '.join(header)}"
+            f"{path} has no column {label_column or 'label'!r}", remedy=f"its columns are {', '.join(table.columns)}"
         )
-    slide_name, case_name = find_column(header, SLIDE_COLUMNS), find_column(header, CASE_COLUMNS)
-    by_slide = slide_name is not None if by == "auto" else by == "slide"
-    key_name = slide_name if by_slide else case_name
-    if key_name is None:
+    slide_place, case_place = table.find(*SLIDE_COLUMNS), table.find(*CASE_COLUMNS)
+    by_slide = slide_place is not None if by == "auto" else by == "slide"
+    key_place = slide_place if by_slide else case_place
+    if key_place is None:
         raise LabelError(
             f"{path} has no column {'slide_id' if by_slide else 'case_id'}",
-            remedy=f"its columns are {', '.join(header)}",
+            remedy=f"its columns are {', '.join(table.columns)}",
         )
-    known = set(slide_ids)
-    by_key, case_of = _collect(path, rows, key_name, label_name, case_name if by_slide else None, known)
+    own_cases = [same_name(case) for case in case_ids] if case_ids is not None else list(slide_ids)
+    by_key, case_of = _collect(
+        table, key_place, label_place, case_place if by_slide else None, slide_ids if by_slide else own_cases
+    )
+    by_key = _one_spelling(by_key, classes)
     names = tuple(classes) if classes is not None else tuple(sorted(set(by_key.values()), key=_natural))
     strange = sorted({value for value in by_key.values() if value not in names})
     if strange:
-        raise LabelError(f"{path}: class {strange[0]!r} is not one of {', '.join(names)}")
-    bag_cases = list(case_ids) if case_ids is not None else list(slide_ids)
-    bag_cases = [case_of.get(slide, case) for slide, case in zip(slide_ids, bag_cases, strict=True)]
+        raise LabelError(
+            f"{path}: class {strange[0]!r} is not one of {', '.join(names)}",
+            remedy="give the table that the model was trained for, or train with this one",
+        )
+    bag_cases = [case_of.get(slide, case) for slide, case in zip(slide_ids, own_cases, strict=True)]
     keys = list(slide_ids) if by_slide else bag_cases
     labels = np.array([names.index(by_key[k]) if k in by_key else UNLABELLED for k in keys], np.int64)
     sizes = np.ones(len(keys), np.int64) if lengths is None else np.asarray(lengths, np.int64)
     usable = np.flatnonzero((labels != UNLABELLED) & (sizes > 0))
     reasons = empty_reasons or {}
     empty = np.flatnonzero((labels != UNLABELLED) & (sizes == 0)).tolist()
-    table = LabelTable(
+    found = LabelTable(
         names,
         labels,
         tuple(bag_cases),
@@ -147,13 +160,28 @@ def load_labels(
         missing=tuple(sorted(set(by_key) - set(keys))),
         unlabelled=tuple(s for s, label in zip(slide_ids, labels.tolist(), strict=True) if label == UNLABELLED),
         empty=tuple(f"{slide_ids[i]} ({reasons.get(slide_ids[i]) or 'no tiles'})" for i in empty),
+        remarks=table.notes,
     )
     if not len(usable):
         example = f"the table has {next(iter(by_key), 'nothing')!r}, the bags have {next(iter(keys), 'nothing')!r}"
         raise LabelError(f"{path}: no bag has a label", remedy=f"check the ids: {example}")
     if len(names) < 2:
         raise LabelError(f"{path}: all labels are {names[0]!r}", remedy="a classifier needs two classes")
-    return table
+    return found
+
+
+def _one_spelling(labels: dict[str, str], classes: Sequence[str] | None) -> dict[str, str]:
+    """Labels with whole numbers written as such, or as the classes of a model write them."""
+    if classes is not None:
+        spelt = {whole_number(same_name(name)): name for name in classes}
+        return {
+            key: value if value in classes else spelt.get(whole_number(value), value) for key, value in labels.items()
+        }
+    plain = {value: whole_number(value) for value in set(labels.values())}
+    # Grades such as 3.0 and 3.5 are no whole numbers, and keep their digits.
+    if not all(short.lstrip("+-").isdecimal() for short in plain.values()):
+        return labels
+    return {key: plain[value] for key, value in labels.items()}
 
 
 def _natural(name: str) -> tuple[int, int, str]:
@@ -162,40 +190,49 @@ def _natural(name: str) -> tuple[int, int, str]:
 
 
 def _collect(
-    path: str | Path,
-    rows: Sequence[tuple[int, dict[str, str]]],
-    key_name: str,
-    label_name: str,
-    case_name: str | None,
-    known: set[str],
+    table: Table, key_place: int, label_place: int, case_place: int | None, known: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Label of each id, and case of each slide where the table has one."""
+    """Label of each id, and case of each slide where the table has one. Raises LabelError for what contradicts."""
+    key_name, label_name = table.columns[key_place], table.columns[label_place]
+    ids = Ids(known)
+    names = table_ids([cells[key_place] for _, cells in table.rows])
     labels: dict[str, str] = {}
     cases: dict[str, str] = {}
-    for line, row in rows:
-        key, value = row[key_name], row[label_name]
-        if not key:
-            raise LabelError(f"{path}, line {line}: {key_name} is empty")
-        if not value:
-            raise LabelError(f"{path}, line {line}: {key} has no {label_name}", remedy="fill it in or drop the row")
-        if key not in known and Path(key).stem in known:  # "slide.svs" where the bag is "slide"
-            key = Path(key).stem
-        if labels.setdefault(key, value) != value:
-            raise LabelError(f"{path}, line {line}: {key} is labelled {labels[key]!r} and {value!r}")
-        if case_name is not None and row[case_name] and cases.setdefault(key, row[case_name]) != row[case_name]:
-            raise LabelError(f"{path}, line {line}: {key} is of case {cases[key]!r} and {row[case_name]!r}")
+    seen: dict[str, int] = {}
+    for (row, cells), name in zip(table.rows, names, strict=True):
+        if is_missing(cells[key_place]):
+            raise LabelError(
+                f"{table.where(row)}: {key_name} is {'empty' if not cells[key_place] else repr(cells[key_place])}",
+                remedy="write the id, or delete the row",
+            )
+        key, value = ids.match(cells[key_place]) or name, same_name(cells[label_place])
+        first = seen.setdefault(key, row)
+        if not is_missing(value) and whole_number(labels.setdefault(key, value)) != whole_number(value):
+            raise LabelError(
+                f"{table.where(row)}: {key} is labelled {labels[key]!r} and {value!r} (column {label_name}, "
+                f"rows {first} and {row})",
+                remedy="give each slide one label; a file suffix does not make two of one",
+            )
+        case = "" if case_place is None or is_missing(cells[case_place]) else same_name(cells[case_place])
+        if case and cases.setdefault(key, case) != case:
+            raise LabelError(
+                f"{table.where(row)}: {key} is of case {cases[key]!r} and {case!r} (rows {first} and {row})",
+                remedy="give each slide one case",
+            )
     return labels, cases
 
 
 def read_case_labels(path: str | Path, *, label_column: str | None = None) -> dict[str, str]:
-    """Class of each case in a label CSV, whether or not there are bags; see ``load_labels`` for its columns.
+    """Class of each case in a label table, whether or not there are bags; see ``load_labels`` for its columns.
 
     A slide without a case is its own case. Raises LabelError as ``load_labels`` does.
     """
-    header, rows = read_table(path, "label table", LabelError)
-    key = find_column(header, SLIDE_COLUMNS) or find_column(header, CASE_COLUMNS)
-    ids = list(dict.fromkeys(row[key] for _, row in rows)) if key else []
-    return load_labels(path, ids, label_column=label_column).case_labels()
+    table = read(path, "label table", LabelError, *LABEL_COLUMNS)
+    place = table.find(*SLIDE_COLUMNS)
+    if place is None:
+        place = table.find(*CASE_COLUMNS)
+    ids = table_ids([cells[place] for _, cells in table.rows]) if place is not None else []
+    return load_labels(path, list(dict.fromkeys(ids)), label_column=label_column).case_labels()
 
 
 def plan_batches(

@@ -6,8 +6,6 @@ nothing in each row.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrmil.errors import LeakageError, SplitError
-from lrmil.tables import CASE_COLUMNS, SLIDE_COLUMNS, find_column, read_table
+from lrmil.tables import CASE_COLUMNS, SLIDE_COLUMNS, read
 from wsi_pipe.files import write_text_atomically
+from wsi_pipe.ids import Ids, clash, same_name, table_ids
+from wsi_pipe.tables import csv_text, folded, is_missing
 
 __all__ = [
     "PARTS",
@@ -45,9 +45,7 @@ SYNONYMS: Mapping[str, Part] = {
     "dev": "val",
     "test": "test",
     "testing": "test",
-    "": "",
     "none": "",
-    "nan": "",
 }
 SHOWN = 5
 
@@ -86,9 +84,9 @@ class SplitTable:
         """
         name = self.fold_name(fold)
         self.check_leakage(slide_ids, case_ids)
-        part_of = dict(zip(self.ids, self.folds[name], strict=True))
         keys = case_ids if self.unit == "case" else slide_ids
-        parts = np.array([part_of.get(key, "") for key in keys])
+        rows = self._rows(keys)
+        parts = np.array([self.folds[name][rows[key]] if key in rows else "" for key in keys])
         train, val, test = (np.flatnonzero(parts == part).astype(np.int64) for part in PARTS)
         if not len(train):
             raise SplitError(
@@ -98,13 +96,33 @@ class SplitTable:
 
     def unassigned(self, slide_ids: Sequence[str], case_ids: Sequence[str]) -> tuple[str, ...]:
         """Slides whose id or case is not in the table."""
-        known = set(self.ids)
         keys = case_ids if self.unit == "case" else slide_ids
-        return tuple(slide for slide, key in zip(slide_ids, keys, strict=True) if key not in known)
+        rows = self._rows(keys)
+        return tuple(slide for slide, key in zip(slide_ids, keys, strict=True) if key not in rows)
+
+    def _rows(self, keys: Sequence[str]) -> dict[str, int]:
+        """Row of the table of each bag's id; bags that the table lacks are left out.
+
+        Raises SplitError when two rows that differ mean one bag.
+        """
+        known = Ids(keys)
+        rows: dict[str, int] = {}
+        for row, name in enumerate(self.ids):
+            key = known.match(name)
+            if key is None:
+                continue
+            other = rows.setdefault(key, row)
+            if any(parts[row] != parts[other] for parts in self.folds.values()):
+                raise SplitError(
+                    f"{self.ids[other]} and {name} of the splits are both {key}", remedy="give each id one row"
+                )
+        return rows
 
     def check_leakage(self, slide_ids: Sequence[str], case_ids: Sequence[str]) -> None:
         """Raise LeakageError naming the cases that stand in two parts of a fold."""
-        case_of = dict(zip(slide_ids, case_ids, strict=True)) if self.unit == "slide" else {}
+        cases = dict(zip(slide_ids, map(same_name, case_ids), strict=True)) if self.unit == "slide" else {}
+        known = Ids(cases)
+        case_of = {name: cases[slide] for name in self.ids if (slide := known.match(name)) is not None}
         for name, parts in self.folds.items():
             seen: dict[str, set[str]] = {}
             for key, part in zip(self.ids, parts, strict=True):
@@ -120,11 +138,7 @@ class SplitTable:
 
     def to_csv(self) -> str:
         """The table as CSV text, ids in their order."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow([f"{self.unit}_id", *self.folds])
-        writer.writerows(zip(self.ids, *self.folds.values(), strict=True))
-        return out.getvalue()
+        return csv_text([f"{self.unit}_id", *self.folds], zip(self.ids, *self.folds.values(), strict=True))
 
     def write(self, path: str | Path) -> None:
         """Write the table. Raises OutputError when it cannot be written."""
@@ -136,28 +150,46 @@ def read_splits(path: str | Path) -> SplitTable:
 
     Raises SplitError for a missing column, an unknown part or an id with two rows.
     """
-    header, rows = read_table(path, "splits", SplitError)
-    slide, case = find_column(header, SLIDE_COLUMNS), find_column(header, CASE_COLUMNS)
-    key = slide or case
+    table = read(path, "splits", SplitError, *(f"fold_{n}" for n in range(1, 11)))
+    slide = table.find(*SLIDE_COLUMNS)
+    key = slide if slide is not None else table.find(*CASE_COLUMNS)
     if key is None:
-        raise SplitError(f"{path} has no column slide_id or case_id", remedy=f"its columns are {', '.join(header)}")
-    names = [name for name in header if name.lower().startswith("fold_")]
-    if not names:
-        raise SplitError(f"{path} has no column fold_1", remedy=f"its columns are {', '.join(header)}")
-    ids: list[str] = []
-    parts: dict[str, list[Part]] = {name: [] for name in names}
-    for line, row in rows:
-        if not row[key]:
-            raise SplitError(f"{path}, line {line}: {key} is empty")
-        ids.append(row[key])
-        for name in names:
-            if row[name].lower() not in SYNONYMS:
-                raise SplitError(f"{path}, line {line}: {row[name]!r} in {name}", remedy="write train, val or test")
-            parts[name].append(SYNONYMS[row[name].lower()])
-    if len(set(ids)) < len(ids):
-        twice = next(i for n, i in enumerate(ids) if i in ids[:n])
-        raise SplitError(f"{path}: {twice} has two rows", remedy="give each id one row")
-    return SplitTable("slide" if slide else "case", tuple(ids), {n.lower(): tuple(p) for n, p in parts.items()})
+        raise SplitError(
+            f"{path} has no column slide_id or case_id", remedy=f"its columns are {', '.join(table.columns)}"
+        )
+    folds = {place: _fold_name(name) for place, name in enumerate(table.columns) if _fold_name(name)}
+    if not folds:
+        raise SplitError(f"{path} has no column fold_1", remedy=f"its columns are {', '.join(table.columns)}")
+    given: list[str] = []
+    parts: dict[str, list[Part]] = {name: [] for name in folds.values()}
+    if len(parts) < len(folds):
+        raise SplitError(f"{path}: a fold has two columns", remedy="delete one of them")
+    for row, cells in table.rows:
+        if is_missing(cells[key]):
+            raise SplitError(
+                f"{table.where(row)}: {table.columns[key]} is empty", remedy="write the id, or delete the row"
+            )
+        given.append(cells[key])
+        for place, name in folds.items():
+            cell = "" if is_missing(cells[place]) else cells[place].lower()
+            if cell and cell not in SYNONYMS:
+                raise SplitError(f"{table.where(row)}: {cells[place]!r} in {name}", remedy="write train, val or test")
+            parts[name].append(SYNONYMS[cell] if cell else "")
+    twice = clash(given)
+    if twice is not None:
+        at = [row for (row, _), name in zip(table.rows, given, strict=True) if name in twice]
+        raise SplitError(
+            f"{path}, rows {at[0]} and {at[1]}: {twice[1]} has two rows", remedy="give each id one row, with its folds"
+        )
+    return SplitTable(
+        "slide" if slide is not None else "case", tuple(table_ids(given)), {n: tuple(p) for n, p in parts.items()}
+    )
+
+
+def _fold_name(column: str) -> str:
+    """``fold_1`` for ``Fold 1``; "" for what is no fold."""
+    name = folded(column)
+    return f"fold_{name[4:]}" if name.startswith("fold") and name != "fold" else ""
 
 
 def make_splits(

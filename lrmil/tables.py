@@ -1,47 +1,24 @@
-"""Small CSV tables of users: labels and splits."""
+"""The tables of a classifier, labels and splits: their columns; how tables are read is ``wsi_pipe.tables``'s."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
 from pathlib import Path
 
 from lrmil.errors import LrmilError
+from wsi_pipe.tables import Table, read_table
 
-__all__ = ["CASE_COLUMNS", "SLIDE_COLUMNS", "find_column", "read_table"]
+__all__ = ["CASE_COLUMNS", "SLIDE_COLUMNS", "read", "whole_number"]
 
-SLIDE_COLUMNS = ("slide_id", "slide", "image_id", "filename")
+SLIDE_COLUMNS = ("slide_id", "slide", "wsi", "image_id", "slide_name", "filename", "file", "path", "image")
 CASE_COLUMNS = ("case_id", "case", "patient_id", "patient")
 
 
-def read_table(
-    path: str | Path, what: str, error: type[LrmilError]
-) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Column names and rows (line number, values stripped) of a CSV with comma, semicolon or tab.
-
-    what: names the table in messages. Raises ``error`` when it is unreadable, empty, or a row is too long or short.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as caught:
-        cause = getattr(caught, "strerror", None) or "is not UTF-8 text"
-        raise error(f"{path}: {cause}", remedy=f"give the {what} as a CSV file") from caught
-    first = text.partition("\n")[0]
-    reader = csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count))
-    header = [name.strip() for name in next(reader, [])]
-    if not any(header):
-        raise error(f"{path} is empty", remedy=f"the {what} needs a header row")
-    rows = []
-    for values in reader:
-        if not any(value.strip() for value in values):
-            continue
-        if len(values) != len(header):
-            raise error(f"{path}, line {reader.line_num}: {len(values)} values under {len(header)} columns")
-        rows.append((reader.line_num, {k: v.strip() for k, v in zip(header, values, strict=True)}))
-    return header, rows
+def read(path: str | Path, what: str, error: type[LrmilError], *more: str) -> Table:
+    """A table with slide or case ids; ``more``: other columns that are looked for. Raises ``error``."""
+    return read_table(path, what, error, known=(*SLIDE_COLUMNS, *CASE_COLUMNS, *more))
 
 
-def find_column(header: Sequence[str], known: Sequence[str]) -> str | None:
-    """The first of ``known`` that is a column, whatever its case."""
-    lower = {name.lower(): name for name in reversed(header)}
-    return next((lower[name] for name in known if name in lower), None)
+def whole_number(text: str) -> str:
+    """``1`` for ``1.0``, which pandas makes of a whole number where others of its column are missing."""
+    head, point, tail = text.replace(",", ".").partition(".")
+    return head if point and head.lstrip("+-").isdecimal() and tail.strip("0") == "" else text

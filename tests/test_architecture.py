@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 WSI_PIPE = [
     # values
+    "masking",
     "errors",
     "cores",
     "compiled",
@@ -36,6 +37,8 @@ WSI_PIPE = [
     "bag",
     # engines
     "extract",
+    "ids",
+    "tables",
     "manifest",
     "execute",
     # composition
@@ -91,9 +94,8 @@ ONLY_IN = {
 }
 # Reading, segmenting and tiling must start without torch.
 TORCH_FREE = {
-    "errors", "cores", "geometry", "files", "config", "outcome", "slides", "synthetic", "tissue", "tiling", "quality",
-    "overview",
-    "tiles", "bag", "manifest", "execute", "pictures", "pages", "plan", "care",
+    "masking", "errors", "cores", "geometry", "files", "config", "outcome", "slides", "synthetic", "tissue", "tiling",
+    "quality", "overview", "tiles", "bag", "ids", "tables", "manifest", "execute", "pictures", "pages", "plan", "care",
 }  # fmt: skip
 PURE = {"tissue", "tiling", "quality"}
 IMPURE_IMPORTS = {"pathlib", "os", "io", "subprocess", "wsi_pipe.slides", "wsi_pipe.files"}

@@ -255,7 +255,7 @@ def test_mask_given_and_mask_edited(tmp_path: Path, make_slide: MakeSlide, run_j
             "an encoder is given for 5x, but the grids are 20x",
         ),
         (["run", "s.svs", "-o", "job", "--slide-mpp", "20x"], "--slide-mpp '20x' is not a resolution"),
-        (["run", "s.svs", "-o", "job", "--slides", "bad.csv"], "unknown column 'colour'"),
+        (["run", "s.svs", "-o", "job", "--slides", "bad.csv"], "unknown column 'mp': did you mean 'mpp'"),
         (["run", "s.svs", "-o", "job", "--only", "x"], "no slide has the id x"),
         (["run", "s.svs", "-o", "job", "--config", "no.toml"], "no.toml"),
         (["run", "-o", "job"], "no slides are given"),
@@ -276,7 +276,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     make_slide(tmp_path / "s.svs")
     (tmp_path / "in").mkdir()
-    (tmp_path / "bad.csv").write_text("slide,colour\ns.svs,red\n")
+    (tmp_path / "bad.csv").write_text("slide,mp\ns.svs,red\n")
     if arguments[-1] == "7x":
         # Grids that do not divide each other are a property of the request, but found where grids are laid.
         assert cli(*arguments) in (1, 2)
@@ -296,7 +296,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(
         ("config.toml", b"[extract]\nmemory_mib = 0", "memory_mib 0 must be at least 16"),
         ("config.toml", b"[extract]\nencoders = {}", "no encoder is given"),
         ("config.toml", b"[tile]\njudge_um = 0", "judge_um 0.0 must be above zero"),
-        ("slides.csv", b"", "slides.csv: has no column 'slide'"),
+        ("slides.csv", b"", "slides.csv is empty; the slide list needs a header row"),
         ("slides.csv", b"\xff\xfe", "give a CSV in UTF-8"),
     ],
 )

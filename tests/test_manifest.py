@@ -166,8 +166,9 @@ def test_csv(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path\na.svs\n", "has no column 'slide'"),
-        ("slide,colour\na.svs,red\n", "unknown column 'colour'; known columns are slide, slide_id, case_id, mpp, mask"),
+        ("name\na.svs\n", "has no column 'slide', but 'name'; .* columns among slide, slide_id, case_id, mpp, mask"),
+        ("slide,mmp\na.svs,0.5\n", "unknown column 'mmp': did you mean 'mpp'"),
+        ("wsi,path\na.svs,b.svs\n", "the columns 'wsi' and 'path' may both be 'slide'; name the right one 'slide'"),
         ("slide,mpp,mpp\na.svs,1,1\n", "column 'mpp' stands twice"),
         ("slide,mpp\na.svs,0.25\nb.svs,20x\n", "row 3: mpp '20x' is not a resolution; write um/px"),
         ("slide,mpp\na.svs,0.25\nb.svs,0.04\n", "row 3: mpp '0.04' is outside 0.05 to 20 um/px; write um/px"),
@@ -177,7 +178,8 @@ def test_csv(tmp_path: Path) -> None:
         ("slide,mpp\na.svs,-1\n", "row 2: mpp '-1'"),
         ("slide,mpp\na.svs\n", "row 2: has fewer cells"),
         ("slide\na.svs,b\n", "row 2: has more cells"),
-        ("slide\n,\n", "row 2"),
+        ("slide\n,\n", "lists no slides"),
+        ("slide,slide_id\na.svs,x\n\nb.svs,x.svs\n", "rows 2 and 4: the ids 'x' and 'x.svs' are one slide"),
         ("slide,slide_id\na.svs,\n,x\n", "row 3: the cell 'slide' is empty"),
         ("slide,slide_id\na.svs,x/y\n", "row 2: the id 'x/y' cannot be a file name; use for example 'x_y'"),
         ("slide,slide_id\na.svs,x\nb.svs,X\n", "two slides have the id 'X': .*a.svs and .*b.svs; give each its own id"),

@@ -193,13 +193,17 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """Settings of a job; ``config.toml`` of a job directory. cache changes no result."""
+    """Settings of a job; ``config.toml`` of a job directory. cache changes no result.
+
+    anonymise: ids are hashed, and nothing that the job writes names a slide's file; set when the job is made.
+    """
 
     segment: SegmentSettings = SegmentSettings()
     tile: TileSettings = TileSettings()
     extract: ExtractSettings = field(default_factory=ExtractSettings)
     reader: str = "auto"
     cache: CacheSettings = CacheSettings()
+    anonymise: bool = False
 
     def __post_init__(self) -> None:
         if self.reader not in READERS:

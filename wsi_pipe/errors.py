@@ -31,6 +31,8 @@ A command catches ``WsiPipeError`` in one place and turns it into one line and a
 
 from __future__ import annotations
 
+from wsi_pipe.masking import mask_secrets
+
 __all__ = [
     "BagError",
     "ConfigError",
@@ -62,15 +64,17 @@ __all__ = [
 class WsiPipeError(Exception):
     """Root of all errors that wsi-pipe raises on purpose.
 
-    ``remedy`` is what the user can do about it; ``str()`` gives message and remedy in one line.
+    ``remedy`` is what the user can do about it; ``str()`` gives message and remedy in one line. Passwords and tokens of
+    URLs do not get into either: messages are printed, logged and stored.
     """
 
     def __init__(self, message: str, *, remedy: str | None = None) -> None:
         # No super().__init__ chain with keywords: OSError's constructor would take a second positional
         # argument for an errno, so only the message goes up.
+        message = mask_secrets(message)
         super().__init__(message)
         self.message = message
-        self.remedy = remedy
+        self.remedy = mask_secrets(remedy) if remedy else remedy
 
     def __str__(self) -> str:
         return f"{self.message}; {self.remedy}" if self.remedy else self.message
@@ -84,7 +88,7 @@ def in_words(error: Exception) -> tuple[str, str | None]:
     """What happened and what to do about it, also for an error that nobody foresaw."""
     if isinstance(error, WsiPipeError):
         return error.message, error.remedy
-    return f"{type(error).__name__}: {error}", "please report this, with the slide if you can"
+    return mask_secrets(f"{type(error).__name__}: {error}"), "please report this, with the slide if you can"
 
 
 def _rebuild(cls: type[WsiPipeError], message: str, remedy: str | None) -> WsiPipeError:

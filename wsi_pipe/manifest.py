@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
 import os
 import re
 import typing
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_pipe.config import SegmentSettings, TileSettings, from_mapping
 from wsi_pipe.errors import ConfigError, ManifestError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds
+from wsi_pipe.ids import clash, same_name, without_suffix
+from wsi_pipe.masking import mask_secrets, same_address
+from wsi_pipe.tables import TABLE_SUFFIXES, Table, csv_text, is_missing, number, read_table, unknown_columns
 from wsi_pipe.tissue.frame import FRAMES
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ __all__ = [
     "SETTING_COLUMNS",
     "SlideEntry",
     "collect_slides",
+    "is_url",
+    "manifest_text",
     "read_manifest",
     "settings_of",
     "write_manifest",
@@ -38,6 +41,13 @@ PICTURE_COLUMNS = ("scene", "z")
 REGION_COLUMNS = ("annotations", "tissue_class", "frame")
 """What is drawn on a slide, which classes of it are its tissue (several with semicolons), and from where its
 coordinates count."""
+OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "slide": ("wsi", "file", "path", "filename", "image", "slide_path", "wsi_path", "file_path", "image_path"),
+    "slide_id": ("image_id", "slide_name"),
+    "case_id": ("case", "patient_id", "patient"),
+}
+"""What other tools call the columns of a slide list."""
+
 TILE_COLUMNS = ("min_tissue", "judge_um", "mpp_tolerance", "allow_upsampling")
 """Tile settings that may differ between slides; resolutions and tile size are the job's, so that bags compare."""
 
@@ -65,7 +75,7 @@ class SlideEntry:
     of this slide alone. scene, z: which scan of the file and which focal plane, from 0, or None. annotations: GeoJSON
     whose classes become labels of tiles, or None. tissue_class: classes of it, or of the mask, that are the tissue; any
     where empty. frame: from where the coordinates of both count where the files do not say, "image" or "qupath", or
-    None.
+    None. hides: in an anonymised job, what must not get into what it writes; see ``job.private``.
     """
 
     slide_id: str
@@ -79,6 +89,12 @@ class SlideEntry:
     annotations: str | None = None
     tissue_class: tuple[str, ...] = ()
     frame: str | None = None
+    hides: tuple[str, ...] = ()
+
+    @property
+    def shown_path(self) -> str:
+        """The path as it may be stored and shown: a URL without its secrets, nothing in an anonymised job."""
+        return "" if self.hides else mask_secrets(self.path) if is_url(self.path) else self.path
 
 
 def is_url(path: str) -> bool:
@@ -106,27 +122,30 @@ def collect_slides(
     *,
     job: Iterable[SlideEntry] = (),
     passed_over: PassedOver | None = None,
+    notes: list[str] | None = None,
 ) -> list[SlideEntry]:
     """The slides of a command line: files, folders (searched through), URLs and CSV files, and a ``--slides`` CSV.
 
     Local paths become absolute. Ids come from file names; two slides of one name get their folders' names in front.
     job: slides of earlier runs, which keep their ids; a slide elsewhere takes such an id only where the other is gone
-    (it was moved). passed_over: takes in what folders hold that looks like a slide and is not listed. Raises
-    ManifestError when nothing is found, a source does not exist, or ids in a CSV repeat.
+    (it was moved). passed_over: takes in what folders hold that looks like a slide and is not listed. notes: gets what
+    was assumed of CSV files. Raises ManifestError when nothing is found, a source does not exist, or ids in a CSV
+    repeat.
     """
     from wsi_pipe.slides.discover import find_slide_files, is_slide_folder
     from wsi_pipe.slides.passed_over import PassedOver
 
     passed = PassedOver() if passed_over is None else passed_over
-    listed: list[SlideEntry] = read_manifest(manifest) if manifest else []
+    listed: list[SlideEntry] = read_manifest(manifest, notes=notes) if manifest else []
     found: list[str] = []
     for source in sources:
         if is_url(source):
             found.append(source)
             continue
+        source = on_disk(source)
         path = Path(source)
-        if path.suffix.lower() == ".csv" and path.is_file():
-            listed += read_manifest(path)
+        if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
+            listed += read_manifest(path, notes=notes)
         elif is_slide_folder(path):
             found.append(source)
         elif path.is_dir() and path.suffix.lower() not in (".svs", ".ndpi", ".mrxs", ".scn"):
@@ -159,33 +178,42 @@ def _refuse_undecodable(paths: Iterable[str]) -> None:
 
 def _named(paths: Sequence[str], taken: set[str], job: Sequence[SlideEntry]) -> list[SlideEntry]:
     """Entries of files that state no id: the job's own where it has the file, else one by its name."""
-    here = set(paths)
-    kept = {entry.path: entry.slide_id for entry in job if entry.path in here and entry.slide_id not in taken}
+    # A URL is the same whoever signed it and until when.
+    here = {same_address(path): path for path in paths}
+    kept = {
+        path: entry.slide_id
+        for entry in job
+        if (path := here.get(same_address(entry.path))) is not None and entry.slide_id not in taken
+    }
     new = [path for path in paths if path not in kept]
     wished = {part[-1].casefold() for part in map(_name_parts, new)}
     others = {
         entry.slide_id
         for entry in job
-        if entry.path in kept
+        if here.get(same_address(entry.path)) in kept
         or (entry.slide_id.casefold() in wished and (is_url(entry.path) or os.path.exists(entry.path)))
     }
     names = kept | dict(zip(new, _unique_names(new, taken | others), strict=True))
     return [SlideEntry(slide_id=names[path], path=path, case_id=names[path]) for path in paths]
 
 
+def _place(url: str) -> str:
+    """Host and path of a URL, without user, query and fragment: its secrets stand in these."""
+    place = re.split(r"[?#]", url.split("://", 1)[-1], maxsplit=1)[0]
+    host, slash, path = place.partition("/")
+    return host.rpartition("@")[2] + slash + path
+
+
 def _name_parts(path: str) -> list[str]:
     """Folder names and the file's stem, outermost first. A DICOM file goes by the name of its folder."""
     from wsi_pipe.slides.parts import goes_by_its_folder
 
-    pure = PurePosixPath(path.split("://", 1)[-1]) if is_url(path) else PurePosixPath(Path(path).absolute().as_posix())
-    folders = [part for part in pure.parts[:-1] if part != "/"]
-    name = pure.name
-    if folders and (pure.suffix.lower() == ".dcm" if is_url(path) else goes_by_its_folder(path)):
+    whole = same_name(_place(path) if is_url(path) else os.path.abspath(path))
+    *folders, name = [part for part in whole.split("/") if part] or [""]
+    if folders and (name.lower().endswith(".dcm") if is_url(path) else goes_by_its_folder(path)):
         return folders
-    for suffix in (".ome.tif", ".ome.tiff", ".ome.btf", ".ome.zarr"):
-        if name.lower().endswith(suffix):
-            return [*folders, name[: -len(suffix)]]
-    return [*folders, pure.stem or name]
+    stem = without_suffix(name)
+    return [*folders, (stem if stem != name else os.path.splitext(name)[0]) or name]
 
 
 def _unique_names(paths: Sequence[str], taken: set[str]) -> list[str]:
@@ -195,7 +223,7 @@ def _unique_names(paths: Sequence[str], taken: set[str]) -> list[str]:
     places = Counter(tuple(part) for part in parts)
     for part, path in zip(parts, paths, strict=True):
         if places[tuple(part)] > 1:
-            part[-1] = PurePosixPath(path).name
+            part[-1] = same_name((_place(path) if is_url(path) else path).rstrip("/").rpartition("/")[2])
     names = [_clean(part[-1]) for part in parts]
     # Some file systems do not tell case apart: ids must differ by more.
     reserved = {name.casefold() for name in taken}
@@ -224,74 +252,124 @@ def _clean(name: str) -> str:
     return f"{cleaned.encode()[: LONGEST_ID - 9].decode(errors='ignore')}-{digest}"
 
 
-def _refuse_repeats(entries: Iterable[SlideEntry], where: str) -> None:
-    seen: dict[str, str] = {}
-    for entry in entries:
-        # Some file systems do not tell case apart.
-        key = entry.slide_id.casefold()
+def _refuse_repeats(entries: Iterable[SlideEntry], where: str, rows: Sequence[int] = ()) -> None:
+    seen: dict[str, int] = {}
+    entries = list(entries)
+    for place, entry in enumerate(entries):
+        # Some file systems do not tell case apart, nor composed accents from decomposed ones.
+        key = same_name(entry.slide_id).casefold()
         if key in seen:
+            first = seen[key]
+            at = f", rows {rows[first]} and {rows[place]}" if rows else ""
             raise ManifestError(
-                f"{where}: two slides have the id {entry.slide_id!r}: {seen[key]} and {entry.path}",
+                f"{where}{at}: two slides have the id {entry.slide_id!r}: {entries[first].path} and {entry.path}",
                 remedy="give each its own id in a column slide_id of a CSV (--slides)",
             )
-        seen[key] = entry.path
+        seen[key] = place
 
 
-def read_manifest(path: Path) -> list[SlideEntry]:
-    """Slides from a CSV with the columns ``slide, slide_id, case_id, mpp, mask, scene, z`` (all but the first optional)
-    and one column for each setting that differs between slides (``SETTING_COLUMNS``).
+def read_manifest(path: Path, *, own: bool = False, notes: list[str] | None = None) -> list[SlideEntry]:
+    """Slides from a table with the columns ``slide, slide_id, case_id, mpp, mask, scene, z`` (all but the first
+    optional) and one column for each setting that differs between slides (``SETTING_COLUMNS``).
 
-    Paths are taken from the CSV's own folder. An ``mpp`` cell is one number, or two as ``0.25x0.26``. Raises
-    ManifestError naming column or row and the remedy.
+    Paths are taken from the table's own folder. An ``mpp`` cell is one number, or two as ``0.25x0.26``. Other columns
+    are ignored, and that is told in ``notes``. own: the list that a job keeps, whose ids stay what they are. Raises
+    ManifestError naming column or row and the remedy, also for a column whose name is all but that of a known one.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{path}: cannot be read ({error})", remedy="give a CSV in UTF-8") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
-    try:
-        columns = [name.strip() for name in reader.fieldnames or []]
-    except csv.Error as error:
-        raise ManifestError(f"{path}: {error}", remedy="give a CSV in UTF-8") from error
-    reader.fieldnames = columns
-    known = (*BASE_COLUMNS, *PICTURE_COLUMNS, *REGION_COLUMNS, *SETTING_COLUMNS)
-    if "slide" not in columns:
-        raise ManifestError(
-            f"{path}: has no column 'slide'", remedy=f"its first row must name columns among {', '.join(known)}"
-        )
-    for name in columns:
-        if name not in known:
-            raise ManifestError(f"{path}: unknown column {name!r}", remedy=f"known columns are {', '.join(known)}")
-        if columns.count(name) > 1:
-            raise ManifestError(f"{path}: column {name!r} stands twice")
-    try:
-        entries = [_entry(path, reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        raise ManifestError(f"{path}: row {reader.line_num}: {error}", remedy="give a CSV in UTF-8") from error
+    known = {
+        name: OTHER_NAMES.get(name, ()) for name in (*BASE_COLUMNS, *PICTURE_COLUMNS, *REGION_COLUMNS, *SETTING_COLUMNS)
+    }
+    table = read_table(path, "slide list", known=[n for name, others in known.items() for n in (name, *others)])
+    places = _places(table, known)
+    said = _check_columns(table, known, places, own)
+    if notes is not None:
+        notes += [*table.notes, *said]
+    base, names = os.path.abspath(path.parent), list(places)
+    entries, numbers = [], []
+    for row, cells in table.rows:
+        values = {name: cells[places[name]] for name in names}
+        entries.append(_entry(path, row, values, base, table.separator, own))
+        numbers.append(row)
     if not entries:
         raise ManifestError(f"{path}: lists no slides")
     unnamed = [i for i, entry in enumerate(entries) if not entry.slide_id]
     named = {entry.slide_id for entry in entries if entry.slide_id}
     for i, name in zip(unnamed, _unique_names([entries[i].path for i in unnamed], named), strict=True):
-        entries[i] = dataclasses.replace(entries[i], slide_id=name, case_id=entries[i].case_id or name)
-    _refuse_repeats(entries, str(path))
+        # As dataclasses.replace does, in a tenth of its time: lists hold a hundred thousand slides.
+        object.__setattr__(entries[i], "slide_id", name)
+        object.__setattr__(entries[i], "case_id", entries[i].case_id or name)
+    _refuse_repeats(entries, str(path), numbers)
+    if not own:
+        _refuse_one_under_two_names(entries, path, numbers)
     return entries
 
 
-def _entry(manifest: Path, line: int, row: Mapping[str | None, Any]) -> SlideEntry:
+def _places(table: Table, known: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Place of each known column in the table. Raises ManifestError when two could be the same one."""
+    places: dict[str, int] = {}
+    for name, others in known.items():
+        place = table.find(name)
+        if place is None:
+            found = [other for other in map(table.find, others) if other is not None]
+            if len(found) > 1:
+                both = " and ".join(repr(table.columns[i]) for i in found[:2])
+                raise ManifestError(
+                    f"{table.path}: the columns {both} may both be {name!r}", remedy=f"name the right one {name!r}"
+                )
+            place = found[0] if found else None
+        if place is not None:
+            places[name] = place
+    return places
+
+
+def _check_columns(table: Table, known: Mapping[str, Sequence[str]], places: Mapping[str, int], own: bool) -> list[str]:
+    """Notes on columns that are not read. Raises ManifestError for a missing or a mistyped one."""
+    notes, typos = unknown_columns(table, known, set(places.values()))
+    notes += [f"{table.path}: column {written!r} is not read" for written, meant in typos if meant in places]
+    typos = [] if own else [(written, meant) for written, meant in typos if meant not in places]
+    if typos:
+        written, meant = typos[0]
+        raise ManifestError(
+            f"{table.path}: unknown column {written!r}: did you mean {meant!r}?",
+            remedy=f"name it {meant!r}, or something else if it is a column of your own",
+        )
+    if "slide" not in places:
+        raise ManifestError(
+            f"{table.path}: has no column 'slide', but {', '.join(map(repr, table.columns[:12]))}",
+            remedy=f"give a CSV in UTF-8 whose first row names columns among {', '.join(known)}",
+        )
+    return notes
+
+
+def _refuse_one_under_two_names(entries: Sequence[SlideEntry], path: Path, rows: Sequence[int]) -> None:
+    """Raise ManifestError where one id is another with a file's suffix: labels could not tell them apart."""
+    both = clash(entry.slide_id for entry in entries)
+    if both is not None:
+        one, other = (rows[[e.slide_id for e in entries].index(name)] for name in both)
+        raise ManifestError(
+            f"{path}: rows {one} and {other}: the ids {both[0]!r} and {both[1]!r} are one slide: suffixes do not count",
+            remedy="give each its own id in the column slide_id",
+        )
+
+
+def _entry(
+    manifest: Path, line: int, row: Mapping[str, str], base: str, separator: str = ",", own: bool = False
+) -> SlideEntry:
     where = f"{manifest}, row {line}"
-    if None in row or any(value is None for value in row.values()):
-        raise ManifestError(f"{where}: has {'more' if None in row else 'fewer'} cells than there are columns")
-    cells = {str(name): value.strip() for name, value in row.items()}
+    cells = {name: "" if not own and is_missing(value) else value for name, value in row.items()}
     if not cells["slide"]:
-        raise ManifestError(f"{where}: the cell 'slide' is empty", remedy="write the slide's path or URL")
+        raise ManifestError(
+            f"{where}: the cell 'slide' is empty", remedy="write the slide's path or URL, or delete the row"
+        )
     slide_id = cells.get("slide_id", "")
     if slide_id and slide_id != _clean(slide_id):
         raise ManifestError(
             f"{where}: the id {slide_id!r} cannot be a file name", remedy=f"use for example {_clean(slide_id)!r}"
         )
     overrides = {
-        column: _setting(where, column, cells[column]) for column in SETTING_COLUMNS if cells.get(column, "") != ""
+        column: _setting(where, column, cell, separator)
+        for column, cell in cells.items()
+        if cell and column in SETTING_COLUMNS
     }
     mask, annotations = cells.get("mask") or None, cells.get("annotations") or None
     frame = cells.get("frame", "").lower() or None
@@ -299,14 +377,14 @@ def _entry(manifest: Path, line: int, row: Mapping[str | None, Any]) -> SlideEnt
         raise ManifestError(f"{where}: the frame {frame!r} is unknown", remedy=f"write {' or '.join(FRAMES)}")
     return SlideEntry(
         slide_id=slide_id,
-        path=_beside(manifest, cells["slide"]),
+        path=_beside(base, cells["slide"]),
         case_id=cells.get("case_id", "") or slide_id,
-        mpp=_mpp(where, cells.get("mpp", "")),
-        mask=_beside(manifest, mask) if mask else None,
+        mpp=_mpp(where, cells.get("mpp", ""), separator),
+        mask=_beside(base, mask) if mask else None,
         overrides=overrides,
         scene=_from_zero(where, "scene", cells.get("scene", "")),
         z=_from_zero(where, "z", cells.get("z", "")),
-        annotations=_beside(manifest, annotations) if annotations else None,
+        annotations=_beside(base, annotations) if annotations else None,
         tissue_class=split_classes(cells.get("tissue_class", "")),
         frame=frame,
     )
@@ -317,15 +395,35 @@ def split_classes(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(";") if part.strip()))
 
 
-def _beside(manifest: Path, cell: str) -> str:
-    return cell if is_url(cell) else str(manifest.absolute().parent / cell)
+def _beside(base: str, cell: str) -> str:
+    return cell if is_url(cell) else on_disk(os.path.join(base, cell))
 
 
-def _mpp(where: str, cell: str) -> tuple[float, float] | None:
+def on_disk(path: str) -> str:
+    """``path`` as the file system writes it, where accents are composed in one of them and decomposed in the other."""
+    if path.isascii() or os.path.lexists(path):
+        return path
+    found = os.sep
+    for part in path.split(os.sep):
+        below = os.path.join(found, part)
+        if part and not part.isascii() and not os.path.lexists(below):
+            try:
+                names = os.listdir(found)
+            except OSError:
+                return path
+            same = [name for name in names if same_name(name) == same_name(part)]
+            if len(same) != 1:
+                return path
+            below = os.path.join(found, same[0])
+        found = below
+    return found
+
+
+def _mpp(where: str, cell: str, separator: str = ",") -> tuple[float, float] | None:
     if not cell:
         return None
     try:
-        values = [float(part) for part in cell.lower().split("x")]
+        values = [number(part, separator) for part in cell.lower().split("x")]
     except ValueError:
         values = []
     if len(values) not in (1, 2) or not in_mpp_bounds(values[0], values[-1]):
@@ -352,7 +450,7 @@ _WIDEST = {"stain_min": {"stain_seed": 1e9}, "stain_seed": {"stain_min": 0.0}}
 """Setting -> what leaves it free, where settings bound each other."""
 
 
-def _setting(where: str, column: str, cell: str) -> Any:
+def _setting(where: str, column: str, cell: str, separator: str = ",") -> Any:
     """A cell as a value of its setting's type, checked by the settings class itself."""
     stage, name = SETTING_COLUMNS[column]
     cls: type[Any] = SegmentSettings if stage == "segment" else TileSettings
@@ -362,9 +460,10 @@ def _setting(where: str, column: str, cell: str) -> Any:
         if hint is bool:
             value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[cell.lower()]
         elif hint is int:
-            value = int(cell)
+            whole = number(cell, separator)
+            value = int(whole) if whole.is_integer() else int(cell)
         elif hint is not str:
-            value = float(cell)
+            value = number(cell, separator)
         # Each cell by itself: how two of them go together is seen with the job's settings, when the slide's turn comes.
         return getattr(from_mapping(cls, _WIDEST.get(name, {}) | {name: value}, where), name)
     except (KeyError, ValueError) as error:
@@ -374,7 +473,11 @@ def _setting(where: str, column: str, cell: str) -> Any:
 
 def write_manifest(path: Path, entries: Iterable[SlideEntry]) -> None:
     """Write a CSV that ``read_manifest`` reads back to equal entries; local paths become absolute."""
-    entries = list(entries)
+    write_text_atomically(path, manifest_text(list(entries)))
+
+
+def manifest_text(entries: Sequence[SlideEntry], more: Mapping[str, Sequence[str]] | None = None) -> str:
+    """The CSV that ``write_manifest`` writes; ``more``: further columns, a cell for each entry."""
     used = [column for column in SETTING_COLUMNS if any(column in entry.overrides for entry in entries)]
     # Few files hold more than one picture: lists of others look as they always did.
     pictures = [name for name in PICTURE_COLUMNS if any(getattr(entry, name) is not None for entry in entries)]
@@ -384,16 +487,14 @@ def write_manifest(path: Path, entries: Iterable[SlideEntry]) -> None:
         "frame": [entry.frame or "" for entry in entries],
     }
     drawn = [column for column in REGION_COLUMNS if any(regions[column])]
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*BASE_COLUMNS, *pictures, *drawn, *used])
-    for number, entry in enumerate(entries):
+    columns, rows = list((more or {}).values()), []
+    for place, entry in enumerate(entries):
         mpp = "" if entry.mpp is None else f"{entry.mpp[0]!r}x{entry.mpp[1]!r}"
         row = [_absolute(entry.path), entry.slide_id, entry.case_id, mpp, _absolute(entry.mask) if entry.mask else ""]
         row += ["" if getattr(entry, name) is None else str(getattr(entry, name)) for name in pictures]
-        row += [regions[column][number] for column in drawn]
-        writer.writerow(row + [str(entry.overrides.get(column, "")) for column in used])
-    write_text_atomically(path, buffer.getvalue())
+        row += [regions[column][place] for column in drawn]
+        rows.append(row + [str(entry.overrides.get(column, "")) for column in used] + [c[place] for c in columns])
+    return csv_text([*BASE_COLUMNS, *pictures, *drawn, *used, *(more or {})], rows)
 
 
 def _absolute(path: str) -> str:

@@ -87,12 +87,19 @@ def distill(**values: Any) -> int:
     from lrmil.pictures.distill import draw_distillation
     from lrmil.splits import read_splits
     from wsi_pipe.geometry import level_label
+    from wsi_pipe.job.private import hidden_slides
     from wsi_pipe.manifest import read_manifest
 
     resolutions = sorted(values["resolutions"] or (0.5, 2.0))
     if len(resolutions) != 2:
         raise ConfigError(f"{len(resolutions)} resolutions are given", remedy="give HR and LR, such as -r 20x -r 5x")
-    entries = read_manifest(values["slides"]) if values["slides"] else []
+    notes: list[str] = []
+    if values["slides"]:
+        entries = read_manifest(values["slides"], notes=notes)
+    else:
+        entries = hidden_slides(values["bags"].parent)
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
     # A manifest without cases makes each slide a case of its own, which is no news.
     cases = {entry.slide_id: entry.case_id for entry in entries if entry.case_id != entry.slide_id}
     cases |= read_cases(values["labels"]) if values["labels"] else {}

@@ -45,6 +45,8 @@ from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.encoders.torch_encoder import TorchEncoder
 from wsi_pipe.errors import BagError, ConfigError
 from wsi_pipe.files import write_text_atomically
+from wsi_pipe.ids import joined
+from wsi_pipe.masking import MASK
 from wsi_pipe.slides import open_slide
 
 __all__ = ["COPY", "DistillRequest", "DistillResult", "run_distillation"]
@@ -189,7 +191,8 @@ def _attrs(path: Path) -> BagAttrs:
 def _identities(request: DistillRequest) -> tuple[list[str], list[str]]:
     """Slide and case ids of all bags."""
     attrs = [_attrs(path) for path in sorted(request.bags.glob("*.h5"))]
-    return [a.slide_id for a in attrs], [request.cases.get(a.slide_id, a.case_id) for a in attrs]
+    cases = joined(request.cases, [a.slide_id for a in attrs])
+    return [a.slide_id for a in attrs], [cases.get(a.slide_id, a.case_id) for a in attrs]
 
 
 def _training_bags(request: DistillRequest) -> dict[Path, BagAttrs]:
@@ -198,7 +201,8 @@ def _training_bags(request: DistillRequest) -> dict[Path, BagAttrs]:
     if not paths:
         raise BagMismatchError(f"{request.bags}: holds no bags", remedy="give JOB/bags of wsi-pipe run")
     attrs = [_attrs(path) for path in paths]
-    attrs = [dataclasses.replace(a, case_id=request.cases.get(a.slide_id, a.case_id)) for a in attrs]
+    cases = joined(request.cases, [a.slide_id for a in attrs])
+    attrs = [dataclasses.replace(a, case_id=cases.get(a.slide_id, a.case_id)) for a in attrs]
     indices = request.splits.indices(request.fold, [a.slide_id for a in attrs], [a.case_id for a in attrs])
     return {paths[i]: attrs[i] for i in indices.train if attrs[i].status == "done"}
 
@@ -261,7 +265,7 @@ def _load(
 ) -> DistillSlide | None:
     slide = load_slide(
         bag,
-        request.slides.get(attrs.slide_id, ""),
+        _slide_file(request, bag, attrs),
         request.lr,
         request.hr,
         request.teacher,
@@ -273,12 +277,23 @@ def _load(
     return slide and dataclasses.replace(slide, case_id=attrs.case_id)
 
 
+def _slide_file(request: DistillRequest, bag: Path, attrs: BagAttrs) -> str:
+    """Where the slide of a bag lies. Raises BagError where the bag does not tell and the request neither."""
+    path = request.slides.get(attrs.slide_id) or attrs.slide_path
+    if not path or MASK in path:
+        what = "its address is told without its secret" if path else "it is of an anonymised job"
+        raise BagError(
+            f"{bag}: does not say where its slide lies: {what}", remedy="give the slides: --slides CSV, with these ids"
+        )
+    return path
+
+
 def _target(request: DistillRequest, bag: Path, attrs: BagAttrs) -> TargetItem:
     """The HR tiles of a bag. Raises BagError when it has none."""
     grid = next((g for g in read_grids(bag) if g.label == request.hr), None)
     if grid is None:
         raise BagError(f"{bag}: has no level {request.hr}", remedy="tile the slides at that resolution too")
-    path = request.slides.get(attrs.slide_id) or attrs.slide_path
+    path = _slide_file(request, bag, attrs)
     opening = partial(open_slide, path, mpp=attrs.mpp_l0, scene=attrs.scene, z=attrs.z)
     return TargetItem(bag.stem, opening, (grid,), attrs.fingerprint_tile)
 

@@ -18,6 +18,7 @@ from lrmil.experiment.cohort import Cohort
 from lrmil.metrics import LOWER_IS_BETTER, Estimate, evaluate, evaluate_folds, softmax, summarise_folds
 from lrmil.store import ResidentStore
 from wsi_pipe.files import write_text_atomically
+from wsi_pipe.tables import written_cell
 
 __all__ = [
     "FoldFigures",
@@ -120,9 +121,9 @@ def read_predictions(path: Path, part: str = "test") -> FoldPredictions:
             raise FiguresError(f"{path} has no predictions of the part {part!r}", remedy="choose another: --part")
         return FoldPredictions(
             classes,
-            tuple(row["slide_id"] for row in rows),
-            tuple(row["case_id"] for row in rows),
-            np.array([classes.index(row["label"]) for row in rows], np.int64),
+            tuple(written_cell(row["slide_id"]) for row in rows),
+            tuple(written_cell(row["case_id"]) for row in rows),
+            np.array([classes.index(written_cell(row["label"])) for row in rows], np.int64),
             np.array([[float(row[f"logit_{name}"]) for name in classes] for row in rows]),
             np.array([[float(row[f"probability_{name}"]) for name in classes] for row in rows]),
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from lrmil.predictor.predict import Predictor, SlidePrediction
 from lrmil.store import check_readable
 from wsi_pipe.errors import BagError
 from wsi_pipe.files import write_text_atomically
+from wsi_pipe.tables import csv_text
 from wsi_pipe.tissue import frame_statement, qupath_origin
 from wsi_pipe.tissue.frame import MEMBER
 
@@ -25,18 +24,25 @@ __all__ = ["attention_geojson", "predictions_table", "write_attention", "write_p
 
 def predictions_table(predictions: Sequence[SlidePrediction], classes: Sequence[str]) -> str:
     """The predictions as CSV text, one row a slide; failed and empty slides have their reason and no numbers."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     columns = [f"probability_{name}" for name in classes]
     last = ["entropy_nats", "tiles", "top_tile_x", "top_tile_y", "reason"]
-    writer.writerow(["slide_id", "case_id", "status", "predicted", *columns, *last])
+    rows: list[list[object]] = []
     for p in predictions:
         numbers: list[object] = [f"{p.probabilities[name]:.6g}" if p.probabilities else "" for name in classes]
         entropy = "" if math.isnan(p.entropy_nats) else f"{p.entropy_nats:.6g}"
         place = [f"{p.top_tiles[0].x:.10g}", f"{p.top_tiles[0].y:.10g}"] if p.top_tiles else ["", ""]
-        row = [p.slide_id, p.case_id or "", p.status, p.predicted or "", *numbers, entropy, p.tiles, *place]
-        writer.writerow([*row, p.reason or ""])
-    return out.getvalue()
+        row: list[object] = [
+            p.slide_id,
+            p.case_id or "",
+            p.status,
+            p.predicted or "",
+            *numbers,
+            entropy,
+            p.tiles,
+            *place,
+        ]
+        rows.append([*row, p.reason or ""])
+    return csv_text(["slide_id", "case_id", "status", "predicted", *columns, *last], rows)
 
 
 def write_predictions(out: Path, predictions: Sequence[SlidePrediction], predictor: Predictor) -> None:

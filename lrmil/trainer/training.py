@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +30,7 @@ from lrmil.trainer.steps import Step, plain_step, student_step
 from lrmil.trainer.targets import TeacherTargets, teacher_targets
 from wsi_pipe.config import dump_toml, to_mapping
 from wsi_pipe.files import write_text_atomically
+from wsi_pipe.tables import csv_text
 
 __all__ = ["MODEL_NAME", "PREDICTIONS_NAME", "Prediction", "TrainResult", "train"]
 
@@ -135,15 +134,13 @@ def train(
 
 def predictions_csv(predictions: Sequence[Prediction], card: ModelCard) -> str:
     """The table of predictions: ids, part, label, logits, and probabilities after the temperature."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     logit_names = [f"logit_{name}" for name in card.classes]
     probability_names = [f"probability_{name}" for name in card.classes]
-    writer.writerow(["slide_id", "case_id", "part", "label", *logit_names, *probability_names])
+    rows: list[list[object]] = []
     for p in predictions:
         probabilities = softmax([p.logits], card.temperature)[0].tolist()
-        writer.writerow([p.slide_id, p.case_id, p.part, card.classes[p.label], *p.logits, *probabilities])
-    return out.getvalue()
+        rows.append([p.slide_id, p.case_id, p.part, card.classes[p.label], *p.logits, *probabilities])
+    return csv_text(["slide_id", "case_id", "part", "label", *logit_names, *probability_names], rows)
 
 
 def _labels(

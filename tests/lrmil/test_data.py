@@ -58,15 +58,15 @@ def test_numbers_are_sorted_by_value(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("slide_id,label\na,x\na,y\n", r"line 3: a is labelled 'x' and 'y'"),
-        ("slide_id,label\na,\n", r"line 2: a has no label"),
-        ("slide_id,label\n,x\n", r"line 2: slide_id is empty"),
+        ("slide_id,label\na,x\na,y\n", r"row 3: a is labelled 'x' and 'y'"),
+        ("slide_id,label\na,\n", r"no bag has a label"),
+        ("slide_id,label\n,x\n", r"row 2: slide_id is empty"),
         ("slide_id,grade\na,x\n", r"no column 'label'; its columns are slide_id, grade"),
         ("name,label\na,x\n", r"no column case_id"),
-        ("slide_id,label\na,x,z\n", r"line 2: 3 values under 2 columns"),
+        ("slide_id,label\na,x,z\n", r"row 2: has more cells .* .3 values under 2 columns."),
         ("slide_id,label\nq,x\nr,y\n", r"no bag has a label; check the ids: the table has 'q', the bags have 'a'"),
         ("slide_id,label\na,x\nb,x\n", r"all labels are 'x'"),
-        ("slide_id,case_id,label\na,p,x\na,q,x\n", r"line 3: a is of case 'p' and 'q'"),
+        ("slide_id,case_id,label\na,p,x\na,q,x\n", r"row 3: a is of case 'p' and 'q'"),
         ("", r"is empty"),
     ],
 )

@@ -88,11 +88,11 @@ def test_leakage_of_a_case_by_its_slides_raises(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("case_id,fold_1\np1,trian\n", "line 2: 'trian' in fold_1; write train, val or test"),
-        ("case_id,fold_1\np1,train\np1,test\n", "p1 has two rows"),
+        ("case_id,fold_1\np1,trian\n", "row 2: 'trian' in fold_1; write train, val or test"),
+        ("case_id,fold_1\np1,train\np1,test\n", "rows 2 and 3: p1 has two rows"),
         ("case_id,part\np1,train\n", "no column fold_1"),
         ("id,fold_1\np1,train\n", "no column slide_id or case_id"),
-        ("case_id,fold_1\n,train\n", "line 2: case_id is empty"),
+        ("case_id,fold_1\n,train\n", "row 2: case_id is empty"),
     ],
 )
 def test_bad_split_tables(tmp_path: Path, text: str, message: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.geometry import FloatPair, TileGrid
+from wsi_pipe.masking import mask_secrets
 
 __all__ = [
     "PER_TILE",
@@ -73,6 +74,11 @@ class BagAttrs:
     bounds_l0: tuple[int, int, int, int] | None = None
     annotation: str = ""
     left_out: str = ""
+
+    def __post_init__(self) -> None:
+        # Bags are handed on: secrets of URLs stay out whoever makes one.
+        for name in ("slide_path", "empty_reason"):
+            object.__setattr__(self, name, mask_secrets(getattr(self, name)))
 
 
 @dataclass(frozen=True)

@@ -305,7 +305,7 @@ class Passes:
         attrs = BagAttrs(
             slide_id=entry.slide_id,
             case_id=entry.case_id,
-            slide_path=entry.path,
+            slide_path=entry.shown_path,
             slide_fingerprint=info.fingerprint,
             width_l0=slide.pyramid.size_l0[0],
             height_l0=slide.pyramid.size_l0[1],
@@ -388,7 +388,7 @@ def _facts(slide: Slide, entry: SlideEntry, tissue_mm2: float) -> SlideFacts:
     mpp = slide.pyramid.isotropic_mpp
     return SlideFacts(
         slide_id=entry.slide_id,
-        path=entry.path,
+        path=entry.shown_path,
         bytes=size,
         width_l0=slide.pyramid.size_l0[0],
         height_l0=slide.pyramid.size_l0[1],

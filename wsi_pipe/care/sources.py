@@ -63,7 +63,7 @@ class Sources:
         except GONE:
             return
         except OSError as error:
-            yield False, f"its slide {entry.path} cannot be looked at ({error.strerror}): not compared"
+            yield False, f"its slide {entry.shown_path} cannot be looked at ({error.strerror}): not compared"
             return
         try:
             look = partial(_fingerprint_of, reader=self._settings.reader, cache=self._settings.cache)
@@ -71,10 +71,10 @@ class Sources:
         except Exception as error:
             # As in a run, an error that nobody foresaw is its slide's own. It opened when the bag was made, but a mount
             # that is lost or a library that is missing keeps it shut as much as a change does.
-            yield False, f"its slide {entry.path} cannot be opened ({in_words(error)[0]}): not compared"
+            yield False, f"its slide {entry.shown_path} cannot be opened ({in_words(error)[0]}): not compared"
             return
         if fingerprint != bag.attrs.slide_fingerprint:
-            yield True, f"its slide {entry.path} was replaced or changed since: run again"
+            yield True, f"its slide {entry.shown_path} was replaced or changed since: run again"
 
     def _of_annotations(self, bag: BagHeader, entry: SlideEntry) -> Iterator[tuple[bool, str]]:
         if entry.annotations is None:

@@ -23,6 +23,9 @@ __all__ = ["LogLines", "RunDisplay", "print_json", "print_notes", "print_outcome
 MOST_NOTES = 50
 
 
+SHOWN_FAILURES = 100
+
+
 class RunDisplay:
     """Progress of a run: bars on a terminal, one line a slide elsewhere, nothing where ``quiet``."""
 
@@ -177,5 +180,7 @@ def print_outcomes(outcomes: Sequence[SlideOutcome], seconds: float) -> None:
         click.echo()
         print_table(
             {"failed slide": "left", "stage": "left", "cause": "left", "remedy": "left"},
-            ([o.slide_id, o.stage or "", o.reason or "", o.remedy or ""] for o in failed),
+            ([o.slide_id, o.stage or "", o.reason or "", o.remedy or ""] for o in failed[:SHOWN_FAILURES]),
         )
+        if len(failed) > SHOWN_FAILURES:
+            click.echo(f"and {len(failed) - SHOWN_FAILURES:,} more: see failures.csv, and report.html for their causes")

@@ -15,6 +15,8 @@ from wsi_pipe.slides.codecs.fastjpeg import jpeg_decoder_name
 
 __all__ = ["info"]
 
+SHOWN = 12
+
 
 @click.command()
 @slide_options
@@ -55,9 +57,18 @@ def info(resolutions: tuple[float, ...], tile_px: int, properties: bool, as_json
                 click.echo(f"{item['slide_id']}: read by {item['reader']}: {item['reader_reason']}")
                 for note in item["notes"]:
                     click.echo(f"{item['slide_id']}: {note}")
+                if item["personal"]:
+                    click.echo(f"{item['slide_id']}: personal: {_personal(item['personal'])}")
         if opened:
             click.echo(f"JPEG tiles are decoded by {jpeg_decoder_name()}")
     return EXIT_FAILED if any("error" in item for item in found) else 0
+
+
+def _personal(items: list[dict[str, str]]) -> str:
+    """What names a person or a date in a line, the pictures last."""
+    told = [f"{i['name']} {i['value']}" if i["value"] else f"{i['name']} picture" for i in items[:SHOWN]]
+    more = f" and {len(items) - SHOWN} more (--json)" if len(items) > SHOWN else ""
+    return "; ".join(told) + more
 
 
 def _row(item: dict[str, Any], labels: list[str]) -> list[str]:

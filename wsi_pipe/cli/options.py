@@ -18,9 +18,11 @@ from wsi_pipe.config import CacheSettings, ExtractSettings, JobSettings, Segment
 from wsi_pipe.errors import ConfigError, ManifestError
 from wsi_pipe.execute import Where
 from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds, level_label, parse_resolution
+from wsi_pipe.job.private import anonymised, check_told, revealed
 from wsi_pipe.job.record import load_settings, load_slides, read_outcomes
 from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, collect_slides
 from wsi_pipe.slides.passed_over import PassedOver
+from wsi_pipe.tables import TABLE_SUFFIXES
 
 __all__ = [
     "collect_entries",
@@ -119,6 +121,18 @@ def job_option(function: F) -> F:
             type=click.Path(path_type=Path, dir_okay=False),
             metavar="TOML",
             help="Settings file, as config.toml of a job.",
+        ),
+        click.option(
+            "--anonymise/--no-anonymise",
+            default=None,
+            help="Ids from a salted hash, and no path, name or date of a slide in what is written; for the whole job, "
+            "set when it is made.  [off]",
+        ),
+        click.option(
+            "--salt",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="With --anonymise: the salt, made if it is not there; jobs of one salt give a patient one id.",
         ),
         click.option("--only", multiple=True, metavar="ID", help="Just this slide; repeatable."),
         click.option("--limit", type=click.IntRange(1), metavar="N", help="Just the first N slides."),
@@ -312,11 +326,26 @@ def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | No
             extract=_replaced(base.extract, parts["extract"]),
             reader=values.get("reader") or base.reader,
             cache=_cache(base.cache, values),
+            anonymise=_anonymise(values.get("anonymise"), base, job),
         )
     except TypeError as error:
         raise ConfigError(f"options: {error}") from error
     _check_encoder_levels(settings)
     return settings
+
+
+def _anonymise(asked: bool | None, base: JobSettings, job: Path | None) -> bool:
+    """Whether the job is anonymised. Raises ConfigError where it was made the other way."""
+    own = load_settings(job) if job else None
+    wanted = asked if asked is not None else base.anonymise or bool(own and own.anonymise)
+    if own is not None and wanted != own.anonymise:
+        why = (
+            "with --anonymise: without it, names would stand beside the ids that hide them"
+            if own.anonymise
+            else "without --anonymise: what it holds already names its slides"
+        )
+        raise ConfigError(f"{job}: was made {why}", remedy="make a new job with --out")
+    return wanted
 
 
 def _cache(base: CacheSettings, values: Mapping[str, Any]) -> CacheSettings:
@@ -388,22 +417,29 @@ def parse_mpp(text: str | None) -> tuple[float, float] | None:
 
 
 def collect_entries(
-    values: Mapping[str, Any], job: Path | None = None, passed_over: PassedOver | None = None
+    values: Mapping[str, Any],
+    job: Path | None = None,
+    passed_over: PassedOver | None = None,
+    *,
+    salt: bytes | None = None,
 ) -> list[SlideEntry]:
     """The slides that a command is to work on: those named, or those that the job holds already.
 
     What folders hold that looks like a slide and is not among them is told on standard error, and put into
-    ``passed_over``. Raises ManifestError or ConfigError.
+    ``passed_over``; so is what was assumed of slide lists. salt: of an anonymised job, whose slides get ids hashed with
+    it. Raises ManifestError or ConfigError.
     """
     sources, manifest = values["sources"], values["manifest"]
     listed = load_slides(job) if job else []
     if sources or manifest:
         passed = PassedOver() if passed_over is None else passed_over
-        entries = collect_slides(sources, manifest, job=listed, passed_over=passed)
-        for line in passed.lines():
+        notes: list[str] = []
+        named = revealed(listed)
+        entries = collect_slides(sources, manifest, job=named, passed_over=passed, notes=notes)
+        for line in [*(f"note: {note}" for note in notes), *passed.lines()]:
             click.echo(line, err=True)
-        if not manifest and not any(source.lower().endswith(".csv") for source in sources):
-            entries = carried(entries, listed)
+        if not manifest and not any(source.lower().endswith(TABLE_SUFFIXES) for source in sources):
+            entries = carried(entries, named)
     else:
         entries = listed
         if not entries:
@@ -420,8 +456,16 @@ def collect_entries(
                 for e in entries
             ]
     entries = with_regions(entries, values)
+    if salt is not None:
+        entries = anonymised(entries, salt)
+    if job:
+        for entry in entries:
+            check_told(entry)
     if values.get("only"):
         wanted = set(values["only"])
+        # Who made an anonymised job may call its slides by their own names.
+        wanted |= {entry.slide_id for entry in entries if entry.hides and entry.hides[0] in wanted}
+        wanted -= {entry.hides[0] for entry in entries if entry.hides}
         unknown = wanted - {entry.slide_id for entry in entries}
         if unknown:
             raise ManifestError(f"no slide has the id {', '.join(sorted(unknown))}", remedy="see wsi-pipe info for ids")

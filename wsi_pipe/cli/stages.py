@@ -24,11 +24,13 @@ from wsi_pipe.cli.options import (
     where_options,
 )
 from wsi_pipe.config import JobSettings, to_mapping
-from wsi_pipe.errors import EncoderError, JobError, OutputError, WorkerError, WsiPipeError
+from wsi_pipe.errors import ConfigError, EncoderError, JobError, OutputError, WorkerError, WsiPipeError
 from wsi_pipe.files import remove_partial_files
 from wsi_pipe.job import JobPaths, open_job, read_outcomes, utc_now, write_failures
 from wsi_pipe.job.left_out import note_passed_over
+from wsi_pipe.job.private import job_salt
 from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.masking import has_secret
 from wsi_pipe.outcome import SlideOutcome, Stage
 from wsi_pipe.slides.passed_over import PassedOver
 
@@ -53,8 +55,11 @@ def _run_until(
     job: Path = values["job"]
     settings = settings_from(values, job, values["config"])
     where = where_from(values)
+    if values["salt"] and not settings.anonymise:
+        raise ConfigError("--salt needs --anonymise", remedy="give both, or leave out --salt")
+    salt = job_salt(job, values["salt"]) if settings.anonymise else None
     passed_over = PassedOver()
-    entries = collect_entries(values, job, passed_over)
+    entries = collect_entries(values, job, passed_over, salt=salt)
     # A bad encoder stops here, before any work; other processes load their own.
     encoders = load_encoders(settings) if until in ("extract", "assemble") and where.here else None
     outcomes: list[SlideOutcome] = []
@@ -63,9 +68,10 @@ def _run_until(
     unchanged, told = 0, start
     about = {"started_utc": utc_now(), "slides": len(entries), "until": until}
     with hold_job(job, about) as tell, LogLines(values["log_json"]) as log:
-        paths = open_job(job, settings, entries)
+        paths = open_job(job, settings, entries, salt=salt)
         if values["sources"]:
             note_passed_over(paths, passed_over)
+        _tell_secrets(entries, paths)
         # Of a run that was killed: nobody else writes here now.
         remove_partial_files(job, paths.written)
         log.event("start", **about)
@@ -124,6 +130,16 @@ def _run_until(
     if stopped:
         click.echo(f"wsi-pipe: error: {stopped}", err=True)
     return EXIT_FAILED if stopped or any(outcome.status == "failed" for outcome in outcomes) else 0
+
+
+def _tell_secrets(entries: list[SlideEntry], paths: JobPaths) -> None:
+    count = sum(has_secret(entry.path) for entry in entries)
+    if count:
+        click.echo(
+            f"warning: {count} URLs hold a password or a token: they are kept in {paths.identities}, for you alone, to "
+            "go on with; everywhere else they are masked",
+            err=True,
+        )
 
 
 def _write_end(paths: JobPaths, settings: JobSettings, report: bool) -> None:

@@ -12,6 +12,7 @@ from wsi_pipe.errors import ResolutionError, in_words
 from wsi_pipe.geometry import Pyramid, TissueMask
 from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.slides.personal import personal_items
 from wsi_pipe.tiling import plan_grids
 
 __all__ = ["describe_slide", "tiles_over_all"]
@@ -24,7 +25,7 @@ def describe_slide(
 
     tiles: by level label, how many tiles cover the whole slide, tissue or not; None where the slide is too coarse.
     """
-    base: dict[str, Any] = {"slide_id": entry.slide_id, "path": entry.path}
+    base: dict[str, Any] = {"slide_id": entry.slide_id, "path": entry.shown_path}
     try:
         slide = open_entry(entry, reader)
     except Exception as error:
@@ -51,6 +52,7 @@ def describe_slide(
             "bounds": list(facts.bounds_l0) if facts.bounds_l0 else None,
             "fingerprint": facts.fingerprint,
             "tiles": tiles_over_all(pyramid, settings),
+            "personal": [dataclasses.asdict(item) for item in personal_items(slide)],
         }
         return base | ({"properties": dict(facts.properties)} if properties else {})
     finally:

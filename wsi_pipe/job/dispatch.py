@@ -15,11 +15,12 @@ from functools import partial
 
 from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders.base import Encoder
-from wsi_pipe.errors import ConfigError, EncoderError, OutputError, WsiPipeError, in_words
+from wsi_pipe.errors import ConfigError, EncoderError, OutputError, WsiPipeError
 from wsi_pipe.execute import Done, Failed, Where, run
 from wsi_pipe.files import output_error
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.job.private import told_of
 from wsi_pipe.job.record import OutcomeLog, utc_now
 from wsi_pipe.job.run import Progress, process
 from wsi_pipe.job.task import slide_task, warm_up
@@ -244,14 +245,14 @@ def _outcomes(
 
 def failed_outcome(entry: SlideEntry, error: Exception) -> SlideOutcome:
     """The outcome of a slide whose process could not even say what went wrong, nor in which stage."""
-    reason, remedy = in_words(error)
+    reason, remedy = told_of(entry, error)
     return SlideOutcome(
         slide_id=entry.slide_id,
         status="failed",
-        path=entry.path,
+        path=entry.shown_path,
         reason=reason,
         remedy=remedy,
-        error=type(error).__name__ if isinstance(error, WsiPipeError) else repr(error),
+        error=type(error).__name__ if isinstance(error, WsiPipeError) or entry.hides else repr(error),
         finished_utc=utc_now(),
     )
 

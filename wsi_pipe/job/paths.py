@@ -51,6 +51,16 @@ class JobPaths:
         return self.root / "quarantine"
 
     @property
+    def identities(self) -> Path:
+        """Where the slides lie whose paths the other files do not tell, CSV, for the owner alone."""
+        return self.root / "private" / "identities.csv"
+
+    @property
+    def salt(self) -> Path:
+        """What the ids of an anonymised job are hashed with, for the owner alone."""
+        return self.root / "private" / "salt"
+
+    @property
     def bags(self) -> Path:
         """The folder of bags."""
         return self.root / "bags"

@@ -26,6 +26,7 @@ from wsi_pipe.job.focus import drop_blurred, left_out_notes
 from wsi_pipe.job.given import given_mask, how_given, placed_mask, read_geojson, read_given
 from wsi_pipe.job.guard import read_guarded
 from wsi_pipe.job.paths import JobPaths
+from wsi_pipe.job.private import check_told, told
 from wsi_pipe.job.record import utc_now
 from wsi_pipe.manifest import SlideEntry, settings_of
 from wsi_pipe.outcome import Stage
@@ -98,6 +99,7 @@ class Prepared:
 
 def open_entry(entry: SlideEntry, reader: str, cache: CacheSettings | None = None, *, copy: bool = True) -> Slide:
     """The entry's slide, with the entry's mpp, scene and z where it gives them; see ``open_slide``."""
+    check_told(entry)
     place = cache or CacheSettings()
     return open_slide(
         entry.path,
@@ -126,7 +128,7 @@ def prepare(
     segment_settings, tile_settings = settings_of(entry, settings.segment, settings.tile)
     with clock("open"):
         slide = open_entry(entry, settings.reader, settings.cache)
-        clock.notes = slide.info.notes
+        clock.notes = tuple(told(entry, note) for note in slide.info.notes)
     try:
         with clock("segment"):
             mask, segment_fingerprint, segment_cached = _segment(entry, slide, segment_settings, settings, paths, clock)
@@ -288,12 +290,21 @@ def _tile(
     regions: list[Region] = []
     if annotations is not None:
         values, regions, text = annotate(annotations, entry.frame, slide, grids)
+        text = _told_annotation(entry, text)
         attrs = dataclasses.replace(attrs, annotation=text)
         clock.notes += tuple(stored_annotation(text)["notes"])
     levels = tuple(BagLevel(grid, annotation=values.get(grid.label, {})) for grid in grids)
     write_bag(path, Bag(attrs, levels))
     _draw_grids(entry, slide, grids, mask, paths, regions)
     return Prepared(entry, attrs, grids, (), counts, values)
+
+
+def _told_annotation(entry: SlideEntry, text: str) -> str:
+    """What a bag keeps of its annotations, without the names that the entry hides."""
+    if not entry.hides:
+        return text
+    about = json.loads(text)
+    return json.dumps(about | {"notes": [told(entry, str(note)) for note in about.get("notes") or ()]})
 
 
 def _laid(entry: SlideEntry, stage: str, path: Path) -> tuple[BagAttrs, tuple[TileGrid, ...]] | None:
@@ -303,7 +314,7 @@ def _laid(entry: SlideEntry, stage: str, path: Path) -> tuple[BagAttrs, tuple[Ti
     except BagError:
         return None
     attrs = header.attrs
-    fits = attrs.fingerprint_tile == stage and attrs.case_id == entry.case_id and attrs.slide_path == entry.path
+    fits = attrs.fingerprint_tile == stage and attrs.case_id == entry.case_id and attrs.slide_path == entry.shown_path
     return (attrs, header.grids) if fits else None
 
 
@@ -325,7 +336,7 @@ def _attrs(
     return BagAttrs(
         slide_id=entry.slide_id,
         case_id=entry.case_id,
-        slide_path=entry.path,
+        slide_path=entry.shown_path,
         slide_fingerprint=info.fingerprint,
         width_l0=slide.pyramid.size_l0[0],
         height_l0=slide.pyramid.size_l0[1],
@@ -337,7 +348,7 @@ def _attrs(
         wsi_pipe_version=__version__,
         created_utc=utc_now(),
         status="done" if tiles else "empty",
-        empty_reason=reason,
+        empty_reason=told(entry, reason),
         fingerprint_segment=segment,
         fingerprint_tile=stage,
         primary_level=grids[0].label,

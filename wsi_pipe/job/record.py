@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -13,10 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from wsi_pipe.config import JobSettings, dump_toml, load_toml
+from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import output_error, write_text_atomically
 from wsi_pipe.job.paths import JobPaths
+from wsi_pipe.job.private import load_identities, public, write_identities
 from wsi_pipe.manifest import SlideEntry, read_manifest, write_manifest
 from wsi_pipe.outcome import SlideOutcome
+from wsi_pipe.tables import csv_text
 
 __all__ = [
     "OutcomeLog",
@@ -30,9 +31,10 @@ __all__ = [
 ]
 
 
-def open_job(root: Path, settings: JobSettings, entries: list[SlideEntry]) -> JobPaths:
+def open_job(root: Path, settings: JobSettings, entries: list[SlideEntry], *, salt: bytes | None = None) -> JobPaths:
     """Make the job directory and note settings and slides in it; slides of earlier runs stay listed.
 
+    salt: of an anonymised job. Paths that are not to be told, and secrets of URLs, go into the job's folder private.
     Raises OutputError when the folder cannot be made or written.
     """
     paths = JobPaths(root)
@@ -40,11 +42,29 @@ def open_job(root: Path, settings: JobSettings, entries: list[SlideEntry]) -> Jo
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise output_error(root, error) from error
+    _check_anonymous(root, settings, entries)
     write_text_atomically(paths.config, dump_toml(settings))
+    load_identities(root, strict=True)
     listed = {entry.slide_id: entry for entry in load_slides(root)}
     listed.update({entry.slide_id: entry for entry in entries})
-    write_manifest(paths.slides, listed.values())
+    write_identities(root, list(listed.values()), salt)
+    write_manifest(paths.slides, map(public, listed.values()))
     return paths
+
+
+def _check_anonymous(root: Path, settings: JobSettings, entries: list[SlideEntry]) -> None:
+    """Raise ConfigError where names would get into an anonymised job, or stand in one already."""
+    own = load_settings(root)
+    if own is not None and own.anonymise != settings.anonymise:
+        raise ConfigError(
+            f"{root}: was made {'with' if own.anonymise else 'without'} --anonymise",
+            remedy="make a new job, or work on the bags of this one",
+        )
+    if settings.anonymise and not all(entry.hides for entry in entries):
+        raise ConfigError(
+            f"{root}: slides of an anonymised job go by hashed ids",
+            remedy="make its bags with wsi-pipe run --anonymise, and work on these",
+        )
 
 
 def load_settings(root: Path) -> JobSettings | None:
@@ -54,9 +74,15 @@ def load_settings(root: Path) -> JobSettings | None:
 
 
 def load_slides(root: Path) -> list[SlideEntry]:
-    """The slides of a job, or none where there is no job yet. Raises ManifestError when they cannot be understood."""
+    """The slides of a job, or none where there is no job yet. Raises ManifestError when they cannot be understood.
+
+    What its folder private tells of them is filled in, as far as it may be read.
+    """
     path = JobPaths(root).slides
-    return read_manifest(path) if path.is_file() else []
+    if not path.is_file():
+        return []
+    private = load_identities(root)
+    return [private.get(entry.slide_id, entry) for entry in read_manifest(path, own=True)]
 
 
 def append_outcome(paths: JobPaths, outcome: SlideOutcome) -> None:
@@ -110,13 +136,9 @@ class OutcomeLog:
 
 def write_failures(paths: JobPaths) -> None:
     """Write ``failures.csv``: slide, path, stage, cause and remedy of every slide whose last outcome is a failure."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["slide_id", "slide", "stage", "cause", "remedy"])
-    for outcome in read_outcomes(paths.root).values():
-        if outcome.status == "failed":
-            writer.writerow([outcome.slide_id, outcome.path, outcome.stage, outcome.reason, outcome.remedy])
-    write_text_atomically(paths.failures, buffer.getvalue())
+    failed = (outcome for outcome in read_outcomes(paths.root).values() if outcome.status == "failed")
+    rows = ([o.slide_id, o.path, o.stage, o.reason, o.remedy] for o in failed)
+    write_text_atomically(paths.failures, csv_text(["slide_id", "slide", "stage", "cause", "remedy"], rows))
 
 
 def utc_now() -> str:

@@ -14,12 +14,13 @@ from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders import encoder_of_job
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
 from wsi_pipe.encoders.naming import check_slugs, slug_of
-from wsi_pipe.errors import EncoderError, OutputError, WsiPipeError, in_words
+from wsi_pipe.errors import EncoderError, OutputError, WsiPipeError
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_features
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.features import Wanted, assemble, missing_features, store_features, wanted_features
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import Prepared, StageClock, open_entry, prepare
+from wsi_pipe.job.private import told, told_of
 from wsi_pipe.job.record import OutcomeLog, utc_now
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
@@ -261,7 +262,7 @@ class _Run:
             SlideOutcome(
                 slide_id=work.entry.slide_id,
                 status="empty" if empty else "done",
-                path=work.entry.path,
+                path=work.entry.shown_path,
                 reason=prepared.attrs.empty_reason if prepared and empty else None,
                 seconds=work.clock.seconds,
                 tiles={grid.label: len(grid) for grid in prepared.grids} if prepared else {},
@@ -269,26 +270,26 @@ class _Run:
                 cached=cached if cached is not None else prepared.cached if prepared else work.clock.cached,
                 costs={item.place: work.costs.get(item.place, {}) for item in work.wanted},
                 finished_utc=utc_now(),
-                notes=work.clock.notes,
+                notes=tuple(told(work.entry, note) for note in work.clock.notes),
             )
         )
 
     def _fail(self, work: _Work, error: Exception) -> None:
         """Note a failure. An error that nobody foresaw fails its slide too, with its type in the reason."""
-        reason, remedy = in_words(error)
+        reason, remedy = told_of(work.entry, error)
         kind = type(error).__name__ if isinstance(error, WsiPipeError) else _trace(error)
         self._note(
             SlideOutcome(
                 slide_id=work.entry.slide_id,
                 status="failed",
-                path=work.entry.path,
+                path=work.entry.shown_path,
                 stage=work.clock.stage,
                 reason=reason,
                 remedy=remedy,
                 error=kind,
                 seconds=work.clock.seconds,
                 finished_utc=utc_now(),
-                notes=work.clock.notes,
+                notes=tuple(told(work.entry, note) for note in work.clock.notes),
             )
         )
 

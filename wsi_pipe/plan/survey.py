@@ -81,7 +81,7 @@ def survey(
 def _plan(entry: SlideEntry, facts: SlideFacts, settings: JobSettings, kept: Mapping[str, float]) -> SlidePlan:
     base = SlidePlan(
         slide_id=entry.slide_id,
-        path=entry.path,
+        path=entry.shown_path,
         mpp=entry.mpp or facts.mpp,
         mpp_source="user" if entry.mpp else facts.mpp_source,
         vendor=facts.vendor,

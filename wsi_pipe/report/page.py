@@ -23,6 +23,7 @@ from wsi_pipe.pages import asset, data_uri, render_page
 from wsi_pipe.report.focus import HEADER, focus_rows, focus_text
 from wsi_pipe.report.summary import (
     OUTLIER_RULE,
+    cause_of,
     histogram_bars,
     labels_of,
     outlier_flags,
@@ -36,6 +37,12 @@ __all__ = ["EMBED_SLIDES", "Picture", "Section", "report_data", "write_report"]
 
 EMBED_SLIDES = 24
 """Jobs of up to so many slides carry their pictures in the page; larger ones load them from the folder beside it."""
+
+LISTED_SLIDES = 20_000
+"""The page lists no more; all are in ``report.csv``."""
+
+LISTED_OF_A_CAUSE, LISTED_CAUSES = 200, 100
+"""Failures of one cause that the page lists, and causes: a share that is not mounted fails a whole archive."""
 
 EMBED_BYTES = 24 << 20
 """Upper limit to what pictures may add to the page; what does not fit is loaded from the folder."""
@@ -129,9 +136,11 @@ def report_data(
     """What the page shows, JSON-able: ``summary`` (see ``summarise``), ``slides`` by column, ``stages``, ``settings``.
 
     ``slides`` holds lists of equal length: id, status, path, tiles (a list by level), tissue_mm2, seconds, stage,
-    reason, remedy, flags, notes, pictures (bit 1: contours, bit 2: grids, are in the folder).
+    reason, remedy, flags, notes, pictures (bit 1: contours, bit 2: grids, are in the folder). Of many failures of one
+    cause, and of very many slides, only the first are among them; ``left_out`` counts the others.
     """
     labels = labels_of(outcomes)
+    everybody, outcomes = outcomes, _listed(outcomes)
     flags = outlier_flags(outcomes, labels[-1] if labels else None)
     there = _pictures_there(job_dir)
     tissue = [_figure(o.counts.get("tissue_mm2")) for o in outcomes]
@@ -164,7 +173,8 @@ def report_data(
         "levels": [
             {"label": s.label, "mpp": s.mpp, "size_px": s.size_px, "size_um": s.size_um} for s in settings.tile.specs
         ],
-        "summary": summarise(outcomes),
+        "summary": summarise(everybody),
+        "left_out": len(everybody) - len(outcomes),
         "slides": slides,
         "tiles_histogram": histogram_bars(
             [float(tiles[i][finest]) if labels else 0.0 for i in done],
@@ -174,8 +184,8 @@ def report_data(
             [float(tissue[i] or 0.0) for i in done], [any(f.endswith("tissue") for f in flags[i]) for i in done]
         ),
         "outlier_rule": OUTLIER_RULE,
-        "causes": _causes(outcomes),
-        "stages": _stage_rows(outcomes),
+        "causes": _causes(everybody),
+        "stages": _stage_rows(everybody),
         "settings": settings_rows(settings),
         "embedded": _embedded(job_dir, outcomes, there) if len(outcomes) <= embed_slides else {},
     }
@@ -211,16 +221,42 @@ def _embedded(job_dir: Path, outcomes: Sequence[SlideOutcome], there: set[str]) 
     return found
 
 
-def _causes(outcomes: Sequence[SlideOutcome]) -> list[dict[str, Any]]:
-    """Failures counted by stage and kind of error, the most frequent first, each with one slide's reason."""
-    groups: dict[tuple[str, str], list[SlideOutcome]] = {}
+def _listed(outcomes: Sequence[SlideOutcome]) -> Sequence[SlideOutcome]:
+    """What the page lists: of the failures of one cause the first, and in all no more than it can show."""
+    counts: dict[tuple[str, str, str], int] = {}
+    found: list[SlideOutcome] = []
     for outcome in outcomes:
         if outcome.status == "failed":
-            groups.setdefault((outcome.stage or "", outcome.error or ""), []).append(outcome)
-    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+            cause = cause_of(outcome)
+            counts[cause] = counts.get(cause, 0) + 1
+            if counts[cause] > LISTED_OF_A_CAUSE:
+                continue
+        if len(found) == LISTED_SLIDES:
+            break
+        found.append(outcome)
+    return found
+
+
+def _causes(outcomes: Sequence[SlideOutcome]) -> list[dict[str, Any]]:
+    """Failures counted by cause, the most frequent first, each with one slide's reason and remedy."""
+    first: dict[tuple[str, str, str], SlideOutcome] = {}
+    counts: dict[tuple[str, str, str], int] = {}
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            cause = cause_of(outcome)
+            counts[cause] = counts.get(cause, 0) + 1
+            first.setdefault(cause, outcome)
+    ordered = sorted(first.items(), key=lambda item: -counts[item[0]])[:LISTED_CAUSES]
     return [
-        {"stage": stage, "error": error, "slides": len(of), "example": of[0].slide_id, "reason": of[0].reason or ""}
-        for (stage, error), of in ordered
+        {
+            "stage": cause[0],
+            "error": cause[1],
+            "slides": counts[cause],
+            "example": of.slide_id,
+            "reason": of.reason or "",
+            "remedy": of.remedy or "",
+        }
+        for cause, of in ordered
     ]
 
 

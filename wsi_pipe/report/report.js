@@ -52,12 +52,14 @@ const stageName = stage => STAGE_NAMES[stage] || stage;
 const failed = S.id.map((_, i) => i).filter(i => S.status[i] === "failed").map(i => ({ i }));
 if (failed.length) {
   byId("failures").hidden = false;
-  byId("failures-note").textContent = `${grouped(failed.length)} ${failed.length === 1 ? "slide" : "slides"}. The others are not affected. After mending the cause, run the same command again: it does only what is missing.`;
-  if (failed.length > 10) {
+  const unlisted = N.failed - failed.length;
+  byId("failures-note").textContent = `${grouped(N.failed)} ${N.failed === 1 ? "slide" : "slides"}. ` + (unlisted > 0 ? `Of each cause the first are listed here; all stand in report.csv and failures.csv. ` : "") + `The others are not affected. After mending the cause, run the same command again: it does only what is missing.`;
+  if (N.failed > 10) {
     byId("failures-causes").hidden = false;
     pagedTable(byId("failures-causes"), { rows: DATA.causes, pageSize: 10, label: "Causes", columns: [
       { name: "Slides", value: r => r.slides, show: r => grouped(r.slides), num: true }, { name: "Stage", value: r => r.stage, cls: "keep" },
-      { name: "Kind", value: r => r.error, show: r => el("code", {}, r.error || "–") }, { name: "For example", value: r => r.example, show: r => `${r.example}: ${r.reason}`, cls: "reason" }] });
+      { name: "Kind", value: r => r.error, show: r => el("code", {}, r.error || "–") }, { name: "For example", value: r => r.example, show: r => `${r.example}: ${r.reason}`, cls: "reason" },
+      { name: "What to do", value: r => r.remedy || "–", cls: "remedy" }] });
   }
   pagedTable(byId("failures-table"), { rows: failed, pageSize: 20, label: "Failures", columns: [
     { name: "Slide", value: r => S.id[r.i], cls: "id" },
@@ -68,6 +70,7 @@ if (failed.length) {
 }
 
 /* Slides. */
+if (DATA.left_out) byId("slides-tools").before(el("p", { class: "muted" }, `${grouped(DATA.left_out)} of ${grouped(N.total)} slides are not listed here: all stand in report.csv.`));
 showSlides();
 
 /* Distributions. */

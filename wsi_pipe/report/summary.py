@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.geometry import parse_resolution
 from wsi_pipe.outcome import STAGE_TIMES, SlideOutcome
+from wsi_pipe.tables import csv_text
 
 __all__ = [
     "OUTLIER_RULE",
+    "cause_of",
     "histogram_bars",
     "labels_of",
     "level_seconds",
@@ -195,14 +196,6 @@ def summary_table(outcomes: Iterable[SlideOutcome]) -> str:
     return "\n".join(lines)
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return out.getvalue()
-
-
 def slides_csv(outcomes: Iterable[SlideOutcome]) -> str:
     """CSV of slides: slide_id, status, path, tissue_mm2, tiles_<label>, seconds_<stage>, outliers, reason, notes."""
     listed = list(outcomes)
@@ -224,7 +217,17 @@ def slides_csv(outcomes: Iterable[SlideOutcome]) -> str:
         ]
         for o, flag in zip(listed, flags, strict=True)
     ]
-    return _csv(header, rows)
+    return csv_text(header, rows)
+
+
+def cause_of(outcome: SlideOutcome) -> tuple[str, str, str]:
+    """What failures have in common: stage, kind of error, and the reason without the slide's names and numbers."""
+    reason = outcome.reason or ""
+    last = outcome.path.rstrip("/").rpartition("/")[2]
+    for name in sorted({outcome.path, last, outcome.slide_id}, key=len, reverse=True):
+        if len(name) > 2:
+            reason = reason.replace(name, "...")
+    return outcome.stage or "", outcome.error or "", re.sub(r"\d+", "#", reason)
 
 
 def _optional(values: Mapping[str, float], key: str, digits: int) -> object:

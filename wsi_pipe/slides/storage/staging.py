@@ -27,6 +27,7 @@ from typing import Any
 
 from wsi_pipe.errors import NeedsCopyError, OutputError, SlideOpenError
 from wsi_pipe.files import TEMPORARY_SUFFIX, atomic_path
+from wsi_pipe.masking import mask_secrets, same_address
 from wsi_pipe.slides.storage.in_use import (
     LOCK_SUFFIX,
     USE_SUFFIX,
@@ -175,7 +176,8 @@ class _Wait:
         if done != self._bytes:
             self._bytes, self._grew = done, now
         if now - self._begun > WAIT_TOLD_S and not self._told:
-            _log.warning("waiting for another process to copy %s (lock file %s)", self.url, self.lock_file)
+            shown = mask_secrets(self.url)
+            _log.warning("waiting for another process to copy %s (lock file %s)", shown, self.lock_file)
             self._told = True
         if now - self._grew > WAIT_LIMIT_S:
             raise SlideOpenError(
@@ -222,7 +224,8 @@ def _free(folder: Path) -> str:
 
 def _name(url: str, facts: dict[str, Any]) -> str:
     version = next((str(facts[key]) for key in _VERSION_KEYS if facts.get(key)), "")
-    digest = hashlib.sha256(f"{url}\n{facts.get('size')}\n{version}".encode()).hexdigest()[:24]
+    # Whoever signs a URL and for how long, it is the same file.
+    digest = hashlib.sha256(f"{same_address(url)}\n{facts.get('size')}\n{version}".encode()).hexdigest()[:24]
     # Readers go by the extension, and a person should recognise the file.
     last = re.sub(r"[^\w.-]+", "_", url.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1])[-80:]
     return f"{digest}-{last or 'slide'}"
