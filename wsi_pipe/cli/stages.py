@@ -69,7 +69,8 @@ def _run_until(
     about = {"started_utc": utc_now(), "slides": len(entries), "until": until}
     with hold_job(job, about) as tell, LogLines(values["log_json"]) as log:
         paths = open_job(job, settings, entries, salt=salt)
-        if values["sources"]:
+        if values["sources"] and not settings.anonymise:
+            # The names of files that were passed over name people as slides' do.
             note_passed_over(paths, passed_over)
         _tell_secrets(entries, paths)
         # Of a run that was killed: nobody else writes here now.
