@@ -10,12 +10,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
-from wsi_pipe.errors import ConfigError, SlideError, SlideOpenError, UnsupportedSlideError
+from wsi_pipe.errors import ConfigError, NotAPictureError, SlideError, SlideOpenError, UnsupportedSlideError
 from wsi_pipe.slides import READERS, open_slide
 from wsi_pipe.slides.base import RGBArray
 from wsi_pipe.slides.metadata import missing_mpp_error
@@ -262,3 +263,65 @@ def test_a_folder_of_one_dicom_series_is_a_slide(shared_slides: Path, tmp_path: 
         assert slide.pyramid.levels == same.pyramid.levels
     with closing(open_slide(folder, reader="openslide")) as slow:
         assert slow.pyramid.size_l0 == same.pyramid.size_l0
+
+
+def test_a_refusal_for_what_a_file_means_is_final(svs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, mpp: object) -> None:
+        raise NotAPictureError(f"{path}: seven channels", remedy="export one")
+
+    def unexpected(path: Path, mpp: object) -> None:
+        raise AssertionError("what is no picture was offered to another reader")
+
+    monkeypatch.setattr("wsi_pipe.slides.tiff.reader.open_tiff", refuse)
+    monkeypatch.setattr("wsi_pipe.slides.openslide.open_openslide", unexpected)
+    monkeypatch.setattr("wsi_pipe.slides.plain.reader.open_image", unexpected)
+    with pytest.raises(NotAPictureError, match=r"slide\.svs: seven channels; export one"):
+        open_slide(svs)
+
+
+def test_a_known_reason_is_not_replaced_by_damage(svs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decline(path: Path, mpp: object) -> None:
+        raise UnsupportedSlideError(f"{path}: several focal planes are not read", remedy="export one")
+
+    def fail(path: Path, mpp: object, reason: str) -> None:
+        raise SlideOpenError(f"{path}: OpenSlide: value 2 != 1", remedy="the file is damaged: copy it again")
+
+    monkeypatch.setattr("wsi_pipe.slides.tiff.reader.open_tiff", decline)
+    monkeypatch.setattr("wsi_pipe.slides.openslide.open_openslide", fail)
+    monkeypatch.setattr("wsi_pipe.slides.plain.reader.open_image", decline)
+    with pytest.raises(UnsupportedSlideError, match=r"focal planes are not read.*value 2 != 1.*; export one") as caught:
+        open_slide(svs)
+    assert "damaged" not in str(caught.value)
+
+
+def test_damage_is_said_where_no_reader_knew_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.mrxs"
+    path.write_bytes(bytes(range(256)))
+
+    def fail(path: Path, mpp: object, reason: str) -> None:
+        raise SlideOpenError(f"{path}: OpenSlide: no Slidedat.ini", remedy="the file is damaged: copy it again")
+
+    monkeypatch.setattr("wsi_pipe.slides.openslide.open_openslide", fail)
+    with pytest.raises(SlideOpenError, match=r"no Slidedat\.ini; the file is damaged"):
+        open_slide(path)
+
+
+@pytest.mark.parametrize("mpp", [0.049, 20.1, (0.25, 30.0)])
+def test_a_given_resolution_out_of_bounds_is_an_error(svs: Path, mpp: float | tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match=r"outside 0\.05 to 20 um"):
+        open_slide(svs, mpp=mpp)
+
+
+@pytest.mark.parametrize("options", [{"scene": -1}, {"z": -2}, {"z": 0.5}, {"scene": True}])
+def test_a_scene_or_plane_is_a_number_from_0(svs: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is not a whole number from 0"):
+        open_slide(svs, **options)
+
+
+def test_scene_and_plane_are_in_the_fingerprint_where_they_are_given(svs: Path) -> None:
+    prints = []
+    for options in ({}, {"scene": 0}, {"z": 0}, {"scene": 0, "z": 0}):
+        with closing(open_slide(svs, **options)) as slide:
+            prints.append(slide.info.fingerprint)
+            assert (slide.info.scene, slide.info.z) == (options.get("scene"), options.get("z"))
+    assert len(set(prints)) == 4

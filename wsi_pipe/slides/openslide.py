@@ -33,6 +33,9 @@ from wsi_pipe.slides.tiff.picture import Chosen
 
 __all__ = ["OpenSlideSlide", "flatten", "open_openslide"]
 
+ASKED = "asked for"
+"""The reason of a reader that was named."""
+
 BLOCK_PX = 1024
 """Aimed-at side of a block: large enough that few native tiles are decoded for two blocks, small enough to be 3 MiB."""
 
@@ -46,7 +49,7 @@ def open_openslide(
     mpp: float | FloatPair | None = None,
     scene: int | None = None,
     z: int | None = None,
-    reason: str = "asked for",
+    reason: str = ASKED,
 ) -> OpenSlideSlide:
     """Open a slide with OpenSlide.
 
@@ -73,7 +76,7 @@ class OpenSlideSlide(BaseSlide):
         path: str | Path,
         *,
         mpp: float | FloatPair | None = None,
-        reason: str = "asked for",
+        reason: str = ASKED,
         meaning: Meaning | None = None,
     ) -> None:
         super().__init__()
@@ -84,7 +87,8 @@ class OpenSlideSlide(BaseSlide):
             with self._handles.use() as handle:
                 self._describe(handle, given, reason, meaning)
             if meaning is not None and meaning.chosen is not None:
-                self._check_levels(meaning.chosen)
+                # Asked for by name it may do with fewer levels; else a reader that finds them goes before it.
+                self._check_levels(meaning.chosen, complete=reason != ASKED)
         except api.OpenSlideError as error:
             self.close()
             raise SlideOpenError(f"{path}: OpenSlide: {error}", remedy="the file is damaged: copy it again") from error
@@ -96,8 +100,10 @@ class OpenSlideSlide(BaseSlide):
         properties = _properties(handle)
         sizes: list[IntPair] = [(int(w), int(h)) for w, h in handle.level_dimensions]
         stated, source = _mpp(properties)
-        if stated is None and meaning is not None and meaning.chosen is not None:
-            stated, source = meaning.chosen.mpp, meaning.chosen.mpp_source
+        chosen = None if meaning is None else meaning.chosen
+        # OpenSlide knows the vendor's field of Aperio, and of others no more than the tags.
+        if chosen is not None and (stated is None or chosen.mpp_source in ("description.MPP", "ome.PhysicalSize")):
+            stated, source = chosen.mpp, chosen.mpp_source
         self._downsamples = tuple(float(d) for d in handle.level_downsamples)
         self.pyramid = Pyramid.from_sizes(sizes, stated if given is None else given)
         self.planes = tuple(
@@ -119,8 +125,11 @@ class OpenSlideSlide(BaseSlide):
             notes=() if meaning is None else meaning.notes,
         )
 
-    def _check_levels(self, chosen: Chosen) -> None:
-        """Raise UnsupportedSlideError where OpenSlide takes another picture of the file for the slide or a level."""
+    def _check_levels(self, chosen: Chosen, *, complete: bool) -> None:
+        """Raise UnsupportedSlideError where OpenSlide takes another picture of the file for the slide or a level.
+
+        complete: also where it does not show all that may be a level.
+        """
         sizes = [level.size_px for level in self.pyramid.levels]
         if sizes[0] != chosen.main.size_px:
             raise UnsupportedSlideError(
@@ -128,8 +137,8 @@ class OpenSlideSlide(BaseSlide):
                 f"largest, of {chosen.main.size_px[0]} x {chosen.main.size_px[1]} px"
             )
         known = {level.frame.size_px: level for level in chosen.candidates}
-        if any(level.candidate.scan and size not in sizes for size, level in known.items()):
-            raise UnsupportedSlideError(f"{self._path}: OpenSlide does not tell scans from levels without a mark")
+        if complete and not known.keys() <= set(sizes):
+            raise UnsupportedSlideError(f"{self._path}: OpenSlide does not show all images that may be levels")
         images = [_LevelImage(self, level) for level in range(len(sizes))]
         aperio = self.info.vendor == "aperio"
         for finer, coarser in itertools.pairwise(images):

@@ -13,7 +13,7 @@ import simplejpeg
 import tifffile
 from numpy.typing import NDArray
 
-from wsi_pipe.errors import UnsupportedSlideError
+from wsi_pipe.errors import NotAPictureError, UnsupportedSlideError
 from wsi_pipe.slides.tiff.reader import open_tiff
 
 Picture = NDArray[np.uint8]
@@ -167,13 +167,26 @@ def test_a_file_beyond_4_gib(tmp_path: Path, picture: Picture) -> None:
         assert file.pages[0].dataoffsets[0] > 5 << 30
 
 
-def test_only_the_focal_plane_zero_is_a_level(tmp_path: Path, picture: Picture) -> None:
-    stream, starts, _ = jpeg_with_restarts(picture, 63)
-    near = {**page(picture, stream, starts), 65424: (SLONG, [500])}
-    sharp = {**page(picture, stream, starts), 65424: (SLONG, [0])}
-    path = write_ndpi(tmp_path / "slide.ndpi", [sharp, near], [stream, stream])
+@pytest.mark.parametrize(
+    ("offsets", "default"), [([0, 500], 0), ([0, -700], 0), ([-500, 0, 500], 0), ([500, 1000, 0, 1500, 2000], 1000)]
+)
+def test_focal_planes_are_told_and_chosen(tmp_path: Path, picture: Picture, offsets: list[int], default: int) -> None:
+    pictures = {offset: np.roll(picture, offset // 100, axis=0) for offset in offsets}
+    streams = {offset: jpeg_with_restarts(pixels, 63) for offset, pixels in pictures.items()}
+    pages = [{**page(picture, *streams[offset][:2]), 65424: (SLONG, [offset])} for offset in offsets]
+    path = write_ndpi(tmp_path / "slide.ndpi", pages, [streams[offset][0] for offset in offsets])
     with open_tiff(path) as slide:
         assert len(slide.pyramid.levels) == 1
+        assert f"of {len(offsets)}" in slide.info.notes[0]
+        assert slide.info.notes[0].endswith(
+            f"the middle one, as none was asked for (--z); its focus offset is {default}"
+        )
+        assert np.abs(slide.read_region(0, 0, 0, 500, 430).astype(int) - pictures[default]).mean() < 3
+    for z, offset in enumerate(sorted(offsets)):
+        with open_tiff(path, z=z) as slide:
+            assert np.abs(slide.read_region(0, 0, 0, 500, 430).astype(int) - pictures[offset]).mean() < 3
+    with pytest.raises(NotAPictureError, match=f"has {len(offsets)} focal planes"):
+        open_tiff(path, z=len(offsets))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import tifffile
 from numpy.typing import NDArray
 
 from wsi_pipe.config import JobSettings, SegmentSettings
-from wsi_pipe.errors import UnsupportedSlideError
+from wsi_pipe.errors import NotAPictureError, UnsupportedSlideError
 from wsi_pipe.job import open_job
 from wsi_pipe.job.run import process
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.overview import read_overview
+from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.array import ArraySlide
 from wsi_pipe.slides.tiff.image import TiffImage
 from wsi_pipe.slides.tiff.reader import open_tiff
@@ -206,3 +208,45 @@ def test_a_picture_that_leaves_the_canvas_is_declined(tmp_path: Path, picture: P
     path = build(tmp_path / "slide.scn", picture, (700 * NM_PER_PX, 0))
     with pytest.raises(UnsupportedSlideError, match="within the collection"):
         open_tiff(path)
+
+
+def test_scans_are_chosen_and_other_light_is_said(tmp_path: Path, picture: Picture) -> None:
+    first = image_xml((500, 400), (0, 25000), [(1, 500, 400)], "brightfield")
+    second = image_xml((500, 400), (25000, 125000), [(2, 500, 400)], "brightfield")
+    dark = image_xml((500, 400), (75000, 25000), [(3, 500, 400)], "fluorescence")
+    path = tmp_path / "slide.scn"
+    collection(path, [picture, picture[::-1], 255 - picture], first + second + dark)
+    with pytest.raises(NotAPictureError, match=r"holds 2 brightfield main images.*choose one with --scene 0 to 1"):
+        open_slide(path)
+    for scene, right, corner in ((0, picture, (0, 100)), (1, picture[::-1], (100, 500))):
+        with closing(open_slide(path, scene=scene)) as slide:
+            assert slide.info.bounds_l0 == (*corner, 500, 400)
+            assert np.array_equal(slide.read_region(0, *corner, 500, 400), right)
+            assert slide.info.notes == ("a picture of 500 x 400 px is left out: it is taken by fluorescence",)
+
+
+def test_focal_planes(tmp_path: Path, picture: Picture) -> None:
+    main = image_xml((500, 400), (0, 25000), [(1, 500, 400), (2, 500, 400), (3, 500, 400)], "brightfield")
+    for z in range(3):
+        main = main.replace(f'r="{z}" ifd="{z + 1}"', f'r="0" z="{z}" ifd="{z + 1}"')
+    path = tmp_path / "slide.scn"
+    collection(path, [255 - picture, picture, picture[::-1]], main)
+    with closing(open_slide(path)) as slide:
+        assert np.array_equal(slide.read_region(0, 0, 100, 500, 400), picture)
+        assert slide.info.notes[0].startswith("focal plane 1 of 3")
+    with closing(open_slide(path, z=2)) as slide:
+        assert np.array_equal(slide.read_region(0, 0, 100, 500, 400), picture[::-1])
+
+
+def collection(path: Path, pages: list[Picture], images: str) -> None:
+    macro = image_xml(CANVAS_PX, (0, 0), [(0, 90, 100)], "brightfield")
+    xml = (
+        f'<?xml version="1.0"?><scn xmlns="{SCN_NAMESPACE}"><collection sizeX="{CANVAS_PX[0] * NM_PER_PX}" '
+        f'sizeY="{CANVAS_PX[1] * NM_PER_PX}"><barcode>x</barcode>{macro}{images}</collection></scn>'
+    )
+    options: dict[str, Any] = {"tile": (128, 128), "photometric": "rgb", "compression": "zlib", "metadata": None}
+    options |= {"resolutionunit": "CENTIMETER", "resolution": (40000, 40000)}
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        file.write(pages[0][:100, :90], description=xml, **options)
+        for page in pages:
+            file.write(np.ascontiguousarray(page), **options)

@@ -353,15 +353,16 @@ def test_philips_levels_end_where_the_description_says(tmp_path: Path, picture: 
         assert slide.associated_images()["macro"].shape == (64, 96, 3)
 
 
-def test_a_philips_level_that_is_described_larger_than_it_is_stored_is_declined(
+def test_a_philips_level_that_is_described_larger_than_it_is_stored_is_left_out(
     tmp_path: Path, picture: Picture
 ) -> None:
     # The description says that the level is half the size of level 0; it is a quarter.
     quarter = cv2.resize(np.pad(picture, ((0, 238), (0, 68), (0, 0))), (192, 192)).astype(np.uint8)
     spacing = (0.00025, 0.00025)
     path = philips_file(tmp_path / "slide.tiff", picture, quarter, [spacing, (2 * spacing[0], 2 * spacing[1])])
-    with pytest.raises(UnsupportedSlideError, match="384 x 384 px are described, 256 x 256 px are stored"):
-        open_tiff(path)
+    with open_tiff(path) as slide:
+        assert len(slide.pyramid.levels) == 1
+        assert "256 x 256 px is left out as a level: it states 1/2 of the slide" in slide.info.notes[0]
 
 
 def test_philips_without_a_spacing_for_each_level_is_declined(tmp_path: Path, picture: Picture, half: Picture) -> None:
@@ -463,21 +464,16 @@ def test_numbers_in_descriptions(text: str, value: float | None) -> None:
     assert positive(text) == value
 
 
-def test_levels_of_another_shape_are_declined(tmp_path: Path, picture: Picture) -> None:
+def test_levels_of_another_shape_are_left_out(tmp_path: Path, picture: Picture) -> None:
     path = tmp_path / "slide.tif"
     with tifffile.TiffWriter(path) as file:
         file.write(picture, tile=(128, 128), metadata=None)
         file.write(picture[:200, :300], tile=(128, 128), subfiletype=1, metadata=None)
-    with pytest.raises(UnsupportedSlideError, match="another shape"):
-        open_tiff(path)
-
-
-def test_ome_with_channels_in_separate_images_is_declined(tmp_path: Path, picture: Picture) -> None:
-    path = tmp_path / "slide.ome.tif"
-    channels = np.moveaxis(picture, 2, 0)
-    tifffile.imwrite(path, channels, tile=(128, 128), photometric="minisblack", metadata={"axes": "CYX"})
-    with pytest.raises(UnsupportedSlideError, match=r"image 0|states"):
-        open_tiff(path)
+    with open_tiff(path) as slide:
+        assert len(slide.pyramid.levels) == 1
+        assert slide.info.notes == (
+            "image 1 of 300 x 200 px is left out as a level: it is of another shape than the slide",
+        )
 
 
 def test_a_jpeg_of_another_size_than_its_tile_is_declined(tmp_path: Path, picture: Picture) -> None:

@@ -22,11 +22,18 @@ CELL_PX, WINDOW_CELLS = 8, 4
 PLACES = ((0.5, 0.5), (0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))
 """Where windows are looked for, as fractions of the image."""
 
+SEARCH_PX = 1024
+"""Side of the part of an image that is searched for a window."""
+
 MAX_WINDOW_PX = 4096
 """Side of a window of the larger image; a factor that would need more is compared over fewer cells."""
 
-ALIKE, FAR = 10.0, 25.0
-"""Mean difference of cells, in grey values: up to ALIKE from filters and compression alone, above FAR another image."""
+ALIKE, FAR = 8.0, 20.0
+"""Mean difference of cells, in grey values: right levels have up to 3 by filters and compression; above FAR it is
+another picture whatever its pattern."""
+
+HUE = 4.0
+"""Mean difference of red and blue above green, in grey values: right levels have up to 1.5."""
 
 STRUCTURE = 6.0
 """Standard deviation of cells, in grey values, from which their pattern says something."""
@@ -46,7 +53,7 @@ def is_alike(finer: NativeImage, coarser: NativeImage, factor: FloatPair) -> boo
     while side > CELL_PX and side * max(factor) > MAX_WINDOW_PX:
         side -= CELL_PX
     size = (min(side, coarser.size_px[0]), min(side, coarser.size_px[1]))
-    differences, pairs = [], []
+    differences, hues, pairs = [], [], []
     for corner in dict.fromkeys(_window(coarser, place, size) for place in PLACES):
         small = _read(coarser, corner, size)
         at = (round(corner[0] * factor[0]), round(corner[1] * factor[1]))
@@ -54,12 +61,15 @@ def is_alike(finer: NativeImage, coarser: NativeImage, factor: FloatPair) -> boo
         rows, columns = max(size[1] // CELL_PX, 1), max(size[0] // CELL_PX, 1)
         a, b = _cells(small, rows, columns), _cells(large, rows, columns)
         differences.append(float(np.abs(a - b).mean()))
+        hues.append(float(np.abs((a - a[..., 1:2]) - (b - b[..., 1:2])).mean()))
         pairs.append((a.mean(2).ravel(), b.mean(2).ravel()))
     difference = float(np.mean(differences))
     one, other = (np.concatenate(values) for values in zip(*pairs, strict=True))
     pattern = max(float(one.std()), float(other.std())) > STRUCTURE
     same = _correlation(one, other)
     if pattern and same < OTHER_PATTERN:
+        return False
+    if float(np.mean(hues)) > HUE:
         return False
     return difference <= ALIKE or (difference <= FAR and pattern and same >= SAME_PATTERN)
 
@@ -97,11 +107,11 @@ def _window(image: NativeImage, place: FloatPair, size: IntPair) -> IntPair:
     cell = (int(place[0] * (width - 1)) // block_w, int(place[1] * (height - 1)) // block_h)
     x0, y0 = cell[0] * block_w, cell[1] * block_h
     span = (min(block_w, width - x0), min(block_h, height - y0))
-    # Of a long strip or one large block, the part around the place.
-    limit = 1024
-    x0 += min(max(int(place[0] * width) - x0 - limit // 2, 0), max(span[0] - limit, 0))
-    y0 += min(max(int(place[1] * height) - y0 - limit // 2, 0), max(span[1] - limit, 0))
-    span = (min(span[0], limit), min(span[1], limit))
+    # Of a long strip, one large block or a small image, the part around the place.
+    wide, high = (max(min(SEARCH_PX, side // 2), part) for side, part in zip(image.size_px, size, strict=True))
+    x0 += min(max(int(place[0] * width) - x0 - wide // 2, 0), max(span[0] - wide, 0))
+    y0 += min(max(int(place[1] * height) - y0 - high // 2, 0), max(span[1] - high, 0))
+    span = (min(span[0], wide), min(span[1], high))
     grey = _read(image, (x0, y0), span).mean(2)
     best, corner = -1.0, (x0, y0)
     for top in range(0, max(span[1] - size[1], 0) + 1, size[1]):

@@ -239,7 +239,9 @@ def ndpi_focus(name: str, directories: Sequence[Directory], scene: int | None, z
     if len(offsets) < 2:
         only_plane(name, z)
         return (offsets[0] if offsets else 0.0), ""
-    number, note = pick_plane(name, len(offsets), z)
+    # Of the two in the middle of an even number, the one nearer to where the scanner focused.
+    middle = min(((len(offsets) - 1) // 2, len(offsets) // 2), key=lambda i: abs(offsets[i]))
+    number, note = pick_plane(name, len(offsets), z, middle)
     return offsets[number], f"{note}; its focus offset is {offsets[number]:g}"
 
 

@@ -93,11 +93,14 @@ def middle(planes: int) -> int:
     return planes // 2
 
 
-def pick_plane(name: str, planes: int, z: int | None) -> tuple[int, str]:
-    """Which of several focal planes, and the note that says so. Raises NotAPictureError where it is not there."""
+def pick_plane(name: str, planes: int, z: int | None, default: int | None = None) -> tuple[int, str]:
+    """Which of several focal planes, and the note that says so; ``default`` stands for the middle one.
+
+    Raises NotAPictureError where it is not there.
+    """
     if z is not None and z >= planes:
         raise NotAPictureError(f"{name}: has {planes} focal planes, --z {z} is not among them", remedy="count from 0")
-    number = middle(planes) if z is None else z
+    number = z if z is not None else middle(planes) if default is None else default
     how = "the middle one, as none was asked for (--z)" if z is None else "as asked for"
     return number, f"focal plane {number} of {planes} (0 to {planes - 1}), {how}"
 
