@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,30 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
-from click.testing import CliRunner, Result
 
 from tests.slides.tiff.test_meaning import OTHER, RGB, TILED, write
 from wsi_pipe.bag import read_attrs
-from wsi_pipe.cli import main
+from wsi_pipe.cli import group, run_group
 
 
-def call(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
+@dataclass(frozen=True)
+class Said:
+    exit_code: int
+    output: str
+    stderr: str
+
+
+Call = Callable[..., Said]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    def run(*words: object) -> Said:
+        code = run_group(group, "wsi-pipe", [str(word) for word in words])
+        said = capsys.readouterr()
+        return Said(code, said.out, said.err)
+
+    return run
 
 
 @pytest.fixture
@@ -35,7 +52,7 @@ def features(job: Path, slide_id: str) -> Any:
         return np.asarray(file["features"])
 
 
-def test_a_plane_of_a_list_and_of_an_option(tmp_path: Path, stack: Path) -> None:
+def test_a_plane_of_a_list_and_of_an_option(tmp_path: Path, stack: Path, call: Call) -> None:
     table = tmp_path / "slides.csv"
     table.write_text(f"slide,slide_id,z\n{stack},middle,\n{stack},first,0\n")
     common = ("-r", "20x", "--tile-px", 64, "--min-tissue", 0.05)
@@ -57,10 +74,10 @@ def test_a_plane_of_a_list_and_of_an_option(tmp_path: Path, stack: Path) -> None
         assert np.array_equal(features(tmp_path / f"job{z}", "stack"), features(tmp_path / "job", name))
     # A second run of the job finds all of it, without the option.
     again = call("run", "-o", tmp_path / "job0", "--json")
-    assert [set(o["cached"]) >= {"segment", "tile"} for o in json.loads(again.stdout)["outcomes"]] == [True]
+    assert [set(o["cached"]) >= {"segment", "tile"} for o in json.loads(again.output)["outcomes"]] == [True]
 
 
-def test_info_and_plan_take_the_options(tmp_path: Path, stack: Path) -> None:
+def test_info_and_plan_take_the_options(tmp_path: Path, stack: Path, call: Call) -> None:
     said = call("info", stack).output
     assert "stack: focal plane 1 of 3 (0 to 2), the middle one, as none was asked for (--z)" in said
     assert call("info", stack, "--z", 3).exit_code == 1
@@ -75,7 +92,7 @@ def test_info_and_plan_take_the_options(tmp_path: Path, stack: Path) -> None:
     assert call("plan", scans, "--scene", 1, "--metadata", facts, "-r", "5x").exit_code == 0
 
 
-def test_an_option_out_of_bounds_stops_at_once(stack: Path) -> None:
+def test_an_option_out_of_bounds_stops_at_once(stack: Path, call: Call) -> None:
     for value in ("0.01", "0.5x30"):
         done = call("info", stack, "--slide-mpp", value)
         assert done.exit_code == 2
