@@ -9,6 +9,7 @@ blurs by interpolation. Such a level is left out of ``planes`` where that would 
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +20,7 @@ import numpy as np
 import openslide as api
 from numpy.typing import NDArray
 
-from wsi_pipe.errors import SlideOpenError, SlideReadError, UnsupportedSlideError
+from wsi_pipe.errors import NotAPictureError, SlideOpenError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 from wsi_pipe.slides.base import WHITE, BaseSlide, Plane, ReadStats, RGBArray, SlideInfo
 from wsi_pipe.slides.metadata import plausible_mpp
@@ -98,6 +99,7 @@ class OpenSlideSlide(BaseSlide):
 
     def _describe(self, handle: Any, given: FloatPair | None, reason: str, meaning: Meaning | None) -> None:
         properties = _properties(handle)
+        _refuse_fluorescence(self._path, properties)
         sizes: list[IntPair] = [(int(w), int(h)) for w, h in handle.level_dimensions]
         stated, source = _mpp(properties)
         chosen = None if meaning is None else meaning.chosen
@@ -122,7 +124,7 @@ class OpenSlideSlide(BaseSlide):
             icc=_icc(handle),
             bounds_l0=_bounds(properties, sizes[0]),
             properties=properties,
-            notes=() if meaning is None else meaning.notes,
+            notes=(*(() if meaning is None else meaning.notes), *_focus_notes(properties)),
         )
 
     def _check_levels(self, chosen: Chosen, *, complete: bool) -> None:
@@ -337,6 +339,31 @@ def _properties(handle: Any) -> dict[str, str]:
         with suppress(KeyError, UnicodeError):
             found[str(name)] = str(handle.properties[name])
     return found
+
+
+_LIGHT_FIELD = re.compile(r"(?:slide_?type|illumination\w*|scan_?mode|contrast\w*|light_?source)$", re.IGNORECASE)
+
+
+def _refuse_fluorescence(path: str, properties: Mapping[str, str]) -> None:
+    """Raise NotAPictureError where a field made for it says that the scan is one of fluorescence (MIRAX and others)."""
+    for key, value in properties.items():
+        if _LIGHT_FIELD.search(key) and "fluoresc" in value.lower():
+            raise NotAPictureError(
+                f"{path}: a fluorescence scan, as it says ({key} = {value[:80]}), not a brightfield picture",
+                remedy="give a brightfield slide",
+            )
+
+
+def _focus_notes(properties: Mapping[str, str]) -> tuple[str, ...]:
+    """A note where a MIRAX slide holds several focal planes, of which OpenSlide shows one."""
+    names = {
+        key: value for key, value in properties.items() if re.fullmatch(r"mirax\.HIERARCHICAL\.HIER_\d+_NAME", key)
+    }
+    for key, value in names.items():
+        count = properties.get(key.replace("_NAME", "_COUNT"), "")
+        if "focus" in value.lower() and count.isdigit() and int(count) > 1:
+            return (f"the slide holds {count} focal planes, of which OpenSlide shows one",)
+    return ()
 
 
 def _mpp(properties: Mapping[str, str]) -> tuple[FloatPair | None, str]:

@@ -14,7 +14,7 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
-from wsi_pipe.errors import SlideError, SlideReadError, UnsupportedSlideError
+from wsi_pipe.errors import NotAPictureError, SlideError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.base import RGBArray
 from wsi_pipe.slides.plain import image as image_module
@@ -327,3 +327,19 @@ def test_a_damaged_strip_is_an_error_and_the_others_are_not(tmp_path: Path, rgb:
         assert np.array_equal(slide.read_region(0, 0, 0, 700, 1500), tall[:1500])
         with pytest.raises(SlideReadError, match=r"a\.tif: level 0, tile column 0, row 3: segment 3"):
             slide.read_region(0, 0, 1500, 700, 10)
+
+
+def test_what_is_known_of_a_plain_image_is_not_called_damaged(tmp_path: Path) -> None:
+    import PIL.Image
+
+    rng = np.random.default_rng(8)
+    deep = rng.integers(0, 4096, (64, 80, 3), np.uint16)
+    (tmp_path / "deep.jp2").write_bytes(imagecodecs.jpeg2k_encode(deep, bitspersample=12, level=0))
+    frames = [PIL.Image.fromarray(rng.integers(0, 256, (64, 80, 3), np.uint8)) for _ in range(3)]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
+    frames[0].convert("CMYK").save(tmp_path / "inks.jpg")
+    words = {"deep.jp2": "other than 8-bit unsigned", "moving.webp": "3 pictures", "inks.jpg": "cmyk"}
+    for name, part in words.items():
+        with pytest.raises(NotAPictureError, match=part) as caught:
+            open_slide(tmp_path / name)
+        assert "damaged" not in str(caught.value)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from wsi_pipe.errors import SlideError, SlideOpenError, SlideReadError, UnsupportedSlideError
+from wsi_pipe.errors import NotAPictureError, SlideError, SlideOpenError, SlideReadError, UnsupportedSlideError
 from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.base import ReadStats, RGBArray, SlideInfo
 from wsi_pipe.slides.codecs.decode import CodecError
@@ -102,9 +102,14 @@ class VipsImage:
             self.icc = bytes(image.get("icc-profile-data"))
         self.size_px: IntPair = (image.width, image.height)
         if image.format not in ("uchar", "ushort") or image.interpretation not in _VIPS_COLOURS:
-            raise UnsupportedSlideError(
+            raise NotAPictureError(
                 f"{path}: {image.bands} bands of {image.format} in {image.interpretation} are not grey or RGB",
                 remedy="convert it to 8-bit RGB",
+            )
+        pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
+        if pages > 1:
+            raise NotAPictureError(
+                f"{path}: an animation of {pages} pictures, not one", remedy="export the one that is meant"
             )
         check_whole(path, self.size_px, image.bands)
         # Both exact: 16-bit PNG has white at 65,535, and 65,535 / 257 is 255.
@@ -143,6 +148,10 @@ def _jpeg2000(source: FileSource) -> WholeImage:
     try:
         size_px = read_jpeg2000_head(codestream_of(data)).size_px
     except CodecError as error:
+        if "not supported" in str(error):
+            # Sound, but of twelve bits, five components and so on.
+            kind = NotAPictureError if "samples" in str(error) or "components" in str(error) else UnsupportedSlideError
+            raise kind(f"{source.name}: {error}", remedy="convert it to 8-bit RGB") from error
         raise SlideOpenError(
             f"{source.name}: the JPEG 2000 image cannot be opened: {error}", remedy="the file is damaged: copy it again"
         ) from error

@@ -56,7 +56,7 @@ def choose_pages(
         chosen, planes = same[number], slices
         notes.append(note)
     else:
-        if len(scans) > 1 and all(page.size_px == largest.size_px for page in scans):
+        if len(same) > 1:
             _refuse_channels(name, same)
         offered = (
             scans

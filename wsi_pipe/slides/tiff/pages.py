@@ -40,7 +40,7 @@ _MPP = re.compile(r"(?:^|[|;,\s])\s*MPP\s*[=:]\s*([0-9.,eE+-]+?)\s*(?:[|;\s]|,\s
 @dataclass(frozen=True)
 class Page:
     """One image of the file. size_px: (width, height). reduced: marked as a smaller version of another. name: "label",
-    "macro", "thumbnail" where it is marked or named as one, else None."""
+    "macro", "thumbnail" or "mask" where it is marked or named as one, else None."""
 
     directory: Directory
     size_px: IntPair
@@ -80,9 +80,9 @@ def _page(directory: Directory) -> Page | None:
     if min(size) < 1:
         return None
     name = image_name(directory)
-    if name is None and subfile & 8:
-        # Aperio's mark for the picture of the whole glass.
-        name = "macro"
+    if name is None and subfile & 12:
+        # Aperio's mark for the picture of the whole glass, and TIFF's for a mask of transparency.
+        name = "macro" if subfile & 8 else "mask"
     return Page(directory, size, bool(subfile & 1), name, TILE_WIDTH in directory)
 
 

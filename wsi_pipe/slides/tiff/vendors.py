@@ -106,7 +106,6 @@ def _plain(source: Source, chosen: Chosen) -> TiffLayout:
         (level.candidate, partial(load, level.frame))
         for level in chosen.candidates
         if len(level.frame.directories) == len(chosen.main.directories)
-        and (level.frame.tiled or level.candidate.marked)
         and colour_samples(level.frame.first) == colour_samples(chosen.main.first)
     ]
     images, notes = with_levels(name, main, candidates)
