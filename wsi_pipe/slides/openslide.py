@@ -90,6 +90,8 @@ class OpenSlideSlide(BaseSlide):
             if meaning is not None and meaning.chosen is not None:
                 # Asked for by name it may do with fewer levels; else a reader that finds them goes before it.
                 self._check_levels(meaning.chosen, complete=reason != ASKED)
+                # What was looked at on opening is nobody's reading, as with the tiles that other readers probe.
+                self.stats = ReadStats()
         except api.OpenSlideError as error:
             self.close()
             raise SlideOpenError(f"{path}: OpenSlide: {error}", remedy="the file is damaged: copy it again") from error
