@@ -30,10 +30,11 @@ class ModelCard:
     """What a model file says beside its weights.
 
     model: the architecture. classes: names in the order of the logits. encoder, weights_sha256: of the features that it
-    was trained on. level, mpp, tile_px: of their tiles; empty or None where the bags stated nothing. temperature: that
-    logits are divided by before the softmax. training: the settings; metrics: figures, NaN allowed; fold: which one.
-    features_sha256: content hash of the training store. teacher: name and hash of a student's teacher, for the record
-    only, since predicting needs no teacher.
+    was trained on. weights: "random" where those features were made with random weights, so that nothing the model says
+    means anything, else "". level, mpp, tile_px: of their tiles; empty or None where the bags stated nothing.
+    temperature: that logits are divided by before the softmax. training: the settings; metrics: figures, NaN allowed;
+    fold: which one. features_sha256: content hash of the training store. teacher: name and hash of a student's teacher,
+    for the record only, since predicting needs no teacher.
     """
 
     model: ModelSettings
@@ -51,6 +52,7 @@ class ModelCard:
     teacher: Mapping[str, str] = field(default_factory=dict)
     lrmil_version: str = ""
     created_utc: str = ""
+    weights: str = ""
 
     def __post_init__(self) -> None:
         if len(self.classes) != self.model.classes:

@@ -10,7 +10,8 @@
         │   └── LeakageError                 one case stands in two parts of a fold
         ├── FiguresError (ValueError)        labels, probabilities and cases that do not belong together
         ├── StoreError (ValueError)          a feature store that is broken or cannot be made
-        │   └── BagMismatchError             bags of different encoders, weights, resolutions or dimensions
+        │   ├── BagMismatchError             bags of different encoders, weights, resolutions or dimensions
+        │   └── RandomFeaturesError          features of random weights, which are for tests alone
         ├── ModelFileError (ValueError)      a model file that is missing, truncated or of another kind
         │   └── ModelMismatchError           a bag or store that the model was not trained for
         └── TrainingError (RuntimeError)
@@ -33,6 +34,7 @@ __all__ = [
     "LrmilError",
     "ModelFileError",
     "ModelMismatchError",
+    "RandomFeaturesError",
     "ResumeError",
     "SettingsError",
     "SplitError",
@@ -71,6 +73,10 @@ class StoreError(LrmilError, ValueError):
 
 class BagMismatchError(StoreError):
     """Bags of different encoders, weights, resolutions or feature dimensions are mixed."""
+
+
+class RandomFeaturesError(StoreError):
+    """Features that were made with random weights, which are for tests alone."""
 
 
 class ModelFileError(LrmilError, ValueError):

@@ -12,6 +12,7 @@ from typing import Any
 from lrmil.config import LossSettings, TrainSettings
 from lrmil.distill import DistillSettings
 from wsi_pipe.config import ExtractSettings, JobSettings, TileSettings, from_mapping, load_toml, to_mapping
+from wsi_pipe.encoders.random_id import RANDOM_SUFFIX
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.geometry import level_label
 from wsi_pipe.synthetic import SIGNALS
@@ -95,6 +96,11 @@ class ExperimentSettings:
         """Label of the LR level."""
         return level_label(self.lr_mpp)
 
+    @property
+    def teacher_features(self) -> str:
+        """What the teacher's features are called in bags."""
+        return f"{self.teacher}{RANDOM_SUFFIX}" if self.random_teacher else self.teacher
+
     def job(self, lr_encoders: tuple[str, ...] = ()) -> JobSettings:
         """Settings of the wsi-pipe job: the teacher at both levels, and LR encoders at theirs."""
         encoders = {self.hr: (self.teacher,), self.lr: (self.teacher, *lr_encoders)}
@@ -117,6 +123,11 @@ def load_experiment(preset: Path, changes: Sequence[str] = ()) -> ExperimentSett
     and naming the changes when they have no "=", or when a key, a type or a value is wrong.
     """
     values = to_mapping(load_toml(ExperimentSettings, preset))
+    if values.pop("random_teacher", False):
+        raise ConfigError(
+            f"{preset}: random_teacher is no setting of a preset: figures of random weights look like any others",
+            remedy="say it in the call: --set random_teacher=true",
+        )
     for change in changes:
         key, equals, text = change.partition("=")
         parts = [part.strip() for part in key.split(".")]

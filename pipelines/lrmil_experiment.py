@@ -77,8 +77,8 @@ class Experiment:
         synthetic = self.slides is None
         self.prepare_slides()
         self.extract(())
-        cohort = self.cohort(self.settings.teacher, self.settings.lr, "lr")
-        hr_cohort = self.cohort(self.settings.teacher, self.settings.hr, "hr", parents=True)
+        cohort = self.cohort(self.settings.teacher_features, self.settings.lr, "lr")
+        hr_cohort = self.cohort(self.settings.teacher_features, self.settings.hr, "hr", parents=True)
         splits = self.make_folds(cohort)
         folds = list(splits.folds)
         train = self.settings.mil_settings

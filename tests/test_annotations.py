@@ -192,7 +192,7 @@ def test_another_file_is_read_anew_and_features_are_kept(
 def test_other_grids_are_compared_anew(tmp_path: Path, make_slide: MakeSlide) -> None:
     slide, file, job = make_slide(tmp_path / "s.svs"), annotated(tmp_path / "s.geojson"), tmp_path / "job"
     for px in (256, 128):
-        assert cli("tile", slide, "-o", job, "-r", "20x", "--annotations", file, "--tile-px", px) == 0
+        assert cli("tile", slide, "-o", job, "-r", "20x", "--annotations", file, "--tile-px", px, "--redo") == 0
         (level,) = read_bag(job / "tiles/s.h5").levels
         assert level.annotation["Tumour"].values.shape == (len(level.grid),)
         expected = expected_fractions(job / "tiles/s.h5", "20x", TUMOUR, [IGNORED])
@@ -219,11 +219,12 @@ def test_a_class_is_the_tissue(tmp_path: Path, make_slide: MakeSlide) -> None:
     assert len(level.grid) in (1, 2, 3, 4)
     assert np.abs(level.grid.tissue - expected).max() < 0.05
     # A slide without the class is empty with the reason, not failed: most slides of a cohort may be.
-    assert cli("tile", slide, "-o", job, "-r", "20x", "--tissue-class", "Mucin") == 0
+    assert cli("tile", slide, "-o", job, "-r", "20x", "--tissue-class", "Mucin") == 2, "finished work would be stale"
+    assert cli("tile", slide, "-o", job, "-r", "20x", "--tissue-class", "Mucin", "--redo") == 0
     outcome = read_outcomes(job)["s"]
     assert outcome.status == "empty"
     assert outcome.reason == "no area of class Mucin: there is Tumour, Tumour: Necrosis, Stroma/fat, Edge, no class"
-    assert cli("tile", slide, "-o", job, "-r", "20x", "--tissue-class", "none") == 0
+    assert cli("tile", slide, "-o", job, "-r", "20x", "--tissue-class", "none", "--redo") == 0
     assert read_outcomes(job)["s"].status == "done"
 
 
@@ -296,8 +297,8 @@ def with_bounds(
     monkeypatch.setattr("wsi_pipe.job.run.open_entry", opened)
     entry = SlideEntry("s", str(tmp_path / "s.mrxs"), "s")
 
-    def run(until: Any = "assemble", **changes: Any) -> tuple[SlideOutcome, JobPaths]:
-        settings = JobSettings(tile=TileSettings(resolutions=(2.0,)))
+    def run(until: Any = "assemble", redo: bool = False, **changes: Any) -> tuple[SlideOutcome, JobPaths]:
+        settings = JobSettings(tile=TileSettings(resolutions=(2.0,)), redo=redo)
         own = dataclasses.replace(entry, **changes)
         paths = open_job(tmp_path / "job", settings, [own])
         (outcome,) = process([own], settings, paths, until=until)
@@ -328,7 +329,7 @@ def test_a_mask_from_qupath_lies_where_it_was_drawn(
     assert set(again.cached) == {"segment", "tile"}
     assert again.notes == outcome.notes
     # The same numbers, counted from the whole image, are another place.
-    with_bounds("tile", mask=str(file), frame="image")
+    with_bounds("tile", redo=True, mask=str(file), frame="image")
     (other,) = read_bag(paths.tiles("s")).levels
     assert other.grid.coords.tolist() == [[0, 0]]
 

@@ -167,7 +167,8 @@ def test_repair_leaves_what_the_next_run_brings_up_to_date(
     job = tmp_path / "job"
     assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "3") == 0
     before = features(job)
-    assert cli("tile", archive, "-o", job, "-r", "5x", "-r", "20x", "--limit", "3") == 0
+    # --limit would leave the job's settings as they are.
+    assert cli("tile", "-o", job, "-r", "5x", "-r", "20x") == 0
     shutil.copy(job / "bags/s1.h5", job / "bags/s2.h5")
     findings = {finding.slide_id: finding for finding in verify_job(job)}
     assert {name: (finding.status, finding.stale) for name, finding in findings.items()} == {
@@ -208,10 +209,13 @@ def test_repair_refuses_what_is_no_job(tmp_path: Path) -> None:
 def test_verify_finds_bags_of_other_settings(archive: Path, tmp_path: Path) -> None:
     job = tmp_path / "job"
     assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "2") == 0
-    assert cli("tile", archive, "-o", job, "-r", "5x", "-r", "20x", "--limit", "1") == 0
+    assert cli("tile", "-o", job, "--only", "s0", "-r", "5x", "-r", "20x") == 0
     problems = {finding.slide_id: " ".join(finding.problems) for finding in verify_job(job)}
     assert "made from other grids" in problems["s0"]
-    assert "has grids at 5x, the job wants 5x, 20x" in problems["s1"]
+    assert problems["s1"] == "", "the job's settings are those of before"
+    assert cli("tile", "-o", job, "-r", "20x") == 0
+    problems = {finding.slide_id: " ".join(finding.problems) for finding in verify_job(job)}
+    assert all("has grids at 5x, the job wants 5x, 20x" in problem for problem in problems.values())
 
 
 def test_verify_finds_slides_that_were_replaced(
@@ -233,7 +237,9 @@ def test_verify_finds_slides_that_were_replaced(
         "s2": ("done", False),
         "s3": ("done", False),
     }
-    assert found["s0"].problems == (f"its slide {archive / 's0.svs'} was replaced or changed since: run again",)
+    assert found["s0"].problems == (
+        f"its slide {archive / 's0.svs'} was replaced or changed since: run --redo makes it anew",
+    )
     # Whether it was changed, or cannot be read here and now, nobody can tell.
     (remark,) = found["s1"].remarks
     assert remark.startswith(f"its slide {archive / 's1.svs'} cannot be opened (")
@@ -247,7 +253,9 @@ def test_verify_finds_slides_that_were_replaced(
     assert cli("verify", job, "--no-sources") == 0
     assert "not compared" not in capsys.readouterr().out
     assert cli("verify", job, "--no-sources", "--repair") == 0
-    assert cli("run", "-o", job, "--only", "s0") == 0
+    assert cli("run", "-o", job, "--only", "s0") == 1
+    assert features(job) == before
+    assert cli("run", "-o", job, "--only", "s0", "--redo") == 0
     assert features(job)["s0 5x"] != before["s0 5x"]
     assert not [finding for finding in verify_job(job) if finding.problems]
 
@@ -305,10 +313,11 @@ def test_verify_finds_an_encoder_that_was_made_anew_under_its_name(archive: Path
     distil(encoder, 1)
     found = list(verify_job(job))
     assert [(finding.status, finding.stale, finding.problems) for finding in found] == [
-        ("stale", True, (f"5x: {encoder} holds other weights than those of its features: run again",))
+        ("stale", True, (f"5x: {encoder} holds other weights than those of its features: run --redo makes them anew",))
     ] * 2
     assert {repair.action for repair in repair_job(job)} == {"left"}
-    assert cli(*run, archive) == 0
+    assert cli(*run, archive) == 1
+    assert cli(*run, archive, "--redo") == 0
     assert not [finding for finding in verify_job(job) if finding.problems]
     assert of("texture") == texture
     assert of("lr") != distilled

@@ -135,9 +135,12 @@ def test_run_again_does_only_what_is_stale(tmp_path: Path, make_slide: MakeSlide
     both = read_bag(job / "bags/s.h5")
     assert [level.grid.label for level in both.levels] == ["5x", "20x"]
     assert both.levels[0].features["texture"].fingerprint == features.fingerprint
-    assert cached("--min-tissue", "0.9") == {"segment"}
+    # What is finished is made anew only where that is said.
+    assert cli("run", slide, "-o", job, "--min-tissue", "0.9") == 2
+    assert cached() == everything
+    assert cached("--min-tissue", "0.9", "--redo") == {"segment"}
     # Another mask may keep just the same tiles: then their features stay.
-    assert cached("--mask-mpp", "6") <= {"extract"}
+    assert cached("--mask-mpp", "6", "--redo") <= {"extract"}
     assert cached() == everything
     (job / "bags/s.h5").write_bytes((job / "bags/s.h5").read_bytes()[:-100])
     assert cached() == {"segment", "tile"}
@@ -155,12 +158,16 @@ def test_a_moved_slide_keeps_its_features(tmp_path: Path, make_slide: MakeSlide,
     assert read_attrs(job / "bags/s.h5").slide_path == str(moved)
 
 
-def test_a_changed_slide_is_done_anew(tmp_path: Path, make_slide: MakeSlide, run_json: RunJson) -> None:
+def test_a_changed_slide_is_done_anew_if_told(tmp_path: Path, make_slide: MakeSlide, run_json: RunJson) -> None:
     slide, job = make_slide(tmp_path / "s.svs"), tmp_path / "job"
     assert cli("run", slide, "-o", job, "-r", "5x") == 0
     before = datasets(job / "bags/s.h5")
     make_slide(slide, seed=5)
     code, result = run_json("run", slide, "-o", job)
+    assert code == 1
+    assert "--redo" in result["outcomes"][0]["remedy"]
+    assert datasets(job / "bags/s.h5") == before
+    code, result = run_json("run", slide, "-o", job, "--redo")
     assert code == 0
     assert result["outcomes"][0]["cached"] == []
     assert datasets(job / "bags/s.h5")["levels/5x/features/texture"] != before["levels/5x/features/texture"]

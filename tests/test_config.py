@@ -98,6 +98,7 @@ def test_fingerprint_sees_every_setting_and_no_order_of_keys() -> None:
         dataclasses.replace(base, mpp_tolerance=0.0),
         dataclasses.replace(base, max_upsampling=0.0),
         dataclasses.replace(base, allow_upsampling=True),
+        dataclasses.replace(base, min_sharpness=0.1),
     ]
     assert len(changed) == len(dataclasses.fields(base))
     assert len({fingerprint(s) for s in [base, *changed]}) == len(changed) + 1

@@ -13,7 +13,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ __all__ = [
     "JobSettings",
     "SegmentSettings",
     "TileSettings",
+    "call_only_in",
     "dump_toml",
     "fingerprint",
     "from_mapping",
@@ -43,6 +44,10 @@ SEGMENT_METHODS = ("stain", "od", "otsu-saturation")
 def _option(default: Any, text: str) -> Any:
     """A settings field whose help text becomes that of its command-line option."""
     return field(default=default, metadata={"help": text})
+
+
+CALL_ONLY = {"call_only": True}
+"""Metadata of a field that an option of one call sets: no settings file holds it, and none can switch it on."""
 
 
 @dataclass(frozen=True)
@@ -143,14 +148,14 @@ class ExtractSettings:
 
     encoders: level label, or "*" for all levels, to encoder names. layers: blocks of a ViT whose CLS is stored too.
     dtype: of the stored features. The rest changes speed, not results, and is left out of the fingerprint:
-    precision does change results a little, so it is in.
+    precision does change results a little, so it is in. random_weights: of one call only, see ``CALL_ONLY``.
     """
 
     encoders: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"*": ("texture",)})
     layers: tuple[int, ...] = ()
     dtype: str = "float16"
     precision: str = "auto"
-    random_weights: bool = False
+    random_weights: bool = field(default=False, metadata=CALL_ONLY)
     batch_size: int | None = None
     devices: tuple[str, ...] = ("auto",)
     compile: bool = False
@@ -195,7 +200,8 @@ class CacheSettings:
 class JobSettings:
     """Settings of a job; ``config.toml`` of a job directory. cache changes no result.
 
-    anonymise: ids are hashed, and nothing that the job writes names a slide's file; set when the job is made.
+    anonymise: ids are hashed, and nothing that the job writes names a slide's file; set when the job is made. redo: of
+    one call only, see ``CALL_ONLY``: finished work that is stale is made anew.
     """
 
     segment: SegmentSettings = SegmentSettings()
@@ -204,6 +210,7 @@ class JobSettings:
     reader: str = "auto"
     cache: CacheSettings = CacheSettings()
     anonymise: bool = False
+    redo: bool = field(default=False, metadata=CALL_ONLY)
 
     def __post_init__(self) -> None:
         if self.reader not in READERS:
@@ -217,7 +224,7 @@ def fingerprint(*parts: object) -> str:
 
 
 def to_mapping(settings: Any) -> dict[str, Any]:
-    """A settings value as plain mappings and lists, without what is None (TOML has no null)."""
+    """A settings value as plain mappings and lists, without what is None (TOML has no null) and what is of one call."""
     plain = _plain(settings)
     assert isinstance(plain, dict)
     return plain
@@ -225,7 +232,8 @@ def to_mapping(settings: Any) -> dict[str, Any]:
 
 def _plain(value: object) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        kept = (f for f in dataclasses.fields(value) if not f.metadata.get("call_only"))
+        pairs = ((f.name, getattr(value, f.name)) for f in kept)
         return {name: _plain(item) for name, item in pairs if item is not None}
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
@@ -239,13 +247,17 @@ def _plain(value: object) -> Any:
 def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "settings") -> S:
     """A settings value from plain mappings, types checked.
 
-    Raises ConfigError for an unknown key, a value of the wrong type, or one that the settings class refuses; the
-    message begins with ``where``.
+    What is of one call only is passed over, whatever it says (``call_only_in`` tells). Raises ConfigError for an
+    unknown key, a value of the wrong type, or one that the settings class refuses; the message begins with ``where``.
     """
     hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    of_a_call = {f.name for f in fields if f.metadata.get("call_only")}
+    known = {f.name for f in fields} - of_a_call
     arguments: dict[str, Any] = {}
     for key, value in values.items():
+        if key in of_a_call:
+            continue
         if key not in known:
             raise ConfigError(f"{where}: unknown setting {key!r}", remedy=f"known ones are {', '.join(sorted(known))}")
         arguments[key] = _typed(hints[key], value, f"{where}.{key}")
@@ -296,6 +308,30 @@ def load_toml(cls: type[S], path: Path) -> S:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     return from_mapping(cls, values, str(path))
+
+
+def call_only_in(cls: type[Any], path: Path) -> list[str]:
+    """What a settings file switches on that only an option of a call can: it is passed over, which is to be said.
+
+    Earlier versions kept such settings in ``config.toml``. Names as ``extract.random_weights``; none where the file
+    cannot be read.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return []
+    return list(_call_only(cls, values, ""))
+
+
+def _call_only(cls: type[Any], values: Mapping[str, Any], where: str) -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        value = values.get(item.name)
+        if item.metadata.get("call_only"):
+            if value:
+                yield f"{where}{item.name}"
+        elif dataclasses.is_dataclass(hints[item.name]) and isinstance(value, Mapping):
+            yield from _call_only(typing.cast(type[Any], hints[item.name]), value, f"{where}{item.name}.")
 
 
 def dump_toml(settings: Any) -> str:

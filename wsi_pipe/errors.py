@@ -23,6 +23,7 @@
     └── JobError
         ├── OutputError (OSError)        cannot write: read-only folder, disk full
         ├── JobLockedError (RuntimeError)    another run holds the job directory
+        ├── StaleWorkError (RuntimeError)    finished work is of other settings or another file, and is not to be redone
         ├── TaskTimeoutError (TimeoutError)  a slide took longer than its limit
         └── WorkerError (RuntimeError)   a worker process died, or a scheduler went away
 
@@ -30,6 +31,8 @@ A command catches ``WsiPipeError`` in one place and turns it into one line and a
 """
 
 from __future__ import annotations
+
+import re
 
 from wsi_pipe.masking import mask_secrets
 
@@ -51,6 +54,7 @@ __all__ = [
     "SlideError",
     "SlideOpenError",
     "SlideReadError",
+    "StaleWorkError",
     "TaskTimeoutError",
     "UnknownEncoderError",
     "UnsupportedSlideError",
@@ -58,6 +62,7 @@ __all__ = [
     "WorkerError",
     "WsiPipeError",
     "in_words",
+    "lacks_package",
 ]
 
 
@@ -88,7 +93,32 @@ def in_words(error: Exception) -> tuple[str, str | None]:
     """What happened and what to do about it, also for an error that nobody foresaw."""
     if isinstance(error, WsiPipeError):
         return error.message, error.remedy
+    if isinstance(error, ImportError) and error.name:
+        return lacks_package(error)
     return mask_secrets(f"{type(error).__name__}: {error}"), "please report this, with the slide if you can"
+
+
+_DISTRIBUTIONS = {"pynvml": "nvidia-ml-py", "cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml"}
+"""Packages whose name for pip is not the one that they are imported by."""
+
+
+def lacks_package(error: ImportError) -> tuple[str, str]:
+    """What is not installed, and the command that installs it: by an extra of this package where it has one."""
+    from importlib import metadata
+
+    module = (error.name or "").partition(".")[0]
+    wanted = _DISTRIBUTIONS.get(module, module)
+    try:
+        needs = metadata.requires("wsi-pipe") or []
+    except metadata.PackageNotFoundError:
+        needs = []
+    # A requirement reads, for one, s3fs>=2024.6; extra == "s3".
+    named = [need for need in needs if re.match(rf"{re.escape(wanted)}(?![\w.-])", need, re.IGNORECASE)]
+    extra = next((found[1] for need in named if (found := re.search(r"extra == ['\"]([^'\"]+)", need))), None)
+    what = f"wsi-pipe[{extra}]" if extra else wanted
+    broken = not isinstance(error, ModuleNotFoundError)
+    cause = f"the package {wanted} cannot be imported ({error})" if broken else f"the package {wanted} is not installed"
+    return cause, f"install it: pip install '{what}'"
 
 
 def _rebuild(cls: type[WsiPipeError], message: str, remedy: str | None) -> WsiPipeError:
@@ -177,6 +207,10 @@ class OutputError(JobError, OSError):
 
 class JobLockedError(JobError, RuntimeError):
     """Another run holds the job directory."""
+
+
+class StaleWorkError(JobError, RuntimeError):
+    """Finished work was made with other settings, or of another file, and nobody said that it be made anew."""
 
 
 class TaskTimeoutError(JobError, TimeoutError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import uuid
@@ -12,7 +13,9 @@ from pathlib import Path
 
 from wsi_pipe.errors import OutputError
 
-__all__ = ["TEMPORARY_SUFFIX", "atomic_path", "output_error", "remove_partial_files", "write_text_atomically"]
+__all__ = [
+    "TEMPORARY_SUFFIX", "atomic_path", "file_sha256", "output_error", "remove_partial_files", "write_text_atomically",
+]  # fmt: skip
 
 TEMPORARY_SUFFIX = ".partial"
 _TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{12}\.partial$")
@@ -77,6 +80,12 @@ def remove_partial_files(folder: Path, below: Iterable[Path]) -> list[Path]:
     for path in found:
         path.unlink(missing_ok=True)
     return found
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "collect_slides",
     "is_url",
     "manifest_text",
+    "merged_entry",
     "read_manifest",
     "settings_of",
     "write_manifest",
@@ -41,6 +42,10 @@ PICTURE_COLUMNS = ("scene", "z")
 REGION_COLUMNS = ("annotations", "tissue_class", "frame")
 """What is drawn on a slide, which classes of it are its tissue (several with semicolons), and from where its
 coordinates count."""
+FALLBACK_COLUMN = "mpp_if_missing"
+CLEARED = "-"
+"""A cell that takes back what the job holds of a slide; an empty one leaves it."""
+
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "slide": ("wsi", "file", "path", "filename", "image", "slide_path", "wsi_path", "file_path", "image_path"),
     "slide_id": ("image_id", "slide_name"),
@@ -75,7 +80,10 @@ class SlideEntry:
     of this slide alone. scene, z: which scan of the file and which focal plane, from 0, or None. annotations: GeoJSON
     whose classes become labels of tiles, or None. tissue_class: classes of it, or of the mask, that are the tissue; any
     where empty. frame: from where the coordinates of both count where the files do not say, "image" or "qupath", or
-    None. hides: in an anonymised job, what must not get into what it writes; see ``job.private``.
+    None. mpp_if_missing: (x, y) um/px that serves where neither the user nor the file states one, or None. stated:
+    columns of which the list or an option says something, also that a value is taken back; it is no part of what the
+    slide is, and tells ``merged_entry`` what is to change. hides: in an anonymised job, what must not get into what it
+    writes; see ``job.private``.
     """
 
     slide_id: str
@@ -89,12 +97,31 @@ class SlideEntry:
     annotations: str | None = None
     tissue_class: tuple[str, ...] = ()
     frame: str | None = None
+    mpp_if_missing: tuple[float, float] | None = None
     hides: tuple[str, ...] = ()
+    stated: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     @property
     def shown_path(self) -> str:
         """The path as it may be stored and shown: a URL without its secrets, nothing in an anonymised job."""
         return "" if self.hides else mask_secrets(self.path) if is_url(self.path) else self.path
+
+    def stating(self, **values: Any) -> SlideEntry:
+        """The entry with these values, stated."""
+        return dataclasses.replace(self, **values, stated=self.stated | values.keys())
+
+
+def merged_entry(held: SlideEntry, given: SlideEntry) -> SlideEntry:
+    """What a job holds of a slide, with what a call states of it now: where it says nothing, all stays as it is.
+
+    The path is the given one: slides move. So is what an anonymised job hides of it.
+    """
+    changes: dict[str, Any] = {"path": given.path, "hides": given.hides or held.hides}
+    for item in dataclasses.fields(SlideEntry):
+        if item.name in given.stated and item.name not in ("slide_id", "path", "overrides", "stated", "hides"):
+            changes[item.name] = getattr(given, item.name)
+    kept = {column: value for column, value in held.overrides.items() if column not in given.stated}
+    return dataclasses.replace(held, **changes, overrides=kept | dict(given.overrides), stated=given.stated)
 
 
 def is_url(path: str) -> bool:
@@ -127,10 +154,10 @@ def collect_slides(
     """The slides of a command line: files, folders (searched through), URLs and CSV files, and a ``--slides`` CSV.
 
     Local paths become absolute. Ids come from file names; two slides of one name get their folders' names in front.
-    job: slides of earlier runs, which keep their ids; a slide elsewhere takes such an id only where the other is gone
-    (it was moved). passed_over: takes in what folders hold that looks like a slide and is not listed. notes: gets what
-    was assumed of CSV files. Raises ManifestError when nothing is found, a source does not exist, or ids in a CSV
-    repeat.
+    job: slides of earlier runs, which keep their ids and everything that this call does not state otherwise; a slide
+    elsewhere takes such an id only where the other is gone (it was moved). passed_over: takes in what folders hold that
+    looks like a slide and is not listed. notes: gets what was assumed of CSV files. Raises ManifestError when nothing
+    is found, a source does not exist, or ids in a CSV repeat.
     """
     from wsi_pipe.slides.discover import find_slide_files, is_slide_folder
     from wsi_pipe.slides.passed_over import PassedOver
@@ -162,11 +189,75 @@ def collect_slides(
             raise ManifestError(f"{source}: no such file or folder", remedy="check the path")
     unique = list(dict.fromkeys(_absolute(path) for path in found))
     _refuse_undecodable(unique)
-    entries = listed + _named(unique, {entry.slide_id for entry in listed}, list(job))
+    held = list(job)
+    listed = _under_the_jobs_ids(listed, held)
+    entries = listed + _named(unique, {entry.slide_id for entry in listed}, held)
     if not entries:
         raise ManifestError("no slides are given", remedy="name slide files, folders or a CSV")
     _refuse_repeats(entries, "the slides given")
-    return entries
+    by_id = {entry.slide_id: entry for entry in held}
+    return [merged_entry(by_id[e.slide_id], e) if e.slide_id in by_id else e for e in entries]
+
+
+def _under_the_jobs_ids(listed: Sequence[SlideEntry], job: Sequence[SlideEntry]) -> list[SlideEntry]:
+    """Rows that state no id under the id that the job has for their file, where it has one."""
+    taken = {entry.slide_id for entry in listed if "slide_id" in entry.stated}
+    unnamed = [entry.path for entry in listed if "slide_id" not in entry.stated]
+    ids = _ids_of_the_job(unnamed, taken, job)
+    found = []
+    for entry in listed:
+        own = ids.get(entry.path) if "slide_id" not in entry.stated else None
+        if own is not None and own != entry.slide_id:
+            case = entry.case_id if "case_id" in entry.stated else own
+            entry = dataclasses.replace(entry, slide_id=own, case_id=case)
+        found.append(entry)
+    return found
+
+
+def _ids_of_the_job(paths: Sequence[str], taken: set[str], job: Sequence[SlideEntry]) -> dict[str, str]:
+    """By path, the id of the job's slide that a file is: the same path, else one that is gone from where it was.
+
+    Of files that may be one that is gone, those are taken that have its name and the most of its folders' names, as
+    long as there is one such.
+    """
+    # A URL is the same whoever signed it and until when.
+    here = {same_address(path): path for path in paths}
+    found = {
+        path: entry.slide_id
+        for entry in job
+        if (path := here.get(same_address(entry.path))) is not None and entry.slide_id not in taken
+    }
+    used = set(found.values())
+    wanted: dict[str, list[str]] = {}
+    for path in paths:
+        if path not in found:
+            wanted.setdefault(_file_name(path), []).append(path)
+    gone: dict[str, list[SlideEntry]] = {}
+    for entry in job:
+        if entry.slide_id in taken | used or same_address(entry.path) in here or _file_name(entry.path) not in wanted:
+            continue
+        if not is_url(entry.path) and not os.path.lexists(entry.path):
+            gone.setdefault(_file_name(entry.path), []).append(entry)
+    for name, entries in gone.items():
+        alike = {(path, entry.slide_id): _common_end(path, entry.path) for path in wanted[name] for entry in entries}
+        for path in wanted[name]:
+            mine = {entry.slide_id: alike[path, entry.slide_id] for entry in entries}
+            best = max(mine.values())
+            candidates = [slide_id for slide_id, length in mine.items() if length == best]
+            rivals = [other for other in wanted[name] if alike[other, candidates[0]] >= best]
+            if len(candidates) == 1 and rivals == [path]:
+                found[path] = candidates[0]
+    return found
+
+
+def _file_name(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[2]
+
+
+def _common_end(one: str, other: str) -> int:
+    """How many parts two paths share, counted from the end."""
+    pairs = zip(reversed(one.split("/")), reversed(other.split("/")), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(one.count("/"), other.count("/")) + 1)
 
 
 def _refuse_undecodable(paths: Iterable[str]) -> None:
@@ -178,19 +269,14 @@ def _refuse_undecodable(paths: Iterable[str]) -> None:
 
 def _named(paths: Sequence[str], taken: set[str], job: Sequence[SlideEntry]) -> list[SlideEntry]:
     """Entries of files that state no id: the job's own where it has the file, else one by its name."""
-    # A URL is the same whoever signed it and until when.
-    here = {same_address(path): path for path in paths}
-    kept = {
-        path: entry.slide_id
-        for entry in job
-        if (path := here.get(same_address(entry.path))) is not None and entry.slide_id not in taken
-    }
+    kept = _ids_of_the_job(paths, taken, job)
+    by_id = {slide_id: path for path, slide_id in kept.items()}
     new = [path for path in paths if path not in kept]
     wished = {part[-1].casefold() for part in map(_name_parts, new)}
     others = {
         entry.slide_id
         for entry in job
-        if here.get(same_address(entry.path)) in kept
+        if entry.slide_id in by_id
         or (entry.slide_id.casefold() in wished and (is_url(entry.path) or os.path.exists(entry.path)))
     }
     names = kept | dict(zip(new, _unique_names(new, taken | others), strict=True))
@@ -272,12 +358,14 @@ def read_manifest(path: Path, *, own: bool = False, notes: list[str] | None = No
     """Slides from a table with the columns ``slide, slide_id, case_id, mpp, mask, scene, z`` (all but the first
     optional) and one column for each setting that differs between slides (``SETTING_COLUMNS``).
 
-    Paths are taken from the table's own folder. An ``mpp`` cell is one number, or two as ``0.25x0.26``. Other columns
+    Paths are taken from the table's own folder. An ``mpp`` cell is one number, or two as ``0.25x0.26``. A cell ``-``
+    says that there is no such value, which takes back what a job holds; an empty one says nothing. Other columns
     are ignored, and that is told in ``notes``. own: the list that a job keeps, whose ids stay what they are. Raises
     ManifestError naming column or row and the remedy, also for a column whose name is all but that of a known one.
     """
     known = {
-        name: OTHER_NAMES.get(name, ()) for name in (*BASE_COLUMNS, *PICTURE_COLUMNS, *REGION_COLUMNS, *SETTING_COLUMNS)
+        name: OTHER_NAMES.get(name, ())
+        for name in (*BASE_COLUMNS, *PICTURE_COLUMNS, *REGION_COLUMNS, FALLBACK_COLUMN, *SETTING_COLUMNS)
     }
     table = read_table(path, "slide list", known=[n for name, others in known.items() for n in (name, *others)])
     places = _places(table, known)
@@ -356,7 +444,11 @@ def _entry(
     manifest: Path, line: int, row: Mapping[str, str], base: str, separator: str = ",", own: bool = False
 ) -> SlideEntry:
     where = f"{manifest}, row {line}"
-    cells = {name: "" if not own and is_missing(value) else value for name, value in row.items()}
+    cells = {name: "" if not own and value != CLEARED and is_missing(value) else value for name, value in row.items()}
+    stated = frozenset(name for name, cell in cells.items() if cell)
+    cells = {
+        name: "" if cell == CLEARED and name not in ("slide", "slide_id") else cell for name, cell in cells.items()
+    }
     if not cells["slide"]:
         raise ManifestError(
             f"{where}: the cell 'slide' is empty", remedy="write the slide's path or URL, or delete the row"
@@ -387,6 +479,8 @@ def _entry(
         annotations=_beside(base, annotations) if annotations else None,
         tissue_class=split_classes(cells.get("tissue_class", "")),
         frame=frame,
+        mpp_if_missing=_mpp(where, cells.get(FALLBACK_COLUMN, ""), separator),
+        stated=stated,
     )
 
 
@@ -487,14 +581,20 @@ def manifest_text(entries: Sequence[SlideEntry], more: Mapping[str, Sequence[str
         "frame": [entry.frame or "" for entry in entries],
     }
     drawn = [column for column in REGION_COLUMNS if any(regions[column])]
+    fallback = [FALLBACK_COLUMN] if any(entry.mpp_if_missing for entry in entries) else []
     columns, rows = list((more or {}).values()), []
     for place, entry in enumerate(entries):
-        mpp = "" if entry.mpp is None else f"{entry.mpp[0]!r}x{entry.mpp[1]!r}"
-        row = [_absolute(entry.path), entry.slide_id, entry.case_id, mpp, _absolute(entry.mask) if entry.mask else ""]
+        mask = _absolute(entry.mask) if entry.mask else ""
+        row = [_absolute(entry.path), entry.slide_id, entry.case_id, _mpp_cell(entry.mpp), mask]
         row += ["" if getattr(entry, name) is None else str(getattr(entry, name)) for name in pictures]
         row += [regions[column][place] for column in drawn]
+        row += [_mpp_cell(entry.mpp_if_missing) for _ in fallback]
         rows.append(row + [str(entry.overrides.get(column, "")) for column in used] + [c[place] for c in columns])
-    return csv_text([*BASE_COLUMNS, *pictures, *drawn, *used, *(more or {})], rows)
+    return csv_text([*BASE_COLUMNS, *pictures, *drawn, *fallback, *used, *(more or {})], rows)
+
+
+def _mpp_cell(mpp: tuple[float, float] | None) -> str:
+    return "" if mpp is None else f"{mpp[0]!r}x{mpp[1]!r}"
 
 
 def _absolute(path: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from wsi_pipe.masking import mask_secrets
 
-__all__ = ["STAGES", "STAGE_TIMES", "SlideOutcome", "Stage", "Status"]
+__all__ = ["MPP_OUTLIER_RULE", "STAGES", "STAGE_TIMES", "SlideOutcome", "Stage", "Status", "mpp_outliers"]
 
 Status = Literal["done", "empty", "failed"]
 Stage = Literal["open", "segment", "tile", "extract", "assemble"]
@@ -33,8 +34,9 @@ class SlideOutcome:
     reason: why it is empty or failed; remedy: what the user can do. stage: where it failed. seconds: wall seconds by
     stage. tiles: kept tiles by level label. cached: stages that were valid already and not run again. costs: the
     seconds of "read" and "encode" by the features that they went into, level and encoder ("20x/uni"); nothing for
-    features that were valid already. notes: what the user should know of how the file was understood, and of what of a
-    mask or of annotations did not count.
+    features that were valid already. notes: what the user should know of how the file was understood, of what of a mask
+    or of annotations did not count, and else of the slide though nothing is wrong with it. mpp: (x, y) um per level-0
+    pixel; mpp_source: who states it. stamp: size and time of its file when it was read, "" of a URL.
     """
 
     slide_id: str
@@ -51,6 +53,9 @@ class SlideOutcome:
     costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     finished_utc: str = ""
     notes: tuple[str, ...] = ()
+    mpp: tuple[float, float] | None = None
+    mpp_source: str = ""
+    stamp: str = ""
 
     def __post_init__(self) -> None:
         # Outcomes are logged, stored and shown: secrets of URLs stay out whoever makes one.
@@ -77,11 +82,11 @@ class SlideOutcome:
         times = [time for stage in self.cached for time in TIMES.get(stage, ()) if time in before.seconds]
         seconds = {**self.seconds, **{time: before.seconds[time] for time in times}}
         counts = {**before.counts, **self.counts} if "extract" in self.cached else dict(self.counts)
-        # A run that did not come to features leaves what is known of them for one that does.
-        costs = {key: own or before.costs.get(key, {}) for key, own in self.costs.items()} or before.costs
+        # Features that this run was not about are still there, and so is what they cost.
+        costs = {**before.costs, **{key: own or before.costs.get(key, {}) for key, own in self.costs.items()}}
         # Where all features were valid the sums may be known already.
         known = {*seconds, *counts} if "extract" in self.cached else set()
-        for key in (key for key, own in self.costs.items() if not own):
+        for key in (key for key in costs if not self.costs.get(key)) if self.costs else ():
             for part, spent in costs[key].items():
                 for sums, name in ((seconds, part), (counts, f"{part}_s.{key.partition('/')[0]}")):
                     if name not in known:
@@ -103,4 +108,35 @@ class SlideOutcome:
         known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
         known["cached"] = tuple(known.get("cached", ()))
         known["notes"] = tuple(str(note) for note in known.get("notes") or ())
+        known["mpp"] = tuple(known["mpp"]) if known.get("mpp") else None
         return cls(**known)
+
+
+NEAR_MPP = 0.10
+MPP_OUTLIER_RULE = (
+    "A slide's um per pixel is an outlier where at most one slide in twenty, and no other in a small job, lies within "
+    f"{NEAR_MPP:.0%} of it, while half of the job's slides lie within {NEAR_MPP:.0%} of one another."
+)
+
+
+def mpp_outliers(mpp: Mapping[str, tuple[float, float] | None]) -> Iterator[str]:
+    """Ids of slides whose um per pixel stands alone in a job, by MPP_OUTLIER_RULE; none of fewer than four slides.
+
+    A scan at another magnification is one of several; a resolution that was mistyped, or a magnification given in its
+    place, is nobody else's.
+    """
+    known = {slide_id: sum(pair) / 2 for slide_id, pair in mpp.items() if pair is not None}
+    values = sorted(known.values())
+    if len(values) < 4:
+        return
+    near = {value: _near(values, value) for value in dict.fromkeys(values)}
+    if 2 * max(near.values()) < len(values):
+        return
+    for slide_id, value in known.items():
+        if near[value] <= max(1, len(values) // 20):
+            yield slide_id
+
+
+def _near(values: list[float], value: float) -> int:
+    """How many of sorted values lie within NEAR_MPP of one of them."""
+    return bisect_right(values, value * (1 + NEAR_MPP)) - bisect_left(values, value / (1 + NEAR_MPP))

@@ -63,6 +63,7 @@ __all__ = ["distill"]
 )
 @click.option("--student-px", type=click.IntRange(8), help="Side of the student's input.  [the tiles' own]")
 @click.option("--random-teacher", is_flag=True, help="Draw the teacher's weights anew: for tests.")
+@click.option("--allow-random", is_flag=True, help="With a --mil-teacher of random features too, for tests.")
 @click.option("--random-student", is_flag=True, help="Draw the student's weights anew rather than load them.")
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="Of training.  [auto]")
 @click.option("--device", help="[auto]")
@@ -103,6 +104,15 @@ def distill(**values: Any) -> int:
     # A manifest without cases makes each slide a case of its own, which is no news.
     cases = {entry.slide_id: entry.case_id for entry in entries if entry.case_id != entry.slide_id}
     cases |= read_cases(values["labels"]) if values["labels"] else {}
+    if values["mil_teacher"] and not values["allow_random"]:
+        from lrmil.checkpoint import read_card
+        from lrmil.errors import RandomFeaturesError
+
+        if read_card(values["mil_teacher"]).weights:
+            raise RandomFeaturesError(
+                f"{values['mil_teacher']} was trained on features of random weights: its attention means nothing",
+                remedy="give another, or say --allow-random for a test",
+            )
     request = DistillRequest(
         bags=values["bags"],
         teacher=values["teacher"],

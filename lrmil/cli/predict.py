@@ -14,6 +14,7 @@ from wsi_pipe.cli import EXIT_FAILED
 from wsi_pipe.cli.display import RunDisplay, print_table
 from wsi_pipe.cli.options import RESOLUTION, collect_entries, slide_options
 from wsi_pipe.config import JobSettings, load_toml
+from wsi_pipe.job.record import load_settings
 
 __all__ = ["predict"]
 
@@ -57,9 +58,12 @@ def predict(**values: Any) -> int:
     try:
         results = _from_bags(predictor, values) if values["bags"] else _from_slides(predictor, values)
         found.extend(write_slide_files(result, predictor, values["out"], **wanted) for result in results)
-    finally:
-        # An interrupted run keeps what it has found out.
-        write_predictions(values["out"], found, predictor)
+    except BaseException:
+        # An interrupted run keeps what it has found out; one that found nothing leaves no empty tables.
+        if found:
+            write_predictions(values["out"], found, predictor)
+        raise
+    write_predictions(values["out"], found, predictor)
     _print(found, predictor.card.classes, values["out"])
     return EXIT_FAILED if any(p.status == "failed" for p in found) else 0
 
@@ -75,10 +79,11 @@ def _from_bags(predictor: Any, values: dict[str, Any]) -> Iterator[Any]:
 def _from_slides(predictor: Any, values: dict[str, Any]) -> Iterator[Any]:
     from lrmil.predictor import find_encoder, predict_slides
 
-    entries = collect_entries(values)
-    base = load_toml(JobSettings, values["config"]) if values["config"] else JobSettings()
-    encoder = find_encoder(predictor.card, values["model"], values["encoder"])
     job = values["job"] or values["out"] / "job"
+    entries = collect_entries(values, job)
+    encoder = find_encoder(predictor.card, values["model"], values["encoder"])
+    # A job that is there keeps its settings of segmentation.
+    base = load_toml(JobSettings, values["config"]) if values["config"] else load_settings(job) or JobSettings()
     with RunDisplay(len(entries)) as display:
         yield from predict_slides(
             predictor,

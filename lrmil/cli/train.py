@@ -67,6 +67,7 @@ __all__ = ["train"]
 @click.option("--temperature", "loss_temperature", type=float, help="Of distilled probabilities.  [2]")
 @click.option("--instances", "loss_instances", type=click.IntRange(1), help="Extreme tiles on each side.  [8]")
 @click.option("--replicates", type=click.IntRange(10), default=2000, show_default=True, help="Of the bootstrap.")
+@click.option("--allow-random", is_flag=True, help="Train on features of random weights too, for tests.")
 def train(**values: Any) -> int:
     """Train a MIL model on labelled bags: every fold, or those named, over one resident store.
 
@@ -91,6 +92,7 @@ def train(**values: Any) -> int:
         encoder=values["encoder"],
         store_dir=values["store"] or out / "store",
         dtype=values["dtype"],
+        allow_random=values["allow_random"],
         progress=pack_progress(),
     )
     cohort = load_cohort(store, values["labels"], by=values["by"], label_column=values["label_column"])
@@ -169,6 +171,7 @@ def _teacher(values: Mapping[str, Any], folds: list[str], out: Path, level: str)
         dtype=values["dtype"],
         parent_level=level,
         weights_sha256=card.weights_sha256,
+        allow_random=values["allow_random"],
         progress=pack_progress(),
     )
     return teacher, store

@@ -41,6 +41,7 @@ from wsi_pipe.encoders import load_encoder
 from wsi_pipe.encoders.architectures import PooledNetwork
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
 from wsi_pipe.encoders.lr_file import write_lr_encoder
+from wsi_pipe.encoders.random_id import RANDOM
 from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.encoders.torch_encoder import TorchEncoder
 from wsi_pipe.errors import BagError, ConfigError
@@ -151,6 +152,7 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
             "method": "LRMIL stage 1",
             "teacher": teacher.info.name,
             "teacher_weights_sha256": teacher.info.weights_sha256,
+            **({"teacher_weights": RANDOM} if teacher.info.random else {}),
             "layers": list(layers),
             "fold": request.fold,
             "train_slides": list(names[0]),

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from lrmil.data import LabelTable, load_labels
+from lrmil.errors import RandomFeaturesError
 from lrmil.splits import FoldIndices, SplitTable
-from lrmil.store import FeatureStore, pack_bags
+from lrmil.store import FeatureStore, find_bags, inspect_bag, pack_bags
 from lrmil.store.dtypes import StoreDtype
+from wsi_pipe.encoders.random_id import is_random
 
 __all__ = ["Cohort", "load_cohort", "open_features"]
 
@@ -56,11 +58,22 @@ def open_features(
     dtype: StoreDtype = "float16",
     parent_level: str | None = None,
     weights_sha256: str = "",
+    allow_random: bool = True,
     progress: Callable[[int, int], object] | None = None,
 ) -> FeatureStore:
-    """The store that ``bags`` is, or the one packed from the bags into ``store_dir`` (reused where it fits)."""
+    """The store that ``bags`` is, or the one packed from the bags into ``store_dir`` (reused where it fits).
+
+    Raises RandomFeaturesError for features of random weights unless ``allow_random``, before anything is packed.
+    """
     if isinstance(bags, Path) and (bags / "store.json").is_file():
-        return FeatureStore.open(bags)
+        store = FeatureStore.open(bags)
+        if not allow_random:
+            _refuse_random(str(bags), store.meta.encoder, store.meta.weights_sha256)
+        return store
+    if not allow_random:
+        # All bags of a store have one encoder's weights, which packing checks: the first speaks for all.
+        first = inspect_bag(find_bags(bags)[0], level, encoder, weights_sha256=weights_sha256)
+        _refuse_random(first.path, first.encoder, first.weights_sha256)
     return pack_bags(
         bags,
         level,
@@ -71,6 +84,14 @@ def open_features(
         weights_sha256=weights_sha256,
         progress=progress,
     )
+
+
+def _refuse_random(where: str, encoder: str, weights_sha256: str) -> None:
+    if is_random(encoder, weights_sha256):
+        raise RandomFeaturesError(
+            f"{where}: features of {encoder} were made with random weights: a model of them would mean nothing",
+            remedy="make them with real weights, name another encoder (--encoder), or say --allow-random for a test",
+        )
 
 
 def load_cohort(

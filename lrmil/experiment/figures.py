@@ -93,11 +93,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text_atomically(path, json.dumps(no_nan(value), indent=1, allow_nan=False) + "\n")
 
 
-def fold_folders(run: Path) -> list[Path]:
+def fold_folders(run: Path | str) -> list[Path]:
     """The folders of a run that hold predictions: its folds in their order, or the run itself.
 
     Raises FiguresError when there are none.
     """
+    run = Path(run)
     inside = [p.parent for p in run.glob(f"*/{PREDICTIONS_NAME}")]
     inside.sort(key=lambda p: (len(p.name), p.name))
     found = inside or ([run] if (run / PREDICTIONS_NAME).is_file() else [])
@@ -136,13 +137,14 @@ def read_predictions(path: Path, part: str = "test") -> FoldPredictions:
 
 
 def evaluate_run(
-    run: Path, *, part: str = "test", replicates: int = 2000, seed: int = 0, pictures: bool = True
+    run: Path | str, *, part: str = "test", replicates: int = 2000, seed: int = 0, pictures: bool = True
 ) -> RunFigures:
     """Figures of every fold of a run from its predictions; writes ``figures.json`` and pictures beside them.
 
     Writes ``summary.json`` and ``summary.csv`` into the run when it has several folds. Nothing is predicted anew.
     Raises FiguresError when there are no predictions, OutputError when a file cannot be written.
     """
+    run = Path(run)
     folders = fold_folders(run)
     found = [read_predictions(folder / PREDICTIONS_NAME, part) for folder in folders]
     folds = []
@@ -223,9 +225,9 @@ def _table(result: RunFigures) -> str:
 
 
 def evaluate_model(
-    model: Path,
+    model: Path | str,
     cohort: Cohort,
-    out: Path,
+    out: Path | str,
     *,
     indices: NDArray[np.int64] | None = None,
     device: str = "auto",
@@ -243,6 +245,7 @@ def evaluate_model(
     from lrmil.trainer import Prediction, bag_logits
     from lrmil.trainer.training import predictions_csv
 
+    model, out = Path(model), Path(out)
     predictor = Predictor.load(model, device=device)
     check_store(predictor.card, cohort.store, model)
     chosen = cohort.table.usable if indices is None else indices

@@ -12,6 +12,7 @@ from lrmil.errors import ModelMismatchError
 from lrmil.predictor.predict import TOP_TILES, Predictor, SlidePrediction, describe
 from wsi_pipe.config import JobSettings
 from wsi_pipe.errors import WsiPipeError
+from wsi_pipe.files import file_sha256
 
 if TYPE_CHECKING:
     from wsi_pipe.encoders.base import Encoder
@@ -24,8 +25,8 @@ __all__ = ["find_encoder", "predict_slides"]
 def find_encoder(card: ModelCard, model_path: Path, given: str | None = None) -> str:
     """The name or file of the encoder that a model needs: the one given, else as the card has it.
 
-    An encoder file that is not where it was in training is looked for beside the model. Raises ModelMismatchError when
-    it is not there either, or the card names none.
+    An encoder's file is looked for where it was in training and beside the model, and is the one whose content the card
+    names. Raises ModelMismatchError when it is at neither place, or the card names none.
     """
     name = given or card.encoder
     if not name:
@@ -34,14 +35,16 @@ def find_encoder(card: ModelCard, model_path: Path, given: str | None = None) ->
         )
     if given or not name.endswith(".safetensors") or name.startswith("timm:"):
         return name
-    beside = model_path.parent / Path(name).name
-    found = next((path for path in (beside, Path(name)) if path.is_file()), None)
-    if found is None:
-        raise ModelMismatchError(
-            f"the encoder of {model_path}, {Path(name).name}, is not beside it",
-            remedy="put it there, or give it: --encoder FILE",
-        )
-    return str(found)
+    there = [path for path in (Path(name), model_path.parent / Path(name).name) if path.is_file()]
+    # Another file of that name may lie at one of the places; where no content is the one, loading tells.
+    same = [path for path in there if len(there) > 1 and file_sha256(path) == card.weights_sha256]
+    for path in (*same, *there):
+        return str(path)
+    raise ModelMismatchError(
+        f"the encoder of {model_path}, {Path(name).name}, is neither in {Path(name).absolute().parent}, as the model "
+        "says, nor beside it",
+        remedy="put it there, or give it: --encoder FILE",
+    )
 
 
 def job_settings(card: ModelCard, encoder: str, base: JobSettings) -> JobSettings:

@@ -29,6 +29,7 @@ from lrmil.trainer.state import run_fingerprint
 from lrmil.trainer.steps import Step, plain_step, student_step
 from lrmil.trainer.targets import TeacherTargets, teacher_targets
 from wsi_pipe.config import dump_toml, to_mapping
+from wsi_pipe.encoders.random_id import RANDOM, is_random
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.tables import csv_text
 
@@ -253,6 +254,7 @@ def _card(
         names,
         encoder=meta.encoder,
         weights_sha256=meta.weights_sha256,
+        weights=RANDOM if is_random(meta.encoder, meta.weights_sha256) else "",
         level=meta.level,
         mpp=meta.mpp,
         tile_px=meta.tile_px,

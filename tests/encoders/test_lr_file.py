@@ -28,9 +28,10 @@ from wsi_pipe.encoders.lr_file import (
     tensors_sha256,
     write_lr_encoder,
 )
+from wsi_pipe.encoders.random_id import random_weights_id
 from wsi_pipe.encoders.recipe import INTERPOLATIONS, POOLINGS, Preprocessing, Recipe
 from wsi_pipe.encoders.torch_encoder import TorchEncoder
-from wsi_pipe.encoders.weights import file_sha256, random_weights_id
+from wsi_pipe.encoders.weights import file_sha256
 from wsi_pipe.errors import ConfigError, OutputError, ResolutionError, WeightsError
 from wsi_pipe.geometry import TileGrid, TileSpec
 
@@ -85,7 +86,10 @@ def test_a_jobs_random_weights_leave_files_alone(written: Path, tmp_path: Path) 
     save_file(student()[0].trunk.state_dict(), own)
     assert encoder_of_job(f"timm:test_vit@{own}", job).info.weights_sha256 == file_sha256(own)
     drawn = encoder_of_job("timm:test_vit", job).info
-    assert drawn.weights_sha256 == random_weights_id(drawn.slug)
+    assert drawn.weights_sha256 == random_weights_id("timm-test_vit")
+    assert (drawn.name, drawn.slug, drawn.random) == ("timm:test_vit-random", "timm-test_vit-random", True)
+    with pytest.raises(ConfigError, match="choose one"):
+        load_encoder(str(written), random_weights=True)
 
 
 def test_a_path_with_an_at_sign(written: Path) -> None:
@@ -234,7 +238,7 @@ def test_a_torn_or_missing_file(written: Path) -> None:
 def test_the_resolution_is_checked_against_the_grid(
     spec_mpp: float, effective: float | None, fits: bool, written: Path
 ) -> None:
-    info = load_encoder(str(written), device="cpu", random_weights=True).info
+    info = load_encoder(str(written), device="cpu").info
     if fits:
         check_grid(info, grid(spec_mpp, effective))
     else:
@@ -243,7 +247,7 @@ def test_the_resolution_is_checked_against_the_grid(
 
 
 def test_the_size_of_tiles_is_checked_against_the_grid(written: Path) -> None:
-    info = load_encoder(str(written), device="cpu", random_weights=True).info
+    info = load_encoder(str(written), device="cpu").info
     assert info.tile_px == 256
     fitting = grid(2.0)
     larger = dataclasses.replace(fitting, spec=TileSpec(2.0, 512))

@@ -15,9 +15,14 @@ import h5py
 import numpy as np
 import pytest
 
+from lrmil.checkpoint import ModelCard, read_card, save_model
 from lrmil.cli import group
+from lrmil.config import ModelSettings
+from lrmil.experiment import evaluate_run
+from lrmil.model import build_model
 from wsi_pipe.bag import check_bag
 from wsi_pipe.cli import run_group
+from wsi_pipe.errors import in_words
 
 MakeBag = Callable[..., Path]
 SMALL = ["--epochs", "3", "--hidden", "16", "--replicates", "50", "--learning-rate", "0.01", "--device", "cpu"]
@@ -285,3 +290,64 @@ def test_other_folds_in_the_same_run_are_refused(cohort: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert lrmil("train", *base, *SMALL, "--folds", 3) == 2
     assert "holds other folds" in capsys.readouterr().err
+
+
+def test_features_of_random_weights_are_refused(
+    make_bag: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    lines = ["slide_id,label"]
+    for number in range(12):
+        make_bag(
+            f"s{number}",
+            rng.normal(number % 2, 1, (6, 8)).astype(np.float16),
+            encoder="uni-random",
+            case_id=f"c{number}",
+        )
+        lines.append(f"s{number},{'ab'[number % 2]}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    call = ["train", "--bags", tmp_path / "bags", "--labels", tmp_path / "labels.csv", "--folds", 1, *SMALL]
+    assert lrmil(*call, "-o", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "features of uni-random were made with random weights" in said
+    assert "--allow-random" in said
+    assert not (tmp_path / "run").exists()
+    assert lrmil(*call, "-o", tmp_path / "run", "--allow-random") == 0
+    card = read_card(tmp_path / "run/fold_1/model.safetensors")
+    assert (card.weights, card.encoder) == ("random", "uni-random")
+
+
+def test_a_failed_prediction_leaves_no_empty_folder(
+    make_slide: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ModelSettings(in_dim=8, classes=2, hidden=8, attention_dim=4)
+    card = ModelCard(settings, ("a", "b"), encoder=str(tmp_path / "lost.safetensors"), mpp=2.0, tile_px=256)
+    save_model(tmp_path / "model.safetensors", build_model(settings), card)
+    slide = make_slide(tmp_path / "s.svs")
+    assert lrmil("predict", slide, "--model", tmp_path / "model.safetensors", "-o", tmp_path / "out") == 2
+    assert "lost.safetensors, is neither in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_may_be_named_by_text(tmp_path: Path) -> None:
+    rows = ["slide_id,case_id,part,label,logit_a,logit_b,probability_a,probability_b"]
+    rows += [f"s{i},c{i},test,{'ab'[i % 2]},{-i % 3},{i % 3},0.4,0.6" for i in range(8)]
+    (tmp_path / "predictions.csv").write_text("\n".join(rows) + "\n")
+    assert evaluate_run(str(tmp_path), replicates=20, pictures=False).part == "test"
+
+
+def test_a_package_that_is_not_there_is_one_line(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(*arguments: object) -> None:
+        raise ModuleNotFoundError("No module named 's3fs'", name="s3fs")
+
+    assert in_words(ModuleNotFoundError("no", name="s3fs")) == (
+        "the package s3fs is not installed", "install it: pip install 'wsi-pipe[s3]'",
+    )  # fmt: skip
+    assert in_words(ModuleNotFoundError("no", name="tensorboard.summary"))[1].endswith("'wsi-pipe[tensorboard]'")
+    assert in_words(ModuleNotFoundError("no", name="other"))[1] == "install it: pip install 'other'"
+    monkeypatch.setattr("lrmil.experiment.cohort.find_bags", lacking)
+    assert lrmil("train", "--bags", cohort / "bags", "--labels", cohort / "labels.csv", "-o", cohort / "out") == 2
+    said = capsys.readouterr().err
+    assert said.strip() == "lrmil: error: the package s3fs is not installed; install it: pip install 'wsi-pipe[s3]'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -273,10 +274,22 @@ def test_json_and_csv_agree_and_hold_no_nan(make_bag: MakeBag, tmp_path: Path) -
     assert "gone.h5" in rows[3]["reason"]
 
 
+def test_an_encoder_file_is_where_the_model_says_or_beside_it_and_is_the_one_that_it_names(tmp_path: Path) -> None:
+    first, beside = tmp_path / "training" / "lr.safetensors", tmp_path / "lr.safetensors"
+    first.parent.mkdir()
+    first.write_bytes(b"one")
+    named = make_card(make_model(), encoder=str(first), weights_sha256=hashlib.sha256(b"one").hexdigest())
+    assert find_encoder(named, tmp_path / "model.safetensors") == str(first)
+    beside.write_bytes(b"one")
+    first.write_bytes(b"trained again")
+    assert find_encoder(named, tmp_path / "model.safetensors") == str(beside)
+
+
 def test_an_encoder_file_is_looked_for_beside_the_model(tmp_path: Path) -> None:
     model = make_model()
     card = make_card(model, encoder="/somewhere/else/lr.safetensors")
-    with pytest.raises(ModelMismatchError, match=r"lr\.safetensors, is not beside it"):
+    says = r"lr\.safetensors, is neither in /somewhere/else, as the model says, nor beside it"
+    with pytest.raises(ModelMismatchError, match=says):
         find_encoder(card, tmp_path / "model.safetensors")
     (tmp_path / "lr.safetensors").touch()
     assert find_encoder(card, tmp_path / "model.safetensors") == str(tmp_path / "lr.safetensors")

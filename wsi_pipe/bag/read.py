@@ -24,6 +24,7 @@ from wsi_pipe.bag.values import (
     TileValues,
     content_digest,
 )
+from wsi_pipe.encoders.random_id import is_random_id
 from wsi_pipe.errors import BagError
 from wsi_pipe.geometry import TileGrid, TileSpec
 
@@ -100,6 +101,10 @@ def _attrs(path: Path, file: Any) -> BagAttrs:
         if name in ("scene", "z"):
             values[name] = int(attrs[name]) if name in attrs else None
             continue
+        if name == "made_with" and name not in attrs:
+            # Files of version 0.1.0 do not have it.
+            values[name] = ""
+            continue
         try:
             value = attrs[name]
         except KeyError as error:
@@ -156,9 +161,18 @@ def read_grids(path: Path) -> tuple[TileGrid, ...]:
         return tuple(grid_of(file["levels"][label]) for label in level_labels(file))
 
 
+def weights_of(slug: str, attrs: Any) -> str:
+    """ "random" where features were made with weights that were drawn, else "". Files of version 0.1.0 do not say so,
+    but their weights' hash stands for random ones."""
+    if "weights" in attrs:
+        return str(attrs["weights"])
+    return "random" if is_random_id(slug, str(attrs.get("weights_sha256", ""))) else ""
+
+
 @dataclass(frozen=True)
 class FeatureHeader:
-    """What one encoder's features say of themselves; dim: D; layers: the blocks whose CLS is stored too."""
+    """What one encoder's features say of themselves; dim: D; layers: the blocks whose CLS is stored too; weights:
+    "random" where they were drawn."""
 
     encoder: str
     weights_sha256: str
@@ -167,6 +181,7 @@ class FeatureHeader:
     fingerprint: str
     dim: int
     layers: tuple[int, ...] = ()
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,7 +214,10 @@ def _feature_headers(group: Any) -> dict[str, FeatureHeader]:
     names = ("encoder", "weights_sha256", "precision", "transform", "fingerprint")
     return {
         slug: FeatureHeader(
-            **{name: str(data.attrs[name]) for name in names}, dim=int(data.shape[1]), layers=_blocks_of(group, slug)
+            **{name: str(data.attrs[name]) for name in names},
+            dim=int(data.shape[1]),
+            layers=_blocks_of(group, slug),
+            weights=weights_of(slug, data.attrs),
         )
         for slug, data in (group["features"].items() if "features" in group else ())
     }
@@ -229,6 +247,7 @@ def _features_of(group: Any, slug: str) -> Features:
             name: str(attrs[name])
             for name in ("encoder", "weights_sha256", "licence", "precision", "transform", "fingerprint")
         },
+        weights=weights_of(slug, attrs),
     )
 
 
@@ -288,6 +307,7 @@ class BagLevelView:
     parent_label: str | None
     layers: dict[str, FeatureArray]
     annotation: dict[str, NDArray[np.float32]]
+    weights: str = ""
 
 
 def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bool = False) -> BagLevelView:
@@ -325,6 +345,7 @@ def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bo
                 str(item.attrs.get("class", slug)): item.values
                 for slug, item in _tile_values(group).get("annotation", {}).items()
             },
+            weights=weights_of(slug, data.attrs),
         )
 
 
@@ -337,6 +358,7 @@ class FeatureFileHeader:
     slug: str
     fingerprint: str
     shape: tuple[int, int]
+    features: FeatureHeader
 
 
 def read_feature_header(path: Path) -> FeatureFileHeader:
@@ -351,6 +373,7 @@ def read_feature_header(path: Path) -> FeatureFileHeader:
             slug=slug,
             fingerprint=str(data.attrs["fingerprint"]),
             shape=(int(rows), int(dim)),
+            features=_feature_headers(file)[slug],
         )
 
 

@@ -47,7 +47,8 @@ class BagAttrs:
     where none was. bounds_l0: (x, y, width, height) of the scanned part, from whose corner QuPath counts; the whole
     image where the file states none, None in files of earlier versions. annotation: JSON text on the annotations that
     tiles were compared with, "" where there were none. left_out: JSON text on the tiles that were left out as blurred,
-    "" where sharpness was not asked for.
+    "" where sharpness was not asked for. made_with: JSON text of what the grids were made with, beside what the
+    fingerprints cover: settings and versions of the stages; "" in files of version 0.1.0.
     """
 
     slide_id: str
@@ -74,6 +75,7 @@ class BagAttrs:
     bounds_l0: tuple[int, int, int, int] | None = None
     annotation: str = ""
     left_out: str = ""
+    made_with: str = ""
 
     def __post_init__(self) -> None:
         # Bags are handed on: secrets of URLs stay out whoever makes one.
@@ -86,7 +88,8 @@ class Features:
     """The features of one encoder on one grid.
 
     values: float16 or float32 (N, D). encoder: the encoder's name as given. transform: JSON text. layers: CLS of
-    chosen blocks, block number as text -> the same shape.
+    chosen blocks, block number as text -> the same shape. weights: "random" where they were drawn and not learnt, else
+    "".
     """
 
     encoder: str
@@ -97,6 +100,7 @@ class Features:
     transform: str
     fingerprint: str
     layers: Mapping[str, FeatureArray] = field(default_factory=dict)
+    weights: str = ""
 
 
 @dataclass(frozen=True)

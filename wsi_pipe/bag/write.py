@@ -105,6 +105,8 @@ def _write_features(group: Any, slug: str, features: Features) -> None:
     attrs = _dataset(group.require_group("features"), slug, features.values).attrs
     for name in ("encoder", "weights_sha256", "licence", "precision", "transform", "fingerprint"):
         attrs[name] = getattr(features, name)
+    if features.weights:
+        attrs["weights"] = features.weights
     attrs["sha256"] = content_digest([features.values])
     for block, values in features.layers.items():
         layer = _dataset(group.require_group("layers").require_group(slug), block, values)

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from wsi_pipe.bag import BagHeader
+from wsi_pipe.bag import BagAttrs, BagHeader, read_header
 from wsi_pipe.config import CacheSettings, JobSettings
 from wsi_pipe.encoders.naming import is_lr_file, slug_of
-from wsi_pipe.errors import in_words
+from wsi_pipe.errors import BagError, in_words
 from wsi_pipe.execute import run_bounded
 from wsi_pipe.job.annotate import stored_annotation
+from wsi_pipe.job.fits import Identity
+from wsi_pipe.job.guard import read_guarded
+from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.manifest import SlideEntry, is_url
 
@@ -53,6 +56,16 @@ class Sources:
             tuple(text for changed, text in found if changed), tuple(text for changed, text in found if not changed)
         )
 
+    def changes_of_slide(self, entry: SlideEntry, paths: JobPaths) -> tuple[str, ...]:
+        """What changed of a slide's file since its work was made; none where that does not show."""
+        for path in (paths.bag(entry.slide_id), paths.tiles(entry.slide_id)):
+            try:
+                bag = read_guarded(read_header, path)
+            except BagError:
+                continue
+            return tuple(text for changed, text in self._of_slide(bag, entry) if changed)
+        return ()
+
     def _of_slide(self, bag: BagHeader, entry: SlideEntry) -> Iterator[tuple[bool, str]]:
         """Whether it is a change, and what is to be said."""
         if is_url(entry.path):
@@ -66,15 +79,15 @@ class Sources:
             yield False, f"its slide {entry.shown_path} cannot be looked at ({error.strerror}): not compared"
             return
         try:
-            look = partial(_fingerprint_of, reader=self._settings.reader, cache=self._settings.cache)
-            fingerprint = run_bounded(look, SLIDE_CPU_S, dataclasses.replace(entry, path=str(path)))
+            look = partial(_is_of, bag.attrs, reader=self._settings.reader, cache=self._settings.cache)
+            same = run_bounded(look, SLIDE_CPU_S, dataclasses.replace(entry, path=str(path)))
         except Exception as error:
             # As in a run, an error that nobody foresaw is its slide's own. It opened when the bag was made, but a mount
             # that is lost or a library that is missing keeps it shut as much as a change does.
             yield False, f"its slide {entry.shown_path} cannot be opened ({in_words(error)[0]}): not compared"
             return
-        if fingerprint != bag.attrs.slide_fingerprint:
-            yield True, f"its slide {entry.shown_path} was replaced or changed since: run again"
+        if not same:
+            yield True, f"its slide {entry.shown_path} was replaced or changed since: run --redo makes it anew"
 
     def _of_annotations(self, bag: BagHeader, entry: SlideEntry) -> Iterator[tuple[bool, str]]:
         if entry.annotations is None:
@@ -102,7 +115,8 @@ class Sources:
                     if not isinstance(sha256, GONE):
                         yield False, f"{grid.label}: {path} cannot be looked at ({sha256.strerror}): not compared"
                 elif sha256 != held:
-                    yield True, f"{grid.label}: {path} holds other weights than those of its features: run again"
+                    what = f"{path} holds other weights than those of its features"
+                    yield True, f"{grid.label}: {what}: run --redo makes them anew"
 
     def _sha256(self, path: Path) -> str | OSError:
         if path not in self._hashes:
@@ -114,11 +128,12 @@ class Sources:
         return self._hashes[path]
 
 
-def _fingerprint_of(entry: SlideEntry, *, reader: str, cache: CacheSettings) -> str:
-    """Of the slide as it is. Runs in a child process, which a damaged slide may crash instead of the whole check."""
+def _is_of(attrs: BagAttrs, entry: SlideEntry, *, reader: str, cache: CacheSettings) -> bool:
+    """Whether a bag is of the slide as it is. Runs in a child process, which a damaged slide may crash instead of the
+    whole check."""
     slide = open_entry(entry, reader, cache)
     try:
-        return slide.info.fingerprint
+        return Identity(slide, entry.path).knows(attrs)
     finally:
         slide.close()
 

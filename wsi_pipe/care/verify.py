@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from wsi_pipe.bag import BagHeader, FeatureHeader, check_bag, read_attrs, read_header
+from wsi_pipe.care.age import age_of, random_features
 from wsi_pipe.care.sources import SourceReport, Sources
 from wsi_pipe.config import JobSettings
+from wsi_pipe.encoders.naming import slug_of
+from wsi_pipe.encoders.random_id import RANDOM_SUFFIX
 from wsi_pipe.errors import BagError, ManifestError
-from wsi_pipe.job import JobPaths, load_settings, load_slides, read_outcomes
+from wsi_pipe.job import JobPaths, fingerprints, load_settings, load_slides, read_outcomes
 from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
 from wsi_pipe.job.guard import problems_guarded, read_guarded
 from wsi_pipe.manifest import SlideEntry
@@ -93,7 +96,16 @@ def _verify_slide(
     source = sources.compare(bag, entry) if sources else SourceReport()
     stale = (*_stale(bag, slide_id, paths, settings), *source.changes)
     status = "stale" if stale and not wrong else bag.attrs.status
-    return Finding(slide_id, str(path), status, (*wrong, *stale), bool(stale and not wrong), source.remarks)
+    remarks = (*source.remarks, *_said(slide_id, bag, paths))
+    return Finding(slide_id, str(path), status, (*wrong, *stale), bool(stale and not wrong), remarks)
+
+
+def _said(slide_id: str, bag: BagHeader, paths: JobPaths) -> Iterator[str]:
+    """What is right and worth a word all the same."""
+    for place in random_features(bag):
+        yield f"its features {place} are of random weights"
+    if older := age_of(slide_id, paths).older:
+        yield f"made by wsi-pipe {older}: kept as it is, run --redo makes it anew"
 
 
 def _wrong(bag: BagHeader, slide_id: str, settings: JobSettings) -> Iterator[str]:
@@ -124,19 +136,21 @@ def _stale(bag: BagHeader, slide_id: str, paths: JobPaths, settings: JobSettings
         pass
     wanted = {spec.label: spec for spec in settings.tile.specs}
     have = {grid.label: grid.spec for grid in bag.grids}
-    if have.keys() != wanted.keys():
+    if wanted.keys() - have.keys():
         yield f"has grids at {', '.join(have)}, the job wants {', '.join(wanted)}: run again"
-    elif have != wanted:
-        yield "has tiles of another size than the job wants: run again"
+    elif any(have[label] != spec for label, spec in wanted.items()):
+        yield "has tiles of another size than the job wants: run --redo makes it anew"
     for grid in bag.grids:
-        have_here = {features.encoder for features in bag.features[grid.label].values()}
-        lacking = [name for name in settings.extract.encoders_of(grid.label) if name not in have_here]
+        here = bag.features[grid.label]
+        names = settings.extract.encoders_of(grid.label) if grid.label in wanted else ()
+        # A job that was made with random weights says so, and lacks nothing.
+        lacking = [name for name in names if not {slug_of(name), f"{slug_of(name)}{RANDOM_SUFFIX}"} & here.keys()]
         if lacking:
             yield f"{grid.label}: lacks the features of {', '.join(lacking)}: run again"
     for label, slug, features, source in _features_of(bag):
         known = _known_transform(features)
         if known is not None and not _made_from(features, known, source, settings):
-            yield f"{label}: features of {slug} were made with other settings: run again"
+            yield f"{label}: features of {slug} were made with other settings: run --redo makes them anew"
 
 
 def _features_of(bag: BagHeader) -> Iterator[tuple[str, str, FeatureHeader, str]]:
@@ -165,7 +179,10 @@ def _made_from(
 ) -> bool:
     """Whether features are of this grid, with the job's settings or (``any_settings``) with any they may have had."""
     extract = settings.extract
+    # Layers that are stored and not asked for any more do no harm.
     ways = [(settings.reader, extract.layers, extract.dtype)]
+    if not set(extract.layers) - set(features.layers):
+        ways += [(settings.reader, layers, extract.dtype) for layers in itertools.permutations(features.layers)]
     if any_settings:
         layers = dict.fromkeys((extract.layers, features.layers))
         ways += itertools.product(READERS, layers, ("float16", "float32"))
@@ -181,8 +198,10 @@ def _made_from(
             dim=features.dim,
             layers=layers,
             dtype=dtype,
+            version=version,
         )
         for reader, layers, dtype in ways
+        for version in range(fingerprints.EXTRACT_VERSION, 0, -1)
     )
 
 

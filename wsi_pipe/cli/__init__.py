@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from wsi_pipe import __version__
-from wsi_pipe.errors import WsiPipeError
+from wsi_pipe.errors import WsiPipeError, lacks_package
 
 __all__ = [
     "EXIT_FAILED",
@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("wsi_pipe.cli.stages:run", "All four stages in one go; run again, it does what is missing."),
     "status": ("wsi_pipe.cli.care:status", "Show how far a job is."),
     "verify": ("wsi_pipe.cli.care:verify", "Check every bag of a job, or single bags."),
+    "prune": ("wsi_pipe.cli.care:prune", "Take features or resolutions out of a job; lists them first."),
     "report": ("wsi_pipe.cli.report:report", "Write the page of a job again, and print its figures."),
     "benchmark": ("wsi_pipe.cli.benchmark:benchmark", "Measure what low resolution saves, stage by stage."),
     "encoders": ("wsi_pipe.cli.encoders:encoders", "List encoders, and which can load now."),
@@ -114,6 +115,11 @@ def run_group(command: click.Group, name: str, arguments: Sequence[str] | None =
         return EXIT_USAGE
     except WsiPipeError as error:
         click.echo(f"{name}: error: {error}", err=True)
+        return EXIT_USAGE
+    except ImportError as error:
+        if not error.name or error.name.partition(".")[0] in ("wsi_pipe", "lrmil"):
+            raise
+        click.echo(f"{name}: error: {'; '.join(lacks_package(error))}", err=True)
         return EXIT_USAGE
     except BrokenPipeError:
         # The reader of our output (head, less) is gone; Python's own flush at exit must not complain.

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from wsi_pipe.cli import EXIT_FAILED
 from wsi_pipe.cli.display import print_json, print_notes, print_table
+from wsi_pipe.cli.options import RESOLUTION, parse_encoders
+from wsi_pipe.geometry import level_label
 
-__all__ = ["status", "verify"]
+if TYPE_CHECKING:
+    from wsi_pipe.care import JobStatus
+
+__all__ = ["prune", "status", "verify"]
 
 
 @click.command()
@@ -39,7 +46,7 @@ def verify(paths: tuple[Path, ...], repair: bool, no_sources: bool, as_json: boo
                 done = f"moved to {item.moved_to}" if item.moved_to else item.action
                 click.echo(f"{item.path}: {'; '.join(item.problems)}: {done}")
             left = sum(item.action == "left" for item in repairs)
-            more = f", {left} stale ones left for the next run to bring up to date" if left else ""
+            more = f", {left} stale ones left for the next run, or for run --redo, to bring up to date" if left else ""
             click.echo(f"{len(repairs) - left} files put aside{more}; run again to make what is missing")
             for path in paths:
                 held = quarantine_of(path)
@@ -70,13 +77,46 @@ def verify(paths: tuple[Path, ...], repair: bool, no_sources: bool, as_json: boo
     return EXIT_FAILED if wrong else 0
 
 
+SHOWN = 40
+
+
+def _show_resolutions(state: JobStatus, each: bool) -> None:
+    """Every slide's um per pixel of a small job; of a large one how many have which, and those that stand alone."""
+    click.echo()
+    outliers = set(state.mpp_outliers)
+    if each or state.slides <= SHOWN:
+        rows = [
+            [
+                item.slide_id,
+                "unknown" if item.mpp is None else "x".join(f"{v:.4g}" for v in dict.fromkeys(item.mpp)),
+                item.source or "none",
+                "stands alone in this job" if item.slide_id in outliers else "",
+            ]
+            for item in state.resolutions
+        ]
+        print_table({"slide": "left", "um/px": "left", "from": "left", " ": "left"}, rows)
+        return
+    groups = Counter(
+        ("unknown" if item.mpp is None else f"{item.mpp[0]:.2g}", item.source or "none") for item in state.resolutions
+    )
+    print_table(
+        {"um/px, about": "left", "from": "left", "slides": "right"},
+        ([mpp, source, f"{count:,}"] for (mpp, source), count in groups.most_common(SHOWN)),
+    )
+    for item in state.resolutions:
+        if item.slide_id in outliers and item.mpp is not None:
+            click.echo(f"{item.slide_id}: {item.mpp[0]:.4g} um/px ({item.source}) stands alone in this job")
+
+
 @click.command()
 @click.argument("job", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="JOB")
+@click.option("--each", is_flag=True, help="Show every slide's resolution, also of a large job.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(job: Path, as_json: bool) -> int:
-    """Show how far JOB is: done, empty, failed, waiting; while a run is at work also its pace and the hours left.
+def status(job: Path, each: bool, as_json: bool) -> int:
+    """Show how far JOB is: done, empty, failed, stale, waiting; while a run is at work also pace and hours left.
 
-    Exit code 1 when slides failed.
+    Stale is finished work that does not fit the job's settings or the slide's file any more. Also shown: each slide's
+    um per pixel and who states it, and what an earlier version or random weights made. Exit code 1 when slides failed.
     """
     from wsi_pipe.care import job_status
 
@@ -84,7 +124,12 @@ def status(job: Path, as_json: bool) -> int:
     if as_json:
         print_json(dataclasses.asdict(state))
         return EXIT_FAILED if state.failed else 0
-    rows = [[name, f"{getattr(state, name):,}"] for name in ("slides", "done", "empty", "failed", "waiting")]
+    rows = [[name, f"{getattr(state, name):,}"] for name in ("slides", "done", "empty", "failed", "stale", "waiting")]
+    if state.older:
+        makers = ", ".join(dict.fromkeys(state.made_by.values()))
+        rows.append(["of an earlier version", f"{state.older:,}, made by {makers}; kept, --redo makes them anew"])
+    if state.random:
+        rows.append(["random weights", f"{state.random:,} slides hold features that mean nothing"])
     if state.run is None:
         rows.append(["run", "none at work"])
     else:
@@ -97,6 +142,12 @@ def status(job: Path, as_json: bool) -> int:
             rows.append(["unchanged", f"{state.unchanged_in_run:,} slides were right already"])
     print_table({"": "left", " ": "left"}, rows)
     print_notes(state.noted)
+    _show_resolutions(state, each)
+    if state.why_stale:
+        click.echo()
+        stale = list(state.why_stale.items())
+        print_table({"stale slide": "left", "why": "left"}, ([slide_id, why] for slide_id, why in stale[:SHOWN]))
+        click.echo("--redo makes them anew; nothing is, and nothing is lost, without it")
     if state.failures:
         click.echo()
         print_table(
@@ -104,3 +155,60 @@ def status(job: Path, as_json: bool) -> int:
             ([o.slide_id, o.stage or "", o.reason or "", o.remedy or ""] for o in state.failures),
         )
     return EXIT_FAILED if state.failed else 0
+
+
+@click.command()
+@click.argument("job", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="JOB")
+@click.option(
+    "-e",
+    "--encoder",
+    "encoders",
+    multiple=True,
+    metavar="[RES=]NAME",
+    help="Features of this encoder, at all resolutions or at one; repeatable.",
+)
+@click.option(
+    "-r",
+    "--resolution",
+    "resolutions",
+    type=RESOLUTION,
+    multiple=True,
+    metavar="RES",
+    help="A whole resolution; repeatable.",
+)
+@click.option("--random", is_flag=True, help="All features of random weights.")
+@click.option("--yes", is_flag=True, help="Do it; without, what would go is listed and nothing is done.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def prune(
+    job: Path, encoders: tuple[str, ...], resolutions: tuple[float, ...], random: bool, yes: bool, as_json: bool
+) -> int:
+    """Take features or whole resolutions out of JOB: its bags, grids and settings. Nothing else ever does.
+
+    \b
+    wsi-pipe prune job -e uni              list what would go
+    wsi-pipe prune job -e uni --yes        do it
+    wsi-pipe prune job -r 10x --yes
+    """
+    from wsi_pipe.care import Wish, prune_job, prune_list
+
+    if not (encoders or resolutions or random):
+        raise click.UsageError("say what is to go: --encoder, --resolution or --random")
+    named = tuple((label, name) for label, names in parse_encoders(encoders).items() for name in names)
+    wish = Wish(named, tuple(level_label(mpp) for mpp in resolutions), random)
+    found = prune_job(job, wish) if yes else prune_list(job, wish)
+    wrong = [item for item in found if item.problem]
+    if as_json:
+        print_json([dataclasses.asdict(item) for item in found])
+        return EXIT_FAILED if wrong else 0
+    places: Counter[str] = Counter()
+    for item in found:
+        if not item.problem:
+            places.update(item.features)
+            places.update(f"{label} (grid)" for label in item.levels)
+    print_table({"goes": "left", "slides": "right"}, ([place, f"{count:,}"] for place, count in sorted(places.items())))
+    for item in wrong:
+        click.echo(f"{item.slide_id}: {item.problem}", err=True)
+    size = sum(item.size_bytes for item in found if not item.problem) / 1e6
+    many = f"{len(found) - len(wrong):,} slides, about {size:,.1f} MB"
+    click.echo(f"{many}: gone" if yes else f"{many}: nothing was done; --yes does it")
+    return EXIT_FAILED if wrong else 0

@@ -13,8 +13,17 @@ from typing import Any, TypeVar
 
 import click
 
-from wsi_pipe.cli.regions import carried, region_options, with_regions
-from wsi_pipe.config import CacheSettings, ExtractSettings, JobSettings, SegmentSettings, TileSettings, load_toml
+from wsi_pipe.cli.regions import region_options, with_regions
+from wsi_pipe.config import (
+    CacheSettings,
+    ExtractSettings,
+    JobSettings,
+    SegmentSettings,
+    TileSettings,
+    call_only_in,
+    load_toml,
+)
+from wsi_pipe.encoders.naming import is_lr_file
 from wsi_pipe.errors import ConfigError, ManifestError
 from wsi_pipe.execute import Where
 from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds, level_label, parse_resolution
@@ -22,7 +31,6 @@ from wsi_pipe.job.private import anonymised, check_told, revealed
 from wsi_pipe.job.record import load_settings, load_slides, read_outcomes
 from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, collect_slides
 from wsi_pipe.slides.passed_over import PassedOver
-from wsi_pipe.tables import TABLE_SUFFIXES
 
 __all__ = [
     "collect_entries",
@@ -82,7 +90,12 @@ def slide_options(function: F) -> F:
         click.option(
             "--slide-mpp",
             metavar="UM",
-            help="Resolution of level 0 in um/px, X or XxY, of every slide given; it goes before the file's own.",
+            help="Resolution of level 0 in um/px, X or XxY, of slides whose file states none.",
+        ),
+        click.option(
+            "--override-mpp",
+            is_flag=True,
+            help="Take --slide-mpp also where the file states another; a slide list's column still goes first.",
         ),
         click.option(
             "--scene",
@@ -136,6 +149,9 @@ def job_option(function: F) -> F:
         ),
         click.option("--only", multiple=True, metavar="ID", help="Just this slide; repeatable."),
         click.option("--limit", type=click.IntRange(1), metavar="N", help="Just the first N slides."),
+        click.option(
+            "--redo", is_flag=True, help="Make finished work anew where it is stale, or of an earlier version."
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     )(function)
 
@@ -291,10 +307,11 @@ def extract_options(function: F) -> F:
             "--memory", "extract_memory_mib", type=click.IntRange(64), metavar="MIB", help="Budget for tiles.  [2048]"
         ),
         click.option(
-            "--random-weights/--no-random-weights",
+            "--random-weights",
             "extract_random_weights",
-            default=None,
-            help="Draw weights rather than download them, for tests; those given as a file are loaded.  [off]",
+            is_flag=True,
+            help="Of this call alone: draw weights rather than download them, for tests. Such features are called "
+            "NAME-random; weights given as a file are loaded.",
         ),
     )(function)
 
@@ -305,6 +322,10 @@ def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | No
     Raises ConfigError when one is refused.
     """
     base = load_toml(JobSettings, config) if config else (job and load_settings(job)) or JobSettings()
+    source = config or (job / "config.toml" if job else None)
+    for name in call_only_in(JobSettings, source) if source else ():
+        option = "--" + name.rpartition(".")[2].replace("_", "-")
+        click.echo(f"note: {name} in {config or 'the job'} is ignored: {option} is said in each call", err=True)
     parts: dict[str, dict[str, Any]] = {"segment": {}, "tile": {}, "extract": {}}
     for name, value in values.items():
         stage, _, item = name.partition("_")
@@ -314,6 +335,11 @@ def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | No
         parts["tile"]["resolutions"] = tuple(values["resolutions"])
     if values.get("encoders"):
         parts["extract"]["encoders"] = parse_encoders(values["encoders"])
+    elif values.get("resolutions"):
+        # Encoders of resolutions that are not asked for now are none of this call's.
+        labels = {"*", *map(level_label, values["resolutions"])}
+        own = {label: names for label, names in base.extract.encoders.items() if label in labels}
+        parts["extract"] |= {"encoders": own} if own else {}
     if values.get("devices"):
         parts["extract"]["devices"] = tuple(part.strip() for part in values["devices"].split(","))
     if values.get("layers"):
@@ -327,6 +353,7 @@ def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | No
             reader=values.get("reader") or base.reader,
             cache=_cache(base.cache, values),
             anonymise=_anonymise(values.get("anonymise"), base, job),
+            redo=bool(values.get("redo")),
         )
     except TypeError as error:
         raise ConfigError(f"options: {error}") from error
@@ -376,8 +403,16 @@ def parse_encoders(given: tuple[str, ...] | list[str]) -> dict[str, tuple[str, .
             name = text
         if not name.strip():
             raise ConfigError(f"--encoder {text!r} names no encoder", remedy="write NAME or 5x=NAME")
-        found.setdefault(label, []).append(name.strip())
+        found.setdefault(label, []).append(_absolute_file(name.strip()))
     return {label: tuple(dict.fromkeys(names)) for label, names in found.items()}
+
+
+def _absolute_file(name: str) -> str:
+    """An encoder whose weights are a file by its whole path: bags and settings name it, and are read elsewhere."""
+    if is_lr_file(name):
+        return str(Path(name).absolute())
+    base, _, checkpoint = name.partition("@")
+    return f"{base}@{Path(checkpoint).absolute()}" if checkpoint and Path(checkpoint).is_file() else name
 
 
 def _check_encoder_levels(settings: JobSettings) -> None:
@@ -438,23 +473,22 @@ def collect_entries(
         entries = collect_slides(sources, manifest, job=named, passed_over=passed, notes=notes)
         for line in [*(f"note: {note}" for note in notes), *passed.lines()]:
             click.echo(line, err=True)
-        if not manifest and not any(source.lower().endswith(TABLE_SUFFIXES) for source in sources):
-            entries = carried(entries, named)
     else:
         entries = listed
         if not entries:
             raise ManifestError("no slides are given", remedy="name slide files, folders, URLs or a CSV")
     mpp = parse_mpp(values.get("slide_mpp"))
-    if mpp:
-        entries = [dataclasses.replace(entry, mpp=entry.mpp or mpp) for entry in entries]
+    if mpp is None and values.get("override_mpp"):
+        raise ConfigError("--override-mpp needs --slide-mpp", remedy="give the resolution with --slide-mpp")
+    if mpp and values.get("override_mpp"):
+        entries = [e if e.mpp and "mpp" in e.stated else e.stating(mpp=mpp) for e in entries]
+    elif mpp:
+        entries = [entry.stating(mpp_if_missing=mpp) for entry in entries]
     for name in ("scene", "z"):
         given = values.get(name)
         if given is not None:
-            # As with mpp, what a list says of one slide goes first.
-            entries = [
-                dataclasses.replace(e, **{name: given if getattr(e, name) is None else getattr(e, name)})
-                for e in entries
-            ]
+            # What a list says of one slide goes first.
+            entries = [e if name in e.stated else e.stating(**{name: given}) for e in entries]
     entries = with_regions(entries, values)
     if salt is not None:
         entries = anonymised(entries, salt)

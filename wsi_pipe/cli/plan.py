@@ -19,7 +19,9 @@ from wsi_pipe.cli.options import (
     slide_options,
     tile_options,
 )
-from wsi_pipe.errors import OutputError
+from wsi_pipe.config import JobSettings
+from wsi_pipe.errors import OutputError, StaleWorkError, WsiPipeError
+from wsi_pipe.job.changes import duration
 from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = ["plan"]
@@ -43,10 +45,11 @@ SHOWN = 40
     "--out",
     "job",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path(),
     metavar="JOB",
-    help="Where the run would write: is there room on that disk?  [the current folder]",
+    help="Where the run would write: is there room on that disk, what is there already, and with which settings?  "
+    "[the current folder, as a new job]",
 )
+@click.option("--redo", is_flag=True, help="As of run: make finished work anew where it is stale.")
 @click.option("--metadata", type=click.Path(path_type=Path, dir_okay=False), help="Keep what slides are in this file.")
 @click.option(
     "--each",
@@ -60,7 +63,8 @@ def plan(
     sample: int,
     trial: int,
     workers: int,
-    job: Path,
+    job: Path | None,
+    redo: bool,
     metadata: Path | None,
     each: Path | None,
     as_json: bool,
@@ -71,29 +75,45 @@ def plan(
     Every slide is opened, and none is copied: of one behind a URL that is read from a copy it is said that it needs
     staging. The tissue of a sample is found, and its share stands for the others'. Hours come from reading and encoding
     some tiles of a few slides on this machine. Where the disk of JOB has no room for what a run writes, a warning says
-    how much is lacking; with --calibrate 0 that is told only where all encoders are known without loading them. Exit
-    code 1 when slides would fail.
+    how much is lacking; with --calibrate 0 that is told only where all encoders are known without loading them. What
+    would end the run before its first tile (an encoder that is not to be had, finished work that would be stale, no
+    room) is said, and tiles are counted all the same. Exit code 1 when a run would stop, or slides would fail.
     """
+    from wsi_pipe.job.changes import call_of, refuse_stale, stale_work
     from wsi_pipe.plan import (
         MetadataCache,
         SpaceCount,
         calibrate,
+        encoder_problems,
         exact_tiles,
+        kept_share,
         known_bytes_per_tile,
+        lack_of_room,
         spread_sample,
         survey,
         total,
     )
 
-    settings = settings_from(values, None, config)
+    settings = settings_from({**values, "redo": redo}, job, config)
     passed_over = PassedOver()
-    entries = collect_entries(values, passed_over=passed_over)
+    entries = collect_entries(values, job, passed_over)
+    problems: list[WsiPipeError] = []
+    if job is not None:
+        call = call_of(job, settings, entries)
+        settings, entries = call.settings, call.entries
+        try:
+            if not redo:
+                refuse_stale(job, stale_work(job, call))
+        except StaleWorkError as error:
+            problems.append(error)
+    missing = encoder_problems(settings)
+    problems += missing
     by_id = {entry.slide_id: entry for entry in entries}
-    room = SpaceCount(job)
+    room = SpaceCount(job or Path())
     with MetadataCache(metadata) as cache:
         tried = [p for p in survey(spread_sample(entries, sample), settings, cache) if not p.problem and not p.note]
         exact = {p.slide_id: exact_tiles(by_id[p.slide_id], p, settings) for p in tried}
-        kept = _share([p for p in exact.values() if not p.problem])
+        kept = kept_share(exact.values())
         lines = each.open("w", encoding="utf-8") if each else None
         shown: list[Any] = []
 
@@ -111,12 +131,13 @@ def plan(
             if lines:
                 lines.close()
     rates = None
-    if trial:
+    if trial and not missing:
         from wsi_pipe.job.run import load_encoders
 
         works = [by_id[p.slide_id] for p in exact.values() if not p.problem and any(p.tiles.values())]
         rates = calibrate(spread_sample(works, trial), settings, load_encoders(settings))
     tile_bytes = rates.bytes_per_tile if rates else known_bytes_per_tile(settings)
+    notes = [] if missing else _downloads(settings)
     space, unchecked = None, "not checked: how much encoders give is not known without --calibrate"
     if tile_bytes is not None:
         try:
@@ -124,11 +145,15 @@ def plan(
         except OutputError as error:
             # The plan took hours, perhaps, and is right all the same.
             unchecked = f"not checked: {error.message}"
+    if space is not None and (lacking := lack_of_room(space)):
+        problems.append(lacking)
     if as_json:
         result = dataclasses.asdict(totals) | {"calibration": dataclasses.asdict(rates) if rates else None}
         result["passed_over"] = passed_over.to_json()
         if rates:
             result |= {"hours": rates.hours(totals, workers), "gigabytes": rates.gigabytes(totals), "workers": workers}
+        result["stops"] = [str(error) for error in problems]
+        result["notes"] = notes
         result["space"] = dataclasses.asdict(space) | {"lacking_gb": space.lacking_gb} if space else None
         print_json(result)
     else:
@@ -138,22 +163,21 @@ def plan(
         _show(shown, totals, rates, workers, disk)
     if space is None:
         click.echo(f"warning: room on the disk: {unchecked}", err=True)
-    if space and space.lacking_gb:
-        there = f", of which {space.held_gb:,.1f} GB are there already" if space.held_gb >= 0.05 else ""
-        click.echo(
-            f"warning: a run would write about {space.needed_gb:,.1f} GB{there} and the disk of {space.folder} has "
-            f"{space.free_gb:,.1f} GB free: {space.lacking_gb:,.1f} GB are lacking; free some space or give a "
-            "folder on another disk with --out",
-            err=True,
-        )
-    return EXIT_FAILED if totals.failing else 0
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+    for problem in problems:
+        click.echo(f"a run would stop before its first tile: {problem}", err=True)
+    return EXIT_FAILED if totals.failing or problems else 0
 
 
-def _share(plans: list[Any]) -> dict[str, float]:
-    """By label, how many of the covering tiles hold tissue, over the sample."""
-    labels = dict.fromkeys(label for p in plans for label in p.covering)
-    covering = {label: sum(p.covering[label] for p in plans) for label in labels}
-    return {label: sum(p.tiles[label] for p in plans) / covering[label] for label in labels if covering[label]}
+def _downloads(settings: JobSettings) -> list[str]:
+    from wsi_pipe.encoders.availability import to_download
+
+    if settings.extract.random_weights:
+        return []
+    names = dict.fromkeys(n for spec in settings.tile.specs for n in settings.extract.encoders_of(spec.label))
+    pages = {name: to_download(name) for name in names}
+    return [f"weights of encoder {name} will be downloaded from {page} first" for name, page in pages.items() if page]
 
 
 def _show(shown: list[Any], totals: Any, rates: Any, workers: int, disk: str) -> None:
@@ -175,8 +199,8 @@ def _show(shown: list[Any], totals: Any, rates: Any, workers: int, disk: str) ->
         rows.append(
             ["measured", f"{rates.slide_s:.2f} s a slide before its tiles; {each} ({rates.tiles:,} tiles tried)"]
         )
-        who = f"{workers} worker{'s' if workers > 1 else ''} like this one"
-        rows.append(["time", f"{_duration(rates.hours(totals, workers) * 3600)} on {who}"])
+        who = "1 worker" if workers == 1 else f"{workers} workers that share {rates.cores} cores"
+        rows.append(["time", f"{duration(rates.hours(totals, workers) * 3600)} on {who}"])
         rows.append(["gigabytes", f"{rates.gigabytes(totals):.3f} of bags"])
     rows.append(["disk", disk])
     print_table({"": "left", " ": "left"}, rows)
@@ -186,13 +210,6 @@ def _show(shown: list[Any], totals: Any, rates: Any, workers: int, disk: str) ->
             {"will fail": "left", "cause": "left", "remedy": "left"},
             ([p.slide_id, p.problem, p.remedy or ""] for p in totals.failing[:SHOWN]),
         )
-
-
-def _duration(seconds: float) -> str:
-    """Hours, minutes or seconds, whichever says something."""
-    if seconds >= 2 * 3600:
-        return f"{seconds / 3600:,.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.1f} s"
 
 
 def _row(p: Any, labels: list[str]) -> list[str]:

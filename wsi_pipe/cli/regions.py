@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ from wsi_pipe.errors import ConfigError
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.tissue.frame import FRAMES
 
-__all__ = ["carried", "region_options", "with_regions"]
+__all__ = ["region_options", "with_regions"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,20 +57,6 @@ def region_options(function: F) -> F:
     return function
 
 
-def carried(entries: Sequence[SlideEntry], job: Sequence[SlideEntry]) -> list[SlideEntry]:
-    """Slides named on the command line with what earlier runs of the job were told is drawn on them."""
-    known = {(entry.slide_id, entry.path): entry for entry in job}
-    found = []
-    for entry in entries:
-        own = known.get((entry.slide_id, entry.path))
-        if own is not None and (entry.annotations, entry.tissue_class, entry.frame) == (None, (), None):
-            entry = dataclasses.replace(
-                entry, annotations=own.annotations, tissue_class=own.tissue_class, frame=own.frame
-            )
-        found.append(entry)
-    return found
-
-
 def with_regions(entries: Sequence[SlideEntry], values: Mapping[str, Any]) -> list[SlideEntry]:
     """Slides with what these options say; the cells of a slide list go first.
 
@@ -83,21 +68,21 @@ def with_regions(entries: Sequence[SlideEntry], values: Mapping[str, Any]) -> li
             raise ConfigError(
                 f"--mask is for one slide, {len(found)} are given", remedy="use the column mask of a CSV (--slides)"
             )
-        found = [dataclasses.replace(found[0], mask=str(values["mask"].absolute()))]
+        found = [found[0].stating(mask=str(values["mask"].absolute()))]
     annotations: Path | None = values.get("annotations")
     if annotations is not None and str(annotations) == NONE and not annotations.exists():
-        found = [dataclasses.replace(entry, annotations=None) for entry in found]
+        found = [entry.stating(annotations=None) for entry in found]
     elif annotations is not None:
         found = _annotated(found, annotations)
     classes = tuple(dict.fromkeys(name.strip() for name in values.get("tissue_class") or () if name.strip()))
     if classes == (NONE,):
-        found = [dataclasses.replace(entry, tissue_class=()) for entry in found]
+        found = [entry.stating(tissue_class=()) for entry in found]
     elif classes:
-        found = [dataclasses.replace(entry, tissue_class=classes) for entry in found]
+        found = [entry.stating(tissue_class=classes) for entry in found]
         if not any(entry.annotations or entry.mask for entry in found):
             raise ConfigError("--tissue-class is given, but no annotations", remedy="give --annotations or --mask")
     if values.get("frame"):
-        found = [dataclasses.replace(entry, frame=entry.frame or values["frame"]) for entry in found]
+        found = [e if "frame" in e.stated else e.stating(frame=values["frame"]) for e in found]
     return found
 
 
@@ -108,12 +93,10 @@ def _annotated(entries: Sequence[SlideEntry], where: Path) -> list[SlideEntry]:
                 f"--annotations {where} is one file for {len(entries)} slides",
                 remedy="give a folder with <slide_id>.geojson of each, or use the column annotations of a CSV",
             )
-        return [dataclasses.replace(entries[0], annotations=str(where.absolute()))]
+        return [entries[0].stating(annotations=str(where.absolute()))]
     files = {path.stem: path for path in sorted(where.iterdir(), reverse=True) if path.suffix.lower() in ENDINGS}
     found = [
-        dataclasses.replace(entry, annotations=str(files[entry.slide_id].absolute()))
-        if entry.slide_id in files
-        else entry
+        entry.stating(annotations=str(files[entry.slide_id].absolute())) if entry.slide_id in files else entry
         for entry in entries
     ]
     lacking = [entry.slide_id for entry in found if not entry.annotations]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -34,6 +34,9 @@ from wsi_pipe.masking import has_secret
 from wsi_pipe.outcome import SlideOutcome, Stage
 from wsi_pipe.slides.passed_over import PassedOver
 
+if TYPE_CHECKING:
+    from wsi_pipe.job.changes import Change
+
 __all__ = ["assemble", "extract", "run", "segment", "tile"]
 
 TELL_S = 1.0
@@ -48,9 +51,11 @@ def _run_until(
     report: bool = False,
 ) -> int:
     """Parse, process, print; the exit code. after: what a run that was not stopped does at its end."""
+    from wsi_pipe.job.changes import call_of, note_changes, refuse_stale, stale_work
     from wsi_pipe.job.dispatch import check_folder, dispatch
     from wsi_pipe.job.lock import hold_job
     from wsi_pipe.job.run import load_encoders
+    from wsi_pipe.plan import bytes_per_tile, refuse_bad_encoders, refuse_lack_of_room
 
     job: Path = values["job"]
     settings = settings_from(values, job, values["config"])
@@ -60,15 +65,27 @@ def _run_until(
     salt = job_salt(job, values["salt"]) if settings.anonymise else None
     passed_over = PassedOver()
     entries = collect_entries(values, job, passed_over, salt=salt)
-    # A bad encoder stops here, before any work; other processes load their own.
-    encoders = load_encoders(settings) if until in ("extract", "assemble") and where.here else None
+    call = call_of(job, settings, entries, part=bool(values["only"] or values["limit"]))
+    if not settings.redo:
+        refuse_stale(job, stale_work(job, call))
+    settings, entries = call.settings, call.entries
+    encoders = None
+    if until in ("extract", "assemble"):
+        # What is wrong with encoders or room stops here, before any work; other processes load their own encoders.
+        refuse_bad_encoders(settings, fetch=where.scheduler is None and not where.here)
+        if where.here:
+            encoders = load_encoders(settings)
+        dims = {name: encoder.info.dim for name, encoder in encoders.items()} if encoders else None
+        refuse_lack_of_room(entries, settings, job, bytes_per_tile(settings, dims) if dims else None)
     outcomes: list[SlideOutcome] = []
     start = time.perf_counter()
     stopped: WsiPipeError | None = None
     unchanged, told = 0, start
     about = {"started_utc": utc_now(), "slides": len(entries), "until": until}
     with hold_job(job, about) as tell, LogLines(values["log_json"]) as log:
-        paths = open_job(job, settings, entries, salt=salt)
+        paths = open_job(job, call.stored, entries, salt=salt)
+        note_changes(paths, call.changes)
+        _show_changes(call.changes, paths)
         if values["sources"] and not settings.anonymise:
             # The names of files that were passed over name people as slides' do.
             note_passed_over(paths, passed_over)
@@ -106,7 +123,7 @@ def _run_until(
                 remove_partial_files(job, paths.written)
                 with contextlib.suppress(OutputError):
                     check_folder(paths)
-                    _write_end(paths, settings, report)
+                    _write_end(paths, call.stored, report)
                 raise
             finally:
                 results.close()
@@ -117,9 +134,9 @@ def _run_until(
             # Where the folder cannot be written, the error that says so is already on its way.
             with contextlib.suppress(OutputError):
                 check_folder(paths)
-                _write_end(paths, settings, report)
+                _write_end(paths, call.stored, report)
         else:
-            _write_end(paths, settings, report)
+            _write_end(paths, call.stored, report)
             if after:
                 done = {outcome.slide_id for outcome in outcomes if outcome.status == "done"}
                 after(paths, settings, [entry for entry in entries if entry.slide_id in done])
@@ -141,6 +158,21 @@ def _tell_secrets(entries: list[SlideEntry], paths: JobPaths) -> None:
             "go on with; everywhere else they are masked",
             err=True,
         )
+
+
+MOST_SHOWN = 20
+
+
+def _show_changes(changes: Sequence[Change], paths: JobPaths) -> None:
+    """What becomes another by this call, old -> new, before the work."""
+    moved = [change for change in changes if change.what == "path"]
+    others = [change for change in changes if change.what != "path"]
+    for change in others[:MOST_SHOWN]:
+        click.echo(f"changed: {change}", err=True)
+    if len(others) > MOST_SHOWN:
+        click.echo(f"changed: {len(others) - MOST_SHOWN:,} more values, see {paths.changes}", err=True)
+    if moved:
+        click.echo(f"moved: {len(moved):,} slides, such as {moved[0]}", err=True)
 
 
 def _write_end(paths: JobPaths, settings: JobSettings, report: bool) -> None:
@@ -256,8 +288,8 @@ def assemble(**values: Any) -> int:
 def run(report: bool, **values: Any) -> int:
     """Segment, tile, extract and assemble SLIDES into JOB.
 
-    Run again, it does only what is missing or stale: a bag counts as done when it is valid and was made from the same
-    slide with the same settings and weights.
+    Run again, it does only what is missing, and adds: encoders and resolutions that are left out stay as they are.
+    A change that would make finished work stale ends the call before any work, unless --redo says to make it anew.
 
     \b
     wsi-pipe run archive/ -o job

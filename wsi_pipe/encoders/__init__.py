@@ -31,7 +31,8 @@ def load_encoder(
     ``timm:MODEL`` or ``timm:MODEL@FILE``, or the path of an LR encoder (``.safetensors``). device: a device, several
     separated by commas (a replica on each), or "auto" (every GPU, else the CPU). precision: "auto" (half where the
     device has hardware for it), "float32", "bfloat16" or "float16". random_weights: weights drawn anew, the same for
-    one name in every process; for trying things out without a download. compile: through torch.compile. input_px:
+    one name in every process, for trying things out without a download; name and slug end with "-random", and weights
+    that are given as a file are never drawn. compile: through torch.compile. input_px:
     another input side than the network's own; a ViT's position embeddings are interpolated to it.
 
     Raises UnknownEncoderError, WeightsError (not there, gated, keys missing), DeviceError or ConfigError.
@@ -58,12 +59,13 @@ def encoder_of_job(name: str, settings: ExtractSettings) -> Encoder:
     ``settings.random_weights`` stands in for a download: weights that the name gives as a file are loaded all the same.
     Raises as ``load_encoder``.
     """
-    in_a_file = "@" in name or name.endswith(".safetensors")
+    from wsi_pipe.encoders.naming import draws_weights
+
     return load_encoder(
         name,
         device=",".join(settings.devices),
         precision=settings.precision,
-        random_weights=settings.random_weights and not in_a_file,
+        random_weights=settings.random_weights and draws_weights(name),
         compile=settings.compile,
     )
 

@@ -55,6 +55,7 @@ class EncoderInfo:
     that the encoder was made for, which a grid must have too. weights_sha256: of the weights' file, or a constant that
     names the version of a weightless encoder. precision: "float32", "bfloat16", "float16".
     transform: how pixels become inputs, as JSON-able values. licence: SPDX id or the model card's name for it.
+    random: its weights were drawn and not learnt; name and slug say so too.
     """
 
     name: str
@@ -68,6 +69,7 @@ class EncoderInfo:
     mpp_required: bool = False
     transform: Mapping[str, Any] = field(default_factory=dict)
     tile_px: int | None = None
+    random: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from wsi_pipe.encoders.base import encoder_slug
 from wsi_pipe.errors import WeightsError
 
-__all__ = ["WEIGHTS_FOLDER_VARIABLE", "download", "find_local", "has_token", "reachable"]
+__all__ = ["WEIGHTS_FOLDER_VARIABLE", "download", "find_local", "has_token", "obstacle", "reachable"]
 
 WEIGHTS_FOLDER_VARIABLE = "WSI_PIPE_WEIGHTS"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -88,6 +88,20 @@ def download(
         except (errors.HfHubHTTPError, OSError) as error:
             raise _refused(name, page, error) from error
     raise WeightsError(f"encoder {name}: {page} has no file {' or '.join(filenames)}", remedy=_by_hand(name, page))
+
+
+def obstacle(
+    name: str, repo_id: str, filenames: Sequence[str], *, gated: bool = False, repo_type: str = "model"
+) -> WeightsError | None:
+    """What would keep ``download`` from giving the file, as far as it shows without downloading; None if nothing."""
+    if find_local(name, repo_id, filenames, repo_type=repo_type) is not None:
+        return None
+    if not repo_id:
+        return WeightsError(f"encoder {name} has no weights to download", remedy=_by_hand(name, ""))
+    page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+    if not reachable():
+        return _no_network(name, page)
+    return _gated(name, page) if gated and not has_token() else None
 
 
 def reachable(timeout_s: float = 10.0) -> bool:

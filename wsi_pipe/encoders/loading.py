@@ -14,6 +14,7 @@ from wsi_pipe.encoders.building import build_random, check_dimension
 from wsi_pipe.encoders.devices import resolve_devices, shared_precision
 from wsi_pipe.encoders.lr_file import load_lr_network
 from wsi_pipe.encoders.naming import is_lr_file, slug_of
+from wsi_pipe.encoders.random_id import RANDOM_SUFFIX, random_weights_id
 from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.encoders.registry import RegistryEntry, find_entry
 from wsi_pipe.encoders.torch_encoder import ReplicatedEncoder, TorchEncoder
@@ -22,7 +23,6 @@ from wsi_pipe.encoders.weights import (
     State,
     file_sha256,
     load_into,
-    random_weights_id,
     read_state,
     without_prefix,
 )
@@ -64,13 +64,15 @@ def load_torch_encoder(
     devices = resolve_devices(device)
     base, at, checkpoint = name.partition("@")
     distilled = is_lr_file(name)
+    if random_weights and (distilled or checkpoint):
+        raise ConfigError(f"encoder {name} names weights, and random weights are asked for", remedy="choose one")
     if at and not checkpoint:
         raise ConfigError(f"encoder {name!r} names no file after '@'", remedy=f"write {base}@FILE")
     preferred = "auto"
     if distilled:
         if input_px is not None:
             raise ConfigError(f"encoder {name} states its own input side", remedy="leave out input_px")
-        network, recipe, info = load_lr_network(Path(name), name, random_weights=random_weights)
+        network, recipe, info = load_lr_network(Path(name), name)
     else:
         if base.startswith("timm:"):
             recipe, info, source = _from_timm(base.removeprefix("timm:"), name)
@@ -78,16 +80,17 @@ def load_torch_encoder(
             entry = find_entry(base)
             recipe, info, source = _from_registry(entry, name)
             preferred = entry.precision
+        # Weights that a table gives as a file are given as much as those behind an "@".
+        random_weights = random_weights and source.path is None
         if checkpoint:
-            if random_weights:
-                raise ConfigError(
-                    f"encoder {name} names weights, and random weights are asked for", remedy="choose one"
-                )
             source = dataclasses.replace(source, path=Path(checkpoint))
         if input_px is not None:
             recipe = _resized(recipe, input_px)
         network, weights = _network(recipe, info, source, random_weights=random_weights, input_px=input_px)
         info = dataclasses.replace(info, weights_sha256=weights, input_px=recipe.preprocessing.input_px)
+        if random_weights:
+            named, slug = f"{info.name}{RANDOM_SUFFIX}", f"{info.slug}{RANDOM_SUFFIX}"
+            info = dataclasses.replace(info, name=named, slug=slug, random=True)
     precision = shared_precision(precision, preferred, devices)
     replicas = []
     for place in devices:

@@ -195,22 +195,17 @@ def read_lr_header(path: Path) -> LrHeader:
     return header_from_json(metadata[METADATA_KEY], str(path))
 
 
-def load_lr_network(
-    path: Path, name: str, *, random_weights: bool = False
-) -> tuple[PooledNetwork, Recipe, EncoderInfo]:
+def load_lr_network(path: Path, name: str) -> tuple[PooledNetwork, Recipe, EncoderInfo]:
     """Network, recipe and facts of an LR encoder's file. Raises WeightsError when it is damaged."""
     from wsi_pipe.encoders.architectures import build_unfilled
-    from wsi_pipe.encoders.building import build_random, check_dimension
-    from wsi_pipe.encoders.weights import file_sha256, load_into, random_weights_id
+    from wsi_pipe.encoders.building import check_dimension
+    from wsi_pipe.encoders.weights import file_sha256, load_into
 
     header = read_lr_header(path)
     slug = encoder_slug(path.stem)
-    if random_weights:
-        network, weights = build_random(header.recipe, slug), random_weights_id(slug)
-    else:
-        network, weights = build_unfilled(header.recipe, name=name), file_sha256(path)
-        load_into(network.trunk, _check_tensors(path, header), name, str(path))
-        check_dimension(network, header.recipe, name, str(path))
+    network, weights = build_unfilled(header.recipe, name=name), file_sha256(path)
+    load_into(network.trunk, _check_tensors(path, header), name, str(path))
+    check_dimension(network, header.recipe, name, str(path))
     info = EncoderInfo(
         name,
         slug,

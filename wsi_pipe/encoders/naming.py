@@ -10,7 +10,7 @@ from wsi_pipe.encoders.base import encoder_slug
 from wsi_pipe.encoders.registry import find_entry
 from wsi_pipe.errors import ConfigError, EncoderError, UnknownEncoderError
 
-__all__ = ["check_slugs", "is_lr_file", "known_dim", "slug_of"]
+__all__ = ["check_slugs", "draws_weights", "is_lr_file", "known_dim", "slug_of"]
 
 
 def is_lr_file(name: str) -> bool:
@@ -18,6 +18,18 @@ def is_lr_file(name: str) -> bool:
     base, at, _ = name.partition("@")
     # A folder's name may hold an "@" too.
     return name.endswith(".safetensors") and not base.startswith("timm:") and (not at or Path(name).is_file())
+
+
+def draws_weights(name: str) -> bool:
+    """Whether ``--random-weights`` draws the weights of an encoder: of one that has any, and whose none is a file."""
+    base, _, checkpoint = name.partition("@")
+    if name == "texture" or checkpoint or is_lr_file(name):
+        return False
+    if base.startswith("timm:"):
+        return True
+    with suppress(EncoderError, ConfigError):
+        return find_entry(base).local_file is None
+    return True
 
 
 def slug_of(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import sys
@@ -15,27 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsi_pipe.errors import WeightsError
+from wsi_pipe.files import file_sha256
 
-__all__ = ["KEY_MAPS", "State", "file_sha256", "load_into", "random_weights_id", "read_state", "without_prefix"]
+__all__ = ["KEY_MAPS", "State", "file_sha256", "load_into", "read_state", "without_prefix"]
 
 State = dict[str, Tensor]
 
 NESTED = ("state_dict", "model", "teacher", "module")
 """Keys under which training programs put the weights, tried in turn."""
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def random_weights_id(name: str) -> str:
-    """What stands for the weights' hash when they are random: the name, and the versions that draw them."""
-    import timm
-
-    text = f"random weights 1: {name}, torch {torch.__version__}, timm {timm.__version__}"
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_state(path: Path, nested: str | None = None) -> State:

@@ -1,21 +1,57 @@
-"""What a slide is, as JSON-able values."""
+"""What a slide or a bag is, as JSON-able values."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from wsi_pipe.bag import read_header
 from wsi_pipe.config import TileSettings
-from wsi_pipe.errors import ResolutionError, in_words
+from wsi_pipe.errors import BagError, ResolutionError, in_words
 from wsi_pipe.geometry import Pyramid, TissueMask
+from wsi_pipe.job.guard import read_guarded
 from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.slides.personal import personal_items
 from wsi_pipe.tiling import plan_grids
 
-__all__ = ["describe_slide", "tiles_over_all"]
+__all__ = ["describe_bag", "describe_slide", "tiles_over_all"]
+
+
+def describe_bag(path: Path) -> dict[str, Any]:
+    """Facts about one bag: of which slide, grids, and features with the weights that made them.
+
+    A file that is no bag, or damaged, gives ``error`` in their place.
+    """
+    base: dict[str, Any] = {"bag": str(path)}
+    try:
+        header = read_guarded(read_header, path)
+    except BagError as error:
+        return base | {"error": error.message, "remedy": error.remedy}
+    attrs = header.attrs
+    levels = {
+        grid.label: {
+            "tiles": len(grid),
+            "tile_px": grid.spec.size_px,
+            "mpp": list(grid.mpp_effective),
+            "features": {
+                slug: {
+                    "encoder": item.encoder,
+                    "dim": item.dim,
+                    "precision": item.precision,
+                    "weights": item.weights or item.weights_sha256,
+                }
+                for slug, item in header.features[grid.label].items()
+            },
+        }
+        for grid in header.grids
+    }
+    names = ("slide_id", "case_id", "slide_path", "status", "empty_reason", "mpp_source", "wsi_pipe_version")
+    facts = {name: getattr(attrs, name) for name in names}
+    return base | facts | {"mpp": list(attrs.mpp_l0), "levels": levels}
 
 
 def describe_slide(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -28,13 +28,15 @@ from wsi_pipe.bag import (
 )
 from wsi_pipe.config import ExtractSettings
 from wsi_pipe.encoders.base import EncoderInfo
+from wsi_pipe.encoders.random_id import RANDOM, RANDOM_SUFFIX
 from wsi_pipe.errors import BagError
 from wsi_pipe.extract import SlideFeatures
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
+from wsi_pipe.job.fits import features_fit
 from wsi_pipe.job.guard import problems_guarded, read_guarded
 from wsi_pipe.job.paths import JobPaths
-from wsi_pipe.job.prepare import Prepared
+from wsi_pipe.job.prepare import Prepared, stale_error
 from wsi_pipe.job.record import utc_now
 from wsi_pipe.quality import QUALITY_METHODS, QUALITY_VERSION
 
@@ -43,11 +45,16 @@ __all__ = ["Wanted", "assemble", "missing_features", "store_features", "wanted_f
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """One encoder's features of one grid, as the settings want them; fingerprint tells them from any other."""
+    """One encoder's features of one grid, as the settings want them; fingerprint tells them from any other.
+
+    name: the encoder's in the settings. source: fingerprint of the grid.
+    """
 
     label: str
     info: EncoderInfo
     fingerprint: str
+    name: str = ""
+    source: str = ""
 
     @property
     def place(self) -> str:
@@ -61,6 +68,8 @@ def wanted_features(
     """What the settings want of a slide, coarsest grid first, encoders in the order given."""
     wanted = []
     for grid in prepared.grids:
+        if grid.label not in prepared.asked:
+            continue
         source = grid_fingerprint(prepared.attrs.slide_fingerprint, grid)
         for name in settings.encoders_of(grid.label):
             info = encoders[name]
@@ -75,15 +84,45 @@ def wanted_features(
                 layers=settings.layers,
                 dtype=settings.dtype,
             )
-            wanted.append(Wanted(grid.label, info, own))
+            wanted.append(Wanted(grid.label, info, own, name, source))
     return wanted
 
 
-def missing_features(prepared: Prepared, wanted: Iterable[Wanted], paths: JobPaths) -> list[Wanted]:
-    """Those of ``wanted`` that are neither in the slide's bag nor in a feature file of their own."""
+def missing_features(
+    prepared: Prepared, wanted: Iterable[Wanted], settings: ExtractSettings, reader: str, paths: JobPaths, *, redo: bool
+) -> list[Wanted]:
+    """Those of ``wanted`` that are neither in the slide's bag nor in a feature file of their own.
+
+    What an earlier version made counts as there, but with ``redo``. Raises StaleWorkError where features of that name
+    were made otherwise, unless ``redo``.
+    """
     wanted = list(wanted)
-    held = _held(prepared, {item.fingerprint for item in wanted}, paths)
-    return [item for item in wanted if item.fingerprint not in held and not _file_holds(prepared, item, paths)]
+    bag = _sound_header(prepared, {item.fingerprint for item in wanted}, paths)
+    missing = []
+    for item in wanted:
+        held = bag.features.get(item.label, {}).get(item.info.slug) if bag else None
+        if held is not None and held.weights == RANDOM and not item.info.random:
+            # They stand under the encoder's own name in bags of version 0.1.0, and get one of theirs in the next.
+            held = None
+        if held is None:
+            if not _file_holds(prepared, item, settings, reader, paths, redo=redo):
+                missing.append(item)
+            continue
+        fit = features_fit(held, item.source, reader, item.info, settings)
+        if fit.kind == "same" or (fit.kind == "older" and not redo):
+            continue
+        if fit.kind == "other" and not redo:
+            same_tiles = _source_of(bag, item.label) == item.source
+            why = fit.why if same_tiles else ("on other tiles",)
+            raise stale_error(prepared.entry, f"its features of {item.info.name} at {item.label}", why)
+        if not _file_holds(prepared, item, settings, reader, paths, redo=redo):
+            missing.append(item)
+    return missing
+
+
+def _source_of(bag: BagHeader | None, label: str) -> str:
+    grids = [grid for grid in (bag.grids if bag else ()) if grid.label == label]
+    return grid_fingerprint(bag.attrs.slide_fingerprint, grids[0]) if bag and grids else ""
 
 
 def _header(prepared: Prepared, paths: JobPaths) -> BagHeader | None:
@@ -94,25 +133,32 @@ def _header(prepared: Prepared, paths: JobPaths) -> BagHeader | None:
         return None
 
 
-def _held(prepared: Prepared, wanted: set[str], paths: JobPaths) -> set[str]:
-    """Fingerprints of the features in the slide's bag.
+def _sound_header(prepared: Prepared, wanted: set[str], paths: JobPaths) -> BagHeader | None:
+    """The header of the slide's bag.
 
-    Where others than just these are wanted the bag will be made anew out of it, which a damaged one is not fit for.
+    Where others than just these features are wanted the bag will be made anew out of it, which a damaged one is not fit
+    for.
     """
     header = _header(prepared, paths)
-    if header is None:
-        return set()
-    held = header.fingerprints
-    return set() if held != wanted and problems_guarded(check_bag, paths.bag(prepared.entry.slide_id)) else held
+    if header is None or wanted <= header.fingerprints:
+        return header
+    return None if problems_guarded(check_bag, paths.bag(prepared.entry.slide_id)) else header
 
 
-def _file_holds(prepared: Prepared, item: Wanted, paths: JobPaths) -> bool:
+def _file_holds(
+    prepared: Prepared, item: Wanted, settings: ExtractSettings, reader: str, paths: JobPaths, *, redo: bool
+) -> bool:
     path = paths.features(prepared.entry.slide_id, item.label, item.info.slug)
     try:
         header = read_guarded(read_feature_header, path)
     except BagError:
         return False
-    return header.fingerprint == item.fingerprint and not problems_guarded(check_feature_file, path)
+    if problems_guarded(check_feature_file, path):
+        return False
+    fit = features_fit(header.features, item.source, reader, item.info, settings)
+    if fit.kind == "other" and not redo:
+        raise stale_error(prepared.entry, f"its features of {item.info.name} at {item.label}", fit.why)
+    return fit.kind == "same" or (fit.kind == "older" and not redo)
 
 
 def computed_features(computed: SlideFeatures, wanted: Iterable[Wanted]) -> dict[str, tuple[Wanted, Features]]:
@@ -132,6 +178,7 @@ def computed_features(computed: SlideFeatures, wanted: Iterable[Wanted]) -> dict
             transform=json.dumps(item.info.transform, sort_keys=True),
             fingerprint=item.fingerprint,
             layers={str(block): data for block, data in layers.items()},
+            weights=RANDOM if item.info.random else "",
         )
         found[item.fingerprint] = (item, features)
     return found
@@ -157,44 +204,53 @@ def store_features(prepared: Prepared, computed: SlideFeatures, wanted: Iterable
 def assemble(
     prepared: Prepared,
     wanted: Iterable[Wanted],
+    missing: Iterable[Wanted],
     settings: ExtractSettings,
     paths: JobPaths,
     *,
     keep_features: bool,
     computed: SlideFeatures | None = None,
-) -> bool:
-    """Put grids and features together in the slide's bag; False where the bag was already right.
+) -> tuple[bool, tuple[str, ...]]:
+    """Put grids and features together in the slide's bag; whether it was not right already, and notes.
 
-    computed: features that were made just now and have no files.
-    Features that the settings do not want any more leave the bag; attention stays where its grid is unchanged. The
-    feature files are removed once the bag holds them, unless ``keep_features``. Raises BagError when features are
-    missing, OutputError when the bag cannot be written.
+    missing: those of ``wanted`` that the bag did not hold. computed: features that were made just now and have no
+    files. What the bag holds beside them on the same tiles stays: features of other encoders, attention. What was on
+    tiles that are no more is left out, which the notes say. The feature files are removed once the bag holds them,
+    unless ``keep_features``. Raises BagError when features are missing, OutputError when the bag cannot be written.
     """
     wanted, slide_id = list(wanted), prepared.entry.slide_id
     path = paths.bag(slide_id)
-    primary = next((item for item in wanted if item.label == prepared.attrs.primary_level), None)
-    attrs = dataclasses.replace(prepared.attrs, primary_encoder=primary.info.slug if primary else "")
-    if _is_right(attrs, {item.fingerprint for item in wanted}, prepared, paths):
+    lacking = {item.place for item in missing}
+    header = _header(prepared, paths)
+    attrs = _attrs_of_bag(prepared, wanted, header)
+    if header is not None and not _lacks(header, attrs, prepared, wanted, lacking):
         _clean(slide_id, paths, keep_features)
-        return False
+        return False, ()
     try:
         # Read here only once a process that may hang in it has found it sound.
         old = read_bag(path) if path.is_file() and not problems_guarded(check_bag, path) else None
     except BagError:
         old = None
-    old_features = {f.fingerprint: f for level in (old.levels if old else ()) for f in level.features.values()}
+    before = {level.grid.label: level for level in (old.levels if old else ())}
+    slide = old.attrs.slide_fingerprint if old else ""
     fresh = {key: value for key, (_, value) in computed_features(computed, wanted).items()} if computed else {}
     labels = _annotation(prepared, paths)
-    levels = []
+    levels, lost = [], []
     for grid in prepared.grids:
-        own = {
-            item.info.slug: fresh.get(item.fingerprint)
-            or old_features.get(item.fingerprint)
-            or _stored(prepared, item, grid, paths, settings.dtype)
-            for item in wanted
-            if item.label == grid.label
-        }
-        attention = _kept_attention(old, grid, attrs.slide_fingerprint)
+        held = before.get(grid.label)
+        same = held is not None and grid_fingerprint(slide, held.grid) == grid_fingerprint(
+            attrs.slide_fingerprint, grid
+        )
+        kept = _under_own_names(held.features) if held is not None and same else {}
+        own = dict(kept)
+        for item in (item for item in wanted if item.label == grid.label):
+            slug = item.info.slug
+            if item.place in lacking or slug not in kept:
+                features = fresh.get(item.fingerprint)
+                own[slug] = features if features is not None else _stored(prepared, item, grid, paths, settings.dtype)
+        if held is not None and not same:
+            lost += [f"{grid.label}/{slug}" for slug in _under_own_names(held.features) if slug not in own]
+        attention = held.attention if held is not None and same else {}
         measured = computed_quality(computed, grid.label) if computed else {}
         quality = (
             measured
@@ -202,9 +258,11 @@ def assemble(
             or _stored_quality(prepared, wanted, grid, paths)
         )
         levels.append(BagLevel(grid, own, attention, labels.get(grid.label, {}), quality))
+    attrs = _attrs_of_bag(prepared, wanted, header, levels)
     write_bag(path, Bag(dataclasses.replace(attrs, created_utc=utc_now()), tuple(levels)))
     _clean(slide_id, paths, keep_features)
-    return True
+    gone = f"features of tiles that are no more left its bag: {', '.join(lost)}"
+    return True, (gone,) if lost else ()
 
 
 def _annotation(prepared: Prepared, paths: JobPaths) -> dict[str, Mapping[str, TileValues]]:
@@ -217,13 +275,38 @@ def _annotation(prepared: Prepared, paths: JobPaths) -> dict[str, Mapping[str, T
     return {level.grid.label: level.annotation for level in levels}
 
 
-def _is_right(attrs: BagAttrs, fingerprints: set[str], prepared: Prepared, paths: JobPaths) -> bool:
-    """Whether the slide's bag has these attributes, whenever it was made, and just these features."""
-    header = _header(prepared, paths)
-    if header is None:
-        return False
-    same = dataclasses.replace(header.attrs, created_utc=attrs.created_utc) == attrs
-    return same and header.fingerprints == fingerprints
+def _under_own_names(features: Mapping[str, Features]) -> dict[str, Features]:
+    """Features by slug, those of random weights under a name that says so: version 0.1.0 gave them the encoder's."""
+    found = {}
+    for slug, item in features.items():
+        if item.weights == RANDOM and not slug.endswith(RANDOM_SUFFIX):
+            item = dataclasses.replace(item, encoder=f"{item.encoder}{RANDOM_SUFFIX}")
+            slug = f"{slug}{RANDOM_SUFFIX}"
+        found[slug] = item
+    return found
+
+
+def _attrs_of_bag(
+    prepared: Prepared, wanted: Sequence[Wanted], header: BagHeader | None, levels: Sequence[BagLevel] = ()
+) -> BagAttrs:
+    """The root attributes. What ``/features`` links to stays, as long as it is there."""
+    level = prepared.attrs.primary_level
+    primary = next((item.info.slug for item in wanted if item.label == level), "")
+    if header is not None and header.attrs.primary_level == level and header.attrs.primary_encoder:
+        primary = header.attrs.primary_encoder
+    for own in levels:
+        if own.grid.label == level and primary not in own.features:
+            primary = next(iter(own.features), "")
+    return dataclasses.replace(prepared.attrs, primary_encoder=primary)
+
+
+def _lacks(header: BagHeader, attrs: BagAttrs, prepared: Prepared, wanted: Sequence[Wanted], lacking: set[str]) -> bool:
+    """Whether a bag is to be written anew: its attributes (but its date) or grids are others, or it lacks features."""
+    if dataclasses.replace(header.attrs, created_utc=attrs.created_utc) != attrs or lacking:
+        return True
+    held = {grid.label: grid_fingerprint(header.attrs.slide_fingerprint, grid) for grid in header.grids}
+    now = {grid.label: grid_fingerprint(attrs.slide_fingerprint, grid) for grid in prepared.grids}
+    return held != now or any(item.info.slug not in header.features.get(item.label, {}) for item in wanted)
 
 
 def _stored(prepared: Prepared, item: Wanted, grid: TileGrid, paths: JobPaths, dtype: str) -> Features:
@@ -238,22 +321,10 @@ def _stored(prepared: Prepared, item: Wanted, grid: TileGrid, paths: JobPaths, d
             precision=info.precision,
             transform=json.dumps(info.transform, sort_keys=True),
             fingerprint=item.fingerprint,
+            weights=RANDOM if info.random else "",
         )
     path = paths.features(prepared.entry.slide_id, item.label, item.info.slug)
-    features = read_feature_file(path)
-    if features.fingerprint != item.fingerprint:
-        raise BagError(f"{path}: belongs to other settings", remedy="run wsi-pipe extract with the settings of now")
-    return features
-
-
-def _kept_attention(
-    old: Bag | None, grid: TileGrid, slide: str
-) -> Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
-    """Attention over the very same tiles of the very same slide."""
-    for level in old.levels if old else ():
-        if old and grid_fingerprint(old.attrs.slide_fingerprint, level.grid) == grid_fingerprint(slide, grid):
-            return level.attention
-    return {}
+    return read_feature_file(path)
 
 
 def _kept_quality(old: Bag | None, grid: TileGrid, slide: str) -> Mapping[str, TileValues]:

@@ -31,6 +31,11 @@ class JobPaths:
         return self.root / "outcomes.jsonl"
 
     @property
+    def changes(self) -> Path:
+        """One JSON line for each setting, and each value of a slide, that a later call changed."""
+        return self.root / "changes.jsonl"
+
+    @property
     def failures(self) -> Path:
         """The slides that failed, CSV."""
         return self.root / "failures.csv"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe import __version__
-from wsi_pipe.bag import Bag, BagAttrs, BagLevel, TileValues, read_header, write_bag
-from wsi_pipe.config import CacheSettings, JobSettings, SegmentSettings, TileSettings, fingerprint, to_mapping
-from wsi_pipe.errors import BagError, MaskError
+from wsi_pipe.bag import Bag, BagAttrs, BagHeader, BagLevel, TileValues, read_header, write_bag
+from wsi_pipe.config import CacheSettings, JobSettings, SegmentSettings, TileSettings
+from wsi_pipe.errors import BagError, MaskError, MissingMppError, ResolutionError, StaleWorkError
 from wsi_pipe.files import write_text_atomically
-from wsi_pipe.geometry import FloatPair, TileGrid, TissueMask
+from wsi_pipe.geometry import FloatPair, IntPair, TileGrid, TissueMask
 from wsi_pipe.job.annotate import annotate, read_annotations, stored_annotation
+from wsi_pipe.job.fingerprints import grid_fingerprint
+from wsi_pipe.job.fits import (
+    Identity,
+    grids_fit,
+    grids_record,
+    mask_fit,
+    mask_record,
+    segment_fingerprint,
+    shown,
+    tile_fingerprint,
+)
 from wsi_pipe.job.focus import drop_blurred, left_out_notes
 from wsi_pipe.job.given import given_mask, how_given, placed_mask, read_geojson, read_given
 from wsi_pipe.job.guard import read_guarded
@@ -48,11 +60,17 @@ from wsi_pipe.tissue import (
 )
 from wsi_pipe.tissue.frame import MEMBER
 
-__all__ = ["Prepared", "StageClock", "open_entry", "prepare", "slide_mask"]
-
-SEGMENT_VERSION = 2
-TILE_VERSION = 1
-"""Raised when a change to a stage changes its results, so that what older versions made counts as stale."""
+__all__ = [
+    "Prepared",
+    "StageClock",
+    "missing_mpp",
+    "mpp_notes",
+    "open_entry",
+    "prepare",
+    "slide_mask",
+    "stale_error",
+    "stored_mask_content",
+]
 
 PICTURE_PX = 1024
 """Longest side of the pictures in ``thumbnails/``."""
@@ -83,7 +101,8 @@ class StageClock:
 class Prepared:
     """A slide whose grids are known.
 
-    attrs: the root attributes of its bag to be. grids: coarsest first. cached: stages that were valid already.
+    attrs: the root attributes of its bag to be. grids: coarsest first, all that the slide has; asked: labels of those
+    that the call is about. cached: stages that were valid already. notes: what is to be said of the slide.
     counts: for the outcome. "tissue_mm2", and where tissue was looked for now "prepare_bytes_fetched": what was read of
     the file until then, its header, what its fingerprint is made of and the overview. annotation: covered fractions by
     level label and class, None where the file of grids holds them.
@@ -92,25 +111,53 @@ class Prepared:
     entry: SlideEntry
     attrs: BagAttrs
     grids: tuple[TileGrid, ...]
+    asked: tuple[str, ...] = ()
     cached: tuple[str, ...] = ()
     counts: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     annotation: Mapping[str, Mapping[str, TileValues]] | None = None
 
 
 def open_entry(entry: SlideEntry, reader: str, cache: CacheSettings | None = None, *, copy: bool = True) -> Slide:
-    """The entry's slide, with the entry's mpp, scene and z where it gives them; see ``open_slide``."""
+    """The entry's slide, with the entry's scene and z, and its mpp where it gives one or the file states none."""
     check_told(entry)
+    slide = _open(entry, entry.mpp, reader, cache, copy)
+    if slide.pyramid.mpp is not None or entry.mpp_if_missing is None:
+        return slide
+    slide.close()
+    return _open(entry, entry.mpp_if_missing, reader, cache, copy)
+
+
+def _open(entry: SlideEntry, mpp: FloatPair | None, reader: str, cache: CacheSettings | None, copy: bool) -> Slide:
     place = cache or CacheSettings()
     return open_slide(
         entry.path,
         reader=reader,
-        mpp=entry.mpp,
+        mpp=mpp,
         scene=entry.scene,
         z=entry.z,
         cache_dir=Path(place.folder) if place.folder else None,
         cache_bytes=int(place.gib * 2**30),
         copy=copy,
     )
+
+
+MPP_NOTE = 0.02
+"""Relative difference from which a file's own resolution beside the one given for slides without is worth a note."""
+
+
+def mpp_notes(entry: SlideEntry, slide: Slide) -> tuple[str, ...]:
+    """What is to be said where a file states another resolution than ``--slide-mpp`` gives to those that state none."""
+    given, stated = entry.mpp_if_missing, slide.pyramid.mpp
+    if given is None or stated is None or entry.mpp is not None or slide.info.mpp_source == "user":
+        return ()
+    if all(abs(a - b) <= MPP_NOTE * b for a, b in zip(given, stated, strict=True)):
+        return ()
+    note = (
+        f"the file states {shown(stated)} um/px ({slide.info.mpp_source}), which is kept before the {shown(given)} of "
+        "--slide-mpp; --override-mpp takes the latter"
+    )
+    return (note,)
 
 
 def prepare(
@@ -120,51 +167,110 @@ def prepare(
     clock: StageClock,
     *,
     tile: bool = True,
-) -> Prepared | None:
-    """Segment and tile one slide, as far as that is not done yet; None when only the mask was asked for.
+) -> Prepared:
+    """Segment and tile one slide, as far as that is not done yet. Without ``tile`` the mask is all that is written.
 
-    Raises any SlideError, MaskError or OutputError of the two stages; ``clock.stage`` tells where.
+    What an earlier version made of the same slide with the same settings stays as it is. What was made otherwise is
+    made anew with ``settings.redo`` and refused without.
+
+    Raises any SlideError, MaskError or OutputError of the two stages, and StaleWorkError; ``clock.stage`` tells where.
     """
     segment_settings, tile_settings = settings_of(entry, settings.segment, settings.tile)
     with clock("open"):
         slide = open_entry(entry, settings.reader, settings.cache)
         clock.notes = tuple(told(entry, note) for note in slide.info.notes)
     try:
+        before = _stored_grids(entry, paths)
+        identity = Identity(slide, entry.path)
         with clock("segment"):
-            mask, segment_fingerprint, segment_cached = _segment(entry, slide, segment_settings, settings, paths, clock)
-        clock.notes += tuple(share_notes(mask, slide.pyramid.size_l0))
-        if segment_cached:
+            if before is not None and not identity.knows(before.attrs) and not settings.redo:
+                raise _replaced(entry, before.attrs)
+            found = _segment(entry, slide, identity, segment_settings, settings, paths, clock)
+        clock.notes += tuple(share_notes(found.mask, slide.pyramid.size_l0))
+        if found.cached:
             clock.cached = ("segment",)
-        if not tile:
-            return None
-        with clock("tile"):
-            prepared = _tile(entry, slide, mask, segment_fingerprint, tile_settings, paths, clock)
-        if not segment_cached:
+        with clock("tile" if tile else "segment"):
+            if tile:
+                prepared = _tile(entry, slide, identity, found, before, tile_settings, settings.redo, paths, clock)
+            else:
+                prepared = _as_it_would_be(entry, slide, found, tile_settings)
+        if not found.cached:
             prepared.counts["prepare_bytes_fetched"] = float(slide.stats.bytes_fetched)
+        notes = mpp_notes(entry, slide)
     finally:
         slide.close()
-    return dataclasses.replace(prepared, cached=(*clock.cached, *prepared.cached))
+    return dataclasses.replace(prepared, cached=(*clock.cached, *prepared.cached), notes=(*notes, *prepared.notes))
+
+
+def _stored_grids(entry: SlideEntry, paths: JobPaths) -> BagHeader | None:
+    """The grids that the slide has, without features: from their own file, else from its bag."""
+    for path in (paths.tiles(entry.slide_id), paths.bag(entry.slide_id)):
+        try:
+            header = read_guarded(read_header, path)
+        except BagError:
+            continue
+        if header.attrs.slide_id == entry.slide_id:
+            return header
+    return None
+
+
+def _replaced(entry: SlideEntry, made_of: BagAttrs) -> StaleWorkError:
+    where = "" if made_of.slide_path == entry.path else f" ({made_of.slide_path})"
+    return StaleWorkError(
+        f"{entry.path}: is another file than the one that the finished work of {entry.slide_id} was made of{where}",
+        remedy=f"put that file back, or give this one an id of its own in a slide list, or make {entry.slide_id} anew: "
+        f"--redo --only {entry.slide_id}",
+    )
+
+
+def stale_error(entry: SlideEntry, what: str, why: Sequence[str]) -> StaleWorkError:
+    """The error for finished work of a slide that was made otherwise than is wanted now."""
+    return StaleWorkError(
+        f"{entry.slide_id}: {what} {'were' if what.endswith('s') else 'was'} made otherwise: {'; '.join(why)}",
+        remedy="--redo makes it anew here, another -o keeps both; with the settings of before it stays as it is",
+    )
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """A slide's mask. fingerprint: of the stage that made it; cached: it was there; older: by an earlier version."""
+
+    mask: TissueMask
+    fingerprint: str
+    cached: bool = False
+    older: bool = False
 
 
 def _segment(
-    entry: SlideEntry, slide: Slide, settings: SegmentSettings, job: JobSettings, paths: JobPaths, clock: StageClock
-) -> tuple[TissueMask, str, bool]:
-    """The slide's mask, the stage's fingerprint, and whether it was there already."""
+    entry: SlideEntry,
+    slide: Slide,
+    identity: Identity,
+    settings: SegmentSettings,
+    job: JobSettings,
+    paths: JobPaths,
+    clock: StageClock,
+) -> _Mask:
     mpp = slide.pyramid.isotropic_mpp
     if mpp is None:
-        raise missing_mpp_error(entry.path)
+        raise missing_mpp(entry, paths)
     given = read_given(entry)
-    how = how_given(entry, slide, given[1]) if given else {"settings": _plain_settings(settings)}
-    stage = fingerprint("segment", SEGMENT_VERSION, slide.info.fingerprint, mpp, job.reader, how)
+    how = dict(how_given(entry, slide, given[1]) if given else {"settings": _plain_settings(settings)})
+    # Which of several pictures of a file is meant, where that is stated.
+    how |= {name: value for name in ("scene", "z") if (value := getattr(entry, name)) is not None}
     path = paths.tissue(entry.slide_id)
-    stored = _stored_mask(path, slide, stage)
-    if stored is not None:
-        mask, own = stored
-        clock.notes += tuple(str(note) for note in own.get("notes") or ())
-        if "frame" not in own and qupath_origin(slide.info.bounds_l0) != (0, 0):
-            # Of a version that counted from the whole image, where QuPath does not.
-            _write_mask(path, mask, slide, own)
-        return mask, stage, True
+    data, own = _stored_mask(path)
+    if data is not None:
+        fit = mask_fit(own, identity, mpp, job.reader, how, settings)
+        if fit.kind == "other" and not job.redo:
+            raise stale_error(entry, "its tissue mask", fit.why)
+        kept = _usable_mask(data, own, slide) if fit.kind == "same" or not (job.redo or fit.kind == "other") else None
+        if kept is not None:
+            clock.notes += tuple(str(note) for note in own.get("notes") or ())
+            if "frame" not in own and qupath_origin(slide.info.bounds_l0) != (0, 0):
+                # Of a version that counted from the whole image, where QuPath does not.
+                _write_mask(path, kept, slide, own)
+            return _Mask(kept, str(own["fingerprint"]), cached=True, older=fit.kind == "older")
+    stage = segment_fingerprint(identity.now, mpp, job.reader, how)
     overview = read_overview(slide, settings.mpp)
     if given is None:
         found = GivenMask(find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, settings), ())
@@ -172,10 +278,16 @@ def _segment(
         found = placed_mask(entry, slide, settings, given[0])
     mask, notes = found.mask, found.notes
     _draw_tissue(entry, overview, mask, paths)
-    own = {"fingerprint": stage, "slide_id": entry.slide_id, "settings": how, "tissue_um2": mask.area_um2(mpp)}
+    own = {
+        "fingerprint": stage,
+        "slide_id": entry.slide_id,
+        "settings": how,
+        "made_with": mask_record(mpp, job.reader, __version__),
+        "tissue_um2": mask.area_um2(mpp),
+    }
     _write_mask(path, mask, slide, own | ({"notes": list(notes)} if notes else {}))
     clock.notes += notes
-    return mask, stage, False
+    return _Mask(mask, stage)
 
 
 def _write_mask(path: Path, mask: TissueMask, slide: Slide, own: Mapping[str, Any]) -> None:
@@ -183,6 +295,38 @@ def _write_mask(path: Path, mask: TissueMask, slide: Slide, own: Mapping[str, An
     data = mask_to_geojson(mask, origin_l0=qupath_origin(slide.info.bounds_l0))
     data[GEOJSON_KEY] = {**own, **{k: v for k, v in data[GEOJSON_KEY].items() if k != "settings"}}
     write_text_atomically(path, json.dumps(data))
+
+
+def missing_mpp(entry: SlideEntry, paths: JobPaths | None = None) -> MissingMppError:
+    """The error for a slide without a resolution, with a remedy that changes nothing of other slides."""
+    error = missing_mpp_error(entry.path)
+    row = _row_of(paths.slides, entry.slide_id) if paths else None
+    where = (
+        f"row {row} of {paths.slides}" if paths and row else f"the row of {entry.slide_id} in a slide list (--slides)"
+    )
+    return MissingMppError(
+        error.message,
+        remedy=f"write its um per level-0 pixel into the column mpp of {where}, which changes this slide alone; "
+        "--slide-mpp X serves every slide that states none",
+    )
+
+
+def _row_of(slides: Path, slide_id: str) -> int | None:
+    """The line of a job's slide list that holds a slide, as an editor counts."""
+    try:
+        state = slides.stat()
+        return _rows(slides, state.st_mtime_ns, state.st_size).get(slide_id)
+    except (OSError, ValueError):
+        return None
+
+
+@lru_cache(maxsize=1)
+def _rows(slides: Path, mtime_ns: int, size: int) -> dict[str, int]:
+    import csv
+
+    with slides.open(encoding="utf-8", newline="") as handle:
+        reader = csv.DictReader(handle)
+        return {row.get("slide_id") or "": reader.line_num for row in reader}
 
 
 def slide_mask(entry: SlideEntry, slide: Slide, settings: SegmentSettings) -> TissueMask:
@@ -197,40 +341,34 @@ def slide_mask(entry: SlideEntry, slide: Slide, settings: SegmentSettings) -> Ti
     return find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, settings)
 
 
-def _plain_tile_settings(settings: TileSettings) -> dict[str, Any]:
-    """What a grid hangs on; what was not asked for is left out, so that grids of earlier versions stay valid."""
-    plain = to_mapping(settings)
-    if not plain["min_sharpness"]:
-        del plain["min_sharpness"]
-    return plain
-
-
 def _plain_settings(settings: SegmentSettings) -> dict[str, Any]:
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
 
 
-def _stored_mask(path: Path, slide: Slide, stage: str) -> tuple[TissueMask, dict[str, Any]] | None:
-    """The mask of an earlier run where its fingerprint fits, and what the job says of it.
+def _stored_mask(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The mask of an earlier run, and what it says of itself; None where there is none that can be read.
 
     Raises MaskError when another program changed the file: edits are the user's work and are not written over.
     """
     if not path.is_file():
-        return None
+        return None, {}
     try:
         data, _ = read_geojson(path, limited=False)
     except MaskError:
-        return None
+        return None, {}
     own = data.get(GEOJSON_KEY) if isinstance(data, dict) else None
     if not isinstance(own, dict):
         raise MaskError(
             f"{path}: was changed by another program",
             remedy="move it elsewhere and give it with --mask or in the column mask of a CSV, or delete it",
         )
-    if own.get("fingerprint") != stage:
-        return None
+    return data, own
+
+
+def _usable_mask(data: dict[str, Any], own: dict[str, Any], slide: Slide) -> TissueMask | None:
     try:
         scale = own["scale_l0"]
-        return mask_from_geojson(data, slide.pyramid.size_l0, (float(scale[0]), float(scale[1]))), own
+        return mask_from_geojson(data, slide.pyramid.size_l0, (float(scale[0]), float(scale[1])))
     except (MaskError, KeyError, TypeError, ValueError, IndexError):
         return None
 
@@ -255,36 +393,51 @@ def _shrunk(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _tile(
     entry: SlideEntry,
     slide: Slide,
-    mask: TissueMask,
-    segment: str,
+    identity: Identity,
+    mask: _Mask,
+    before: BagHeader | None,
     settings: TileSettings,
+    redo: bool,
     paths: JobPaths,
     clock: StageClock,
 ) -> Prepared:
-    content = hashlib.sha256(np.packbits(mask.mask).tobytes() + repr((mask.mask.shape, mask.scale_l0)).encode())
-    stage = fingerprint("tile", TILE_VERSION, segment, content.hexdigest(), _plain_tile_settings(settings))
+    content = _content_of(mask.mask)
     path = paths.tiles(entry.slide_id)
-    counts = {"tissue_mm2": mask.area_um2(_mpp(slide)) / 1e6}
-    annotations = read_annotations(entry, slide, stage)
+    counts = {"tissue_mm2": mask.mask.area_um2(_mpp(slide)) / 1e6}
+    asked = tuple(spec.label for spec in settings.specs)
     bounds = slide.info.bounds_l0 or (0, 0, *slide.pyramid.size_l0)
-    laid = _laid(entry, stage, path)
-    if laid is not None:
-        attrs, grids = laid
-        if attrs.bounds_l0 is None and qupath_origin(bounds) != (0, 0):
-            attrs = dataclasses.replace(attrs, bounds_l0=bounds)
-        about = stored_annotation(attrs.annotation)
-        if about.get("fingerprint") == (annotations.fingerprint if annotations else None):
-            clock.notes += (*left_out_notes(attrs.left_out), *(str(note) for note in about.get("notes") or ()))
-            return Prepared(entry, attrs, grids, ("tile",), counts)
-        attrs = dataclasses.replace(attrs, created_utc=utc_now(), annotation="")
-    else:
-        grids = plan_grids(slide.pyramid, mask, settings)
+    grids, attrs = _kept_grids(entry, before, mask, content, settings, redo)
+    if attrs is None or before is None:
+        if before is not None:
+            # Resolutions that this call does not ask for stay; those that it asks for are added.
+            settings = _with_held(settings, before)
+        grids = plan_grids(slide.pyramid, mask.mask, settings)
         left_out = ""
         if settings.min_sharpness:
             grids, left_out = drop_blurred(slide, grids, settings.min_sharpness)
+        attrs = dataclasses.replace(_attrs(entry, slide, grids, mask, settings, bounds), left_out=left_out)
+        if before is not None and not redo:
+            _refuse_moved_tiles(entry, before, grids)
+            attrs = dataclasses.replace(attrs, slide_fingerprint=before.attrs.slide_fingerprint)
         attrs = dataclasses.replace(
-            _attrs(entry, slide, grids, mask, settings, segment, stage, bounds), left_out=left_out
+            attrs,
+            fingerprint_tile=tile_fingerprint(mask.fingerprint, content, settings),
+            made_with=grids_record(content, settings, identity, __version__),
         )
+        annotations = read_annotations(entry, slide, attrs.fingerprint_tile)
+    else:
+        if attrs.bounds_l0 is None and qupath_origin(bounds) != (0, 0):
+            attrs = dataclasses.replace(attrs, bounds_l0=bounds)
+        annotations = read_annotations(entry, slide, attrs.fingerprint_tile)
+        about = stored_annotation(attrs.annotation)
+        if about.get("fingerprint") == (annotations.fingerprint if annotations else None):
+            if not attrs.annotation and (attrs != before.attrs or not path.is_file()):
+                write_bag(path, Bag(attrs, tuple(BagLevel(grid) for grid in grids)))
+            if path.is_file() and attrs.annotation == before.attrs.annotation:
+                clock.notes += (*left_out_notes(attrs.left_out), *(str(note) for note in about.get("notes") or ()))
+                if attrs == before.attrs or not attrs.annotation:
+                    return Prepared(entry, attrs, grids, asked, ("tile",), counts)
+        attrs = dataclasses.replace(attrs, created_utc=utc_now(), annotation="")
     clock.notes += tuple(left_out_notes(attrs.left_out))
     values: dict[str, dict[str, TileValues]] = {}
     regions: list[Region] = []
@@ -292,11 +445,10 @@ def _tile(
         values, regions, text = annotate(annotations, entry.frame, slide, grids)
         text = _told_annotation(entry, text)
         attrs = dataclasses.replace(attrs, annotation=text)
-        clock.notes += tuple(stored_annotation(text)["notes"])
-    levels = tuple(BagLevel(grid, annotation=values.get(grid.label, {})) for grid in grids)
-    write_bag(path, Bag(attrs, levels))
-    _draw_grids(entry, slide, grids, mask, paths, regions)
-    return Prepared(entry, attrs, grids, (), counts, values)
+        clock.notes += tuple(note for note in stored_annotation(text)["notes"] if note not in clock.notes)
+    write_bag(path, Bag(attrs, tuple(BagLevel(grid, annotation=values.get(grid.label, {})) for grid in grids)))
+    _draw_grids(entry, slide, grids, mask.mask, paths, regions)
+    return Prepared(entry, attrs, grids, asked, (), counts, annotation=values)
 
 
 def _told_annotation(entry: SlideEntry, text: str) -> str:
@@ -307,31 +459,38 @@ def _told_annotation(entry: SlideEntry, text: str) -> str:
     return json.dumps(about | {"notes": [told(entry, str(note)) for note in about.get("notes") or ()]})
 
 
-def _laid(entry: SlideEntry, stage: str, path: Path) -> tuple[BagAttrs, tuple[TileGrid, ...]] | None:
-    """The grids of an earlier run where they fit, with the attributes of their file."""
-    try:
-        header = read_guarded(read_header, path)
-    except BagError:
-        return None
-    attrs = header.attrs
-    fits = attrs.fingerprint_tile == stage and attrs.case_id == entry.case_id and attrs.slide_path == entry.shown_path
-    return (attrs, header.grids) if fits else None
+def _with_held(settings: TileSettings, before: BagHeader) -> TileSettings:
+    held = {grid.spec.mpp for grid in before.grids}
+    return dataclasses.replace(settings, resolutions=tuple(sorted(held | set(settings.resolutions))))
+
+
+def _kept_grids(
+    entry: SlideEntry, before: BagHeader | None, mask: _Mask, content: str, settings: TileSettings, redo: bool
+) -> tuple[tuple[TileGrid, ...], BagAttrs | None]:
+    """The grids that are there where they hold all that is asked for, with their attributes; None where they do not.
+
+    Raises StaleWorkError where they were laid otherwise, unless ``redo``.
+    """
+    if before is None:
+        return (), None
+    fit = grids_fit(before.attrs, before.grids, mask.fingerprint, content, settings, mask_is_older=mask.older)
+    if fit.kind == "other" and not redo:
+        raise stale_error(entry, "its grids", fit.why)
+    fits = fit.kind == "same" or (fit.kind == "older" and not redo)
+    if fits and {grid.spec.mpp for grid in before.grids} >= set(settings.resolutions):
+        return before.grids, _relabelled(before.attrs, entry)
+    return (), None
 
 
 def _attrs(
     entry: SlideEntry,
     slide: Slide,
-    grids: tuple[TileGrid, ...],
-    mask: TissueMask,
+    grids: Sequence[TileGrid],
+    mask: _Mask,
     settings: TileSettings,
-    segment: str,
-    stage: str,
     bounds: Bounds,
 ) -> BagAttrs:
-    tiles = sum(len(grid) for grid in grids)
-    reason = "" if tiles else mask.empty_reason or f"no tile has a tissue fraction of {settings.min_tissue:g} or more"
-    if reason and settings.min_sharpness and not mask.empty_reason:
-        reason += f" and a sharpness of {settings.min_sharpness:g} (--min-sharpness)"
+    reason = _empty_reason(mask.mask, grids, settings)
     info = slide.info
     return BagAttrs(
         slide_id=entry.slide_id,
@@ -347,15 +506,71 @@ def _attrs(
         icc=hashlib.sha256(info.icc).hexdigest() if info.icc else "",
         wsi_pipe_version=__version__,
         created_utc=utc_now(),
-        status="done" if tiles else "empty",
+        status="empty" if reason else "done",
         empty_reason=told(entry, reason),
-        fingerprint_segment=segment,
-        fingerprint_tile=stage,
-        primary_level=grids[0].label,
+        fingerprint_segment=mask.fingerprint,
+        fingerprint_tile="",
+        primary_level=grids[0].label if grids else "",
         scene=entry.scene,
         z=entry.z,
         bounds_l0=bounds,
     )
+
+
+def _content_of(mask: TissueMask) -> str:
+    """SHA-256 over a mask's pixels."""
+    return hashlib.sha256(
+        np.packbits(mask.mask).tobytes() + repr((mask.mask.shape, mask.scale_l0)).encode()
+    ).hexdigest()
+
+
+def stored_mask_content(path: Path, size_l0: IntPair) -> str:
+    """SHA-256 over the pixels of a stored mask, on a slide of this size; "" where it cannot be read."""
+    try:
+        data, own = _stored_mask(path)
+        if data is None:
+            return ""
+        scale = own["scale_l0"]
+        return _content_of(mask_from_geojson(data, size_l0, (float(scale[0]), float(scale[1]))))
+    except (MaskError, KeyError, TypeError, ValueError, IndexError):
+        return ""
+
+
+def _empty_reason(mask: TissueMask, grids: Sequence[TileGrid], settings: TileSettings) -> str:
+    if any(len(grid) for grid in grids):
+        return ""
+    if mask.empty_reason:
+        return mask.empty_reason
+    sharp = f" and a sharpness of {settings.min_sharpness:g} (--min-sharpness)" if settings.min_sharpness else ""
+    return f"no tile has a tissue fraction of {settings.min_tissue:g} or more{sharp}"
+
+
+def _as_it_would_be(entry: SlideEntry, slide: Slide, mask: _Mask, settings: TileSettings) -> Prepared:
+    """The slide with grids that are laid to see whether it is empty, as a run would find it, and are not stored."""
+    bounds = slide.info.bounds_l0 or (0, 0, *slide.pyramid.size_l0)
+    try:
+        attrs = _attrs(entry, slide, plan_grids(slide.pyramid, mask.mask, settings), mask, settings, bounds)
+    except ResolutionError:
+        # Of no concern to a mask.
+        reason = mask.mask.empty_reason or ""
+        attrs = _attrs(entry, slide, (), mask, settings, bounds)
+        attrs = dataclasses.replace(attrs, status="empty" if reason else "done", empty_reason=reason)
+    return Prepared(entry, attrs, (), counts={"tissue_mm2": mask.mask.area_um2(_mpp(slide)) / 1e6})
+
+
+def _relabelled(attrs: BagAttrs, entry: SlideEntry) -> BagAttrs:
+    """The attributes with the slide's place and case of now: slides move, and cases are corrected."""
+    return dataclasses.replace(attrs, case_id=entry.case_id, slide_path=entry.path, primary_encoder="")
+
+
+def _refuse_moved_tiles(entry: SlideEntry, before: BagHeader, grids: Sequence[TileGrid]) -> None:
+    """Raise StaleWorkError where grids that are there would come to lie otherwise, as beside a resolution that is no
+    power of two finer, or in another version: their features would be lost."""
+    laid = {grid.label: grid_fingerprint("", grid) for grid in grids}
+    moved = [grid.label for grid in before.grids if laid.get(grid.label) != grid_fingerprint("", grid)]
+    if moved:
+        added = ", ".join(label for label in laid if label not in {grid.label for grid in before.grids})
+        raise stale_error(entry, "its grids", (f"{', '.join(moved)} would be laid anew to fit {added}",))
 
 
 def _mpp(slide: Slide) -> FloatPair:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -9,8 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from wsi_pipe.config import JobSettings, dump_toml, load_toml
+from wsi_pipe.encoders.naming import slug_of
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import output_error, write_text_atomically
 from wsi_pipe.job.paths import JobPaths
@@ -21,21 +24,25 @@ from wsi_pipe.tables import csv_text
 
 __all__ = [
     "OutcomeLog",
+    "append_line",
     "append_outcome",
     "load_settings",
     "load_slides",
+    "merged_settings",
     "open_job",
     "read_outcomes",
+    "stamp_of",
     "utc_now",
     "write_failures",
 ]
 
 
 def open_job(root: Path, settings: JobSettings, entries: list[SlideEntry], *, salt: bytes | None = None) -> JobPaths:
-    """Make the job directory and note settings and slides in it; slides of earlier runs stay listed.
+    """Make the job directory and note settings and slides in it.
 
-    salt: of an anonymised job. Paths that are not to be told, and secrets of URLs, go into the job's folder private.
-    Raises OutputError when the folder cannot be made or written.
+    Slides of earlier runs stay listed, with what ``entries`` do not state of them; resolutions and encoders of earlier
+    runs stay in the settings. salt: of an anonymised job. Paths that are not to be told, and secrets of URLs, go into
+    the job's folder private. Raises OutputError when the folder cannot be made or written.
     """
     paths = JobPaths(root)
     try:
@@ -43,7 +50,8 @@ def open_job(root: Path, settings: JobSettings, entries: list[SlideEntry], *, sa
     except OSError as error:
         raise output_error(root, error) from error
     _check_anonymous(root, settings, entries)
-    write_text_atomically(paths.config, dump_toml(settings))
+    held = load_settings(root)
+    write_text_atomically(paths.config, dump_toml(merged_settings(held, settings) if held else settings))
     load_identities(root, strict=True)
     listed = {entry.slide_id: entry for entry in load_slides(root)}
     listed.update({entry.slide_id: entry for entry in entries})
@@ -67,6 +75,23 @@ def _check_anonymous(root: Path, settings: JobSettings, entries: list[SlideEntry
         )
 
 
+def merged_settings(held: JobSettings, given: JobSettings) -> JobSettings:
+    """The settings of a job after a call: those given, with the resolutions and encoders of both."""
+    resolutions = tuple(sorted({*held.tile.resolutions, *given.tile.resolutions}))
+    tile = dataclasses.replace(given.tile, resolutions=resolutions)
+    ours, theirs = ({spec.label for spec in s.tile.specs} for s in (held, given))
+    by_label: dict[str, tuple[str, ...]] = {}
+    for label in (spec.label for spec in tile.specs):
+        names: dict[str, str] = {}
+        for settings, labels in ((held, ours), (given, theirs)):
+            # A file that lies elsewhere now is the same encoder.
+            names |= {slug_of(name): name for name in settings.extract.encoders_of(label) if label in labels}
+        by_label[label] = tuple(names.values())
+    alike = len(set(by_label.values())) == 1
+    encoders = {"*": next(iter(by_label.values()))} if alike else {k: v for k, v in by_label.items() if v}
+    return dataclasses.replace(given, tile=tile, extract=dataclasses.replace(given.extract, encoders=encoders))
+
+
 def load_settings(root: Path) -> JobSettings | None:
     """The settings of a job, or None where there is no job yet. Raises ConfigError when they cannot be understood."""
     path = JobPaths(root).config
@@ -87,10 +112,15 @@ def load_slides(root: Path) -> list[SlideEntry]:
 
 def append_outcome(paths: JobPaths, outcome: SlideOutcome) -> None:
     """Add one line to the outcomes. Raises OutputError when it cannot be written."""
-    line = (json.dumps(outcome.to_json(), ensure_ascii=False) + "\n").encode()
+    append_line(paths.outcomes, json.dumps(outcome.to_json(), ensure_ascii=False))
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add one line to a file. Raises OutputError when it cannot be written."""
+    line = f"{text}\n".encode()
     try:
         # One write in append mode: lines of several processes do not mix.
-        handle = os.open(paths.outcomes, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             end = os.fstat(handle).st_size
             if end and os.pread(handle, 1, end - 1) != b"\n":
@@ -101,12 +131,25 @@ def append_outcome(paths: JobPaths, outcome: SlideOutcome) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        raise output_error(paths.outcomes, error) from error
+        raise output_error(path, error) from error
 
 
 def read_outcomes(root: Path) -> dict[str, SlideOutcome]:
     """The last outcome of each slide, by slide id. A line cut short by a crash is passed over."""
     return {outcome.slide_id: outcome for outcome in _lines(JobPaths(root).outcomes)}
+
+
+STALE = "StaleWorkError"
+"""The ``error`` of a slide whose finished work does not fit what was asked for, and was left as it is."""
+
+
+def _of_now(outcome: SlideOutcome) -> dict[str, Any]:
+    names = ("status", "path", "stage", "reason", "remedy", "error", "finished_utc")
+    return {name: getattr(outcome, name) for name in names}
+
+
+def _facts(outcome: SlideOutcome) -> tuple[object, ...]:
+    return outcome.status, outcome.path, outcome.mpp, outcome.mpp_source, outcome.notes, outcome.stamp
 
 
 class OutcomeLog:
@@ -123,11 +166,14 @@ class OutcomeLog:
     def note(self, outcome: SlideOutcome) -> None:
         """Add the outcome as far as it says anything new. Raises OutputError when it cannot be written."""
         before = self._before.get(outcome.slide_id)
-        if before is not None and before.status == "failed":
+        if before is not None and outcome.error == STALE:
+            # Nothing was done, and what is there is what it was.
+            outcome = replace(before, **_of_now(outcome))
+        elif before is not None and before.status == "failed" and before.error != STALE:
             # Its times are of work that came to nothing; what features of earlier runs cost still holds.
             outcome = outcome.keeping(replace(before, seconds={}, counts={}))
         elif before is not None:
-            same = (before.status, before.path, before.notes) == (outcome.status, outcome.path, outcome.notes)
+            same = _facts(before) == _facts(outcome)
             if outcome.nothing_new and same and outcome.seconds.keys() <= before.seconds.keys():
                 return
             outcome = outcome.keeping(before)
@@ -139,6 +185,15 @@ def write_failures(paths: JobPaths) -> None:
     failed = (outcome for outcome in read_outcomes(paths.root).values() if outcome.status == "failed")
     rows = ([o.slide_id, o.path, o.stage, o.reason, o.remedy] for o in failed)
     write_text_atomically(paths.failures, csv_text(["slide_id", "slide", "stage", "cause", "remedy"], rows))
+
+
+def stamp_of(path: str) -> str:
+    """Size and time of change of a local file: whether it may be another by now shows without opening it."""
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):
+        return ""
+    return f"{state.st_size}:{state.st_mtime_ns}"
 
 
 def utc_now() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -14,14 +15,14 @@ from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders import encoder_of_job
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
 from wsi_pipe.encoders.naming import check_slugs, slug_of
-from wsi_pipe.errors import EncoderError, OutputError, WsiPipeError
+from wsi_pipe.errors import EncoderError, OutputError, StaleWorkError, WsiPipeError
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_features
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.features import Wanted, assemble, missing_features, store_features, wanted_features
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import Prepared, StageClock, open_entry, prepare
 from wsi_pipe.job.private import told, told_of
-from wsi_pipe.job.record import OutcomeLog, utc_now
+from wsi_pipe.job.record import OutcomeLog, stamp_of, utc_now
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
 from wsi_pipe.quality import quality_counts
@@ -189,7 +190,15 @@ class _Run:
                 continue
             settings = self.settings
             work.wanted = wanted_features(work.prepared, settings.extract, infos, settings.reader)
-            work.missing = missing_features(work.prepared, work.wanted, self.paths)
+            try:
+                work.missing = missing_features(
+                    work.prepared, work.wanted, settings.extract, settings.reader, self.paths, redo=settings.redo
+                )
+            except StaleWorkError as error:
+                work.clock.stage = "extract"
+                self._fail(work, error)
+                yield None
+                continue
             grids = [grid for grid in work.prepared.grids if self._names(work, grid)]
             if not grids:
                 self._assemble(work)
@@ -206,7 +215,7 @@ class _Run:
     @staticmethod
     def _names(work: _Work, grid: TileGrid) -> list[str]:
         """Encoders whose features of a grid are missing."""
-        return [item.info.name for item in work.missing if item.label == grid.label] if len(grid) else []
+        return [item.name for item in work.missing if item.label == grid.label] if len(grid) else []
 
     def _after_extract(self, work: _Work, result: SlideFeatures | SlideFailure) -> None:
         assert work.prepared is not None
@@ -239,9 +248,10 @@ class _Run:
         if self.until == "assemble":
             try:
                 with work.clock("assemble"):
-                    made = assemble(
+                    made, notes = assemble(
                         work.prepared,
                         work.wanted,
+                        work.missing,
                         self.settings.extract,
                         self.paths,
                         keep_features=self.keep_features,
@@ -252,6 +262,7 @@ class _Run:
             except Exception as error:
                 self._fail(work, error)
                 return
+            work.prepared = dataclasses.replace(work.prepared, notes=(*work.prepared.notes, *notes))
             cached = cached if made else (*cached, "assemble")
         self._finish(work, cached)
 
@@ -267,10 +278,15 @@ class _Run:
                 seconds=work.clock.seconds,
                 tiles={grid.label: len(grid) for grid in prepared.grids} if prepared else {},
                 counts=prepared.counts if prepared else {},
+                mpp=prepared.attrs.mpp_l0 if prepared else None,
+                mpp_source=prepared.attrs.mpp_source if prepared else "",
+                stamp=stamp_of(work.entry.path),
                 cached=cached if cached is not None else prepared.cached if prepared else work.clock.cached,
                 costs={item.place: work.costs.get(item.place, {}) for item in work.wanted},
                 finished_utc=utc_now(),
-                notes=tuple(told(work.entry, note) for note in work.clock.notes),
+                notes=tuple(
+                    told(work.entry, note) for note in (*work.clock.notes, *(prepared.notes if prepared else ()))
+                ),
             )
         )
 

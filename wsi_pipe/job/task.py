@@ -48,7 +48,8 @@ def warm_up(settings: JobSettings, until: Stage) -> None:
 
 
 def _loaded(settings: JobSettings) -> dict[str, Encoder]:
-    key = fingerprint(settings.extract, settings.tile.resolutions)
+    # Of one call only, and so no part of a fingerprint.
+    key = f"{settings.extract.random_weights} {fingerprint(settings.extract, settings.tile.resolutions)}"
     if key not in _encoders:
         _encoders.clear()
         _encoders[key] = load_encoders(settings)

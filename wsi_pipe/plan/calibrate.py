@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from wsi_pipe.config import JobSettings
+from wsi_pipe.cores import available_cores
 from wsi_pipe.encoders.base import Encoder
 from wsi_pipe.errors import WsiPipeError
 from wsi_pipe.extract import ExtractItem, SlideFailure, extract_features
@@ -29,6 +30,8 @@ class Calibration:
 
     slide_s: seconds a slide before its first tile (open, find tissue, lay grids). tile_s: by label, seconds a tile,
     reading and all its encoders together. bytes_per_tile: by label, in the bag. slides, tiles: how many were tried.
+    cores: that this process may use; slide_cores, tile_cores: how many it kept busy before the tiles and with them, so
+    that ``hours`` knows how many workers find room. shares_device: tiles are encoded on a device that all share.
     """
 
     slide_s: float = 0.0
@@ -36,12 +39,27 @@ class Calibration:
     bytes_per_tile: dict[str, int] = field(default_factory=dict)
     slides: int = 0
     tiles: int = 0
+    cores: int = 1
+    slide_cores: float = 1.0
+    tile_cores: float = 1.0
+    shares_device: bool = False
 
     def hours(self, totals: PlanTotals, workers: int = 1) -> float:
-        """Hours that the planned slides take, over ``workers`` that share nothing; without those that need staging."""
-        seconds = (totals.slides - len(totals.failing) - totals.staging) * self.slide_s
-        seconds += sum(self.tile_s.get(label, 0.0) * count for label, count in totals.tiles.items())
-        return seconds / workers / 3600
+        """Hours that the planned slides take, over ``workers`` that share this machine's cores and devices.
+
+        Without slides that need staging.
+        """
+        slides = (totals.slides - len(totals.failing) - totals.staging) * self.slide_s
+        tiles = sum(self.tile_s.get(label, 0.0) * count for label, count in totals.tiles.items())
+        return (slides / self.gain(self.slide_cores, workers) + tiles / self.tile_gain(workers)) / 3600
+
+    def gain(self, busy: float, workers: int) -> float:
+        """How many times faster ``workers`` are than one that keeps ``busy`` cores busy."""
+        return max(min(float(workers), self.cores / max(busy, 1e-6)), 1.0)
+
+    def tile_gain(self, workers: int) -> float:
+        """``gain`` for tiles; a device that all workers share does not get faster by it."""
+        return 1.0 if self.shares_device else self.gain(self.tile_cores, workers)
 
     def gigabytes(self, totals: PlanTotals) -> float:
         """Gigabytes (1e9 bytes) of bags."""
@@ -72,9 +90,10 @@ def calibrate(
     spent_before: list[float] = []
     spent: dict[str, float] = {}
     counts: dict[str, int] = {}
+    cpu_before = cpu_tiles = 0.0
     for entry in entries:
         try:
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             segment, tile = settings_of(entry, settings.segment, settings.tile)
             slide = open_entry(entry, settings.reader, settings.cache, copy=False)
             try:
@@ -83,6 +102,7 @@ def calibrate(
             finally:
                 slide.close()
             spent_before.append(time.perf_counter() - start)
+            cpu_before += time.process_time() - busy
         except WsiPipeError:
             continue
         found.slides += 1
@@ -95,7 +115,7 @@ def calibrate(
                     [grid],
                     {grid.label: names},
                 )
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), time.process_time()
                 (result,) = extract_features(
                     [item],
                     encoders,
@@ -108,11 +128,23 @@ def calibrate(
                 if grid is timed and not isinstance(result, SlideFailure):
                     spent[grid.label] = spent.get(grid.label, 0.0) + time.perf_counter() - start
                     counts[grid.label] = counts.get(grid.label, 0) + len(grid)
+                    cpu_tiles += time.process_time() - busy
     found.slide_s = sum(spent_before) / len(spent_before) if spent_before else 0.0
     found.tile_s = {label: spent[label] / counts[label] for label in spent}
     found.tiles = sum(counts.values())
+    found.cores = available_cores()
+    # A core that waits for the disk is none that another worker lacks.
+    found.slide_cores = cpu_before / max(sum(spent_before), 1e-9) if spent_before else 1.0
+    found.tile_cores = cpu_tiles / max(sum(spent.values()), 1e-9) if spent else 1.0
+    found.shares_device = any(_on_a_device(encoder) for encoder in encoders.values())
     found.bytes_per_tile = bytes_per_tile(settings, {name: encoder.info.dim for name, encoder in encoders.items()})
     return found
+
+
+def _on_a_device(encoder: Encoder) -> bool:
+    """Whether an encoder computes elsewhere than on the processor's cores."""
+    replicas = getattr(encoder, "replicas", None) or [encoder]
+    return any(getattr(getattr(one, "device", None), "type", "cpu") != "cpu" for one in replicas)
 
 
 def bytes_per_tile(settings: JobSettings, dims: Mapping[str, int]) -> dict[str, int]:

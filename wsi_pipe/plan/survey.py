@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from wsi_pipe.config import JobSettings, TileSettings
-from wsi_pipe.errors import WsiPipeError, in_words
+from wsi_pipe.errors import MissingMppError, WsiPipeError, in_words
 from wsi_pipe.geometry import FloatPair, Pyramid, TissueMask
-from wsi_pipe.job.prepare import open_entry, slide_mask
+from wsi_pipe.job.prepare import missing_mpp, open_entry, slide_mask
 from wsi_pipe.manifest import SlideEntry, settings_of
 from wsi_pipe.plan.metadata import NEEDS_STAGING, MetadataCache, SlideFacts, opened_how, slide_facts
 from wsi_pipe.tiling import plan_grids
@@ -79,11 +79,13 @@ def survey(
 
 
 def _plan(entry: SlideEntry, facts: SlideFacts, settings: JobSettings, kept: Mapping[str, float]) -> SlidePlan:
+    # In the order of open_entry: what is given for the slide, what its file states, what is given for those without.
+    given = entry.mpp or (entry.mpp_if_missing if facts.mpp is None else None)
     base = SlidePlan(
         slide_id=entry.slide_id,
         path=entry.shown_path,
-        mpp=entry.mpp or facts.mpp,
-        mpp_source="user" if entry.mpp else facts.mpp_source,
+        mpp=given or facts.mpp,
+        mpp_source="user" if given else facts.mpp_source,
         vendor=facts.vendor,
         note=facts.note,
     )
@@ -95,7 +97,10 @@ def _plan(entry: SlideEntry, facts: SlideFacts, settings: JobSettings, kept: Map
         return base
     try:
         _, tile = settings_of(entry, settings.segment, settings.tile)
-        covering = _covering(facts.pyramid(entry.mpp), tile)
+        covering = _covering(facts.pyramid(given), tile)
+    except MissingMppError:
+        error = missing_mpp(entry)
+        return dataclasses.replace(base, problem=error.message, remedy=error.remedy)
     except WsiPipeError as error:
         return dataclasses.replace(base, problem=error.message, remedy=error.remedy)
     tiles = {label: math.ceil(count * kept.get(label, DEFAULT_KEPT)) for label, count in covering.items()}

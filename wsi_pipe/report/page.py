@@ -26,7 +26,9 @@ from wsi_pipe.report.summary import (
     cause_of,
     histogram_bars,
     labels_of,
+    mpp_text,
     outlier_flags,
+    random_places,
     slides_csv,
     stage_seconds,
     summarise,
@@ -135,9 +137,10 @@ def report_data(
 ) -> dict[str, Any]:
     """What the page shows, JSON-able: ``summary`` (see ``summarise``), ``slides`` by column, ``stages``, ``settings``.
 
-    ``slides`` holds lists of equal length: id, status, path, tiles (a list by level), tissue_mm2, seconds, stage,
-    reason, remedy, flags, notes, pictures (bit 1: contours, bit 2: grids, are in the folder). Of many failures of one
-    cause, and of very many slides, only the first are among them; ``left_out`` counts the others.
+    ``slides`` holds lists of equal length: id, status, path, mpp (with who states it), notes, tiles (a list by
+    level), tissue_mm2, seconds, stage, reason, remedy, flags, pictures (bit 1: contours, bit 2: grids, are in the
+    folder). Of many failures of one cause, and of very many slides, only the first are among them; ``left_out`` counts
+    the others.
     """
     labels = labels_of(outcomes)
     everybody, outcomes = outcomes, _listed(outcomes)
@@ -149,6 +152,8 @@ def report_data(
         "id": [o.slide_id for o in outcomes],
         "status": [o.status for o in outcomes],
         "path": [o.path for o in outcomes],
+        "mpp": [f"{mpp_text(o)} ({o.mpp_source})" if o.mpp else "" for o in outcomes],
+        "notes": [[*o.notes, *(f"{place} of random weights" for place in random_places(o))] for o in outcomes],
         "tiles": tiles,
         "tissue_mm2": tissue,
         "seconds": [_figure(math.fsum(stage_seconds(o).values())) for o in outcomes],
@@ -156,7 +161,6 @@ def report_data(
         "reason": [o.reason for o in outcomes],
         "remedy": [o.remedy for o in outcomes],
         "flags": flags,
-        "notes": [list(o.notes) for o in outcomes],
         "pictures": [
             sum(1 << bit for bit, (_, end) in enumerate(KINDS) if o.slide_id + end in there) for o in outcomes
         ],

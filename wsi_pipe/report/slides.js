@@ -102,7 +102,7 @@ function drawSlides() {
       el("td", { class: "id" }, picture(i, "tissue") ? el("a", { href: "#slides", onclick: event => { event.preventDefault(); openViewer(i); } }, S.id[i]) : S.id[i]),
       el("td", {}, chip(S.status[i])), S.tiles[i].map(n => el("td", { class: "num" }, grouped(n))),
       el("td", { class: "num" }, number(S.tissue_mm2[i])), el("td", { class: "num" }, number(S.seconds[i])),
-      el("td", {}, [...S.flags[i], S.reason[i], ...S.notes[i]].filter(Boolean).join("; "))))))));
+      el("td", {}, [S.mpp[i] ? S.mpp[i].replace(" (", " um/px (") : null, ...S.flags[i], ...S.notes[i], S.reason[i]].filter(Boolean).join("; "))))))));
   fill("slides-pager", pages > 1 ? pagerParts(list.page, pages, list.shown.length, p => { list.page = p; drawSlides(); byId("slides").scrollIntoView(); }) : []);
   drawTools();
 }

@@ -8,9 +8,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from wsi_pipe.encoders.random_id import RANDOM_SUFFIX
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.geometry import parse_resolution
-from wsi_pipe.outcome import STAGE_TIMES, SlideOutcome
+from wsi_pipe.outcome import MPP_OUTLIER_RULE, STAGE_TIMES, SlideOutcome, mpp_outliers
 from wsi_pipe.tables import csv_text
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "histogram_bars",
     "labels_of",
     "level_seconds",
+    "mpp_text",
     "outlier_flags",
+    "random_places",
     "slides_csv",
     "stage_seconds",
     "summarise",
@@ -31,7 +34,7 @@ OUTLIER_MIN_SLIDES = 8
 OUTLIER_RULE = (
     f"A slide is an outlier where the logarithm of its figure lies more than {OUTLIER_SCORE} scaled median absolute "
     f"deviations from the job's median (Iglewicz and Hoaglin 1993); jobs of fewer than {OUTLIER_MIN_SLIDES} slides "
-    "with tissue have none."
+    f"with tissue have none. {MPP_OUTLIER_RULE}"
 )
 MAX_FAILURES_IN_TABLE = 20
 
@@ -99,6 +102,9 @@ def outlier_flags(outcomes: Sequence[SlideOutcome], label: str | None) -> list[l
                 flags[i].append(low)
             elif score > OUTLIER_SCORE:
                 flags[i].append(high)
+    alone = set(mpp_outliers({str(i): outcome.mpp for i, outcome in enumerate(outcomes)}))
+    for i, own in enumerate(flags):
+        own += ["mpp"] if str(i) in alone else []
     return flags
 
 
@@ -134,7 +140,7 @@ def summarise(outcomes: Sequence[SlideOutcome]) -> dict[str, Any]:
     Keys: ``slides`` (counts: total, done, empty, failed), ``tiles`` (by label, coarsest first), ``hr_per_lr`` (tiles
     of the finest level to one of the coarsest, None with one level or no tiles), ``tissue_mm2``, ``seconds`` (by
     stage, summed over slides), ``seconds_total``, ``seconds_by_level`` (label -> part -> seconds, as far as outcomes
-    have them), ``cached_slides``.
+    have them), ``random_weights`` (places of such features), ``cached_slides``.
     """
     labels = labels_of(outcomes)
     tiles = {label: sum(int(o.tiles.get(label, 0)) for o in outcomes) for label in labels}
@@ -159,6 +165,7 @@ def summarise(outcomes: Sequence[SlideOutcome]) -> dict[str, Any]:
         "seconds": {stage: value for stage, value in seconds.items() if any(stage in s for s in by_stage)},
         "seconds_total": math.fsum(seconds.values()),
         "seconds_by_level": by_level,
+        "random_weights": sorted({place for o in outcomes for place in random_places(o)}),
         "cached_slides": sum(bool(o.cached) for o in outcomes),
     }
 
@@ -178,6 +185,9 @@ def summary_table(outcomes: Iterable[SlideOutcome]) -> str:
     if figures["seconds"]:
         stages = ", ".join(f"{stage} {value:,.1f}" for stage, value in figures["seconds"].items())
         lines.append(f"seconds  {stages}; {figures['seconds_total']:,.1f} in all")
+    places = sorted({place for o in listed for place in random_places(o)})
+    if places:
+        lines.append(f"random   {', '.join(places)}: features of random weights mean nothing")
     empty = [o for o in listed if o.status == "empty"]
     lines += [f"empty    {o.slide_id}: {o.reason}" for o in empty[:MAX_FAILURES_IN_TABLE]]
     if len(empty) > MAX_FAILURES_IN_TABLE:
@@ -196,24 +206,37 @@ def summary_table(outcomes: Iterable[SlideOutcome]) -> str:
     return "\n".join(lines)
 
 
+def mpp_text(outcome: SlideOutcome) -> str:
+    """um per level-0 pixel as text, one number where both axes have it; "" where it is not known."""
+    return "x".join(f"{value:.6g}" for value in dict.fromkeys(outcome.mpp or ()))
+
+
+def random_places(outcome: SlideOutcome) -> list[str]:
+    """Features, "20x/uni-random", that were made with random weights, as their names say."""
+    return [place for place in outcome.costs if place.endswith(RANDOM_SUFFIX)]
+
+
 def slides_csv(outcomes: Iterable[SlideOutcome]) -> str:
-    """CSV of slides: slide_id, status, path, tissue_mm2, tiles_<label>, seconds_<stage>, outliers, reason, notes."""
+    """CSV of slides: slide_id, status, path, mpp, mpp_source, tissue_mm2, tiles_<label>, seconds_<stage>, outliers,
+    reason, notes."""
     listed = list(outcomes)
     labels = labels_of(listed)
     flags = outlier_flags(listed, labels[-1] if labels else None)
-    header = ["slide_id", "status", "path", "tissue_mm2", *(f"tiles_{label}" for label in labels)]
+    header = ["slide_id", "status", "path", "mpp", "mpp_source", "tissue_mm2", *(f"tiles_{label}" for label in labels)]
     header += [*(f"seconds_{stage}" for stage in STAGE_TIMES), "outliers", "reason", "notes"]
     rows = [
         [
             o.slide_id,
             o.status,
             o.path,
+            mpp_text(o),
+            o.mpp_source,
             _optional(o.counts, "tissue_mm2", 6),
             *(o.tiles.get(label, "") for label in labels),
             *(_optional(o.seconds, stage, 4) for stage in STAGE_TIMES),
             "; ".join(flag),
             o.reason or "",
-            "; ".join(o.notes),
+            "; ".join([*o.notes, *(f"{place} of random weights" for place in random_places(o))]),
         ]
         for o, flag in zip(listed, flags, strict=True)
     ]

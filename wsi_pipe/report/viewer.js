@@ -24,7 +24,7 @@ function showPicture() {
   image.src = picture(i, look.kind) || picture(i, "tissue") || "data:,";
   image.alt = `${S.id[i]}, ${look.kind === "grid" ? "grids" : "tissue contours"}`;
   byId("viewer-title").textContent = S.id[i];
-  byId("viewer-facts").textContent = [S.status[i], S.status[i] === "done" ? tilesText(i) : S.reason[i], S.tissue_mm2[i] ? `${number(S.tissue_mm2[i])} mm² tissue` : null, ...S.flags[i], ...S.notes[i], S.path[i]].filter(Boolean).join(" · ");
+  byId("viewer-facts").textContent = [S.status[i], S.status[i] === "done" ? tilesText(i) : S.reason[i], S.tissue_mm2[i] ? `${number(S.tissue_mm2[i])} mm² tissue` : null, ...S.flags[i], S.mpp[i] ? S.mpp[i].replace(" (", " um/px (") : null, ...S.notes[i], S.path[i]].filter(Boolean).join(" · ");
   fill("viewer-kinds", [["tissue", "tissue"], ["grid", "grids"]].filter(([kind]) => picture(i, kind)).map(([kind, text]) =>
     el("button", { type: "button", "aria-pressed": String(look.kind === kind), onclick: () => { look.kind = kind; showPicture(); } }, text)));
 }

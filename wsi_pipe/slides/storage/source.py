@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from wsi_pipe.errors import SlideOpenError, SlideReadError
 from wsi_pipe.geometry import IntPair
 from wsi_pipe.slides.base import ReadStats
 
-__all__ = ["FileSource", "Source", "SourceFile", "is_url", "open_source", "slide_fingerprint"]
+__all__ = ["FileSource", "Source", "SourceFile", "is_url", "open_source", "slide_fingerprint", "slide_fingerprints"]
 
 Range = tuple[int, int]
 """(offset, length) in bytes."""
@@ -209,11 +209,18 @@ def slide_fingerprint(sources: Sequence[Source], sizes_px: Sequence[IntPair]) ->
 
     It tells slides apart whatever their path and time, at the price of reading 2 MiB of each file.
     """
-    digest = hashlib.sha256()
+    return next(slide_fingerprints(sources, [sizes_px]))
+
+
+def slide_fingerprints(sources: Sequence[Source], tables: Iterable[Sequence[IntPair]]) -> Iterator[str]:
+    """``slide_fingerprint`` of the same files with each of several level tables; the files are read once."""
+    ends = hashlib.sha256()
     for source in sources:
-        digest.update(f"{source.size};".encode())
-        digest.update(source.read(0, min(FINGERPRINT_BYTES, source.size)))
+        ends.update(f"{source.size};".encode())
+        ends.update(source.read(0, min(FINGERPRINT_BYTES, source.size)))
         tail = max(source.size - FINGERPRINT_BYTES, 0)
-        digest.update(source.read(tail, source.size - tail))
-    digest.update(";".join(f"{width}x{height}" for width, height in sizes_px).encode())
-    return digest.hexdigest()
+        ends.update(source.read(tail, source.size - tail))
+    for sizes_px in tables:
+        digest = ends.copy()
+        digest.update(";".join(f"{width}x{height}" for width, height in sizes_px).encode())
+        yield digest.hexdigest()
