@@ -2,7 +2,8 @@
 """What a batch survives: kills, mutated slides, thousands of slides, a plan of a hundred thousand.
 
     python benchmarks/archive_trials.py kills   [--kills 50]
-    python benchmarks/archive_trials.py mutants [--slides DIR] [--mutants 500]
+    python benchmarks/archive_trials.py mutants [--slides DIR] [--mutants 500] [--each 300]
+    python benchmarks/archive_trials.py resume  [--count 5000]
     python benchmarks/archive_trials.py many    [--count 2000]
     python benchmarks/archive_trials.py plan    [--rows 100000]
 
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from command_mutants import try_commands
 
 from wsi_pipe.bag import check_bag, read_bag
 from wsi_pipe.job import read_outcomes
@@ -149,7 +151,7 @@ def mutate(data: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
         # Tags and sizes lie near the start or near the end of a TIFF.
         for _ in range(8):
             near = int(rng.integers(0, 2048)) if rng.random() < 0.5 else len(data) - 1 - int(rng.integers(0, 4096))
-            changed[max(near, 0)] = int(rng.integers(256))
+            changed[min(max(near, 0), len(data) - 1)] = int(rng.integers(256))
     return kind, bytes(changed)
 
 
@@ -158,7 +160,8 @@ MUTANT_MIB = 512
 
 
 def mutants(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Mutated slides in one batch with five good ones."""
+    """Mutated slides in one batch with five good ones, and mutants of every kind of file through the commands."""
+    commands = try_commands(folder / "commands", mutate, arguments.each, arguments.seed)
     rng = np.random.default_rng(arguments.seed)
     make_cohort(folder / "in/good", 5, seed=2, size_px=(1024, 1024))
     sources = [p for p in sorted(arguments.slides.glob("*")) if p.is_file()] if arguments.slides else []
@@ -202,8 +205,10 @@ def mutants(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "peak MiB, all processes": spent["peak_mib"],
         "budget MiB, all processes": budget_mib,
         "seconds": spent["seconds"],
+        **commands,
         **verdict(
             {
+                "no traceback, death or wait of a command": not commands["faults of commands"],
                 "the 5 good slides are done": len(good) == 5 and all(o.status == "done" for o in good),
                 "every bad slide has an outcome": len(bad) == arguments.mutants,
                 "every failure has a reason": len(explained) + len(timed_out) == len(failed),
@@ -284,6 +289,45 @@ def many(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+RESUME_MS = 3.0
+
+
+def resume(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A run over slides that are all done: processor time a slide, less that of a run of one slide, and of ``verify``.
+
+    The slides are made by links to twenty files, each an entry of its own.
+    """
+    make_cohort(folder / "slides", 20, seed=3, size_px=(768, 768))
+    slides = sorted((folder / "slides").glob("*.svs")) or sorted((folder / "slides").glob("*.tif*"))
+    rows = ["slide,slide_id"] + [f"{slides[i % 20]},s{i:05d}" for i in range(arguments.count)]
+    for name, count in (("all", arguments.count), ("one", 1)):
+        (folder / f"{name}.csv").write_text("\n".join(rows[: 1 + count]) + "\n")
+
+    def run(name: str) -> dict[str, Any]:
+        command = [*RUN, "--slides", str(folder / f"{name}.csv"), "-o", str(folder / name), "-r", "5x", "--no-report"]
+        return watched(command, folder / "run.log")
+
+    first = {name: run(name) for name in ("all", "one")}
+    again = {name: run(name) for name in ("all", "one")}
+    check = watched([sys.executable, "-m", "wsi_pipe", "verify", str(folder / "all")], folder / "verify.log")
+    ms = 1000 * (again["all"]["processor_s"] - again["one"]["processor_s"]) / max(arguments.count - 1, 1)
+    done = sum(outcome.status == "done" for outcome in read_outcomes(folder / "all").values())
+    return {
+        "slides": arguments.count,
+        "first run, processor ms a slide": 1000 * first["all"]["processor_s"] / arguments.count,
+        "resumed, processor ms a slide": ms,
+        "resumed, seconds": again["all"]["seconds"],
+        "verify, seconds": check["seconds"],
+        **verdict(
+            {
+                "every slide is done": done == arguments.count and again["all"]["code"] == 0,
+                "every bag is right": check["code"] == 0,
+                f"at most {RESUME_MS:g} ms a slide": ms <= RESUME_MS,
+            }
+        ),
+    }
+
+
 def _stages(job: Path) -> float:
     """Seconds of all stages of all slides of a job."""
     return sum(o.seconds.get(name, 0.0) for o in read_outcomes(job).values() for name in STAGE_TIMES)
@@ -319,9 +363,10 @@ def plan(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trial", choices=["kills", "mutants", "many", "plan"])
+    parser.add_argument("trial", choices=["kills", "mutants", "many", "plan", "resume"])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--mutants", type=int, default=500)
+    parser.add_argument("--each", type=int, default=300, help="mutants of each kind of file that go through commands")
     parser.add_argument("--slides", type=Path, help="slides to mutate; synthetic ones where none are given")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=100_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from lrmil.config import ModelSettings
 from lrmil.errors import ModelFileError
 from lrmil.model import MILModel, build_model
 from wsi_pipe.config import from_mapping, to_mapping
+from wsi_pipe.encoders.tensor_file import tensors_sha256, write_tensor_file
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import atomic_path
 
@@ -130,18 +132,25 @@ def read_card(path: Path) -> ModelCard:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], kind: str, header: Mapping[str, Any], *, check: Any = None
 ) -> None:
-    """Write tensors with a JSON header to a safetensors file, atomically. ``kind`` tells readers what the file is."""
-    from safetensors.torch import save_file
+    """Write tensors with a JSON header to a safetensors file, atomically. ``kind`` tells readers what the file is.
 
+    Header and tensors each carry their SHA-256, which readers compare. Raises OutputError when it cannot be written.
+    """
+    text = json.dumps(header, allow_nan=False)
+    values = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": kind,
         "format_version": str(FORMAT_VERSION),
-        "header": json.dumps(header, allow_nan=False),
+        "header": text,
+        "header_sha256": _text_sha256(text),
+        "tensors_sha256": tensors_sha256(values),
     }
-    # Clones: safetensors refuses tensors that share memory.
-    values = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     with atomic_path(path, check) as temporary:
-        save_file(values, temporary, metadata=metadata)
+        write_tensor_file(temporary, values, metadata)
+
+
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -170,12 +179,20 @@ def _open(path: Path, kind: str, *, with_tensors: bool) -> tuple[dict[str, Tenso
             header = json.loads(metadata["header"])
             names = file.keys() if with_tensors else ()
             tensors = {name: file.get_tensor(name) for name in names}
+            # Files of versions that wrote no digests are taken as they are.
+            digests = {"header_sha256": _text_sha256(metadata["header"])}
+            if with_tensors:
+                digests["tensors_sha256"] = tensors_sha256(tensors)
+            changed = [what for what, found in digests.items() if metadata.get(what, found) != found]
     except FileNotFoundError as error:
         raise ModelFileError(f"{path} does not exist", remedy="check the path") from error
     except OSError as error:
         raise ModelFileError(f"{path}: {error.strerror or error}", remedy="check the path and its rights") from error
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except (SafetensorError, ValueError, RecursionError, KeyError) as error:
         raise ModelFileError(f"{path} is no readable safetensors file: {error}", remedy=_REMEDY) from error
+    if changed:
+        what = "header" if "header_sha256" in changed else "content of its tensors"
+        raise ModelFileError(f"{path} is damaged: the {what} is not what was written", remedy=_REMEDY)
     if not isinstance(header, dict):
         raise ModelFileError(f"{path}: its header is no JSON object", remedy=_REMEDY)
     return tensors, header

@@ -22,6 +22,8 @@ WSI_PIPE = [
     "compiled",
     "geometry",
     "files",
+    "ownership",
+    "locking",
     "config",
     "outcome",
     # slides, and pure functions on arrays
@@ -94,8 +96,9 @@ ONLY_IN = {
 }
 # Reading, segmenting and tiling must start without torch.
 TORCH_FREE = {
-    "masking", "errors", "cores", "geometry", "files", "config", "outcome", "slides", "synthetic", "tissue", "tiling",
-    "quality", "overview", "tiles", "bag", "ids", "tables", "manifest", "execute", "pictures", "pages", "plan", "care",
+    "masking", "errors", "cores", "geometry", "files", "ownership", "locking", "config", "outcome", "slides",
+    "synthetic", "tissue", "tiling", "quality", "overview", "tiles", "bag", "ids", "tables", "manifest", "execute",
+    "pictures", "pages", "plan", "care",
 }  # fmt: skip
 PURE = {"tissue", "tiling", "quality"}
 IMPURE_IMPORTS = {"pathlib", "os", "io", "subprocess", "wsi_pipe.slides", "wsi_pipe.files"}

@@ -35,6 +35,7 @@ from wsi_pipe.job import run as job_run
 from wsi_pipe.job.lock import hold_job, holder_of
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import SlideOutcome
+from wsi_pipe.ownership import claim_folder
 from wsi_pipe.report.summary import summarise
 
 MakeSlide = Callable[..., Path]
@@ -134,7 +135,8 @@ def test_repair_puts_aside_what_is_wrong_and_nothing_else(
     with h5py.File(bags / "s1.h5", "r+") as file:
         file["levels/5x/features/texture"][0] = np.nan
     (bags / "s2.h5").write_bytes((bags / "s3.h5").read_bytes())
-    (bags / "stray.h5").write_bytes(b"x")
+    # A bag of this program; a file of others would be named and left.
+    (bags / "stray.h5").write_bytes((bags / "s3.h5").read_bytes())
     (job / "tiles/s4.h5").write_bytes(b"x")
     (bags / ".s9.h5.0123456789ab.partial").write_bytes(b"half")
     moved = {Path(repair.path).name: repair for repair in repair_job(job)}
@@ -604,6 +606,7 @@ def test_only_the_job_s_own_leavings_are_deleted(archive: Path, tmp_path: Path) 
         job / ".mine.partial",
         job / "bags" / ".notes.partial",
     ]
+    claim_folder(job, ".wsi-pipe-job", "a job")
     own = [job / ".slides.csv.0123456789ab.partial", job / "tiles" / "s0" / "5x" / ".1.png.0123456789ab.partial"]
     for path in (*others, *own):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import pytest
 from wsi_pipe.bag import check_bag, read_attrs, read_bag
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.execute import Where
+from wsi_pipe.ownership import claim_folder
 
 MakeSlide = Callable[..., Path]
 
@@ -311,7 +312,7 @@ def test_damaged_files_of_a_job_are_named(
     tmp_path: Path, make_slide: MakeSlide, capsys: pytest.CaptureFixture[str], file: str, content: bytes, message: str
 ) -> None:
     slide, job = make_slide(tmp_path / "s.svs"), tmp_path / "job"
-    job.mkdir()
+    claim_folder(job, ".wsi-pipe-job", "a job")
     (job / file).write_bytes(content)
     assert cli("run", slide, "-o", job) == 2
     error = capsys.readouterr().err

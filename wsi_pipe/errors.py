@@ -22,6 +22,8 @@
     │   └── EncoderOutputError (ArithmeticError)  NaN or infinity in the features
     └── JobError
         ├── OutputError (OSError)        cannot write: read-only folder, disk full
+        ├── FileAccessError (OSError)    a file of the job cannot be looked at: locked, no permission, mount gone
+        ├── NotOursError (FileExistsError)   a folder or file of others where an output is to go
         ├── JobLockedError (RuntimeError)    another run holds the job directory
         ├── StaleWorkError (RuntimeError)    finished work is of other settings or another file, and is not to be redone
         ├── TaskTimeoutError (TimeoutError)  a slide took longer than its limit
@@ -42,6 +44,7 @@ __all__ = [
     "DeviceError",
     "EncoderError",
     "EncoderOutputError",
+    "FileAccessError",
     "JobError",
     "JobLockedError",
     "ManifestError",
@@ -49,6 +52,7 @@ __all__ = [
     "MissingMppError",
     "NeedsCopyError",
     "NotAPictureError",
+    "NotOursError",
     "OutputError",
     "ResolutionError",
     "SlideError",
@@ -203,6 +207,14 @@ class JobError(WsiPipeError):
 
 class OutputError(JobError, OSError):
     """An output cannot be written: read-only folder, disk full, folder gone."""
+
+
+class FileAccessError(JobError, OSError):
+    """A file of the job cannot be looked at: locked, no permission, a mount gone. It says nothing of what is in it."""
+
+
+class NotOursError(JobError, FileExistsError):
+    """Where an output is to go lies something that this program did not make; it is left as it is."""
 
 
 class JobLockedError(JobError, RuntimeError):

@@ -14,8 +14,14 @@ from pathlib import Path
 from wsi_pipe.errors import OutputError
 
 __all__ = [
-    "TEMPORARY_SUFFIX", "atomic_path", "file_sha256", "output_error", "remove_partial_files", "write_text_atomically",
-]  # fmt: skip
+    "TEMPORARY_SUFFIX",
+    "atomic_path",
+    "file_sha256",
+    "is_temporary",
+    "output_error",
+    "remove_partial_files",
+    "write_text_atomically",
+]
 
 TEMPORARY_SUFFIX = ".partial"
 _TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{12}\.partial$")
@@ -67,6 +73,11 @@ def atomic_path(path: Path, check: Callable[[Path], object] | None = None, *, du
             temporary.unlink(missing_ok=True)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file's name is one that ``atomic_path`` gives for the time of writing."""
+    return _TEMPORARY.search(name) is not None
+
+
 def remove_partial_files(folder: Path, below: Iterable[Path]) -> list[Path]:
     """Delete what interrupted writes left in ``folder`` itself, and anywhere in the folders ``below``.
 
@@ -76,7 +87,7 @@ def remove_partial_files(folder: Path, below: Iterable[Path]) -> list[Path]:
     candidates = [*folder.glob(f".*{TEMPORARY_SUFFIX}")]
     for own in below:
         candidates += own.rglob(f".*{TEMPORARY_SUFFIX}")
-    found = sorted(path for path in candidates if _TEMPORARY.search(path.name))
+    found = sorted(path for path in candidates if is_temporary(path.name))
     for path in found:
         path.unlink(missing_ok=True)
     return found

@@ -56,6 +56,9 @@ class SlideOutcome:
     mpp: tuple[float, float] | None = None
     mpp_source: str = ""
     stamp: str = ""
+    mark: Any = None
+    """What the job's index is to hold of the slide; it goes from the process that did it to the one that notes it, and
+    is no part of what is stored."""
 
     def __post_init__(self) -> None:
         # Outcomes are logged, stored and shown: secrets of URLs stay out whoever makes one.
@@ -95,7 +98,7 @@ class SlideOutcome:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values, one line of ``outcomes.jsonl``."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "mark"}
         # As asdict does, in a tenth of its time: a job has a hundred thousand of these.
         for name in ("seconds", "tiles", "counts"):
             values[name] = dict(values[name])
@@ -105,7 +108,7 @@ class SlideOutcome:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SlideOutcome:
         """The inverse of ``to_json``; unknown keys of later versions are ignored."""
-        known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
+        known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__ and k != "mark"}
         known["cached"] = tuple(known.get("cached", ()))
         known["notes"] = tuple(str(note) for note in known.get("notes") or ())
         known["mpp"] = tuple(known["mpp"]) if known.get("mpp") else None

@@ -221,8 +221,8 @@ def write_image(path: Path | str, rgb: Picture, *, quality: int = 90) -> None:
     path = Path(path)
     kinds: dict[str, dict[str, Any]] = {
         ".png": {"format": "PNG"},
-        ".jpg": {"format": "JPEG", "quality": quality, "subsampling": 0},
-        ".jpeg": {"format": "JPEG", "quality": quality, "subsampling": 0},
+        ".jpg": {"format": "JPEG", "quality": quality, "subsampling": 0, "comment": b"wsi-pipe"},
+        ".jpeg": {"format": "JPEG", "quality": quality, "subsampling": 0, "comment": b"wsi-pipe"},
     }
     options = kinds.get(path.suffix.lower())
     if options is None:

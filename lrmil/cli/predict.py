@@ -15,8 +15,12 @@ from wsi_pipe.cli.display import RunDisplay, print_table
 from wsi_pipe.cli.options import RESOLUTION, collect_entries, slide_options
 from wsi_pipe.config import JobSettings, load_toml
 from wsi_pipe.job.record import load_settings
+from wsi_pipe.ownership import refuse_foreign_outputs
 
 __all__ = ["predict"]
+
+OUTPUTS = {"predictions.csv": (b"slide_id,case_id,status,predicted",), "predictions.json": (b'{\n "model": {',)}
+"""By what the files of an earlier call are known."""
 
 
 @click.command()
@@ -52,6 +56,7 @@ def predict(**values: Any) -> int:
 
     if bool(values["bags"]) == bool(values["sources"] or values["manifest"]):
         raise click.UsageError("give SLIDES, or --bags, and not both")
+    refuse_foreign_outputs(values["out"], OUTPUTS)
     predictor = Predictor.load(values["model"], device=values["device"], name=values["name"])
     wanted = {name: values[name] for name in ("attention", "geojson", "heatmaps")}
     found: list[Any] = []

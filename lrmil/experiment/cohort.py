@@ -67,6 +67,7 @@ def open_features(
     """
     if isinstance(bags, Path) and (bags / "store.json").is_file():
         store = FeatureStore.open(bags)
+        store.verify()
         if not allow_random:
             _refuse_random(str(bags), store.meta.encoder, store.meta.weights_sha256)
         return store

@@ -11,10 +11,11 @@ from lrmil.config import TrainSettings
 from lrmil.errors import LeakageError, ModelFileError, ModelMismatchError
 from lrmil.experiment.cohort import Cohort
 from lrmil.model import MILModel
-from lrmil.splits import SPLITS_NAME, SplitTable, seen_cases
+from lrmil.splits import SPLITS_NAME, SplitTable, read_splits, seen_cases
 from lrmil.store import FeatureStore, ResidentStore
 from lrmil.trainer import TrainResult, choose_device, choose_precision, train
 from wsi_pipe.encoders.base import encoder_slug
+from wsi_pipe.errors import ConfigError
 
 __all__ = ["SPLITS_NAME", "TeacherSource", "check_store", "train_folds"]
 
@@ -112,7 +113,11 @@ def train_folds(
             teacher.check_leakage(name, splits, cohort)
             if hr_store is not None:
                 check_store(read_card(teacher.model_path(name)), hr_store, teacher.model_path(name))
-    splits.write(out / SPLITS_NAME)
+    there = out / SPLITS_NAME
+    if not there.is_file() or read_splits(there) != splits:
+        if there.is_file() and any((out / name).is_dir() for name in splits.folds):
+            raise ConfigError(f"{there} holds other folds", remedy=f"give --splits {there}, or another --out")
+        splits.write(there)
     device = choose_device(settings.device)
     resident = ResidentStore.of(cohort.store, device, choose_precision(settings.precision, device))
     hr_resident: ResidentStore | None = None if hr_store is None else ResidentStore.of(hr_store, device)

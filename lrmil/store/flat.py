@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from lrmil.errors import StoreError
 from lrmil.store.dtypes import StoreDtype, decode_bfloat16, encode, storage_dtype
 
-__all__ = ["STORE_VERSION", "BagRecord", "FeatureStore", "StoreMeta", "duplicates"]
+__all__ = ["STORE_VERSION", "BagRecord", "FeatureStore", "StoreMeta", "duplicates", "head_hash", "places_hash"]
 
 STORE_VERSION = 1
 
@@ -77,6 +77,7 @@ class FeatureStore:
         coords: NDArray[np.float64] | None = None,
         parents: NDArray[np.int32] | None = None,
         content_hash: str | None = None,
+        places_hash: str = "",
         path: Path | None = None,
     ) -> None:
         if flat.ndim != 2 or len(offsets) != len(records) + 1 or offsets[-1] != len(flat):
@@ -92,6 +93,7 @@ class FeatureStore:
         self.coords = coords if coords is not None else np.full((len(flat), 2), np.nan)
         self.parents = parents
         self.path = path
+        self.places_hash = places_hash
         self._content_hash = content_hash
 
     def __len__(self) -> int:
@@ -135,7 +137,12 @@ class FeatureStore:
         return np.asarray(self.coords[self.offsets[index] : self.offsets[index + 1]])
 
     def verify(self) -> None:
-        """Read all features and compare with the stored content hash. Raises StoreError where they differ."""
+        """Read all of the store and compare with the stored hashes, the cheap ones first.
+
+        Raises StoreError where they differ. Stores of versions that kept none of the places have them taken as is.
+        """
+        if self.places_hash and places_hash(self.coords, self.parents) != self.places_hash:
+            raise StoreError(f"{self.path}: coordinates or parents are not what was packed", remedy="pack it again")
         actual = _hash(self.dtype, self.offsets, self.slide_ids, self.dim, [self.flat])
         if actual != self.content_hash:
             raise StoreError(f"{self.path}: features do not match the content hash", remedy="pack it again")
@@ -188,6 +195,8 @@ class FeatureStore:
             head = json.loads((folder / "store.json").read_text(encoding="utf-8"))
             if head["store_version"] != STORE_VERSION:
                 raise StoreError(f"{folder} is a store of version {head['store_version']}", remedy="pack it again")
+            if head.get("head_hash", head_hash(head)) != head_hash(head):
+                raise StoreError(f"{folder}: store.json is not what was written", remedy="pack it again")
             dtype = cast(StoreDtype, head["dtype"])
             offsets = np.load(folder / "offsets.npy", allow_pickle=False)
             shape = (int(offsets[-1]), int(head["dim"]))
@@ -208,6 +217,7 @@ class FeatureStore:
                 coords=np.load(folder / "coords.npy", mmap_mode="r", allow_pickle=False),
                 parents=np.load(parents, mmap_mode="r", allow_pickle=False) if parents.exists() else None,
                 content_hash=head["content_hash"],
+                places_hash=str(head.get("places_hash", "")),
                 path=folder,
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
@@ -223,6 +233,20 @@ def _hash(dtype: str, offsets: NDArray[np.int64], ids: Sequence[str], dim: int, 
         for start in range(0, len(chunk), 1 << 14):
             digest.update(np.ascontiguousarray(chunk[start : start + (1 << 14)]).data)
     return digest.hexdigest()
+
+
+def places_hash(coords: NDArray[np.float64], parents: NDArray[np.int32] | None) -> str:
+    """SHA-256, in hex, of the coordinates and the rows of parents."""
+    digest = hashlib.sha256(np.ascontiguousarray(coords, "<f8").tobytes())
+    if parents is not None:
+        digest.update(np.ascontiguousarray(parents, "<i4").tobytes())
+    return digest.hexdigest()
+
+
+def head_hash(head: dict[str, Any]) -> str:
+    """SHA-256, in hex, of what ``store.json`` holds beside its own hash."""
+    own = {name: value for name, value in head.items() if name != "head_hash"}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def _pair(value: Any) -> tuple[float, float] | None:

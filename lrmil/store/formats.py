@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrmil.errors import BagMismatchError, StoreError
-from wsi_pipe.bag import content_digest
+from wsi_pipe.bag import content_digest, refuse_unsafe, unreachable
 from wsi_pipe.encoders.base import encoder_slug
-from wsi_pipe.errors import WsiPipeError
+from wsi_pipe.errors import BagError, WsiPipeError
 from wsi_pipe.geometry import level_label
 
 __all__ = ["BagFormat", "BagInfo", "find_bags", "inspect_here", "read_features", "read_places"]
@@ -82,12 +82,17 @@ def find_bags(where: Iterable[str | Path] | str | Path) -> list[Path]:
 def _open(path: Path) -> Iterator[h5py.File]:
     remedy = "make the bag again or leave it out"
     try:
-        file = h5py.File(path, "r")
+        file = h5py.File(path, "r", locking="best-effort")
     except OSError as error:
+        if (outside := unreachable(path, error)) is not None:
+            raise outside from error
         raise StoreError(f"{path} is not a readable HDF5 file: {_first_line(error)}", remedy=remedy) from error
     with file:
         try:
+            refuse_unsafe(path, file)
             yield file
+        except BagError as error:
+            raise StoreError(error.message, remedy=error.remedy) from error
         except WsiPipeError:
             raise
         except (KeyError, RuntimeError, OSError, TypeError, ValueError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lrmil.errors import StoreError
 from lrmil.store.formats import BagInfo, inspect_here
 from wsi_pipe.bag import skim_file
-from wsi_pipe.errors import BagError
+from wsi_pipe.errors import BagError, FileAccessError
 
 __all__ = ["check_readable", "inspect_bag", "inspect_bags"]
 
@@ -65,6 +65,8 @@ def check_readable(path: Path) -> None:
         if _readable.get(path) == stamp:
             return
         read_guarded(skim_file, path)
+    except FileAccessError:
+        raise
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}", remedy="give bags that can be read") from error
     except BagError as error:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lrmil.errors import BagMismatchError, StoreError
 from lrmil.store.dtypes import STORE_DTYPES, StoreDtype, encode
-from lrmil.store.flat import STORE_VERSION, BagRecord, FeatureStore, StoreMeta, duplicates
+from lrmil.store.flat import STORE_VERSION, BagRecord, FeatureStore, StoreMeta, duplicates, head_hash, places_hash
 from lrmil.store.formats import BagInfo, find_bags, read_features, read_places
 from lrmil.store.guarded import inspect_bags
-from wsi_pipe.files import TEMPORARY_SUFFIX, output_error
+from wsi_pipe.files import TEMPORARY_SUFFIX, is_temporary, output_error
+from wsi_pipe.locking import hold_file
+from wsi_pipe.ownership import names_in
 
 __all__ = ["pack_bags"]
 
@@ -52,26 +56,63 @@ def pack_bags(
         raise StoreError("no bags are given", remedy="give bag files or the folder that holds them")
     meta, dim = _common(infos, parent_level)
     records = [_record(info, parent_level) for info in infos]
-    if reuse and (out / "store.json").is_file():
-        there = _reusable(out, records, meta, dtype)
-        if there is not None:
-            return there
     repeated = duplicates([r.slide_id for r in records])
     if repeated:
         paths = [r.path for r in records if r.slide_id == repeated[0]]
         raise StoreError(f"slide id {repeated[0]!r} is in {' and '.join(paths)}", remedy="rename one of them")
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+    # One packs, another who wants the same waits and finds it there.
+    with hold_file(out.with_name(f".{out.name}.lock"), {}, lambda who: StoreError(f"{out}: held by {who}"), wait=True):
+        _remove_leavings(out)
+        if reuse and (out / "store.json").is_file():
+            there = _reusable(out, records, meta, dtype)
+            if there is not None:
+                return there
+        _check_place(out)
+        temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+        try:
+            temporary.mkdir(parents=True)
+            _write(temporary, infos, records, meta, dim, dtype, progress)
+            _swap(temporary, out)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise output_error(out, error) from error
+        finally:
+            _remove_store(temporary)
+        return FeatureStore.open(out)
+
+
+FILES = frozenset({"store.json", "features.bin", "offsets.npy", "coords.npy", "parents.npy"})
+
+
+def _remove_store(folder: Path) -> None:
+    """Remove a store's files and its folder, where that holds nothing else."""
+    with suppress(OSError):
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _remove_leavings(out: Path) -> None:
+    """Remove what packing into ``out`` left when it was killed; whoever holds its lock knows that none goes on."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*{TEMPORARY_SUFFIX}"):
+        if is_temporary(path.name) and path.is_dir():
+            _remove_store(path)
+
+
+def _check_place(out: Path) -> None:
+    """Raise StoreError where ``out`` holds files that are no store's, which would go with it."""
+    names = set(names_in(out))
+    if names and ("store.json" not in names or not names <= FILES or not _is_store(out / "store.json")):
+        raise StoreError(f"{out} is a folder with other files in it", remedy="give an empty or a new folder")
+
+
+def _is_store(path: Path) -> bool:
+    """Whether a file says that it is a store's, of whatever version and however damaged."""
     try:
-        temporary.mkdir(parents=True)
-        _write(temporary, infos, records, meta, dim, dtype, progress)
-        _swap(temporary, out)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise output_error(out, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return FeatureStore.open(out)
+        return b'"store_version"' in path.read_bytes()
+    except OSError:
+        return False
 
 
 def _record(info: BagInfo, parent_level: str | None) -> BagRecord:
@@ -124,8 +165,14 @@ def _reusable(out: Path, records: Sequence[BagRecord], meta: StoreMeta, dtype: S
         there = FeatureStore.open(out)
     except StoreError:
         return None
-    same = there.records == tuple(records) and there.meta == meta and there.dtype == dtype
-    return there if same else None
+    if there.records != tuple(records) or there.meta != meta or there.dtype != dtype:
+        return None
+    try:
+        # Read in full: what is trained on is what was packed, and its pages are in memory for the training.
+        there.verify()
+    except StoreError:
+        return None
+    return there
 
 
 def _write(
@@ -160,26 +207,28 @@ def _write(
     np.save(folder / "coords.npy", coords)
     if parents is not None:
         np.save(folder / "parents.npy", parents)
-    head = {
+    head: dict[str, Any] = {
         "store_version": STORE_VERSION,
         "dtype": dtype,
         "dim": dim,
         "meta": asdict(meta),
         "content_hash": digest.hexdigest(),
+        "places_hash": places_hash(coords, parents),
         "bags": [asdict(record) for record in records],
     }
+    # Through JSON, which makes lists of tuples.
+    head["head_hash"] = head_hash(json.loads(json.dumps(head)))
     (folder / "store.json").write_text(json.dumps(head, indent=1), encoding="utf-8")
     FeatureStore.open(folder)
 
 
 def _swap(temporary: Path, out: Path) -> None:
     """Put a finished folder in the place of ``out``; only a store is ever replaced."""
+    _check_place(out)
     if out.exists():
-        if any(out.iterdir()) and not (out / "store.json").is_file():
-            raise StoreError(f"{out} is a folder with other files in it", remedy="give an empty or a new folder")
         old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
         os.replace(out, old)
         os.replace(temporary, out)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove_store(old)
     else:
         os.replace(temporary, out)

@@ -22,7 +22,7 @@ from lrmil.model import MILModel
 from lrmil.splits import FoldIndices
 from wsi_pipe.config import fingerprint, to_mapping
 
-__all__ = ["STATE_KIND", "Progress", "load_state", "run_fingerprint", "save_state"]
+__all__ = ["STATE_KIND", "Progress", "check_state", "load_state", "run_fingerprint", "save_state"]
 
 STATE_KIND = "lrmil.training-state"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -81,20 +81,7 @@ def load_state(
     Raises ResumeError when the state is of another run (settings, split, labels, features, teacher) or kind of device,
     or cannot be read.
     """
-    try:
-        tensors, header = read_tensors(path, STATE_KIND)
-    except ModelFileError as error:
-        raise ResumeError(error.message, remedy="delete it to begin anew") from error
-    if header.get("run") != run:
-        raise ResumeError(
-            f"{path} was made with other settings, splits, labels or features",
-            remedy="give another output folder, or delete this one to begin anew",
-        )
-    if header.get("device") != device.type:
-        raise ResumeError(
-            f"{path} was made on {header.get('device')}, this run is on {device.type}",
-            remedy="choose the same device, or begin anew in another folder",
-        )
+    tensors, header = check_state(path, run, device)
     parts = _by_prefix(tensors)
     model.load_state_dict(parts["model"])
     for i, parameter in enumerate(_parameters(optimizer)):
@@ -114,6 +101,25 @@ def load_state(
         {name: value.to(device) for name, value in parts.get("best", {}).items()},
         bool(header["finished"]),
     )
+
+
+def check_state(path: Path, run: str, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of the state at ``path``, where it is of this run. Raises ResumeError as ``load_state``."""
+    try:
+        tensors, header = read_tensors(path, STATE_KIND)
+    except ModelFileError as error:
+        raise ResumeError(error.message, remedy="delete it to begin anew") from error
+    if header.get("run") != run:
+        raise ResumeError(
+            f"{path} was made with other settings, splits, labels or features",
+            remedy="give another output folder, or delete this one to begin anew",
+        )
+    if header.get("device") != device.type:
+        raise ResumeError(
+            f"{path} was made on {header.get('device')}, this run is on {device.type}",
+            remedy="choose the same device, or begin anew in another folder",
+        )
+    return tensors, header
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

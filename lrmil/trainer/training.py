@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,29 +16,33 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 import lrmil
-from lrmil.checkpoint import ModelCard, save_model
+from lrmil.checkpoint import MODEL_KIND, ModelCard, read_card, read_tensors, save_model
 from lrmil.config import ATTENTION_MODELS, TrainSettings
 from lrmil.data import LabelTable
-from lrmil.errors import SettingsError, SplitError, TrainingError
+from lrmil.errors import ModelFileError, ResumeError, SettingsError, SplitError, TrainingError
 from lrmil.metrics import figures, fit_temperature, softmax
 from lrmil.model import MILModel, build_model
 from lrmil.splits import FoldIndices
 from lrmil.store import FeatureStore, ResidentStore
 from lrmil.trainer.compute import bag_logits, choose_device, choose_precision, deterministic, place
-from lrmil.trainer.loop import EpochFigures, Run, fit
+from lrmil.trainer.loop import STATE_NAME, EpochFigures, Run, fit
 from lrmil.trainer.optimise import class_weights
-from lrmil.trainer.state import run_fingerprint
+from lrmil.trainer.state import STATE_KIND, check_state, run_fingerprint
 from lrmil.trainer.steps import Step, plain_step, student_step
 from lrmil.trainer.targets import TeacherTargets, teacher_targets
 from wsi_pipe.config import dump_toml, to_mapping
 from wsi_pipe.encoders.random_id import RANDOM, is_random
-from wsi_pipe.files import write_text_atomically
+from wsi_pipe.files import remove_partial_files, write_text_atomically
+from wsi_pipe.locking import hold_file
+from wsi_pipe.ownership import claim_folder
 from wsi_pipe.tables import csv_text
 
 __all__ = ["MODEL_NAME", "PREDICTIONS_NAME", "Prediction", "TrainResult", "train"]
 
 MODEL_NAME = "model.safetensors"
 PREDICTIONS_NAME = "predictions.csv"
+MARKER = ".lrmil-run"
+LOCK_NAME = ".lock"
 
 
 @dataclass(frozen=True)
@@ -112,11 +118,89 @@ def train(
             hr = hr_store.store if isinstance(hr_store, ResidentStore) else hr_store
             hashes |= {"teacher": _weights_hash(teacher), "hr_features": hr.content_hash}
         fingerprint = run_fingerprint(settings, split, torch.from_numpy(table), names, hashes)
-        write_text_atomically(out / "config.toml", dump_toml(settings))
+    with nullcontext() if out is None else hold_run(out):
+        if out is not None:
+            _check_resumable(out, settings, fingerprint, hashes, device)
+            write_text_atomically(out / "config.toml", dump_toml(settings))
+        return _train(
+            settings, split, table, cases, names, resident, precision, out, fingerprint, hashes,
+            teacher=teacher, hr_store=hr_store, fold=fold, progress=progress,
+        )  # fmt: skip
+
+
+@contextmanager
+def hold_run(out: Path) -> Iterator[None]:
+    """Hold the folder of one training: no other trains into it meanwhile, and what earlier ones left half is removed.
+
+    Raises NotOursError when it holds files that no training made, ResumeError when another is at work in it.
+    """
+
+    def busy(who: str) -> ResumeError:
+        return ResumeError(
+            f"{out}: another training is at work in this folder ({who})",
+            remedy="wait for it, end it, or give another output folder",
+        )
+
+    claim_folder(out, MARKER, "the folder of a training", earlier=_is_earlier_run, passed_over=[LOCK_NAME])
+    with hold_file(out / LOCK_NAME, {"started_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}, busy):
+        remove_partial_files(out, ())
+        yield
+
+
+def _is_earlier_run(out: Path) -> bool:
+    """Whether a version that set no mark trained here."""
+    for name, kind in ((STATE_NAME, STATE_KIND), (MODEL_NAME, MODEL_KIND)):
+        with suppress(ModelFileError):
+            read_tensors(out / name, kind)
+            return True
+    return False
+
+
+def _check_resumable(
+    out: Path, settings: TrainSettings, fingerprint: str, hashes: Mapping[str, str], device: torch.device
+) -> None:
+    """Refuse, before anything in the folder is written, what would not go on there. Raises ResumeError."""
+    if (out / STATE_NAME).exists():
+        check_state(out / STATE_NAME, fingerprint, device)
+        return
+    if not (out / MODEL_NAME).exists():
+        return
+    # Nothing to go on from, but a model that would be lost: only the very same training may make it again.
+    remedy = "give another output folder, or move the model elsewhere"
+    try:
+        card = read_card(out / MODEL_NAME)
+    except ModelFileError as error:
+        raise ResumeError(error.message, remedy=remedy) from error
+    same = {**card.training, "device": "", "save_every": 0, "tensorboard": False}
+    wanted = to_mapping(replace(settings, device="", save_every=0, tensorboard=False))
+    if json.dumps(same, sort_keys=True) != json.dumps(wanted, sort_keys=True) or (
+        card.features_sha256 and card.features_sha256 != hashes.get("features")
+    ):
+        raise ResumeError(f"{out / MODEL_NAME} is a model of other settings or features", remedy=remedy)
+
+
+def _train(
+    settings: TrainSettings,
+    split: FoldIndices,
+    table: NDArray[np.int64],
+    cases: Sequence[str],
+    names: tuple[str, ...],
+    resident: ResidentStore,
+    precision: torch.dtype,
+    out: Path | None,
+    fingerprint: str,
+    hashes: Mapping[str, str],
+    *,
+    teacher: MILModel | None,
+    hr_store: FeatureStore | ResidentStore | None,
+    fold: str | None,
+    progress: Callable[[EpochFigures], object] | None,
+) -> TrainResult:
+    device = resident.device
     devices = [device] if device.type == "cuda" else []
     with deterministic(settings.deterministic), torch.random.fork_rng(devices):
         torch.manual_seed(settings.seed)
-        model = build_model(model_settings).to(device)
+        model = build_model(settings.model).to(device)
         if settings.standardise:
             model.standardise(*resident.moments(split.train))
         step = _step(settings, split, table, names, resident, teacher, hr_store)

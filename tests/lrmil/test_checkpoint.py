@@ -42,11 +42,11 @@ def saved(path: Path, name: str = "gated-abmil") -> Path:
 
 
 def rewritten(path: Path, change: dict[str, str] | None = None, tensors: dict[str, torch.Tensor] | None = None) -> Path:
-    """The file with other metadata or tensors."""
+    """The file with other metadata or tensors, and without digests, as earlier versions wrote it."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        metadata = dict(file.metadata())
+        metadata = {name: text for name, text in file.metadata().items() if not name.endswith("_sha256")}
     save_file(load_file(path) if tensors is None else tensors, path, {**metadata, **(change or {})})
     return path
 

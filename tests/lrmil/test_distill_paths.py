@@ -46,7 +46,8 @@ def test_layers_that_extraction_stored_are_learnt(
 ) -> None:
     manifest = distill_cohort / "slides" / "slides.csv"
     grids = ["-r", "20x", "-r", "5x", "--tile-px", "64"]
-    encoder = ["--encoder", "timm:test_vit", "--random-weights", "--layers", "0,1,-2"]
+    # Compared with float32 below: on some processors "auto" is bfloat16.
+    encoder = ["--encoder", "timm:test_vit", "--random-weights", "--layers", "0,1,-2", "--precision", "float32"]
     for command in (["tile", manifest, *grids], ["extract", manifest, *grids, *encoder], ["assemble"]):
         arguments = [str(part) for part in (*command, "-o", tmp_path / "job")]
         assert run_group(wsi_pipe_group, "wsi-pipe", arguments) == 0

@@ -21,6 +21,7 @@ from wsi_pipe.bag.read import (
     read_level,
     read_quality,
 )
+from wsi_pipe.bag.safety import refuse_unsafe, unreachable
 from wsi_pipe.bag.skim import skim_file
 from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, Features, TileValues, content_digest
 from wsi_pipe.bag.write import write_attention, write_bag, write_feature_file
@@ -48,7 +49,9 @@ __all__ = [
     "read_header",
     "read_level",
     "read_quality",
+    "refuse_unsafe",
     "skim_file",
+    "unreachable",
     "write_attention",
     "write_bag",
     "write_feature_file",

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_pipe.bag.safety import refuse_unsafe, unreachable
 from wsi_pipe.bag.values import (
     PER_TILE,
     SCHEMA,
@@ -25,7 +26,7 @@ from wsi_pipe.bag.values import (
     content_digest,
 )
 from wsi_pipe.encoders.random_id import is_random_id
-from wsi_pipe.errors import BagError
+from wsi_pipe.errors import BagError, FileAccessError
 from wsi_pipe.geometry import TileGrid, TileSpec
 
 __all__ = [
@@ -49,13 +50,17 @@ __all__ = [
 def open_bag(path: Path, schema: str = SCHEMA) -> Iterator[Any]:
     """Open an HDF5 file of this schema for reading.
 
-    Raises BagError when it is not there, not HDF5 (or truncated), of another schema, or of a later version.
+    Raises BagError when it is not there, not HDF5 (or truncated), of another schema, of a later version, or takes data
+    from other files; FileAccessError when it cannot be looked at, which says nothing of it.
     """
     try:
-        file = h5py.File(path, "r")
-    except FileNotFoundError as error:
+        # Locked as far as the file system has locks: one that somebody writes to must not be taken for a damaged one.
+        file = h5py.File(path, "r", locking="best-effort")
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise BagError(f"{path}: no such file") from error
     except OSError as error:
+        if (outside := unreachable(path, error)) is not None:
+            raise outside from error
         raise BagError(f"{path}: not a readable HDF5 file ({_first_line(error)})") from error
     with file:
         try:
@@ -68,10 +73,13 @@ def open_bag(path: Path, schema: str = SCHEMA) -> Iterator[Any]:
                     f"{path}: has schema version {version}, this program reads up to {SCHEMA_VERSION}",
                     remedy="update wsi-pipe",
                 )
+            refuse_unsafe(path, file)
             yield file
-        except BagError:
+        except (BagError, FileAccessError):
             raise
         except _DAMAGE as error:
+            if (outside := unreachable(path, error)) is not None:
+                raise outside from error
             raise BagError(f"{path}: is damaged ({_first_line(error)})") from error
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsi_pipe.bag import BagHeader, FeatureHeader, check_bag, read_attrs, read_header
+from wsi_pipe.bag import BagHeader, FeatureHeader, check_bag, read_attrs, read_header, unreachable
 from wsi_pipe.care.age import age_of, random_features
 from wsi_pipe.care.sources import SourceReport, Sources
 from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders.naming import slug_of
 from wsi_pipe.encoders.random_id import RANDOM_SUFFIX
-from wsi_pipe.errors import BagError, ManifestError
+from wsi_pipe.errors import BagError, FileAccessError, ManifestError
 from wsi_pipe.job import JobPaths, fingerprints, load_settings, load_slides, read_outcomes
 from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
 from wsi_pipe.job.guard import problems_guarded, read_guarded
@@ -31,8 +31,9 @@ class Finding:
     """What a check says of one bag; no problems where it is right.
 
     stale: the bag is sound and its own slide's, and its problems are only that the job's settings, the slide's file or
-    an encoder's are others by now: the next run brings it up to date, and keeps the features that still fit. remarks:
-    what could not be compared and why, which is not held against the bag.
+    an encoder's are others by now: the next run brings it up to date, and keeps the features that still fit. unseen:
+    it cannot be looked at (another process holds it, permissions, a mount), so that its problem says nothing of it and
+    it is not verified either. remarks: what could not be compared and why, which is not held against the bag.
     """
 
     slide_id: str
@@ -40,6 +41,7 @@ class Finding:
     status: str
     problems: tuple[str, ...] = ()
     stale: bool = False
+    unseen: bool = False
     remarks: tuple[str, ...] = ()
 
 
@@ -47,12 +49,14 @@ def verify_bags(bags: Sequence[Path]) -> Iterator[Finding]:
     """Check single bags: schema, shapes, finite features, parents, links. A bag that HDF5 loops or crashes on is a
     finding as well."""
     for path in bags:
-        problems = problems_guarded(check_bag, path)
         try:
+            problems = problems_guarded(check_bag, path)
             attrs = read_guarded(read_header, path).attrs
             yield Finding(attrs.slide_id, str(path), attrs.status, tuple(problems))
         except BagError:
             yield Finding(path.stem, str(path), "unreadable", tuple(problems))
+        except FileAccessError as error:
+            yield _unseen(path.stem, path, error)
 
 
 def verify_job(root: Path, *, sources: bool = True) -> Iterator[Finding]:
@@ -77,10 +81,35 @@ def verify_job(root: Path, *, sources: bool = True) -> Iterator[Finding]:
             yield Finding(path.stem, str(path), "orphan", ("belongs to no slide of this job",))
 
 
+def _unseen(slide_id: str, path: Path, error: FileAccessError) -> Finding:
+    said = error.message.removeprefix(f"{path.absolute()}: ").removeprefix(f"{path}: ")
+    problem = f"{said}; {error.remedy}" if error.remedy else said
+    return Finding(slide_id, str(path), "unseen", (problem,), unseen=True)
+
+
 def _verify_slide(
     entry: SlideEntry, paths: JobPaths, settings: JobSettings, outcome: SlideOutcome | None, sources: Sources | None
 ) -> Finding:
-    slide_id, path = entry.slide_id, paths.bag(entry.slide_id)
+    path = paths.bag(entry.slide_id)
+    try:
+        return _verify_bag(entry, path, paths, settings, outcome, sources)
+    except FileAccessError as error:
+        return _unseen(entry.slide_id, path, error)
+    except OSError as error:
+        if (outside := unreachable(path, error)) is None:
+            raise
+        return _unseen(entry.slide_id, path, outside)
+
+
+def _verify_bag(
+    entry: SlideEntry,
+    path: Path,
+    paths: JobPaths,
+    settings: JobSettings,
+    outcome: SlideOutcome | None,
+    sources: Sources | None,
+) -> Finding:
+    slide_id = entry.slide_id
     if not path.is_file():
         if outcome is None:
             return Finding(slide_id, str(path), "waiting")
@@ -94,10 +123,11 @@ def _verify_slide(
     bag = read_guarded(read_header, path)
     wrong = tuple(_wrong(bag, slide_id, settings))
     source = sources.compare(bag, entry) if sources else SourceReport()
-    stale = (*_stale(bag, slide_id, paths, settings), *source.changes)
+    remarks = list(source.remarks)
+    stale = (*_stale(bag, slide_id, paths, settings, remarks), *source.changes)
     status = "stale" if stale and not wrong else bag.attrs.status
-    remarks = (*source.remarks, *_said(slide_id, bag, paths))
-    return Finding(slide_id, str(path), status, (*wrong, *stale), bool(stale and not wrong), remarks)
+    said = (*remarks, *_said(slide_id, bag, paths))
+    return Finding(slide_id, str(path), status, (*wrong, *stale), stale=bool(stale and not wrong), remarks=said)
 
 
 def _said(slide_id: str, bag: BagHeader, paths: JobPaths) -> Iterator[str]:
@@ -120,8 +150,8 @@ def _wrong(bag: BagHeader, slide_id: str, settings: JobSettings) -> Iterator[str
             yield f"{label}: features of {slug} belong to another slide or grid"
 
 
-def _stale(bag: BagHeader, slide_id: str, paths: JobPaths, settings: JobSettings) -> Iterator[str]:
-    """What the next run does by itself."""
+def _stale(bag: BagHeader, slide_id: str, paths: JobPaths, settings: JobSettings, remarks: list[str]) -> Iterator[str]:
+    """What the next run does by itself. remarks: gets what could not be compared."""
     stored = _stored_fingerprint(paths.tissue(slide_id))
     if stored is not None and stored != bag.attrs.fingerprint_segment:
         yield "was made from another tissue mask: run again"
@@ -134,6 +164,8 @@ def _stale(bag: BagHeader, slide_id: str, paths: JobPaths, settings: JobSettings
     except BagError:
         # Grids may be deleted once the bag holds them.
         pass
+    except FileAccessError as error:
+        remarks.append(f"{error.message}: not compared")
     wanted = {spec.label: spec for spec in settings.tile.specs}
     have = {grid.label: grid.spec for grid in bag.grids}
     if wanted.keys() - have.keys():

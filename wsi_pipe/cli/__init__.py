@@ -1,8 +1,8 @@
 """The command line: each command parses, calls one library function, and prints.
 
 Commands load when they are called, so that ``wsi-pipe --help`` starts at once. Exit codes: 0 all done, 1 some slides
-failed or a check found something, 2 bad usage or nothing could be done, 130 interrupted (Ctrl-C), 143 ended by SIGTERM,
-as batch systems do it.
+failed, the report could not be written or a check found something, 2 bad usage or nothing could be done, 130
+interrupted (Ctrl-C), 143 ended by SIGTERM, as batch systems do it.
 """
 
 from __future__ import annotations

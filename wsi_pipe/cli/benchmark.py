@@ -15,11 +15,19 @@ from wsi_pipe.cli.options import collect_entries, extract_options, settings_from
 from wsi_pipe.config import JobSettings
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.geometry import level_label
+from wsi_pipe.ownership import refuse_foreign_outputs
 
 if TYPE_CHECKING:
     from wsi_pipe.benchmark import Assumptions, BenchmarkRecord
 
 __all__ = ["benchmark"]
+
+OUTPUTS = {
+    "benchmark.json": (b'"wsi-pipe benchmark"',),
+    "benchmark.md": (b"# What low resolution saves",),
+    "benchmark.html": (b"wsi-pipe</title>",),
+}
+"""By what the files of an earlier call are known."""
 
 
 @click.command()
@@ -84,6 +92,7 @@ def benchmark(**values: Any) -> int:
         currency=values["currency"],
     )
     source: Path | None = values["source"]
+    refuse_foreign_outputs(values["out"] or (source.parent if source else Path("benchmark")), OUTPUTS)
     if source is None:
         folder = values["out"] or Path("benchmark")
         record = _measure(values, folder, assumptions)

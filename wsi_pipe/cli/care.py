@@ -45,9 +45,15 @@ def verify(paths: tuple[Path, ...], repair: bool, no_sources: bool, as_json: boo
             for item in repairs:
                 done = f"moved to {item.moved_to}" if item.moved_to else item.action
                 click.echo(f"{item.path}: {'; '.join(item.problems)}: {done}")
-            left = sum(item.action == "left" for item in repairs)
-            more = f", {left} stale ones left for the next run, or for run --redo, to bring up to date" if left else ""
-            click.echo(f"{len(repairs) - left} files put aside{more}; run again to make what is missing")
+            count = Counter[str](item.action for item in repairs)
+            kept = {
+                "left": "stale ones left for the next run, or for run --redo, to bring up to date",
+                "not ours": "that are not this job's left",
+                "unseen": "that cannot be looked at left as they are",
+            }
+            more = "".join(f", {count[action]} {words}" for action, words in kept.items() if count[action])
+            aside = count["moved"] + count["deleted"]
+            click.echo(f"{aside} files put aside{more}; run again to make what is missing")
             for path in paths:
                 held = quarantine_of(path)
                 if held.files:
@@ -71,8 +77,10 @@ def verify(paths: tuple[Path, ...], repair: bool, no_sources: bool, as_json: boo
         for remark in finding.remarks:
             click.echo(f"{finding.slide_id}: {remark}")
     counts = {status: sum(f.status == status for f in findings) for status in dict.fromkeys(f.status for f in findings)}
+    unseen = sum(finding.unseen for finding in findings)
     click.echo(
-        f"{len(findings)} slides checked ({', '.join(f'{n} {s}' for s, n in counts.items())}), {len(wrong)} wrong"
+        f"{len(findings)} slides checked ({', '.join(f'{n} {s}' for s, n in counts.items())}), "
+        f"{len(wrong) - unseen} wrong" + (f", {unseen} cannot be looked at" if unseen else "")
     )
     return EXIT_FAILED if wrong else 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from wsi_pipe.errors import ConfigError
+from wsi_pipe.ownership import claim_folder
 
 __all__ = ["demo"]
 
@@ -41,6 +42,7 @@ def demo(folder: Path, slides: int, seed: int, preprocess_only: bool) -> int:
 
     if (folder / "slides").exists():
         raise ConfigError(f"{folder} holds a demo already", remedy="delete it, or give another folder with --out")
+    claim_folder(folder, ".wsi-pipe-demo", "a demo")
     start = time.monotonic()
     click.secho(f"\nMaking {slides} synthetic H&E-like slides in {folder}/slides", bold=True)
     with click.progressbar(length=slides, label="slides") as bar:

@@ -53,11 +53,13 @@ def _run_until(
     """Parse, process, print; the exit code. after: what a run that was not stopped does at its end."""
     from wsi_pipe.job.changes import call_of, note_changes, refuse_stale, stale_work
     from wsi_pipe.job.dispatch import check_folder, dispatch
+    from wsi_pipe.job.index import compact
     from wsi_pipe.job.lock import hold_job
     from wsi_pipe.job.run import load_encoders
     from wsi_pipe.plan import bytes_per_tile, refuse_bad_encoders, refuse_lack_of_room
 
     job: Path = values["job"]
+    _look_at_folder(job)
     settings = settings_from(values, job, values["config"])
     where = where_from(values)
     if values["salt"] and not settings.anonymise:
@@ -80,6 +82,7 @@ def _run_until(
     outcomes: list[SlideOutcome] = []
     start = time.perf_counter()
     stopped: WsiPipeError | None = None
+    unwritten: OutputError | None = None
     unchanged, told = 0, start
     about = {"started_utc": utc_now(), "slides": len(entries), "until": until}
     with hold_job(job, about) as tell, LogLines(values["log_json"]) as log:
@@ -90,6 +93,7 @@ def _run_until(
             # The names of files that were passed over name people as slides' do.
             note_passed_over(paths, passed_over)
         _tell_secrets(entries, paths)
+        compact(paths)
         # Of a run that was killed: nobody else writes here now.
         remove_partial_files(job, paths.written)
         log.event("start", **about)
@@ -136,7 +140,11 @@ def _run_until(
                 check_folder(paths)
                 _write_end(paths, call.stored, report)
         else:
-            _write_end(paths, call.stored, report)
+            try:
+                _write_end(paths, call.stored, report)
+            except OutputError as error:
+                # The slides are done all the same, and are told of.
+                unwritten = error
             if after:
                 done = {outcome.slide_id for outcome in outcomes if outcome.status == "done"}
                 after(paths, settings, [entry for entry in entries if entry.slide_id in done])
@@ -147,7 +155,26 @@ def _run_until(
     _print(values["as_json"], settings, entries, outcomes, time.perf_counter() - start, stopped)
     if stopped:
         click.echo(f"wsi-pipe: error: {stopped}", err=True)
-    return EXIT_FAILED if stopped or any(outcome.status == "failed" for outcome in outcomes) else 0
+    if unwritten:
+        click.echo(
+            f"wsi-pipe: error: the slides are through, but {unwritten}; then write it with: wsi-pipe report {job}",
+            err=True,
+        )
+    return EXIT_FAILED if stopped or unwritten or any(outcome.status == "failed" for outcome in outcomes) else 0
+
+
+def _look_at_folder(job: Path) -> None:
+    """Refuse a folder that holds files and is no job, before anything is read or written in it."""
+    from wsi_pipe.job.ownership import claim_job
+
+    foreign = claim_job(job, make=False)
+    if foreign:
+        shown = ", ".join(str(path) for path in foreign[:5]) + (f" and {len(foreign) - 5} more" if foreign[5:] else "")
+        click.echo(
+            f"note: {job} was made by an earlier version and is marked as a job now; of what lies in it, this program "
+            f"did not make {shown}: left as it is",
+            err=True,
+        )
 
 
 def _tell_secrets(entries: list[SlideEntry], paths: JobPaths) -> None:

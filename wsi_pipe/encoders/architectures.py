@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wsi_pipe.encoders.arguments import check_arguments
 from wsi_pipe.encoders.pathology import BUILDERS
 from wsi_pipe.encoders.recipe import INTERPOLATIONS, Preprocessing, Recipe
 from wsi_pipe.errors import ConfigError, UnknownEncoderError, WsiPipeError
@@ -151,6 +152,8 @@ def _build_timm(architecture: str, args: Mapping[str, Any], name: str) -> nn.Mod
             f"encoder {name}: timm has no model {architecture!r}",
             remedy=f"some that it has: {near}" if near else "timm.list_models() has the list",
         )
+    # What code of ours hands over is a class, which no table or file can hold.
+    check_arguments({key: value for key, value in args.items() if not isinstance(value, type)}, f"encoder {name}")
     arguments = _timm_args({"num_classes": 0, **args}, name)
     norm_eps = arguments.pop("norm_eps", None)
     try:

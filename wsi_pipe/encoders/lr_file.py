@@ -6,7 +6,6 @@ docs/lr-encoder.md describes the format. ``write_lr_encoder`` is the only place 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from wsi_pipe import __version__
 from wsi_pipe.config import from_mapping, to_mapping
 from wsi_pipe.encoders.base import EncoderInfo, encoder_slug
 from wsi_pipe.encoders.recipe import Preprocessing, Recipe
+from wsi_pipe.encoders.tensor_file import tensors_sha256, write_tensor_file
 from wsi_pipe.errors import ConfigError, WeightsError
 from wsi_pipe.files import atomic_path
 from wsi_pipe.geometry import TileSpec
@@ -94,18 +94,6 @@ def header_from_json(text: str, where: str) -> LrHeader:
         raise WeightsError(f"{where}: its LR encoder metadata is damaged: {error}", remedy="write it again") from error
 
 
-def tensors_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hex, over every tensor's name, dtype, shape and bytes, in the order of the names."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]).encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def write_lr_encoder(
     path: Path,
     network: PooledNetwork | Mapping[str, Tensor],
@@ -126,7 +114,6 @@ def write_lr_encoder(
     is not JSON-able, OutputError when the file cannot be written.
     """
     import torch
-    from safetensors.torch import save_file
 
     from wsi_pipe.encoders.architectures import PooledNetwork, build_unfilled
     from wsi_pipe.encoders.building import check_dimension
@@ -151,7 +138,7 @@ def write_lr_encoder(
     except (TypeError, ValueError) as error:
         raise ConfigError(f"training information is not JSON-able: {error}") from error
     with atomic_path(path, check=lambda written: _check_tensors(written, header)) as temporary:
-        save_file(state, temporary, metadata={METADATA_KEY: text})
+        write_tensor_file(temporary, state, {METADATA_KEY: text})
     return header
 
 

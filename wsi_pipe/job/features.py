@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -35,6 +35,7 @@ from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
 from wsi_pipe.job.fits import features_fit
 from wsi_pipe.job.guard import problems_guarded, read_guarded
+from wsi_pipe.job.ownership import is_feature_file_of_ours, refuse_other_hdf5
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import Prepared, stale_error
 from wsi_pipe.job.record import utc_now
@@ -197,6 +198,7 @@ def store_features(prepared: Prepared, computed: SlideFeatures, wanted: Iterable
     slide_id = prepared.entry.slide_id
     for item, features in computed_features(computed, wanted).values():
         path = paths.features(slide_id, item.label, item.info.slug)
+        refuse_other_hdf5(path)
         quality = computed_quality(computed, item.label)
         write_feature_file(path, slide_id, item.label, item.info.slug, features, quality)
 
@@ -224,7 +226,7 @@ def assemble(
     header = _header(prepared, paths)
     attrs = _attrs_of_bag(prepared, wanted, header)
     if header is not None and not _lacks(header, attrs, prepared, wanted, lacking):
-        _clean(slide_id, paths, keep_features)
+        _clean(slide_id, wanted, paths, keep_features)
         return False, ()
     try:
         # Read here only once a process that may hang in it has found it sound.
@@ -260,7 +262,7 @@ def assemble(
         levels.append(BagLevel(grid, own, attention, labels.get(grid.label, {}), quality))
     attrs = _attrs_of_bag(prepared, wanted, header, levels)
     write_bag(path, Bag(dataclasses.replace(attrs, created_utc=utc_now()), tuple(levels)))
-    _clean(slide_id, paths, keep_features)
+    _clean(slide_id, wanted, paths, keep_features)
     gone = f"features of tiles that are no more left its bag: {', '.join(lost)}"
     return True, (gone,) if lost else ()
 
@@ -349,6 +351,14 @@ def _stored_quality(
     return {}
 
 
-def _clean(slide_id: str, paths: JobPaths, keep_features: bool) -> None:
-    if not keep_features:
-        shutil.rmtree(paths.root / "features" / slide_id, ignore_errors=True)
+def _clean(slide_id: str, wanted: Iterable[Wanted], paths: JobPaths, keep_features: bool) -> None:
+    """Remove the feature files that the bag holds now, and their folder once it is empty; nothing else of it."""
+    if keep_features:
+        return
+    files = {paths.features(slide_id, item.label, item.info.slug) for item in wanted}
+    with contextlib.suppress(OSError):
+        for path in files:
+            if is_feature_file_of_ours(path):
+                path.unlink()
+        for folder in {path.parent for path in files}:
+            folder.rmdir()

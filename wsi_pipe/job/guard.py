@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from wsi_pipe.errors import BagError, TaskTimeoutError, WorkerError
+from wsi_pipe.bag import unreachable
+from wsi_pipe.errors import BagError, TaskTimeoutError, WorkerError, WsiPipeError
 from wsi_pipe.execute import run_bounded
 
 __all__ = ["problems_guarded", "read_guarded", "read_many_guarded"]
@@ -23,14 +24,17 @@ def read_guarded(fn: Callable[[Path], R], path: Path) -> R:
     """``fn(path)``, a function of ``wsi_pipe.bag``, in a long-lived child of this process, begun anew when it dies.
 
     The path is made absolute: the child stays in the folder that this process was in when it began.
-    Raises what ``fn`` raises, and BagError where HDF5 does not return or crashes the child.
+    Raises what ``fn`` raises; BagError where the file is not there or HDF5 does not return or crashes the child;
+    FileAccessError where the file, or a process to read it in, cannot be had.
     """
     path = path.absolute()
     try:
         limit_s = CPU_S + path.stat().st_size / BYTES_PER_CPU_S
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         # Most files of a first run: no process is started for them.
         raise BagError(f"{path}: {error.strerror}") from error
+    except OSError as error:
+        raise unreachable(path, error) or BagError(f"{path}: {error.strerror}") from error
     try:
         try:
             return run_bounded(fn, limit_s, path)
@@ -41,6 +45,10 @@ def read_guarded(fn: Callable[[Path], R], path: Path) -> R:
         raise BagError(f"{path}: unreadable: HDF5 did not return within {limit_s:.0f} s of computing") from error
     except WorkerError as error:
         raise BagError(f"{path}: unreadable: HDF5 crashed ({error.message})") from error
+    except OSError as error:
+        if isinstance(error, WsiPipeError) or (outside := unreachable(path, error)) is None:
+            raise
+        raise outside from error
 
 
 BATCH = 64
@@ -66,7 +74,10 @@ def _each(fn: Callable[[Path], R], paths: list[Path]) -> list[R]:
 
 
 def problems_guarded(check: Callable[[Path], list[str]], path: Path) -> list[str]:
-    """What ``check_bag`` or ``check_feature_file`` says of a file, or that it cannot be read at all."""
+    """What ``check_bag`` or ``check_feature_file`` says of a file, or that it cannot be read at all.
+
+    Raises FileAccessError when it cannot be looked at.
+    """
     try:
         return read_guarded(check, path)
     except BagError as error:

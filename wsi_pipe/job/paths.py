@@ -66,6 +66,29 @@ class JobPaths:
         return self.root / "private" / "salt"
 
     @property
+    def marker(self) -> Path:
+        """What tells that the folder is a job, JSON: schema, version, created."""
+        return self.root / ".wsi-pipe-job"
+
+    @property
+    def lock(self) -> Path:
+        """The file whose lock a run holds."""
+        return self.root / ".lock"
+
+    @property
+    def index(self) -> Path:
+        """What is known of finished slides' files, so that a run that resumes need not open them."""
+        return self.root / ".index.jsonl"
+
+    @property
+    def own_names(self) -> set[str]:
+        """Names of the job's own files and folders in the folder itself, apart from those of results."""
+        own = (self.config, self.slides, self.outcomes, self.failures, self.passed_over, self.changes)
+        hidden = (self.marker, self.lock, self.index, self.salt.parent)
+        reports = (self.report.with_suffix(suffix) for suffix in (".html", ".csv", ".json"))
+        return {path.name for path in (*own, *hidden, *reports)}
+
+    @property
     def bags(self) -> Path:
         """The folder of bags."""
         return self.root / "bags"

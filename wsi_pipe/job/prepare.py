@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe import __version__
-from wsi_pipe.bag import Bag, BagAttrs, BagHeader, BagLevel, TileValues, read_header, write_bag
+from wsi_pipe.bag import Bag, BagAttrs, BagHeader, BagLevel, TileValues, read_header, unreachable, write_bag
 from wsi_pipe.config import CacheSettings, JobSettings, SegmentSettings, TileSettings
 from wsi_pipe.errors import BagError, MaskError, MissingMppError, ResolutionError, StaleWorkError
-from wsi_pipe.files import write_text_atomically
+from wsi_pipe.files import output_error, write_text_atomically
 from wsi_pipe.geometry import FloatPair, IntPair, TileGrid, TissueMask
 from wsi_pipe.job.annotate import annotate, read_annotations, stored_annotation
 from wsi_pipe.job.fingerprints import grid_fingerprint
@@ -35,8 +35,9 @@ from wsi_pipe.job.fits import (
     tile_fingerprint,
 )
 from wsi_pipe.job.focus import drop_blurred, left_out_notes
-from wsi_pipe.job.given import given_mask, how_given, placed_mask, read_geojson, read_given
+from wsi_pipe.job.given import given_mask, how_given, placed_mask, read_given
 from wsi_pipe.job.guard import read_guarded
+from wsi_pipe.job.ownership import refuse_other_hdf5
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.private import check_told, told
 from wsi_pipe.job.record import utc_now
@@ -177,6 +178,7 @@ def prepare(
     """
     segment_settings, tile_settings = settings_of(entry, settings.segment, settings.tile)
     with clock("open"):
+        refuse_other_hdf5(paths.tiles(entry.slide_id), paths.bag(entry.slide_id))
         slide = open_entry(entry, settings.reader, settings.cache)
         clock.notes = tuple(told(entry, note) for note in slide.info.notes)
     try:
@@ -350,12 +352,20 @@ def _stored_mask(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
 
     Raises MaskError when another program changed the file: edits are the user's work and are not written over.
     """
-    if not path.is_file():
-        return None, {}
     try:
-        data, _ = read_geojson(path, limited=False)
-    except MaskError:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         return None, {}
+    except OSError as error:
+        # Nothing is known of it: what may be the user's edits is not made again.
+        raise unreachable(path, error) or output_error(path, error) from error
+    try:
+        data: Any = json.loads(raw)
+    except (ValueError, RecursionError):
+        if f'"{GEOJSON_KEY}"'.encode() in raw or not raw.strip(b"\0 \n"):
+            return None, {}
+        # Not JSON, and nothing in it says that it is ours.
+        data = None
     own = data.get(GEOJSON_KEY) if isinstance(data, dict) else None
     if not isinstance(own, dict):
         raise MaskError(

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from wsi_pipe.config import JobSettings, dump_toml, load_toml
 from wsi_pipe.encoders.naming import slug_of
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import output_error, write_text_atomically
+from wsi_pipe.job.ownership import claim_job, refuse_foreign
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.private import load_identities, public, write_identities
 from wsi_pipe.manifest import SlideEntry, read_manifest, write_manifest
@@ -42,21 +44,23 @@ def open_job(root: Path, settings: JobSettings, entries: list[SlideEntry], *, sa
 
     Slides of earlier runs stay listed, with what ``entries`` do not state of them; resolutions and encoders of earlier
     runs stay in the settings. salt: of an anonymised job. Paths that are not to be told, and secrets of URLs, go into
-    the job's folder private. Raises OutputError when the folder cannot be made or written.
+    the job's folder private. Raises NotOursError when the folder holds files and is no job, or a file of others stands
+    where a result of these slides goes; OutputError when the folder cannot be made or written.
     """
     paths = JobPaths(root)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise output_error(root, error) from error
+    claim_job(root)
+    refuse_foreign(paths, (entry.slide_id for entry in entries))
     _check_anonymous(root, settings, entries)
     held = load_settings(root)
     write_text_atomically(paths.config, dump_toml(merged_settings(held, settings) if held else settings))
     load_identities(root, strict=True)
-    listed = {entry.slide_id: entry for entry in load_slides(root)}
+    before = load_slides(root)
+    listed = {entry.slide_id: entry for entry in before}
     listed.update({entry.slide_id: entry for entry in entries})
     write_identities(root, list(listed.values()), salt)
-    write_manifest(paths.slides, map(public, listed.values()))
+    # The list may be what the user gave and keeps by hand: it is written only where it says something else.
+    if list(listed.values()) != before or not paths.slides.is_file():
+        write_manifest(paths.slides, map(public, listed.values()))
     return paths
 
 
@@ -165,6 +169,8 @@ class OutcomeLog:
 
     def note(self, outcome: SlideOutcome) -> None:
         """Add the outcome as far as it says anything new. Raises OutputError when it cannot be written."""
+        if outcome.mark is not None:
+            _append_mark(self._paths, outcome.mark.to_json())
         before = self._before.get(outcome.slide_id)
         if before is not None and outcome.error == STALE:
             # Nothing was done, and what is there is what it was.
@@ -178,6 +184,17 @@ class OutcomeLog:
                 return
             outcome = outcome.keeping(before)
         append_outcome(self._paths, outcome)
+
+
+def _append_mark(paths: JobPaths, mark: dict[str, Any]) -> None:
+    """Add a line to the index. Nothing depends on it: where it cannot be written the next run looks at the files."""
+    line = (json.dumps(mark, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    with suppress(OSError):
+        handle = os.open(paths.index, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line)
+        finally:
+            os.close(handle)
 
 
 def write_failures(paths: JobPaths) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,10 +15,11 @@ from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders import encoder_of_job
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
 from wsi_pipe.encoders.naming import check_slugs, slug_of
-from wsi_pipe.errors import EncoderError, OutputError, StaleWorkError, WsiPipeError
+from wsi_pipe.errors import EncoderError, FileAccessError, OutputError, StaleWorkError, WsiPipeError
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_features
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.features import Wanted, assemble, missing_features, store_features, wanted_features
+from wsi_pipe.job.index import JobIndex, Stamp, wanted_of
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import Prepared, StageClock, open_entry, prepare
 from wsi_pipe.job.private import told, told_of
@@ -60,6 +61,7 @@ class _Work:
     wanted: list[Wanted] = field(default_factory=list)
     missing: list[Wanted] = field(default_factory=list)
     costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    begun: tuple[Stamp, ...] | None = None
 
 
 def process(
@@ -114,17 +116,25 @@ class _Run:
         self.finished: deque[SlideOutcome] = deque()
         self.under_way: dict[str, _Work] = {}
         self.copies: dict[str, Keep] = {}
+        self.index: JobIndex | None = None
 
     def release_copies(self) -> None:
         """Give free the copies of the slides that were not finished."""
         while self.copies:
             self.copies.popitem()[1].release()
 
+    def _is_known(self, entry: SlideEntry) -> bool:
+        """Whether the slide is done as it is wanted, by the index of the job; its outcome is noted then."""
+        outcome = self.index.known(entry) if self.index else None
+        if outcome is not None:
+            self._note(replace(outcome, finished_utc=utc_now()))
+        return outcome is not None
+
     def _begin(self, entry: SlideEntry) -> _Work:
         # A slide behind a URL is opened for its mask and again for its tiles: its copy stays in the cache in between.
         if is_url(entry.path):
             self.copies[entry.slide_id] = keep_copy(entry.path)
-        return _Work(entry)
+        return _Work(entry, begun=self.index.begin(entry) if self.index else None)
 
     def without_features(self, entries: Iterable[SlideEntry]) -> Iterator[SlideOutcome]:
         for entry in entries:
@@ -183,7 +193,14 @@ class _Run:
     def _items(self, entries: Iterable[SlideEntry], encoders: Mapping[str, Encoder]) -> Iterator[ExtractItem | None]:
         """Slides that lack features; those that lack none, or fail, are finished on the way and give None."""
         infos = {name: encoder.info for name, encoder in encoders.items()}
+        # What is to be made anew is not asked whether it is known.
+        if self.until == "assemble" and not self.settings.redo:
+            wanted = wanted_of(self.settings, infos, keep_features=self.keep_features)
+            self.index = JobIndex(self.paths, wanted)
         for entry in entries:
+            if self._is_known(entry):
+                yield None
+                continue
             work = self._begin(entry)
             if not self._prepare(work, tile=True) or work.prepared is None:
                 yield None
@@ -194,7 +211,8 @@ class _Run:
                 work.missing = missing_features(
                     work.prepared, work.wanted, settings.extract, settings.reader, self.paths, redo=settings.redo
                 )
-            except StaleWorkError as error:
+            except (StaleWorkError, FileAccessError) as error:
+                # What it holds is not wanted so, or not known: it is neither made again nor taken for done.
                 work.clock.stage = "extract"
                 self._fail(work, error)
                 yield None
@@ -287,7 +305,8 @@ class _Run:
                 notes=tuple(
                     told(work.entry, note) for note in (*work.clock.notes, *(prepared.notes if prepared else ()))
                 ),
-            )
+            ),
+            work,
         )
 
     def _fail(self, work: _Work, error: Exception) -> None:
@@ -309,7 +328,9 @@ class _Run:
             )
         )
 
-    def _note(self, outcome: SlideOutcome) -> None:
+    def _note(self, outcome: SlideOutcome, done: _Work | None = None) -> None:
+        if done is not None and self.index is not None:
+            outcome = replace(outcome, mark=self.index.mark(done.entry, done.begun, outcome))
         if (copy := self.copies.pop(outcome.slide_id, None)) is not None:
             copy.release()
         if self.log:

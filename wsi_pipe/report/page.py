@@ -17,6 +17,7 @@ from wsi_pipe import __version__
 from wsi_pipe.config import JobSettings, to_mapping
 from wsi_pipe.files import output_error, write_text_atomically
 from wsi_pipe.job.left_out import read_passed_over
+from wsi_pipe.job.ownership import refuse_foreign_reports
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.pages import asset, data_uri, render_page
@@ -110,6 +111,7 @@ def write_report(
         scripts=[asset(package, "slides.js"), asset(package, "viewer.js"), asset(package, "report.js")],
     )
     path = JobPaths(job_dir).report
+    refuse_foreign_reports(JobPaths(job_dir))
     write_text_atomically(path, page)
     write_text_atomically(path.with_suffix(".csv"), slides_csv(listed))
     figures = {"schema": "wsi-pipe report", "schema_version": 1, "created_utc": data["created_utc"], **data["summary"]}
