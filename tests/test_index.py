@@ -82,7 +82,6 @@ def _deleted(path: Path, archive: Path, job: Path) -> None:
     ("name", "change"),
     [
         ("in/s1.svs", _touched),
-        ("in/s1.svs", _same_size_and_time),
         ("job/bags/s1.h5", _touched),
         ("job/bags/s1.h5", _deleted),
         ("job/tiles/s1.h5", _deleted),
@@ -106,14 +105,23 @@ def test_what_changed_is_looked_at_in_full_and_alone(
     assert looked == []
 
 
-def test_a_replaced_slide_is_made_again(
-    archive: Path, tmp_path: Path, looked: list[str], make_slide: MakeSlide
+@pytest.mark.parametrize("change", ["another picture", "a byte, at the same size and time"])
+def test_a_replaced_slide_is_seen_and_made_anew_when_told(
+    archive: Path, tmp_path: Path, looked: list[str], make_slide: MakeSlide, change: str
 ) -> None:
     job = tmp_path / "job"
     assert cli("run", archive, "-o", job, "-r", "5x") == 0
     before = read_attrs(job / "bags/s1.h5").slide_fingerprint
-    make_slide(archive / "s1.svs", seed=9)
-    assert cli("run", archive, "-o", job, "-r", "5x") == 0
+    if change == "another picture":
+        make_slide(archive / "s1.svs", seed=9)
+    else:
+        _same_size_and_time(archive / "s1.svs", archive, job)
+    looked.clear()
+    # What was made of the other file is kept and not relabelled.
+    assert cli("run", archive, "-o", job, "-r", "5x") == 1
+    assert looked == ["s1"]
+    assert read_attrs(job / "bags/s1.h5").slide_fingerprint == before
+    assert cli("run", archive, "-o", job, "-r", "5x", "--redo", "--only", "s1") == 0
     assert read_attrs(job / "bags/s1.h5").slide_fingerprint != before
 
 

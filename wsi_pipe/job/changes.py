@@ -18,8 +18,10 @@ from wsi_pipe.files import file_sha256
 from wsi_pipe.job.fits import differences, record_of, shown
 from wsi_pipe.job.guard import read_guarded
 from wsi_pipe.job.paths import JobPaths
+from wsi_pipe.job.private import told
 from wsi_pipe.job.record import append_line, load_settings, load_slides, merged_settings, read_outcomes, utc_now
 from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, settings_of
+from wsi_pipe.masking import mask_secrets
 from wsi_pipe.outcome import TIMES, SlideOutcome
 
 __all__ = ["Call", "Change", "Stale", "call_of", "duration", "note_changes", "refuse_stale", "stale_work", "unfit_work"]
@@ -152,7 +154,7 @@ def _of_some_slides(held: JobSettings, given: JobSettings) -> dict[str, Any]:
     return found
 
 
-_OF_A_SLIDE = ("slide_id", "path", "overrides", "stated")
+_OF_A_SLIDE = ("slide_id", "path", "overrides", "stated", "hides")
 
 
 def _slide_changes(entries: Iterable[SlideEntry], listed: Mapping[str, SlideEntry]) -> Iterator[Change]:
@@ -161,17 +163,21 @@ def _slide_changes(entries: Iterable[SlideEntry], listed: Mapping[str, SlideEntr
         if old is None:
             continue
         if old.path != entry.path:
-            yield Change(entry.slide_id, "path", old.path, entry.path)
+            yield Change(entry.slide_id, "path", _told(entry, old.path), _told(entry, entry.path))
         for item in dataclasses.fields(SlideEntry):
             if item.name not in _OF_A_SLIDE and getattr(old, item.name) != getattr(entry, item.name):
-                yield Change(
-                    entry.slide_id, item.name, shown(getattr(old, item.name)), shown(getattr(entry, item.name))
-                )
+                was, now = (_told(entry, shown(getattr(one, item.name))) for one in (old, entry))
+                yield Change(entry.slide_id, item.name, was, now)
         for column in sorted(old.overrides.keys() | entry.overrides.keys()):
             before, after = old.overrides.get(column), entry.overrides.get(column)
             if before != after:
                 was, now = ("as the job's" if value is None else shown(value) for value in (before, after))
                 yield Change(entry.slide_id, column, was, now)
+
+
+def _told(entry: SlideEntry, text: str) -> str:
+    """A value as the log of changes and the screen may show it: without names that the job hides, and secrets."""
+    return mask_secrets(told(entry, text))
 
 
 def note_changes(paths: JobPaths, changes: Iterable[Change]) -> None:
@@ -198,7 +204,11 @@ def stale_work(root: Path, call: Call) -> Stale:
     for entry in call.entries:
         if not job_wide and entry.slide_id not in touched:
             continue
-        kinds = _stale_of(entry, listed.get(entry.slide_id, entry), held, call.settings, paths)
+        try:
+            kinds = _stale_of(entry, listed.get(entry.slide_id, entry), held, call.settings, paths)
+        except OSError:
+            # What cannot be looked at now fails its slide when its turn comes, and no other.
+            continue
         for kind, why in kinds.items():
             found.what.setdefault(kind, set()).add(entry.slide_id)
             found.why |= dict.fromkeys(why)

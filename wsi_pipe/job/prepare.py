@@ -217,7 +217,7 @@ def _stored_grids(entry: SlideEntry, paths: JobPaths) -> BagHeader | None:
 
 
 def _replaced(entry: SlideEntry, made_of: BagAttrs) -> StaleWorkError:
-    where = "" if made_of.slide_path == entry.path else f" ({made_of.slide_path})"
+    where = "" if made_of.slide_path in ("", entry.shown_path) else f" ({made_of.slide_path})"
     return StaleWorkError(
         f"{entry.path}: is another file than the one that the finished work of {entry.slide_id} was made of{where}",
         remedy=f"put that file back, or give this one an id of its own in a slide list, or make {entry.slide_id} anew: "
@@ -570,7 +570,7 @@ def _as_it_would_be(entry: SlideEntry, slide: Slide, mask: _Mask, settings: Tile
 
 def _relabelled(attrs: BagAttrs, entry: SlideEntry) -> BagAttrs:
     """The attributes with the slide's place and case of now: slides move, and cases are corrected."""
-    return dataclasses.replace(attrs, case_id=entry.case_id, slide_path=entry.path, primary_encoder="")
+    return dataclasses.replace(attrs, case_id=entry.case_id, slide_path=entry.shown_path, primary_encoder="")
 
 
 def _refuse_moved_tiles(entry: SlideEntry, before: BagHeader, grids: Sequence[TileGrid]) -> None:
