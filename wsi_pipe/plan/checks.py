@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def refuse_lack_of_room(
     """
     tile_bytes = tile_bytes or known_bytes_per_tile(settings)
     bags = JobPaths(job)
-    waiting = [entry for entry in entries if not bags.bag(entry.slide_id).is_file()]
+    waiting = [entry for entry in entries if not os.path.isfile(bags.bag(entry.slide_id))]
     there = job.absolute()
     while not there.exists() and there != there.parent:
         there = there.parent
