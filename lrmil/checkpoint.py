@@ -19,7 +19,7 @@ from lrmil.model import MILModel, build_model
 from wsi_pipe.config import from_mapping, to_mapping
 from wsi_pipe.encoders.tensor_file import tensors_sha256, write_tensor_file
 from wsi_pipe.errors import ConfigError
-from wsi_pipe.files import atomic_path
+from wsi_pipe.files import atomic_path, parse_json
 
 __all__ = ["MODEL_KIND", "ModelCard", "load_model", "read_card", "read_tensors", "save_model", "write_tensors"]
 
@@ -176,7 +176,7 @@ def _open(path: Path, kind: str, *, with_tensors: bool) -> tuple[dict[str, Tenso
                 raise ModelFileError(
                     f"{path} has the format version {version}, this lrmil reads {FORMAT_VERSION}", remedy="update lrmil"
                 )
-            header = json.loads(metadata["header"])
+            header = parse_json(metadata["header"])
             names = file.keys() if with_tensors else ()
             tensors = {name: file.get_tensor(name) for name in names}
             # Files of versions that wrote no digests are taken as they are.

@@ -19,6 +19,7 @@ WSI_PIPE = [
     "masking",
     "errors",
     "cores",
+    "stopping",
     "compiled",
     "geometry",
     "files",
@@ -96,9 +97,9 @@ ONLY_IN = {
 }
 # Reading, segmenting and tiling must start without torch.
 TORCH_FREE = {
-    "masking", "errors", "cores", "geometry", "files", "ownership", "locking", "config", "outcome", "slides",
-    "synthetic", "tissue", "tiling", "quality", "overview", "tiles", "bag", "ids", "tables", "manifest", "execute",
-    "pictures", "pages", "plan", "care",
+    "masking", "errors", "cores", "stopping", "geometry", "files", "ownership", "locking", "config", "outcome",
+    "slides", "synthetic", "tissue", "tiling", "quality", "overview", "tiles", "bag", "ids", "tables", "manifest",
+    "execute", "pictures", "pages", "plan", "care",
 }  # fmt: skip
 PURE = {"tissue", "tiling", "quality"}
 IMPURE_IMPORTS = {"pathlib", "os", "io", "subprocess", "wsi_pipe.slides", "wsi_pipe.files"}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wsi_pipe.errors import ConfigError
+from wsi_pipe.files import parse_toml
 from wsi_pipe.geometry import TileSpec, parse_resolution
 
 __all__ = [
@@ -302,7 +303,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 def load_toml(cls: type[S], path: Path) -> S:
     """Settings of class ``cls`` from a TOML file. Raises ConfigError naming the file when it is missing or wrong."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = parse_toml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}", remedy="give a TOML file that can be read") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from wsi_pipe.errors import ConfigError
+
 __all__ = ["CORES_VARIABLE", "available_cores", "core_shares", "cores_environment"]
 
 CORES_VARIABLE = "WSI_PIPE_CORES"
@@ -18,10 +20,22 @@ LIBRARY_VARIABLES = (
 )
 
 
+MAX_CORES = 1024
+"""More than any machine that this runs on has: each is a thread of its own here and there."""
+
+
 def available_cores() -> int:
-    """Cores that this process may use: as the environment says, else those it is pinned to, else all."""
-    told = os.environ.get(CORES_VARIABLE, "")
-    if told.isdecimal() and int(told) > 0:
+    """Cores that this process may use: as the environment says, else those it is pinned to, else all.
+
+    Raises ConfigError where the environment says something else than a number from 1 to ``MAX_CORES``.
+    """
+    told = os.environ.get(CORES_VARIABLE, "").strip()
+    if told:
+        if not (told.isascii() and told.isdecimal() and len(told) < 10 and 0 < int(told) <= MAX_CORES):
+            raise ConfigError(
+                f"{CORES_VARIABLE}={told[:40]} is no number of cores from 1 to {MAX_CORES}",
+                remedy="set it to what the processes of this machine may use, or leave it out",
+            )
         return int(told)
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1

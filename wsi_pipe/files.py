@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
+import tomllib
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from wsi_pipe.errors import OutputError
 
@@ -19,6 +22,8 @@ __all__ = [
     "file_sha256",
     "is_temporary",
     "output_error",
+    "parse_json",
+    "parse_toml",
     "remove_partial_files",
     "write_text_atomically",
 ]
@@ -103,3 +108,21 @@ def write_text_atomically(path: Path, text: str) -> None:
     """Write UTF-8 text so that ``path`` holds all of it or what it held before."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises json.JSONDecodeError for one that is none, or nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
+    except UnicodeDecodeError as error:
+        raise json.JSONDecodeError(f"no text: {error.reason}", "", error.start) from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text. Raises tomllib.TOMLDecodeError for one that is none, or nested too deeply."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise tomllib.TOMLDecodeError("nested too deeply") from None

@@ -107,12 +107,35 @@ class SlideOutcome:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SlideOutcome:
-        """The inverse of ``to_json``; unknown keys of later versions are ignored."""
+        """The inverse of ``to_json``; unknown keys of later versions are ignored.
+
+        Raises TypeError or ValueError for what ``to_json`` cannot have made.
+        """
         known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__ and k != "mark"}
         known["cached"] = tuple(known.get("cached", ()))
         known["notes"] = tuple(str(note) for note in known.get("notes") or ())
-        known["mpp"] = tuple(known["mpp"]) if known.get("mpp") else None
-        return cls(**known)
+        known["mpp"] = tuple(map(float, known["mpp"])) if known.get("mpp") else None
+        outcome = cls(**known)
+        texts = (outcome.path, outcome.reason, outcome.remedy, outcome.error, outcome.stage, outcome.finished_utc)
+        numbers = [*_values(outcome.seconds), *_values(outcome.tiles), *_values(outcome.counts)]
+        numbers += [number for parts in _values(outcome.costs) for number in _values(parts)]
+        sound = (
+            isinstance(outcome.slide_id, str)
+            and outcome.status in ("done", "empty", "failed")
+            and all(text is None or isinstance(text, str) for text in (*texts, outcome.mpp_source, outcome.stamp))
+            and all(isinstance(text, str) for text in (*outcome.cached, *outcome.notes))
+            and all(isinstance(number, int | float) for number in numbers)
+            and (outcome.mpp is None or len(outcome.mpp) == 2)
+        )
+        if not sound:
+            raise ValueError("not an outcome of a slide")
+        return outcome
+
+
+def _values(table: object) -> list[Any]:
+    if not isinstance(table, Mapping):
+        raise ValueError("not an outcome of a slide")
+    return list(table.values())
 
 
 NEAR_MPP = 0.10

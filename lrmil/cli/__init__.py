@@ -1,17 +1,15 @@
 """The command line: each command parses, calls one library function, and prints.
 
 Commands load when they are called, so that ``lrmil --help`` starts without torch. Exit codes: 0 all done, 1 some slides
-failed, 2 bad usage or nothing could be done, 130 interrupted.
+failed, 2 bad usage or nothing could be done, 130 interrupted (Ctrl-C), 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from lrmil import __version__
-from wsi_pipe.cli import LazyGroup, run_group
+from wsi_pipe.cli import LazyGroup, run_main
 
 __all__ = ["group", "main"]
 
@@ -30,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     cls=LazyGroup,
     table=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Bags are made by wsi-pipe run. Exit codes: 0 all done, 1 some failed, 2 bad usage, 130 interrupted.",
+    epilog="Bags are made by wsi-pipe run. Exit codes: 0 all done, 1 some failed, 2 bad usage, 130 or 143 interrupted.",
 )
 @click.version_option(__version__, prog_name="lrmil")
 def group() -> None:
@@ -39,4 +37,4 @@ def group() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run_group(group, "lrmil"))
+    run_main(group, "lrmil")

@@ -28,6 +28,7 @@ from lrmil.errors import DivergedError, ModelFileError, ResumeError
 from lrmil.losses import final_distillation_loss, patch_distillation_loss
 from wsi_pipe.encoders.pixels import Normaliser
 from wsi_pipe.encoders.recipe import Preprocessing
+from wsi_pipe.files import parse_json
 
 __all__ = ["DistillHistory", "Runner", "distill", "losses_of"]
 
@@ -278,5 +279,5 @@ def _resume(
         # AdamW keeps its step count on the CPU.
         place = tensor if moment == "step" else tensor.to(parameter.device)
         optimizer.state[parameter][moment] = copy.copy(place)
-    history = DistillHistory(json.loads(header["epochs"]), int(header["best"]), bool(header["finished"]))
+    history = DistillHistory(parse_json(header["epochs"]), int(header["best"]), bool(header["finished"]))
     return history, float(header["best_value"]), parts["best"]

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lrmil.errors import StoreError
 from lrmil.store.dtypes import StoreDtype, decode_bfloat16, encode, storage_dtype
+from wsi_pipe.files import parse_json
 
 __all__ = ["STORE_VERSION", "BagRecord", "FeatureStore", "StoreMeta", "duplicates", "head_hash", "places_hash"]
 
@@ -192,7 +193,7 @@ class FeatureStore:
         """Map a packed store; nothing is read yet. Raises StoreError when it is missing, truncated or no store."""
         folder = Path(path)
         try:
-            head = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+            head = parse_json((folder / "store.json").read_text(encoding="utf-8"))
             if head["store_version"] != STORE_VERSION:
                 raise StoreError(f"{folder} is a store of version {head['store_version']}", remedy="pack it again")
             if head.get("head_hash", head_hash(head)) != head_hash(head):

@@ -19,7 +19,7 @@ from wsi_pipe.benchmark.records import END_TO_END, STAGED, Arm, BenchmarkRecord,
 from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders import encoder_of_job
 from wsi_pipe.encoders.base import Encoder, batch_of
-from wsi_pipe.errors import ConfigError, EncoderError, EncoderOutputError, OutputError, in_words
+from wsi_pipe.errors import ConfigError, EncoderError, EncoderOutputError, OutputError, WsiPipeError, in_words
 from wsi_pipe.manifest import SlideEntry
 
 __all__ = ["CACHES", "Progress", "arms_of", "run_benchmark"]
@@ -197,8 +197,13 @@ class _Course:
             except Exception as error:
                 # As in a run, an error that nobody foresaw is its slide's own; so are features that are no numbers.
                 everyones = isinstance(error, EncoderError | OutputError) and not isinstance(error, EncoderOutputError)
-                if everyones or len(self.usable) == 1:
+                if everyones or (len(self.usable) == 1 and isinstance(error, WsiPipeError)):
                     raise
+                if len(self.usable) == 1:
+                    reason, remedy = in_words(error)
+                    raise ConfigError(
+                        f"no slide can be measured ({entry.slide_id}: {reason})", remedy=remedy
+                    ) from error
                 self.usable.remove(entry)
                 self.skipped[entry.slide_id] = in_words(error)[0]
                 # What was measured of it stays in the count of passes done.

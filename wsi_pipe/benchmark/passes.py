@@ -32,7 +32,7 @@ from wsi_pipe.benchmark.peer import read_singly
 from wsi_pipe.benchmark.records import END_TO_END, STAGED, Arm, Measurement, SlideFacts, Spent
 from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, LayerFeatures
-from wsi_pipe.errors import ConfigError, WsiPipeError
+from wsi_pipe.errors import ConfigError, in_words
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job import open_job
 from wsi_pipe.job.given import given_mask
@@ -94,8 +94,9 @@ class Passes:
                             facts.append(_facts(slide, entry, tissue_mm2))
                     if not usable:
                         self._warm_up(entry, arm, grid)
-            except WsiPipeError as error:
-                skipped[entry.slide_id] = error.message
+            except Exception as error:
+                # As in a run, an error that nobody foresaw is its slide's own.
+                skipped[entry.slide_id] = in_words(error)[0]
                 facts = [fact for fact in facts if fact.slide_id != entry.slide_id]
                 continue
             usable.append(entry)

@@ -14,7 +14,7 @@ from typing import Any
 
 from wsi_pipe.config import from_mapping, to_mapping
 from wsi_pipe.errors import ConfigError
-from wsi_pipe.files import write_text_atomically
+from wsi_pipe.files import parse_json, write_text_atomically
 
 __all__ = [
     "ENCODE_STAGES",
@@ -212,7 +212,7 @@ def read_record(path: Path) -> BenchmarkRecord:
     Raises ConfigError naming the file when it is not there, not a benchmark, of a later version, or incomplete.
     """
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        values: Any = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}", remedy="give the benchmark.json of a run") from error
     except ValueError as error:

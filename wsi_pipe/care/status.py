@@ -16,6 +16,7 @@ from wsi_pipe.geometry import FloatPair
 from wsi_pipe.job import JobPaths, load_settings, load_slides, read_outcomes
 from wsi_pipe.job.changes import unfit_work
 from wsi_pipe.job.lock import holder_of
+from wsi_pipe.job.partial import half_done
 from wsi_pipe.job.record import STALE, stamp_of
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import SlideOutcome, mpp_outliers
@@ -43,7 +44,8 @@ class JobStatus:
     made_by: by slide id. run: what the running process said of itself, or None.
     finished_in_run: slides that it made something of; unchanged_in_run: those that it found valid, which say nothing of
     its pace. slides_per_hour, hours_left: of that run, None where none is or nothing is finished yet; until the run has
-    come by them, slides that are valid count as still to do. noted: slides that something is to be said of.
+    come by them, slides that are valid count as still to do. noted: slides that something is to be said of. half_done:
+    slides of which a run that was stopped kept features, which the next one continues.
     """
 
     slides: int
@@ -65,6 +67,7 @@ class JobStatus:
     mpp_outliers: tuple[str, ...] = ()
     why_stale: Mapping[str, str] = field(default_factory=dict)
     made_by: Mapping[str, str] = field(default_factory=dict)
+    half_done: int = 0
 
 
 def job_status(root: Path, now: datetime | None = None) -> JobStatus:
@@ -96,6 +99,7 @@ def job_status(root: Path, now: datetime | None = None) -> JobStatus:
         unchanged_in_run=None if run is None else int(run.get("unchanged", 0)),
         slides_per_hour=rate,
         hours_left=left,
+        half_done=len({entry.slide_id for entry in entries}.intersection(half_done(paths))),
         failures=tuple(end for end in fits if end is not None and end.status == "failed"),
         noted=tuple(end for end in fits if end is not None and end.notes),
         stale=len(stale),

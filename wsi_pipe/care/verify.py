@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders.naming import slug_of
 from wsi_pipe.encoders.random_id import RANDOM_SUFFIX
 from wsi_pipe.errors import BagError, FileAccessError, ManifestError
+from wsi_pipe.files import parse_json
 from wsi_pipe.job import JobPaths, fingerprints, load_settings, load_slides, read_outcomes
 from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
 from wsi_pipe.job.guard import problems_guarded, read_guarded
@@ -195,7 +195,7 @@ def _features_of(bag: BagHeader) -> Iterator[tuple[str, str, FeatureHeader, str]
 
 def _known_transform(features: FeatureHeader) -> Mapping[str, Any] | None:
     try:
-        transform = json.loads(features.transform)
+        transform = parse_json(features.transform)
     except ValueError:
         return None
     return transform if isinstance(transform, dict) else None
@@ -239,6 +239,6 @@ def _made_from(
 
 def _stored_fingerprint(path: Path) -> str | None:
     try:
-        return str(json.loads(path.read_bytes())["wsi_pipe"]["fingerprint"])
+        return str(parse_json(path.read_bytes())["wsi_pipe"]["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

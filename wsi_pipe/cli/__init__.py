@@ -7,18 +7,23 @@ interrupted (Ctrl-C), 143 ended by SIGTERM, as batch systems do it.
 
 from __future__ import annotations
 
-import _thread
 import importlib
 import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from wsi_pipe import __version__
+from wsi_pipe.cli.signals import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    end,
+    keep_interrupts,
+    raise_if_interrupted,
+    was_terminated,
+)
 from wsi_pipe.errors import WsiPipeError, lacks_package
 
 __all__ = [
@@ -27,16 +32,16 @@ __all__ = [
     "EXIT_TERMINATED",
     "EXIT_USAGE",
     "LazyGroup",
+    "keep_interrupts",
     "main",
     "raise_if_interrupted",
     "run_group",
+    "run_main",
 ]
 
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 128 + signal.SIGINT
-EXIT_TERMINATED = 128 + signal.SIGTERM
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("wsi_pipe.cli.info:info", "Show what slides are: size, levels, resolution, tiles."),
@@ -105,7 +110,7 @@ def run_group(command: click.Group, name: str, arguments: Sequence[str] | None =
         return leave.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
         # Click makes an Abort of the interrupt.
-        terminated = isinstance(error, TerminatedError) or isinstance(error.__cause__, TerminatedError)
+        terminated = was_terminated(error)
         click.echo(
             f"{name}: {'terminated' if terminated else 'interrupted'}; run the same command again to go on", err=True
         )
@@ -132,49 +137,12 @@ def run_group(command: click.Group, name: str, arguments: Sequence[str] | None =
         return EXIT_USAGE
 
 
-class TerminatedError(KeyboardInterrupt):
-    """SIGTERM came: what ends for Ctrl-C ends for this as well."""
-
-
-_heard: list[int] = []
-"""Signals that came, so that one whose exception some library swallowed is not lost."""
-
-
-def _hear(number: int, frame: object) -> None:
-    _heard.append(number)
-    raise TerminatedError if number == signal.SIGTERM else KeyboardInterrupt
-
-
-def raise_if_interrupted() -> None:
-    """Raise again what Ctrl-C or SIGTERM raised before: for who goes on, and so has not seen it."""
-    if _heard:
-        raise TerminatedError if _heard[-1] == signal.SIGTERM else KeyboardInterrupt
-
-
-def keep_interrupts() -> None:
-    """Make sure that Ctrl-C is heard: where it falls into a callback of Python's own, Python prints and drops it.
-
-    SIGTERM, with which SLURM and Kubernetes announce the end, is heard as well: Python would die of it on the spot.
-    """
-    signal.signal(signal.SIGTERM, _hear)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _hear)
-    before = sys.unraisablehook
-
-    def hook(dropped: Any) -> None:
-        if not issubclass(dropped.exc_type, KeyboardInterrupt):
-            before(dropped)
-            return
-        # A moment later, when the callback is over.
-        number = signal.SIGTERM if issubclass(dropped.exc_type, TerminatedError) else signal.SIGINT
-        again = threading.Timer(0.05, _thread.interrupt_main, [number])
-        again.daemon = True
-        again.start()
-
-    sys.unraisablehook = hook
+def run_main(command: click.Group, name: str) -> NoReturn:
+    """What a console script does: hear signals, run the group, end the process."""
+    keep_interrupts()
+    end(run_group(command, name))
 
 
 def main() -> None:
     """Entry point of the console script."""
-    keep_interrupts()
-    sys.exit(run_group(group, "wsi-pipe"))
+    run_main(group, "wsi-pipe")

@@ -133,6 +133,8 @@ def status(job: Path, each: bool, as_json: bool) -> int:
         print_json(dataclasses.asdict(state))
         return EXIT_FAILED if state.failed else 0
     rows = [[name, f"{getattr(state, name):,}"] for name in ("slides", "done", "empty", "failed", "stale", "waiting")]
+    if state.half_done:
+        rows.append(["half done", f"{state.half_done:,}, which the next run continues"])
     if state.older:
         makers = ", ".join(dict.fromkeys(state.made_by.values()))
         rows.append(["of an earlier version", f"{state.older:,}, made by {makers}; kept, --redo makes them anew"])

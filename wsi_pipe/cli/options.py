@@ -168,6 +168,12 @@ def where_options(function: F) -> F:
             metavar="NAME=N",
             help="With --scheduler: extract only on workers that offer this, such as GPU=1; the rest runs on any.",
         ),
+        click.option(
+            "--wait-workers",
+            type=click.FloatRange(min=0),
+            metavar="S",
+            help="With --scheduler: give up when no worker can take work for so many seconds.  [waits for ever]",
+        ),
         click.option("--timeout", type=click.FloatRange(min=1), metavar="S", help="End a slide after so many seconds."),
         click.option("--retry-failed", is_flag=True, help="Just the slides that failed before."),
         click.option(
@@ -205,7 +211,10 @@ def where_from(values: Mapping[str, Any]) -> Where:
         raise ConfigError(
             "--workers and --scheduler are given", remedy="the scheduler knows its workers: leave out --workers"
         )
-    return Where(values["workers"], values["scheduler"], values["timeout"], resources=resources)
+    wait_s = values.get("wait_workers")
+    if wait_s is not None and not values["scheduler"]:
+        raise ConfigError("--wait-workers needs --scheduler", remedy="give the address of a Dask scheduler")
+    return Where(values["workers"], values["scheduler"], values["timeout"], resources=resources, wait_workers_s=wait_s)
 
 
 def segment_options(function: F) -> F:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["assemble", "extract", "run", "segment", "tile"]
 
+REPORTED_AT_ONCE = 1000
+"""Slides of a job whose report is brought up to date where the run is interrupted."""
 TELL_S = 1.0
 """How often at most a run that resumes says how many slides it found valid."""
 
@@ -127,7 +129,8 @@ def _run_until(
                 remove_partial_files(job, paths.written)
                 with contextlib.suppress(OutputError):
                     check_folder(paths)
-                    _write_end(paths, call.stored, report)
+                    # The report of a large job takes longer than who ends a run waits.
+                    _write_end(paths, call.stored, report and len(entries) <= REPORTED_AT_ONCE)
                 raise
             finally:
                 results.close()

@@ -18,7 +18,7 @@ from wsi_pipe.encoders.base import EncoderInfo, encoder_slug
 from wsi_pipe.encoders.recipe import Preprocessing, Recipe
 from wsi_pipe.encoders.tensor_file import tensors_sha256, write_tensor_file
 from wsi_pipe.errors import ConfigError, WeightsError
-from wsi_pipe.files import atomic_path
+from wsi_pipe.files import atomic_path, parse_json
 from wsi_pipe.geometry import TileSpec
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _plain(header: LrHeader) -> dict[str, Any]:
 def header_from_json(text: str, where: str) -> LrHeader:
     """The inverse of ``LrHeader.to_json``. Raises WeightsError, naming ``where``, when it is damaged or later."""
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         version = values.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise WeightsError(

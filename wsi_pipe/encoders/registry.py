@@ -14,6 +14,7 @@ from typing import Any
 from wsi_pipe.config import from_mapping
 from wsi_pipe.encoders.recipe import Preprocessing, Recipe
 from wsi_pipe.errors import ConfigError, UnknownEncoderError
+from wsi_pipe.files import parse_toml
 
 __all__ = ["ENCODER_FILES_VARIABLE", "RegistryEntry", "find_entry", "load_registry", "read_registry"]
 
@@ -106,7 +107,7 @@ def read_registry(path: Path) -> dict[str, RegistryEntry]:
     Raises ConfigError that names the file, the encoder and the setting when something is missing, unknown, or wrong.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = parse_toml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}", remedy="give a TOML file that can be read") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -19,7 +19,8 @@ class Where:
     workers: processes on this machine; 1 without a time-out is this process itself. scheduler: address of a Dask
     scheduler, which then decides. timeout_s: seconds that one item may take. retries: how often an item is tried
     again after its process died. resources: what a Dask worker must offer, such as {"GPU": 1}.
-    connect_s: seconds to wait for a scheduler.
+    connect_s: seconds to wait for a scheduler. wait_workers_s: how long a scheduler may be without a worker that can
+    take work; for ever where None.
     """
 
     workers: int = 1
@@ -28,6 +29,7 @@ class Where:
     retries: int = 1
     resources: dict[str, float] | None = None
     connect_s: float = 20.0
+    wait_workers_s: float | None = None
 
     @property
     def here(self) -> bool:

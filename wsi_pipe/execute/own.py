@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from wsi_pipe.errors import TaskTimeoutError, WorkerError
 from wsi_pipe.execute.worker import KillableWorker
+from wsi_pipe.stopping import stop_event
 
 __all__ = ["end_own_workers", "run_bounded", "run_killable"]
 
@@ -48,7 +49,7 @@ def run_killable(fn: Callable[[T], R], timeout_s: float, item: T, *, ready: Call
     What a Dask worker calls: Dask itself cannot end a task that runs. Raises as ``KillableWorker.call``.
     """
     with _own_worker() as worker:
-        return worker.call(fn, item, timeout_s, ready=ready)
+        return worker.call(fn, item, timeout_s, stop_event(), ready)
 
 
 def run_bounded(fn: Callable[[T], R], cpu_s: float, item: T) -> R:

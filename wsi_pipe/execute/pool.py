@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -15,13 +16,15 @@ from wsi_pipe.execute.worker import KillableWorker
 
 __all__ = ["in_processes"]
 
+POLL_S = 0.1
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def in_processes(
     fn: Callable[[T], R],
-    items: Iterable[T],
+    items: Iterable[T | Done[T, R] | None],
     where: Where,
     blames_worker: Callable[[Exception], bool],
     ready: Callable[[], object] | None,
@@ -37,16 +40,26 @@ def in_processes(
     again: deque[T] = deque()
     try:
         while True:
+            pausing = False
             while idle:
                 try:
                     item = again.popleft() if again else next(source)
                 except StopIteration:
                     break
+                if item is None:
+                    pausing = True
+                    break
+                if isinstance(item, Done):
+                    yield item
+                    continue
                 worker = idle.pop()
                 running[pool.submit(_attempt, worker, fn, item, where, stop, ready)] = worker
-            if not running:
+            if not running and not pausing:
                 return
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            if not running:
+                time.sleep(POLL_S)
+                continue
+            finished, _ = wait(running, timeout=POLL_S if pausing else None, return_when=FIRST_COMPLETED)
             for future in finished:
                 worker, result = running.pop(future), future.result()
                 if isinstance(result, Failed) and blames_worker(result.error):
@@ -59,10 +72,11 @@ def in_processes(
                     idle.append(worker)
                 yield result
     finally:
+        # Each call ends its own process, once what that has is put by.
         stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
         for worker in everyone:
             worker.kill()
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _attempt(

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from wsi_pipe.cores import cores_environment
 from wsi_pipe.errors import TaskTimeoutError, WorkerError
+from wsi_pipe.execute.child import STOPPED
 
 __all__ = ["KillableWorker"]
 
@@ -24,6 +25,8 @@ R = TypeVar("R")
 
 POLL_S = 0.2
 KILL_GRACE_S = 2.0
+STOP_GRACE_S, PUT_BY_S = 1.6, 60.0
+"""What a call that is told to stop has to begin to put by what it has, and to do so, before its process is ended."""
 READY_S = 600.0
 """What a process may take to load what all items need, where items have a time-out."""
 
@@ -38,6 +41,8 @@ class KillableWorker:
         self._environment = None if cores is None else os.environ | cores_environment(cores)
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+        self._line: Connection | None = None
+        """For the word to stop, which the process hears while it works on a call."""
         self._ready: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self.exit_code: int | None = None
@@ -57,7 +62,7 @@ class KillableWorker:
 
         Raises what ``fn`` raises; TaskTimeoutError when it takes longer than ``timeout_s`` and WorkerError when the
         process dies, both after the process is gone (the next call starts another). ``stop`` set by another thread
-        ends the call by WorkerError.
+        ends the call by WorkerError: what runs in the process is told (``wsi_pipe.stopping``) and has a moment.
         """
         pipe = self._start()
         # Also without anything to load a process takes its time to start.
@@ -83,7 +88,7 @@ class KillableWorker:
             pipe.send((fn, item))
             while not pipe.poll(POLL_S):
                 if stop is not None and stop.is_set():
-                    self.kill()
+                    self._stop(pipe)
                     raise WorkerError("stopped")
                 if deadline is not None and time.monotonic() > deadline:
                     self.kill()
@@ -103,6 +108,9 @@ class KillableWorker:
             # An interrupt between question and answer: the next call would get this one's answer.
             self.kill()
             raise
+        if kind == STOPPED:
+            self.kill()
+            raise WorkerError("stopped")
         if kind == "error":
             raise value
         result: R = value
@@ -112,20 +120,35 @@ class KillableWorker:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 ours, theirs = multiprocessing.Pipe()
+                line, heard = multiprocessing.Pipe()
                 # Not multiprocessing.Process: Dask's own workers are daemons, which may not have children of that kind.
-                code = f"from wsi_pipe.execute.child import serve; serve({theirs.fileno()}, {os.getpid()})"
+                numbers = f"{theirs.fileno()}, {heard.fileno()}, {os.getpid()}"
+                code = f"from wsi_pipe.execute.child import serve; serve({numbers})"
                 # A process group of its own: a terminal's Ctrl-C is the parent's to answer, also while this one starts.
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", code],
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[theirs.fileno(), heard.fileno()],
                     stdin=subprocess.DEVNULL,
                     env=self._environment,
                     process_group=0,
                 )
                 theirs.close()
-                self._pipe = ours
+                heard.close()
+                self._pipe, self._line = ours, line
             assert self._pipe is not None
             return self._pipe
+
+    def _stop(self, pipe: Connection) -> None:
+        """Have the call under way end by itself, and the process in any case."""
+        with contextlib.suppress(OSError, EOFError):
+            with self._lock:
+                line = self._line
+            if line is not None:
+                line.send_bytes(b"stop")
+                # Its answer, or the end of its process.
+                if not pipe.poll(STOP_GRACE_S) and line.poll(0):
+                    pipe.poll(PUT_BY_S)
+        self.kill()
 
     def _exit_code(self) -> int | None:
         process = self._process
@@ -138,14 +161,15 @@ class KillableWorker:
     def kill(self) -> None:
         """End the process, whatever it does."""
         with self._lock:
-            process, pipe = self._process, self._pipe
-            self._process = self._pipe = None
+            process, ends = self._process, (self._pipe, self._line)
+            self._process = self._pipe = self._line = None
         if process is not None:
             process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(KILL_GRACE_S)
-        if pipe is not None:
-            pipe.close()
+        for end in ends:
+            if end is not None:
+                end.close()
 
 
 def _cause(code: int | None) -> str:

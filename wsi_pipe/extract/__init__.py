@@ -9,8 +9,10 @@ slides. The caller's thread gets each slide as it is finished and may write it w
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,15 @@ from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
 from wsi_pipe.encoders.naming import check_slugs
 from wsi_pipe.errors import ConfigError, DeviceError
 from wsi_pipe.extract.encoding import Encoding
-from wsi_pipe.extract.lines import END, Lines, StoppedError
+from wsi_pipe.extract.lines import END, POLL_S, Lines, StoppedError
 from wsi_pipe.extract.reading import Reading
-from wsi_pipe.extract.values import ExtractItem, Progress, SlideFailure, SlideFeatures
+from wsi_pipe.extract.values import ExtractItem, PartRows, Progress, SlideFailure, SlideFeatures, SlidePart
+from wsi_pipe.stopping import StopRequested
 
-__all__ = ["ExtractItem", "SlideFailure", "SlideFeatures", "extract_features"]
+__all__ = ["ExtractItem", "PartRows", "SlideFailure", "SlideFeatures", "SlidePart", "extract_features"]
+
+KEEP_EVERY_S = 120.0
+"""How often what there is of slides that take longer is handed out, for who may be killed."""
 
 
 def extract_features(
@@ -37,7 +43,9 @@ def extract_features(
     layers: Sequence[int] = (),
     progress: Progress | None = None,
     stopped: threading.Event | None = None,
-) -> Iterator[SlideFeatures | SlideFailure]:
+    keep: Callable[[SlidePart], None] | None = None,
+    keep_every_s: float = KEEP_EVERY_S,
+) -> Generator[SlideFeatures | SlideFailure]:
     """Features of every slide of ``items``, each as soon as it is finished.
 
     items: consumed lazily, in another thread, a little ahead of reading. encoders: by the names that the items use. A
@@ -48,10 +56,14 @@ def extract_features(
     layers: blocks whose CLS is handed out beside the features (-1 is the last). progress: called with slide_id, label
     and the number of tiles encoded, from the encoding thread. stopped: set here once the work ends early, by an error
     or by the caller: ``items`` that wait for something must look at it and end, else the end waits for them.
+    keep: called, in the caller's thread, with what there is of each slide that is not finished when the work ends
+    early, and every ``keep_every_s`` before. Given back in ``ExtractItem.parts`` it need not be computed again, and the
+    features are those of work that was never interrupted.
 
     A slide whose reading or whose features fail (also by a resolution that its encoder was not made for) comes out as
     a SlideFailure. Raises ConfigError for layers that an encoder has not, for two encoders of one slug, and for a name
     that ``encoders`` has not, and DeviceError, which concerns all slides. What ``items`` itself raises is raised here.
+    Raises StopRequested once this thread's work is told to stop (``wsi_pipe.stopping``): no further batch begins.
     """
     if dtype not in ("float16", "float32"):
         raise ConfigError(f"feature dtype {dtype!r} must be float16 or float32")
@@ -63,7 +75,17 @@ def extract_features(
             depth = encoder.depth if isinstance(encoder, LayeredEncoder) else 0
             block_indices(layers, depth, name)
     return _run(
-        items, dict(encoders), batch_size, read_threads, memory_bytes, np.dtype(dtype), tuple(layers), progress, stopped
+        items,
+        dict(encoders),
+        batch_size,
+        read_threads,
+        memory_bytes,
+        np.dtype(dtype),
+        tuple(layers),
+        progress,
+        stopped,
+        keep,
+        keep_every_s,
     )
 
 
@@ -77,7 +99,9 @@ def _run(
     layers: tuple[int, ...],
     progress: Progress | None,
     stopped: threading.Event | None,
-) -> Iterator[SlideFeatures | SlideFailure]:
+    keep: Callable[[SlidePart], None] | None,
+    keep_every_s: float,
+) -> Generator[SlideFeatures | SlideFailure]:
     # Where slides share batches, two are read at a time, so that opening one does not keep the device waiting.
     readers = 2 if any(getattr(encoder, "shares_batches", False) for encoder in encoders.values()) else 1
     # Half for the tiles that wait, half for the native tiles that the readers hold decoded.
@@ -95,7 +119,7 @@ def _run(
     def guarded(work: Callable[[], None]) -> None:
         try:
             work()
-        except StoppedError:
+        except (StoppedError, StopRequested):
             return
         except BaseException as error:  # whatever it is, it is raised again in the caller's thread
             lines.fail(error)
@@ -108,13 +132,39 @@ def _run(
     for thread in threads:
         thread.start()
     try:
-        while (result := lines.done.get()) is not END:
+        kept, kept_at = 0, time.monotonic()
+        while True:
+            if lines.stopped.asked:
+                raise StopRequested
+            try:
+                result = lines.done.get(timeout=POLL_S)
+            except queue.Empty:
+                if keep is not None and time.monotonic() - kept_at > keep_every_s:
+                    kept, kept_at = _keep(encoding, keep, kept), time.monotonic()
+                continue
+            if result is END:
+                break
             if isinstance(result, BaseException):
                 raise result
             yield result
+            # Not before: what the caller could not finish with is not finished.
+            encoding.handed_over(result.slide_id)
     finally:
         lines.close(threads)
-        for encoder in encoders.values():
-            # Not so important that a device that failed is worth a second error.
-            with contextlib.suppress(DeviceError):
-                getattr(encoder, "release", lambda: None)()
+        if keep is not None:
+            _keep(encoding, keep, 0)
+        if not any(thread.is_alive() for thread in threads):
+            for encoder in encoders.values():
+                # Not so important that a device that failed is worth a second error.
+                with contextlib.suppress(DeviceError):
+                    getattr(encoder, "release", lambda: None)()
+
+
+def _keep(encoding: Encoding, keep: Callable[[SlidePart], None], kept: int) -> int:
+    """Hand out what there is of slides under way where it is other than ``kept`` features; how many there are."""
+    parts = encoding.parts()
+    tiles = sum(part.tiles for part in parts)
+    if tiles != kept:
+        for part in parts:
+            keep(part)
+    return tiles

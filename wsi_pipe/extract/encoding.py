@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -13,8 +14,18 @@ from numpy.typing import NDArray
 
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, LayerFeatures, NonFiniteFeaturesError, batch_of
 from wsi_pipe.errors import EncoderOutputError
-from wsi_pipe.extract.lines import END, Lines
-from wsi_pipe.extract.values import Level, Progress, Rows, SlideFailure, SlideFeatures, SlideState, StoredArray
+from wsi_pipe.extract.lines import END, Lines, StoppedError
+from wsi_pipe.extract.values import (
+    Level,
+    PartRows,
+    Progress,
+    Rows,
+    SlideFailure,
+    SlideFeatures,
+    SlidePart,
+    SlideState,
+    StoredArray,
+)
 from wsi_pipe.tiles import TileBatch
 
 __all__ = ["Encoding"]
@@ -64,9 +75,51 @@ class Encoding:
         self._buffers: dict[tuple[Any, ...], deque[Rows]] = {}
         self._flights: dict[str, deque[_Flight]] = {name: deque() for name in encoders}
         self._landed = 0.0
+        self._storing = threading.Lock()
+        """Held while rows arrive, so that another thread may take what is there."""
+        self._under_way: dict[str, SlideState] = {}
 
     def run(self) -> None:
-        """Encode until the queue ends; hand out END after the last slide."""
+        """Encode until the queue ends; hand out END after the last slide.
+
+        Told to stop, no batch is begun any more; what the device computes already is still taken in.
+        """
+        try:
+            self._run()
+        except StoppedError:
+            for name in self._flights:
+                while self._flights[name]:
+                    self._land(name)
+            raise
+
+    def parts(self) -> list[SlidePart]:
+        """What there is of the slides that were not handed over, as of now; from any thread."""
+        with self._storing:
+            return [part for state in self._under_way.values() if (part := self._part(state)).tiles]
+
+    def handed_over(self, slide_id: str) -> None:
+        """The caller has a slide's result: it is not under way any more."""
+        with self._storing:
+            self._under_way.pop(slide_id, None)
+
+    def _part(self, state: SlideState) -> SlidePart:
+        rows: dict[str, dict[str, PartRows]] = {}
+        for label, level in state.levels.items():
+            for name in level.names:
+                slug, index = self._encoders[name].info.slug, np.flatnonzero(level.there[name])
+                if not len(index):
+                    continue
+                layers = {block: values[index] for block, values in level.layers.get(slug, {}).items()}
+                rows.setdefault(label, {})[name] = PartRows(
+                    level.layout[name],
+                    index,
+                    level.features[slug][index],
+                    layers,
+                    level.encode_s.get(name, 0.0),
+                )
+        return SlidePart(state.item.slide_id, rows)
+
+    def _run(self) -> None:
         while True:
             # While nothing is there to encode, bring home what has arrived, so that finished slides do not wait for the
             # next one to be read. Not what is under way: the next tiles would wait for it, and the device for them.
@@ -80,6 +133,9 @@ class Encoding:
             if entry is END:
                 break
             subject, what = entry
+            state = subject.slide if isinstance(subject, Level) else subject
+            if not state.seen:
+                self._begin(state)
             if isinstance(subject, Level):
                 if what is None:
                     self._end_of_level(subject)
@@ -97,6 +153,17 @@ class Encoding:
                 self._land(name)
         self._lines.hand_out(END)
 
+    def _begin(self, state: SlideState) -> None:
+        """A slide's first tiles are here, or it turned out to have none to encode."""
+        state.seen = True
+        with self._storing:
+            self._under_way[state.item.slide_id] = state
+        for level in state.levels.values():
+            for name in level.names:
+                known = int(np.count_nonzero(level.there[name]))
+                if known and self._progress is not None:
+                    self._progress(state.item.slide_id, level.grid.label, known)
+
     def _batch_of(self, name: str, tile_px: int) -> int:
         return batch_of(self._encoders[name], tile_px, self._batch_size)
 
@@ -111,14 +178,25 @@ class Encoding:
             size = self._batch_of(name, level.grid.spec.size_px)
             count = len(tiles.index)
             for start in range(0, count - size + 1, size):
-                part = slice(start, start + size)
-                self._submit(name, [Rows(level, tiles.pixels[part], tiles.index[part])])
+                rows = self._wanted(level, name, tiles, slice(start, start + size))
+                if rows is not None:
+                    self._submit(name, [rows])
             rest = slice(count - count % size, count)
             if count % size and not level.slide.settled:
-                key = self._key(level, name)
-                left = Rows(level, tiles.pixels[rest], tiles.index[rest])
-                self._buffers.setdefault(key, deque()).append(left)
-                self._submit_full(key, size)
+                rows = self._wanted(level, name, tiles, rest)
+                if rows is not None:
+                    key = self._key(level, name)
+                    self._buffers.setdefault(key, deque()).append(rows)
+                    self._submit_full(key, size)
+
+    @staticmethod
+    def _wanted(level: Level, name: str, tiles: TileBatch, part: slice) -> Rows | None:
+        """The tiles of a part of a batch that an encoder has not seen; None where it has seen them all."""
+        index = tiles.index[part]
+        there = level.there[name][index]
+        if not there.any():
+            return Rows(level, tiles.pixels[part], index)
+        return None if there.all() else Rows(level, tiles.pixels[part][~there], index[~there])
 
     def _end_of_level(self, level: Level) -> None:
         for name in level.names:
@@ -147,6 +225,8 @@ class Encoding:
                 self._submit(name, chosen)
 
     def _submit(self, name: str, rows: list[Rows]) -> None:
+        if self._lines.stopped.is_set():
+            raise StoppedError
         encoder = self._encoders[name]
         pixels = rows[0].pixels if len(rows) == 1 else np.concatenate([part.pixels for part in rows])
         started = time.perf_counter()
@@ -203,9 +283,11 @@ class Encoding:
             self._fail(level.slide, EncoderOutputError(told, remedy="correct the dimension that it states"))
             return
         try:
-            self._put(level, slug, level.features, part.index, whole.features[rows])
-            for block, cls in whole.cls.items():
-                self._put(level, block, level.layers.setdefault(slug, {}), part.index, cls[rows])
+            with self._storing:
+                self._put(level, slug, level.features, part.index, whole.features[rows])
+                for block, cls in whole.cls.items():
+                    self._put(level, block, level.layers.setdefault(slug, {}), part.index, cls[rows])
+                level.there[name][part.index] = True
         except _OverflowError as overflow:
             x, y = level.grid.coords[overflow.tile]
             error = EncoderOutputError(
@@ -240,7 +322,8 @@ class Encoding:
     def _fail(self, state: SlideState, error: Exception) -> None:
         if not state.settled:
             state.settled = True
-            state.levels.clear()
+            with self._storing:
+                state.levels.clear()
             self._lines.hand_out(SlideFailure(state.item.slide_id, error))
 
     def _settle(self, state: SlideState) -> None:

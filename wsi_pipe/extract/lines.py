@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from typing import Any
+
+from wsi_pipe.stopping import Stop
 
 __all__ = ["END", "ByteQueue", "Lines", "StoppedError"]
 
@@ -14,6 +17,8 @@ RESULTS_AHEAD = 4
 ITEMS_AHEAD = 2
 """Slides taken from the caller's iterable before a reading thread is free for them."""
 POLL_S = 0.1
+PATIENCE_S = 0.8
+"""How long threads are waited for that were told to stop: a batch or a read may take minutes, and the process ends."""
 
 END = object()
 """Stands in a queue after its last entry."""
@@ -26,7 +31,7 @@ class StoppedError(Exception):
 class ByteQueue:
     """A first-in first-out queue that holds at most so many bytes, but always takes one item."""
 
-    def __init__(self, limit: int, stopped: threading.Event) -> None:
+    def __init__(self, limit: int, stopped: threading.Event | Stop) -> None:
         self._limit = limit
         self._held = 0
         self._items: deque[tuple[Any, int]] = deque()
@@ -36,6 +41,7 @@ class ByteQueue:
     def put(self, item: Any, size: int = 0) -> None:
         """Append an item of ``size`` bytes, waiting for room."""
         with self._change:
+            self._end_if_stopped()
             while self._items and size and self._held + size > self._limit:
                 self._wait()
             self._items.append((item, size))
@@ -43,8 +49,9 @@ class ByteQueue:
             self._change.notify_all()
 
     def get(self) -> Any:
-        """The oldest item, waiting for one."""
+        """The oldest item, waiting for one; none once it is stopped, whatever still waits."""
         with self._change:
+            self._end_if_stopped()
             while not self._items:
                 self._wait()
             item, size = self._items.popleft()
@@ -65,9 +72,13 @@ class ByteQueue:
             return not self._items
 
     def _wait(self, seconds: float = POLL_S) -> None:
+        self._end_if_stopped()
+        self._change.wait(seconds)
+        self._end_if_stopped()
+
+    def _end_if_stopped(self) -> None:
         if self._stopped.is_set():
             raise StoppedError
-        self._change.wait(seconds)
 
 
 class Lines:
@@ -77,7 +88,7 @@ class Lines:
     """
 
     def __init__(self, waiting_bytes: int, stopped: threading.Event | None = None) -> None:
-        self.stopped = stopped or threading.Event()
+        self.stopped = Stop(stopped)
         self.items: queue.Queue[Any] = queue.Queue(ITEMS_AHEAD)
         self.waiting = ByteQueue(waiting_bytes, self.stopped)
         self.done: queue.Queue[Any] = queue.Queue(RESULTS_AHEAD)
@@ -90,10 +101,13 @@ class Lines:
         """The next slide to read, or END."""
         while True:
             try:
-                return self.items.get(timeout=POLL_S)
+                item = self.items.get(timeout=POLL_S)
             except queue.Empty:
-                if self.stopped.is_set():
-                    raise StoppedError from None
+                item = None
+            if self.stopped.is_set():
+                raise StoppedError
+            if item is not None:
+                return item
 
     def hand_out(self, result: Any) -> None:
         """Queue a result for the caller."""
@@ -105,10 +119,15 @@ class Lines:
         self._put(self.done, error, even_when_stopped=True)
 
     def close(self, threads: list[threading.Thread]) -> None:
-        """Stop the threads and wait for their end, making room for what they still want to say."""
+        """Stop the threads and wait for their end, making room for what they still want to say.
+
+        Where the end was asked for from outside, not longer than ``PATIENCE_S``: the process is about to end, and what
+        hangs in a dead mount or computes a batch of minutes ends with it.
+        """
         self.stopped.set()
+        deadline = time.monotonic() + PATIENCE_S
         for thread in threads:
-            while thread.is_alive():
+            while thread.is_alive() and not (self.stopped.asked and time.monotonic() > deadline):
                 while not self.done.empty():
                     self.done.get()
                 thread.join(POLL_S)

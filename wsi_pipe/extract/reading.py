@@ -6,10 +6,13 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from wsi_pipe.encoders.base import Encoder, batch_of, check_grid
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.extract.lines import END, Lines, StoppedError
-from wsi_pipe.extract.values import ExtractItem, Level, SlideState
+from wsi_pipe.extract.values import ExtractItem, Level, PartRows, SlideState, StoredArray
+from wsi_pipe.geometry import TileGrid
 from wsi_pipe.quality import LevelQuality
 from wsi_pipe.slides.base import Slide
 from wsi_pipe.tiles import stream_tiles
@@ -76,7 +79,7 @@ class Reading:
                     raise ConfigError(f"no encoder {name!r} is loaded", remedy=f"there are {', '.join(self._encoders)}")
                 check_grid(self._encoders[name].info, grid)
             if names:
-                state.levels[grid.label] = Level(state, grid, names, dict.fromkeys(names, len(grid)))
+                state.levels[grid.label] = self._begun(state, grid, names)
         started = time.perf_counter()
         slide = item.open()
         try:
@@ -90,8 +93,34 @@ class Reading:
         finally:
             slide.close()
 
+    def _begun(self, state: SlideState, grid: TileGrid, names: tuple[str, ...]) -> Level:
+        """A level with the features that earlier work left of it."""
+        sizes = {name: batch_of(self._encoders[name], grid.spec.size_px, self._batch_size) for name in names}
+        layout = {name: self._layout(name, max(sizes.values()), size) for name, size in sizes.items()}
+        there = {name: np.zeros(len(grid), bool) for name in names}
+        level = Level(state, grid, names, dict.fromkeys(names, len(grid)), there, layout)
+        for name in names:
+            part = state.item.parts.get(grid.label, {}).get(name)
+            if part is None or part.layout != layout[name] or not len(part.index):
+                continue
+            slug = self._encoders[name].info.slug
+            level.features[slug] = _spread(part, part.values, len(grid))
+            if part.layers:
+                level.layers[slug] = {block: _spread(part, cls, len(grid)) for block, cls in part.layers.items()}
+            there[name][part.index] = True
+            level.missing[name] -= len(part.index)
+            level.encode_s[name] = part.encode_s
+        return level
+
+    def _layout(self, name: str, read: int, size: int) -> str:
+        """How tiles become batches. Where slides share them it is another in every run, and means nothing."""
+        shared = bool(getattr(self._encoders[name], "shares_batches", False))
+        return "shared" if shared else f"{size} of {read}"
+
     def _level(self, slide: Slide, level: Level) -> None:
         batch = max(batch_of(self._encoders[name], level.grid.spec.size_px, self._batch_size) for name in level.names)
+        # All tiles, also those whose features are there already: their quality is measured here, reading costs little
+        # beside encoding, and what is still to be encoded comes in the company that it would have had.
         rooms = [getattr(self._encoders[name], "new_tiles", None) for name in level.names]
         stream = stream_tiles(
             slide,
@@ -113,3 +142,10 @@ class Reading:
             level.quality_s += time.perf_counter() - started
             self._lines.waiting.put((level, tiles), tiles.pixels.nbytes)
         self._lines.waiting.put((level, None))
+
+
+def _spread(part: PartRows, values: StoredArray, count: int) -> StoredArray:
+    """Rows of a part at their places among ``count``."""
+    whole: StoredArray = np.zeros((count, values.shape[1]), values.dtype)
+    whole[part.index] = values
+    return whole

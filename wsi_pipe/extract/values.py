@@ -12,7 +12,18 @@ from wsi_pipe.geometry import TileGrid
 from wsi_pipe.quality import LevelQuality
 from wsi_pipe.slides.base import Slide
 
-__all__ = ["ExtractItem", "Level", "Progress", "Rows", "SlideFailure", "SlideFeatures", "SlideState", "StoredArray"]
+__all__ = [
+    "ExtractItem",
+    "Level",
+    "PartRows",
+    "Progress",
+    "Rows",
+    "SlideFailure",
+    "SlideFeatures",
+    "SlidePart",
+    "SlideState",
+    "StoredArray",
+]
 
 TileArray = NDArray[np.uint8]
 StoredArray = NDArray[np.float16] | NDArray[np.float32]
@@ -21,17 +32,48 @@ Progress = Callable[[str, str, int], None]
 
 
 @dataclass(frozen=True)
+class PartRows:
+    """Features of some tiles of one grid by one encoder, of work that ended before all were there.
+
+    layout: how the grid's tiles were cut into batches; where another is used now they are of no use, since the batches
+    that are still to do would not be those of an undisturbed run. index: int64 (M,), rows of the grid. values: (M, D),
+    float16 or float32. layers: block -> (M, C). encode_s: what they took.
+    """
+
+    layout: str
+    index: NDArray[np.int64]
+    values: StoredArray
+    layers: Mapping[int, StoredArray] = field(default_factory=dict)
+    encode_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class SlidePart:
+    """What there is of a slide that is not finished: level label -> encoder's name -> rows."""
+
+    slide_id: str
+    rows: Mapping[str, Mapping[str, PartRows]]
+
+    @property
+    def tiles(self) -> int:
+        """Features that it holds, of all grids and encoders together."""
+        return sum(len(part.index) for level in self.rows.values() for part in level.values())
+
+
+@dataclass(frozen=True)
 class ExtractItem:
     """One slide to extract: how to open it, its grids, and the encoders that run on each level.
 
     open is called in a reading thread; the slide is closed there. encoders: level label -> names, as in the mapping
-    of encoders given to ``extract_features``. Grids whose label has none are left out.
+    of encoders given to ``extract_features``. Grids whose label has none are left out. parts: features that are there
+    already, of these very grids and encoders, by label and name; see ``SlidePart``.
     """
 
     slide_id: str
     open: Callable[[], Slide]
     grids: Sequence[TileGrid]
     encoders: Mapping[str, Sequence[str]]
+    parts: Mapping[str, Mapping[str, PartRows]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,12 +107,17 @@ class SlideFailure:
 
 @dataclass
 class Level:
-    """One level of one slide under way: rows arrive in any order, of each of its encoders."""
+    """One level of one slide under way: rows arrive in any order, of each of its encoders.
+
+    missing: features that have not arrived, by encoder's name. there: bool (N,), which have. layout: as of PartRows.
+    """
 
     slide: SlideState
     grid: TileGrid
     names: tuple[str, ...]
     missing: dict[str, int]
+    there: dict[str, NDArray[np.bool_]]
+    layout: dict[str, str]
     features: dict[str, StoredArray] = field(default_factory=dict)
     layers: dict[str, dict[int, StoredArray]] = field(default_factory=dict)
     read_s: float = 0.0
@@ -89,6 +136,7 @@ class SlideState:
     counts: dict[str, float] = field(default_factory=dict)
     read_to_end: bool = False
     settled: bool = False
+    seen: bool = False
 
     @property
     def complete(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from wsi_pipe.bag import TileValues
 from wsi_pipe.config import fingerprint
+from wsi_pipe.files import parse_json
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.given import naming_the_file, read_geojson
 from wsi_pipe.manifest import SlideEntry
@@ -50,7 +51,7 @@ def read_annotations(entry: SlideEntry, slide: Slide, tile_fingerprint: str) -> 
 def stored_annotation(text: str) -> Mapping[str, Any]:
     """What a bag or tile file says of its annotations (``BagAttrs.annotation``); empty where it says nothing."""
     try:
-        value = json.loads(text) if text else {}
+        value = parse_json(text) if text else {}
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -9,7 +9,6 @@ import os
 import queue
 import shutil
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -18,15 +17,15 @@ from wsi_pipe.encoders.base import Encoder
 from wsi_pipe.errors import ConfigError, EncoderError, OutputError, WsiPipeError
 from wsi_pipe.execute import Done, Failed, Where, run
 from wsi_pipe.files import output_error
+from wsi_pipe.job.identity import versions
 from wsi_pipe.job.paths import JobPaths
-from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.job.private import told_of
 from wsi_pipe.job.record import OutcomeLog, utc_now
 from wsi_pipe.job.run import Progress, process
+from wsi_pipe.job.staged import Staging
 from wsi_pipe.job.task import slide_task, warm_up
-from wsi_pipe.manifest import SlideEntry, is_url
+from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
-from wsi_pipe.slides.storage.in_use import Keep, keep_copy
 from wsi_pipe.slides.storage.run_folder import share_run_folder
 
 __all__ = ["MIN_FREE_BYTES", "check_folder", "dispatch"]
@@ -34,8 +33,6 @@ __all__ = ["MIN_FREE_BYTES", "check_folder", "dispatch"]
 MIN_FREE_BYTES = 64 << 20
 """Less free space than this ends a run before the next slide, while what is under way can still be written."""
 
-POLL_S = 0.1
-STAGED_AHEAD = 2
 LAID_AHEAD = 1000
 """Slides whose grids may wait for a worker that can encode."""
 
@@ -61,29 +58,44 @@ def dispatch(
     worker can write it, EncoderError when no worker can encode, WorkerError when a scheduler goes away.
     """
     short: list[OutputError] = []
-    feed: Iterable[SlideEntry] = _while_space(entries, paths, short)
     share_run_folder()
     stopped = threading.Event()
-    copies: dict[str, Keep] = {}
-    if where.scheduler is None:
-        feed = _staged_ahead(feed, settings, stopped, copies)
+    # Workers of a cluster copy what they need themselves.
+    staging = Staging(
+        entries if where.scheduler is None else (),
+        settings,
+        timeout_s=where.timeout_s,
+        stopped=stopped,
+        pauses=not where.here,
+    )
+    feed = _while_space(staging if where.scheduler is None else entries, paths, short)
+    log = OutcomeLog(paths)
     try:
         results = _dispatched(feed, settings, paths, where, until, keep_features, encoders, progress, stopped)
         # Closed with this one: else its workers would live until somebody collects it.
         with contextlib.closing(results):
             for outcome in results:
-                if (copy := copies.pop(outcome.slide_id, None)) is not None:
-                    copy.release()
+                staging.release(outcome.slide_id)
                 yield outcome
+                yield from _not_staged(staging, log)
+        yield from _not_staged(staging, log)
         if short:
             raise short[0]
     finally:
-        for copy in copies.values():
-            copy.release()
+        stopped.set()
+        staging.release_all()
+
+
+def _not_staged(staging: Staging, log: OutcomeLog) -> Iterator[SlideOutcome]:
+    """Slides behind URLs that could not be had: each fails alone, and nobody has worked on it."""
+    while staging.failed:
+        outcome = dataclasses.replace(failed_outcome(*staging.failed.popleft()), stage="open")
+        log.note(outcome)
+        yield outcome
 
 
 def _dispatched(
-    feed: Iterable[SlideEntry],
+    feed: Iterable[SlideEntry | None],
     settings: JobSettings,
     paths: JobPaths,
     where: Where,
@@ -96,7 +108,7 @@ def _dispatched(
     """``dispatch`` of slides that are staged already."""
     if where.here:
         here = process(
-            feed,
+            (entry for entry in feed if entry is not None),
             settings,
             paths,
             until=until,
@@ -139,7 +151,9 @@ def check_folder(paths: JobPaths) -> None:
         raise output_error(paths.root, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
 
 
-def _while_space(entries: Iterable[SlideEntry], paths: JobPaths, short: list[OutputError]) -> Iterator[SlideEntry]:
+def _while_space(
+    entries: Iterable[SlideEntry | None], paths: JobPaths, short: list[OutputError]
+) -> Iterator[SlideEntry | None]:
     """The entries, as long as the folder is there and the disk has room. Raises OutputError when the folder is gone.
 
     short: gets the error that says that room ran out. It is not raised here, since that would end the slides under way
@@ -147,6 +161,9 @@ def _while_space(entries: Iterable[SlideEntry], paths: JobPaths, short: list[Out
     """
     root = paths.root
     for entry in entries:
+        if entry is None:
+            yield None
+            continue
         check_folder(paths)
         try:
             usage = shutil.disk_usage(root)
@@ -163,60 +180,16 @@ def _while_space(entries: Iterable[SlideEntry], paths: JobPaths, short: list[Out
         yield entry
 
 
-def _staged_ahead(
-    entries: Iterable[SlideEntry], settings: JobSettings, stopped: threading.Event, copies: dict[str, Keep]
-) -> Iterator[SlideEntry]:
-    """The entries, those behind URLs copied to the cache (where their format needs that) before they are asked for.
-
-    ``stopped`` ends them, also while a copy is waited for. copies: gets, by slide, what keeps its copy where it is; the
-    caller releases it when the slide is done.
-    """
-    waiting: deque[tuple[SlideEntry, threading.Event | None]] = deque()
-    orders: queue.SimpleQueue[tuple[SlideEntry, threading.Event] | None] = queue.SimpleQueue()
-    # A daemon: a copy that takes minutes must not keep an interrupted run from ending.
-    thread = threading.Thread(target=_stage_each, args=(orders, settings), name="stage", daemon=True)
-    try:
-        for entry in entries:
-            landed = threading.Event() if is_url(entry.path) else None
-            if landed:
-                if not thread.is_alive():
-                    thread.start()
-                copies[entry.slide_id] = keep_copy(entry.path)
-                orders.put((entry, landed))
-            waiting.append((entry, landed))
-            # Local slides cost nothing to have at hand; of remote ones a few are copied ahead.
-            while waiting and (waiting[0][1] is None or len(waiting) > STAGED_AHEAD):
-                if not _landed(waiting[0][1], stopped):
-                    return
-                yield waiting.popleft()[0]
-        while waiting and _landed(waiting[0][1], stopped):
-            yield waiting.popleft()[0]
-    finally:
-        orders.put(None)
-
-
-def _stage_each(orders: queue.SimpleQueue[tuple[SlideEntry, threading.Event] | None], settings: JobSettings) -> None:
-    while (order := orders.get()) is not None:
-        entry, landed = order
-        try:
-            # What goes wrong here goes wrong again where the slide is opened in earnest, and is told there.
-            with contextlib.suppress(Exception):
-                open_entry(entry, settings.reader, settings.cache).close()
-        finally:
-            landed.set()
-
-
-def _landed(landed: threading.Event | None, stopped: threading.Event) -> bool:
-    """Wait for a copy; False where the run ended meanwhile."""
-    while landed is not None and not landed.wait(POLL_S):
-        if stopped.is_set():
-            return False
-    return True
-
-
 def _worker_is_at_fault(error: Exception) -> bool:
     """Whether another worker may do what this one could not: its device may be gone, a mount or weights missing."""
     return isinstance(error, (OutputError, EncoderError))
+
+
+def _may_be_the_worker(outcome: SlideOutcome) -> str | None:
+    """Why a slide that failed may be sound elsewhere: it, or its mask, could not be opened. A share may be missing."""
+    if outcome.status != "failed" or not (outcome.stage == "open" or outcome.error == "MaskError"):
+        return None
+    return f"{outcome.error}: {outcome.reason}"
 
 
 def _run(
@@ -225,7 +198,17 @@ def _run(
     entries: Iterable[SlideEntry | Done[SlideEntry, SlideOutcome] | None],
     where: Where,
 ) -> Generator[SlideOutcome, None, None]:
-    return _outcomes(run(task, entries, where, blames_worker=_worker_is_at_fault, ready=ready))
+    return _outcomes(
+        run(
+            task,
+            entries,
+            where,
+            blames_worker=_worker_is_at_fault,
+            doubts=_may_be_the_worker,
+            identity=versions,
+            ready=ready,
+        )
+    )
 
 
 def _outcomes(
@@ -261,7 +244,7 @@ def _in_two_phases(
     task: Callable[..., SlideOutcome],
     warm: Callable[[Stage], None],
     keep_features: bool,
-    entries: Iterable[SlideEntry],
+    entries: Iterable[SlideEntry | None],
     where: Where,
     until: Stage,
 ) -> Generator[SlideOutcome, None, None]:
@@ -272,11 +255,12 @@ def _in_two_phases(
     stop = threading.Event()
     by_id: dict[str, SlideEntry] = {}
 
-    def note(items: Iterable[SlideEntry]) -> Iterator[SlideEntry]:
+    def note(items: Iterable[SlideEntry | None]) -> Iterator[SlideEntry | None]:
         for entry in items:
             if stop.is_set():
                 return
-            by_id[entry.slide_id] = entry
+            if entry is not None:
+                by_id[entry.slide_id] = entry
             yield entry
 
     def hand_on(what: SlideEntry | Done[SlideEntry, SlideOutcome] | BaseException | None) -> None:

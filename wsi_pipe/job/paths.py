@@ -96,7 +96,7 @@ class JobPaths:
     @property
     def written(self) -> tuple[Path, ...]:
         """The folders that runs write into; whatever else lies in the job directory is somebody else's."""
-        return tuple(self.root / name for name in ("tissue", "thumbnails", "tiles", "features", "bags"))
+        return tuple(self.root / name for name in ("tissue", "thumbnails", "tiles", "features", "partial", "bags"))
 
     def tissue(self, slide_id: str) -> Path:
         """Tissue mask as GeoJSON."""
@@ -125,6 +125,10 @@ class JobPaths:
     def features(self, slide_id: str, label: str, slug: str) -> Path:
         """One encoder's features of one grid, until the bag holds them."""
         return self.root / "features" / slide_id / f"{label}.{slug}.h5"
+
+    def partial(self, slide_id: str) -> Path:
+        """Features of a slide that is not finished, until it is; see ``wsi_pipe.job.partial``."""
+        return self.root / "partial" / f"{slide_id}.npz"
 
     def bag(self, slide_id: str) -> Path:
         """The slide's bag."""

@@ -48,6 +48,7 @@ from wsi_pipe.pictures import thumbnail_with_contours, thumbnail_with_grids, wri
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.base import Slide
 from wsi_pipe.slides.metadata import missing_mpp_error
+from wsi_pipe.stopping import Stop, StopRequested
 from wsi_pipe.tiling import plan_grids
 from wsi_pipe.tissue import (
     Bounds,
@@ -81,9 +82,13 @@ GEOJSON_KEY = MEMBER
 
 
 class StageClock:
-    """Wall seconds by stage of one slide, the stage it is in, whether its mask was valid already, and notes on it."""
+    """Wall seconds by stage of one slide, the stage it is in, whether its mask was valid already, and notes on it.
 
-    def __init__(self) -> None:
+    Raises StopRequested where a stage would begin after ``stop`` was asked for.
+    """
+
+    def __init__(self, stop: Stop | None = None) -> None:
+        self._stop = stop
         self.seconds: dict[str, float] = {}
         self.cached: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
@@ -91,6 +96,8 @@ class StageClock:
 
     @contextmanager
     def __call__(self, stage: Stage) -> Iterator[None]:
+        if self._stop is not None and self._stop.asked:
+            raise StopRequested
         self.stage, start = stage, time.perf_counter()
         try:
             yield

@@ -16,7 +16,7 @@ from typing import Any
 from wsi_pipe.config import JobSettings, dump_toml, load_toml
 from wsi_pipe.encoders.naming import slug_of
 from wsi_pipe.errors import ConfigError
-from wsi_pipe.files import output_error, write_text_atomically
+from wsi_pipe.files import output_error, parse_json, write_text_atomically
 from wsi_pipe.job.ownership import claim_job, refuse_foreign
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.private import load_identities, public, write_identities
@@ -224,6 +224,6 @@ def _lines(path: Path) -> Iterator[SlideOutcome]:
     with path.open(encoding="utf-8", errors="replace") as handle:
         for line in handle:
             try:
-                yield SlideOutcome.from_json(json.loads(line))
+                yield SlideOutcome.from_json(parse_json(line))
             except (ValueError, TypeError, AttributeError):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections import deque
@@ -16,10 +17,11 @@ from wsi_pipe.encoders import encoder_of_job
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
 from wsi_pipe.encoders.naming import check_slugs, slug_of
 from wsi_pipe.errors import EncoderError, FileAccessError, OutputError, StaleWorkError, WsiPipeError
-from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_features
+from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, SlidePart, extract_features
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.features import Wanted, assemble, missing_features, store_features, wanted_features
 from wsi_pipe.job.index import JobIndex, Stamp, wanted_of
+from wsi_pipe.job.partial import drop_part, load_part, store_part
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import Prepared, StageClock, open_entry, prepare
 from wsi_pipe.job.private import told, told_of
@@ -28,6 +30,7 @@ from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
 from wsi_pipe.quality import quality_counts
 from wsi_pipe.slides.storage.in_use import Keep, keep_copy
+from wsi_pipe.stopping import Stop, StopRequested, putting_by
 
 __all__ = ["Progress", "load_encoders", "process"]
 
@@ -81,7 +84,8 @@ def process(
     Outcomes come, and with ``record`` are noted in the job, as slides finish. A slide's error ends that slide alone.
     ``entries`` is consumed lazily; while one slide's tiles are encoded the next one is segmented. Raises OutputError
     when the job's folder cannot be written any more and DeviceError when the device fails, both after what was done
-    is on disk. stopped: as in ``extract_features``, for ``entries`` that wait.
+    is on disk. stopped: as in ``extract_features``, for ``entries`` that wait. Raises StopRequested once it is told to
+    stop; features of the slide under way are kept for the next run.
     """
     run = _Run(settings, paths, until, encoders, keep_features, progress, record, stopped)
     try:
@@ -111,6 +115,7 @@ class _Run:
         self.encoders = encoders
         self.keep_features = keep_features
         self.stopped = stopped
+        self.stop = Stop()
         self.log = OutcomeLog(paths) if record else None
         self.progress = progress or (lambda slide_id, what, amount: None)
         self.finished: deque[SlideOutcome] = deque()
@@ -131,10 +136,12 @@ class _Run:
         return outcome is not None
 
     def _begin(self, entry: SlideEntry) -> _Work:
+        if self.stop.asked:
+            raise StopRequested
         # A slide behind a URL is opened for its mask and again for its tiles: its copy stays in the cache in between.
         if is_url(entry.path):
             self.copies[entry.slide_id] = keep_copy(entry.path)
-        return _Work(entry, begun=self.index.begin(entry) if self.index else None)
+        return _Work(entry, StageClock(self.stop), begun=self.index.begin(entry) if self.index else None)
 
     def without_features(self, entries: Iterable[SlideEntry]) -> Iterator[SlideOutcome]:
         for entry in entries:
@@ -167,11 +174,15 @@ class _Run:
             layers=extract.layers,
             progress=self.progress,
             stopped=self.stopped,
+            keep=self._keep,
         )
         try:
-            for result in results:
-                self._after_extract(self.under_way.pop(result.slide_id), result)
-                yield from self._drain()
+            # Closed with this one: what is kept of slides under way is kept before anything else ends.
+            with contextlib.closing(results):
+                for result in results:
+                    self._after_extract(self.under_way[result.slide_id], result)
+                    del self.under_way[result.slide_id]
+                    yield from self._drain()
         except (OutputError, EncoderError):
             # What was finished before, in the engine's thread, is noted in the job already.
             yield from self._drain()
@@ -198,6 +209,8 @@ class _Run:
             wanted = wanted_of(self.settings, infos, keep_features=self.keep_features)
             self.index = JobIndex(self.paths, wanted)
         for entry in entries:
+            if self.stop.asked:
+                raise StopRequested
             if self._is_known(entry):
                 yield None
                 continue
@@ -228,7 +241,19 @@ class _Run:
                 open=partial(open_entry, entry, settings.reader, settings.cache),
                 grids=grids,
                 encoders={grid.label: self._names(work, grid) for grid in grids},
+                parts=load_part(work.prepared, work.missing, self.paths, settings.extract.dtype),
             )
+
+    def _keep(self, part: SlidePart) -> None:
+        """What there is of a slide under way. A disk that is full shows where finished slides are written."""
+        work = self.under_way.get(part.slide_id)
+        if work is not None:
+            putting_by.set()
+            try:
+                with contextlib.suppress(OSError):
+                    store_part(part, work.missing, self.paths)
+            finally:
+                putting_by.clear()
 
     @staticmethod
     def _names(work: _Work, grid: TileGrid) -> list[str]:
@@ -282,6 +307,7 @@ class _Run:
                 return
             work.prepared = dataclasses.replace(work.prepared, notes=(*work.prepared.notes, *notes))
             cached = cached if made else (*cached, "assemble")
+        drop_part(work.entry.slide_id, self.paths)
         self._finish(work, cached)
 
     def _finish(self, work: _Work, cached: tuple[str, ...] | None = None) -> None:

@@ -27,7 +27,8 @@ _encoding = threading.Lock()
 def slide_task(settings: JobSettings, root: str, until: Stage, keep_features: bool, entry: SlideEntry) -> SlideOutcome:
     """Take one slide to ``until`` in the job at ``root``; the caller notes the outcome.
 
-    Raises OutputError, EncoderError and ConfigError, which concern the whole job; all else is in the outcome.
+    Raises OutputError, EncoderError and ConfigError, which concern the whole job; all else is in the outcome. Told to
+    stop, it keeps the features that there are for the next run and raises StopRequested.
     """
     paths = JobPaths(Path(root))
     if not paths.config.is_file():

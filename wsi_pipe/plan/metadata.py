@@ -14,7 +14,7 @@ from typing import Self
 
 from wsi_pipe.config import CacheSettings
 from wsi_pipe.errors import NeedsCopyError, in_words
-from wsi_pipe.files import output_error
+from wsi_pipe.files import output_error, parse_json
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.manifest import SlideEntry, is_url
@@ -111,7 +111,7 @@ class MetadataCache:
         row = self._database.execute("SELECT facts FROM facts WHERE path = ? AND stamp = ?", (path, stamp)).fetchone()
         if row is None:
             return None
-        values = json.loads(row[0])
+        values = parse_json(row[0])
         values["sizes_px"] = tuple((int(w), int(h)) for w, h in values["sizes_px"])
         values["mpp"] = tuple(values["mpp"]) if values["mpp"] else None
         return SlideFacts(**values)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,18 @@ import numpy as np
 import pytest
 
 from wsi_pipe.config import CacheSettings, ExtractSettings, JobSettings, TileSettings
-from wsi_pipe.errors import OutputError, SlideOpenError, UnsupportedSlideError
+from wsi_pipe.errors import SlideOpenError, UnsupportedSlideError
 from wsi_pipe.execute import Where
 from wsi_pipe.job import open_job
 from wsi_pipe.job.dispatch import dispatch
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.base import Slide
-from wsi_pipe.slides.storage import in_use, remote, run_folder, staging
+from wsi_pipe.slides.storage import in_use, remote, run_folder, staging, transfer
 from wsi_pipe.slides.storage.in_use import alone, keep_copy
 from wsi_pipe.slides.storage.staging import CACHE_VARIABLE, default_cache_dir, stage
 from wsi_pipe.slides.writing.write import write_pyramid
+from wsi_pipe.stopping import StopRequested, belongs_to
 
 PICTURE = np.asarray(
     cv2.resize(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8), (1600, 1200)), np.uint8
@@ -58,6 +60,7 @@ class Server(ThreadingHTTPServer):
         self.pause_s = 0.0
         self.sent = 0
         self.whole: list[str] = []
+        self.sized, self.lies, self.drips = True, 0, False
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/{name}"
@@ -89,10 +92,19 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.ranges:
             extra["Accept-Ranges"] = "bytes"
         self.send_response(code)
-        for name, value in {"Content-Length": str(len(data)), **extra}.items():
+        if not self.server.sized:
+            # As of a page that is made while it is sent: its size is known when it is over.
+            self.close_connection = True
+        told = {"Content-Length": str(len(data) + self.server.lies)} if self.server.sized else {"Connection": "close"}
+        for name, value in {**told, **extra}.items():
             self.send_header(name, value)
         self.end_headers()
         if not body:
+            return
+        if self.server.drips:
+            for at in range(len(data)):
+                self.wfile.write(data[at : at + 1])
+                time.sleep(0.02)
             return
         if code == 200:
             self.server.whole.append(self.path.lstrip("/"))
@@ -108,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(staging, "PAUSE_S", 0.01)
+    monkeypatch.setattr(transfer, "PAUSE_S", 0.01)
     with Server() as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -267,8 +279,8 @@ def change_fetching(monkeypatch: pytest.MonkeyPatch, change: Callable[[Fetch, st
         def __init__(self, files: Any) -> None:
             self.files = files
 
-        def get_file(self, inner: str, local: str) -> None:
-            change(self.files.get_file, inner, local)
+        def get_file(self, inner: str, local: str, **options: Any) -> None:
+            change(partial(self.files.get_file, **options), inner, local)
 
     def open_url(url: str) -> tuple[Any, str, dict[str, Any]]:
         files, inner, facts = real(url)
@@ -399,7 +411,7 @@ def test_a_full_disk_of_the_cache_is_told_as_such(
             raise OSError(errno.ENOSPC, "No space left on device")
 
         change_fetching(monkeypatch, full)
-    with pytest.raises(OutputError, match="the disk of the cache is full") as caught:
+    with pytest.raises(SlideOpenError, match="the disk of the cache is full") as caught:
         stage(server.url("a.png"), cache)
     text = str(caught.value)
     assert text.startswith(str(cache / "slides"))
@@ -654,7 +666,7 @@ def test_a_dropped_copy_stays_readable_while_it_is_open(server: Server, cache: P
 def test_a_cache_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
     server.files["a.png"] = png()
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file"):
+    with pytest.raises(SlideOpenError, match="file"):
         stage(server.url("a.png"), tmp_path / "file")
 
 
@@ -666,3 +678,60 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert default_cache_dir() == tmp_path / "xdg" / "wsi-pipe"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_dir() == Path.home() / ".cache" / "wsi-pipe"
+
+
+def test_a_response_without_a_size_is_copied_within_the_limit(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.sized = server.ranges = False
+    server.files["a.png"] = png()
+    limit = len(server.files["a.png"])
+    server.files["large.png"] = bytes(limit + 1)
+    staged = stage(server.url("a.png"), cache, limit_bytes=limit)
+    assert staged.path.read_bytes() == server.files["a.png"]
+    with pytest.raises(SlideOpenError, match="does not tell its size, and it is larger than the cache") as caught:
+        stage(server.url("large.png"), cache, limit_bytes=limit)
+    assert "--cache-size" in str(caught.value)
+    # Nothing of it stays, and it was not asked for again and again.
+    assert copies(cache) == [staged.path]
+    assert server.whole.count("large.png") == server.whole.count("a.png")
+
+
+def test_room_is_looked_after_while_a_copy_of_unknown_size_grows(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.sized = server.ranges = False
+    server.files["a.png"], server.files["b.png"] = png(), bytes(150_000)
+    stage(server.url("a.png"), cache).mark.release()
+    (old,) = copies(cache)
+    monkeypatch.setattr(transfer, "LOOK_BYTES", 1)
+    limit = old.stat().st_size + 150_000 - 1
+    staged = stage(server.url("b.png"), cache, limit_bytes=limit)
+    assert copies(cache) == [staged.path]
+    usage = type(shutil.disk_usage(cache.parent))
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage(10**12, 10**12, 1000))
+    server.etag = "another"
+    with pytest.raises(SlideOpenError, match="the disk of the cache is full"):
+        stage(server.url("b.png"), cache, limit_bytes=limit)
+
+
+def test_a_server_that_drips_is_given_up(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.drips, server.ranges = True, False
+    server.files["a.png"] = png()
+    monkeypatch.setattr(transfer, "CRAWL_S", 0.2)
+    with pytest.raises(SlideOpenError, match="fewer than 120 KiB came"):
+        stage(server.url("a.png"), cache)
+    assert copies(cache) == []
+
+
+def test_a_copy_ends_when_it_is_told_to(server: Server, cache: Path) -> None:
+    server.drips, server.ranges = True, False
+    server.files["a.png"] = png()
+    stop = threading.Event()
+    threading.Timer(0.3, stop.set).start()
+    with belongs_to(stop), pytest.raises(StopRequested):
+        stage(server.url("a.png"), cache)
+    assert copies(cache) == []
+    # Its thread still serves others.
+    server.drips = False
+    stage(server.url("a.png"), cache).mark.release()

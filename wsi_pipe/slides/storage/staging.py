@@ -39,6 +39,8 @@ from wsi_pipe.slides.storage.in_use import (
     tell_keepers,
 )
 from wsi_pipe.slides.storage.run_folder import folder_for_run
+from wsi_pipe.slides.storage.transfer import DISK_FULL, copy_file, no_space
+from wsi_pipe.stopping import StopRequested, stop_event
 
 __all__ = ["CACHE_VARIABLE", "Staged", "default_cache_dir", "stage"]
 
@@ -46,11 +48,9 @@ CACHE_VARIABLE = "WSI_PIPE_CACHE"
 """Environment variable that names the folder for copies."""
 
 LIMIT_BYTES = 64 << 30
-ATTEMPTS = 3
-PAUSE_S = 0.5
 POLL_S = 0.2
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_DISK = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM)
+SPARE_BYTES = 64 << 20
+"""What a copy of unknown size leaves free on its disk, which others write to as well."""
 WAIT_TOLD_S = 30.0
 WAIT_LIMIT_S = 3600.0
 """How long another process is waited for before that is said, and, while its copy does not grow, at all."""
@@ -84,8 +84,8 @@ def stage(url: str, cache_dir: Path | None = None, *, limit_bytes: int = LIMIT_B
     """A local copy of the file at ``url``, fetched where it is not there yet, and marked as in use.
 
     Where another process is fetching it, that one's copy is waited for. Raises SlideOpenError when the URL cannot be
-    read, the file is larger than the whole cache may be, or another's copy does not come on, NeedsCopyError when it
-    would have to be fetched and ``fetch`` is off, OutputError when the copy cannot be written.
+    read, the file is larger than the whole cache may be, the copy cannot be written, or another's does not come on,
+    NeedsCopyError when it would have to be fetched and ``fetch`` is off. None of that concerns other slides.
     """
     from wsi_pipe.slides.storage.remote import open_url
 
@@ -146,10 +146,10 @@ def _fetch_once(
             if staged is None and mine:
                 _make_room(folder, limit_bytes, size or 0)
                 if size is not None and shutil.disk_usage(folder).free < size:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    raise no_space()
                 if own:
                     _own.add(path)
-                staged = Staged(path, fetched=True, mark=_fetch(url, files, inner, path, size))
+                staged = Staged(path, fetched=True, mark=_fetch(url, files, inner, path, size, limit_bytes))
                 _make_room(folder, limit_bytes)
         if staged is not None:
             return staged
@@ -171,6 +171,8 @@ class _Wait:
 
     def go_on(self) -> None:
         """Wait a little. Raises SlideOpenError when the other's copy has not grown for long."""
+        if stop_event().is_set():
+            raise StopRequested
         time.sleep(POLL_S)
         now, done = time.monotonic(), self._done_bytes()
         if done != self._bytes:
@@ -196,20 +198,20 @@ class _Wait:
 
 @contextlib.contextmanager
 def _cache_errors(url: str, folder: Path) -> Iterator[None]:
-    """Trouble in writing below, told of the cache and not of the output folder of a run."""
+    """Trouble in writing below, told of the slide that needs the copy: it is not the output folder's."""
     try:
         yield
     except OSError as error:
         cause = error.__cause__ if isinstance(error, OutputError) else error
         if isinstance(error, SlideOpenError) or not isinstance(cause, OSError):
             raise
-        if cause.errno in _FULL:
-            raise OutputError(
+        if cause.errno in DISK_FULL:
+            raise SlideOpenError(
                 f"{folder}: the disk of the cache is full ({_free(folder)}), no room for a copy of {url}",
                 remedy="free space there, give a smaller --cache-size so that older copies go, or another folder with "
                 "--cache",
             ) from error
-        raise OutputError(
+        raise SlideOpenError(
             f"{folder}: {cause.strerror or cause}, so {url} cannot be copied there",
             remedy="check the folder and its permissions, or give another folder with --cache",
         ) from error
@@ -234,15 +236,34 @@ def _name(url: str, facts: dict[str, Any]) -> str:
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "updated", "mtime")
 
 
-def _fetch(url: str, files: Any, inner: str, path: Path, size: int | None) -> InUse:
+def _fetch(url: str, files: Any, inner: str, path: Path, size: int | None, limit_bytes: int) -> InUse:
     """Copy to ``path``; the copy is marked from its first byte on."""
     held = mark(path, coming=True)
     if held is None:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+    if size is None:
+        large = f"the server does not tell its size, and it is larger than the cache of {limit_bytes / 2**30:.1f} GiB"
+    else:
+        large = f"more than the {size} bytes that the server told of arrive"
+
+    def look_after_room() -> None:
+        # What has come so far counts among the copies.
+        _make_room(path.parent, limit_bytes, told=False)
+        if shutil.disk_usage(path.parent).free < SPARE_BYTES:
+            raise no_space()
+
     try:
         with atomic_path(path) as temporary:
             temporary.touch()
-            _copy(url, files, inner, temporary)
+            copy_file(
+                url,
+                files,
+                inner,
+                temporary,
+                most_bytes=limit_bytes if size is None else size,
+                too_large=large,
+                look_after_room=look_after_room,
+            )
             done = temporary.stat().st_size
             if size is not None and done != size:
                 raise SlideOpenError(
@@ -259,26 +280,6 @@ def _fetch(url: str, files: Any, inner: str, path: Path, size: int | None) -> In
     return held
 
 
-def _copy(url: str, files: Any, inner: str, temporary: Path) -> None:
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            files.get_file(inner, str(temporary))
-            return
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) or error.errno in _DISK or attempt == ATTEMPTS:
-                # Trouble with the disk is the cache's to name.
-                raise error if error.errno in _DISK else _lost(url, error) from error
-        except Exception as error:  # fsspec's file systems raise errors of their own libraries
-            if attempt == ATTEMPTS:
-                raise _lost(url, error) from error
-        time.sleep(PAUSE_S * attempt)
-
-
-def _lost(url: str, error: Exception) -> SlideOpenError:
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
-    return SlideOpenError(f"{url}: cannot be copied: {text}", remedy="check the connection and run again")
-
-
 def _touch(path: Path) -> None:
     try:
         os.utime(path)
@@ -288,7 +289,7 @@ def _touch(path: Path) -> None:
             raise OutputError(f"{path}: {error.strerror}", remedy="check the cache folder") from error
 
 
-def _make_room(folder: Path, limit_bytes: int, coming_bytes: int = 0) -> None:
+def _make_room(folder: Path, limit_bytes: int, coming_bytes: int = 0, *, told: bool = True) -> None:
     """Drop the copies unused for longest until the rest and ``coming_bytes`` take at most ``limit_bytes``, and what
     killed runs left.
 
@@ -313,7 +314,7 @@ def _make_room(folder: Path, limit_bytes: int, coming_bytes: int = 0) -> None:
             continue
         total -= status.st_size if fate in ("dropped", "gone") else 0
     # What is coming is told of once it is here.
-    if total > limit_bytes and not coming_bytes:
+    if told and total > limit_bytes and not coming_bytes:
         _log.warning(
             "%s: copies in use, or of other users, take %.2f GiB, %.2f GiB more than --cache-size allows for now",
             folder,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 
 from wsi_pipe.errors import NotAPictureError, UnsupportedSlideError
+from wsi_pipe.files import parse_json
 from wsi_pipe.slides.storage.source import Source
 from wsi_pipe.slides.tiff.ifd import Directory
 from wsi_pipe.slides.tiff.layout import DESCRIPTION
@@ -153,7 +153,7 @@ def _imagej_slices(name: str, text: str, pages: int) -> int:
 def _refuse_truncated(name: str, text: str) -> None:
     """tifffile may list one page only of an array of many, and says so in JSON."""
     try:
-        stated = json.loads(text)
+        stated = parse_json(text)
     except ValueError:
         return
     shape = stated.get("shape") if isinstance(stated, dict) else None

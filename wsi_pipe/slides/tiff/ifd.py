@@ -9,7 +9,7 @@ References: TIFF 6.0; the BigTIFF proposal of 2007; for NDPI, tifffile's notes o
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -23,6 +23,8 @@ __all__ = ["Directory", "read_directories", "read_directory"]
 MAX_DIRECTORIES = 4096
 MAX_TAGS = 4096
 MAX_VALUE_BYTES = 1 << 28
+MAX_TAGS_IN_ALL = 1 << 18
+"""Of all directories of a file together: each may be sound by itself, and a small file hold thousands that overlap."""
 
 NDPI_FLAG = 65420
 SUB_IFDS = 330
@@ -50,6 +52,8 @@ class _Format:
     order: Literal["<", ">"]
     big: bool
     ndpi: bool
+    read: list[int] = field(default_factory=list, compare=False)
+    """Tags of each directory that was read."""
 
 
 class Directory:
@@ -209,6 +213,12 @@ def _read_entries(source: Source, form: _Format, offset: int) -> tuple[dict[int,
     (count,) = struct.unpack(order + ("Q" if form.big else "H"), source.read(offset, count_size))
     if not 0 < count <= MAX_TAGS:
         raise SlideOpenError(f"{source.name}: a TIFF directory at byte {offset} declares {count} tags")
+    form.read.append(count)
+    if sum(form.read) > MAX_TAGS_IN_ALL:
+        raise SlideOpenError(
+            f"{source.name}: its TIFF directories hold more than {MAX_TAGS_IN_ALL} tags together",
+            remedy="the file is damaged: copy it again",
+        )
     start = offset + count_size
     table = source.read(start, count * entry_size)
     end = start + len(table)

@@ -105,7 +105,9 @@ class TiffImage:
         expected = self._grid[0] * self._grid[1] * (self.samples if self.planar else 1)
         counts = d.count(self._offsets_tag), d.count(self._counts_tag)
         if counts != (expected, expected):
-            raise UnsupportedSlideError(
+            # Two lists that agree contradict the size: whoever believes that lays the tiles out wrongly.
+            wrong = self.is_tiled and counts[0] == counts[1] > 0
+            raise (SlideOpenError if wrong else UnsupportedSlideError)(
                 f"{self._name}: {self._stored_px[0]} x {self._stored_px[1]} px in tiles of {self.block_px[0]} x "
                 f"{self.block_px[1]} px need {expected} tiles, the file lists {counts[0]} offsets and {counts[1]} sizes"
             )

@@ -246,9 +246,14 @@ def ndpi_focus(name: str, directories: Sequence[Directory], scene: int | None, z
 
 
 def _lens(directory: Directory) -> float:
-    values = directory.array(LENS) if directory.count(LENS) == 1 else np.zeros(0)
-    return float(values[0]) if len(values) else 0.0
+    return _number(directory, LENS)
 
 
 def _focus(directory: Directory) -> float:
-    return float(directory.array(FOCUS)[0]) if directory.count(FOCUS) == 1 else 0.0
+    return _number(directory, FOCUS)
+
+
+def _number(directory: Directory, tag: int) -> float:
+    """The one number of a tag; 0 where there is none, or what is there is no number."""
+    values = directory.array(tag) if directory.count(tag) == 1 else np.zeros(0)
+    return float(values[0]) if len(values) and values.dtype.kind in "iuf" and np.isfinite(values[0]) else 0.0

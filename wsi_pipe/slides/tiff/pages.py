@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wsi_pipe.errors import SlideError
+from wsi_pipe.files import parse_json
 from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.storage.source import Source
 from wsi_pipe.slides.tiff.ifd import SUB_IFDS, Directory, read_directory
@@ -104,7 +104,7 @@ def image_name(directory: Directory) -> str | None:
         return _NAMES[match[1].lower()]
     if text.startswith("{"):
         try:
-            fields = json.loads(text)
+            fields = parse_json(text)
         except ValueError:
             return None
         words = [str(fields.get(key, "")) for key in ("name", "Name", "type", "ImageType")]
