@@ -10,16 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from lrmil.config import ModelSettings
 from lrmil.errors import ModelFileError
+from lrmil.metrics import softmax
 from lrmil.model import MILModel, build_model
 from wsi_pipe.config import from_mapping, to_mapping
 from wsi_pipe.encoders.tensor_file import tensors_sha256, write_tensor_file
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import atomic_path, parse_json
+from wsi_pipe.seen import Seen
 
 __all__ = ["MODEL_KIND", "ModelCard", "load_model", "read_card", "read_tensors", "save_model", "write_tensors"]
 
@@ -34,9 +38,11 @@ class ModelCard:
     model: the architecture. classes: names in the order of the logits. encoder, weights_sha256: of the features that it
     was trained on. weights: "random" where those features were made with random weights, so that nothing the model says
     means anything, else "". level, mpp, tile_px: of their tiles; empty or None where the bags stated nothing.
-    temperature: that logits are divided by before the softmax. training: the settings; metrics: figures, NaN allowed;
-    fold: which one. features_sha256: content hash of the training store. teacher: name and hash of a student's teacher,
-    for the record only, since predicting needs no teacher.
+    temperature, bias: probabilities are the softmax of logits / temperature + bias (no bias: none is added).
+    calibration: where these two come from, in words. training: the settings; metrics: figures, NaN allowed; fold: which
+    one. features_sha256: content hash of the training store. teacher: name and hash of a student's teacher, for the
+    record only, since predicting needs no teacher. seen: cases and slides of training and validation, as marks.
+    allowed: overlaps that a user has let pass, in words.
     """
 
     model: ModelSettings
@@ -47,11 +53,15 @@ class ModelCard:
     mpp: float | None = None
     tile_px: int | None = None
     temperature: float = 1.0
+    bias: tuple[float, ...] = ()
+    calibration: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     fold: str | None = None
     features_sha256: str = ""
     teacher: Mapping[str, str] = field(default_factory=dict)
+    seen: Seen = field(default_factory=Seen)
+    allowed: tuple[str, ...] = ()
     lrmil_version: str = ""
     created_utc: str = ""
     weights: str = ""
@@ -61,12 +71,21 @@ class ModelCard:
             raise ConfigError(f"{len(self.classes)} class names for a model of {self.model.classes} classes")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ConfigError(f"temperature {self.temperature} must be above 0 and finite")
+        if self.bias and not (len(self.bias) == len(self.classes) and all(map(math.isfinite, self.bias))):
+            raise ConfigError(f"the bias {self.bias} must be a finite number for each of {len(self.classes)} classes")
+
+    def probabilities(self, logits: ArrayLike) -> NDArray[np.float64]:
+        """Calibrated probabilities, float64 (N, C), of logits (N, C)."""
+        return softmax(logits, self.temperature, self.bias)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values; NaN and infinite metrics become null."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         values["model"] = to_mapping(self.model)
         values["classes"] = list(self.classes)
+        values["bias"] = list(self.bias)
+        values["seen"] = self.seen.to_json()
+        values["allowed"] = list(self.allowed)
         return cast(dict[str, Any], _without_nan(values))
 
     @classmethod
@@ -81,6 +100,9 @@ class ModelCard:
                 raise ConfigError(f"the card lacks {name!r}")
         known["model"] = from_mapping(ModelSettings, known["model"], "model")
         known["classes"] = tuple(map(str, known["classes"]))
+        known["seen"] = Seen.from_json(known.get("seen"))
+        known["allowed"] = tuple(map(str, known.get("allowed") or ()))
+        known["bias"] = tuple(map(float, known.get("bias") or ()))
         metrics = known.get("metrics") or {}
         known["metrics"] = {str(name): math.nan if v is None else float(v) for name, v in metrics.items()}
         return cls(**known)

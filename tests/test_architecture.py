@@ -25,6 +25,7 @@ WSI_PIPE = [
     "files",
     "ownership",
     "locking",
+    "seen",
     "config",
     "outcome",
     # slides, and pure functions on arrays
@@ -68,6 +69,7 @@ LRMIL = [
     "model",
     "losses",
     "checkpoint",
+    "leaks",
     "distill",
     "trainer",
     "predictor",
@@ -97,7 +99,7 @@ ONLY_IN = {
 }
 # Reading, segmenting and tiling must start without torch.
 TORCH_FREE = {
-    "masking", "errors", "cores", "stopping", "geometry", "files", "ownership", "locking", "config", "outcome",
+    "masking", "errors", "cores", "stopping", "geometry", "files", "ownership", "locking", "seen", "config", "outcome",
     "slides", "synthetic", "tissue", "tiling", "quality", "overview", "tiles", "bag", "ids", "tables", "manifest",
     "execute", "pictures", "pages", "plan", "care",
 }  # fmt: skip

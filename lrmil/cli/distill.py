@@ -27,9 +27,13 @@ __all__ = ["distill"]
 @click.option(
     "-r", "--resolution", "resolutions", type=RESOLUTION, multiple=True, metavar="RES", help="HR and LR.  [20x, 5x]"
 )
-@click.option("--splits", type=EXISTING, required=True, metavar="CSV", help="Folds, as of lrmil split.")
+@click.option("--splits", type=EXISTING, metavar="CSV", help="Folds, as of lrmil split: one encoder for --fold.")
 @click.option("--labels", type=EXISTING, metavar="CSV", help="Whose cases slides are, if not as the bags say.")
-@click.option("--fold", required=True, metavar="K", help="Whose training cases the student sees.")
+@click.option("--fold", metavar="K", help="With --splits: whose training cases the student sees.")
+@click.option("--all", "everything", is_flag=True, help="Instead of splits: one encoder, distilled from all slides.")
+@click.option(
+    "--cases", "cases_file", type=EXISTING, metavar="FILE", help="Instead of splits: the cases to see, an id a line."
+)
 @click.option("--mil-teacher", type=EXISTING, metavar="FILE", help="Weigh children by this HR model's attention.")
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE")
 @click.option(
@@ -73,12 +77,14 @@ __all__ = ["distill"]
 @click.option("--threads", type=click.IntRange(1), help="Reading threads.  [2]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def distill(**values: Any) -> int:
-    """Distil an LR encoder for one fold; the file runs in wsi-pipe extract.
+    """Distil an LR encoder; the file runs in wsi-pipe extract.
 
-    The student starts fresh, trains on the fold's training cases alone, and stops by some of these. Run again after
-    an interruption, it goes on where it was.
+    The student starts fresh, trains on one fold's training cases alone (--splits, --fold), on all slides (--all) or on
+    the cases named (--cases), and stops by some of these. No labels are needed. The file states who was seen, so that
+    no model is judged on them without a word. Run again after an interruption, it goes on where it was.
 
     \b
+    lrmil distill --bags job/bags --teacher uni --all --out lr.safetensors
     lrmil distill --bags job/bags --teacher uni --student timm:vit_small_patch16_224 \\
         -r 20x -r 5x --splits splits.csv --fold 1 --out lr-fold1.safetensors
     wsi-pipe extract slides/ -o job -e 20x=uni -e 5x=lr-fold1.safetensors
@@ -113,14 +119,20 @@ def distill(**values: Any) -> int:
                 f"{values['mil_teacher']} was trained on features of random weights: its attention means nothing",
                 remedy="give another, or say --allow-random for a test",
             )
+    chosen = [name for name in ("splits", "everything", "cases_file") if values[name]]
+    if len(chosen) != 1 or bool(values["splits"]) != bool(values["fold"]):
+        raise ConfigError(
+            "whom the student may see is not clear", remedy="give --splits with --fold, or --all, or --cases FILE"
+        )
     request = DistillRequest(
         bags=values["bags"],
         teacher=values["teacher"],
         student=values["student"],
         lr=level_label(resolutions[1]),
         hr=level_label(resolutions[0]),
-        splits=read_splits(values["splits"]),
-        fold=values["fold"],
+        splits=read_splits(values["splits"]) if values["splits"] else None,
+        fold=values["fold"] or "",
+        only_cases=_case_ids(values["cases_file"]) if values["cases_file"] else (),
         out=values["out"],
         settings=_settings(values),
         slides={entry.slide_id: entry.path for entry in entries},
@@ -156,6 +168,17 @@ def distill(**values: Any) -> int:
         print_table(columns | {"linear: explained": "right", "linear: cosine": "right"}, rows)
     click.echo(f"best epoch {result.history.best}: {result.path}, {picture}")
     return 0
+
+
+def _case_ids(path: Path) -> tuple[str, ...]:
+    """Ids, one a line; blank lines do not count. Raises ConfigError where there is none."""
+    try:
+        found = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no list of cases: {error}", remedy="write a case id a line") from error
+    if not found:
+        raise ConfigError(f"{path} names no case", remedy="write a case id a line")
+    return found
 
 
 def _settings(values: Mapping[str, Any]) -> Any:

@@ -7,7 +7,18 @@ from typing import Any
 
 import click
 
-from lrmil.cli.options import EXISTING, PATH, SHOWN, level_of, number, pack_progress, print_figures, print_notes
+from lrmil.cli.options import (
+    EXISTING,
+    PATH,
+    SHOWN,
+    level_of,
+    number,
+    pack_progress,
+    positive_options,
+    print_figures,
+    print_notes,
+    seen_option,
+)
 from wsi_pipe.cli.display import print_json, print_table
 from wsi_pipe.cli.options import RESOLUTION
 from wsi_pipe.errors import ConfigError
@@ -32,6 +43,8 @@ PART = click.Choice(["test", "val"])
 @click.option("--device", default="auto", show_default=True)
 @click.option("--replicates", type=click.IntRange(10), default=2000, show_default=True, help="Of the bootstrap.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@positive_options
+@seen_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(run: Path | None, as_json: bool, **values: Any) -> int:
     """Figures with 95 % intervals by case, and pictures: of RUN's predictions, or of a model on other labelled bags.
@@ -45,7 +58,14 @@ def evaluate(run: Path | None, as_json: bool, **values: Any) -> int:
     if (run is None) == (values["model"] is None):
         raise click.UsageError("give a RUN, or --model with --bags, --labels and --out")
     if run is not None:
-        result = evaluate_run(run, part=values["part"], replicates=values["replicates"], seed=values["seed"])
+        result = evaluate_run(
+            run,
+            part=values["part"],
+            positive=values["positive"],
+            at_sensitivity=values["at_sensitivity"],
+            replicates=values["replicates"],
+            seed=values["seed"],
+        )
     else:
         result = _evaluate_model(values)
     if as_json:
@@ -64,6 +84,10 @@ def _evaluate_model(values: dict[str, Any]) -> Any:
     lacking = [f"--{name}" for name in ("bags", "labels", "out") if not values[name]]
     if lacking:
         raise click.UsageError(f"--model needs {', '.join(lacking)} too")
+    if values["at_sensitivity"]:
+        raise ConfigError(
+            "--at-sensitivity needs validation slides of the model's own run", remedy="give RUN instead of --model"
+        )
     if values["fold"] and not values["splits"]:
         raise ConfigError("--fold needs --splits", remedy="add --splits CSV")
     card = read_card(values["model"])
@@ -78,12 +102,17 @@ def _evaluate_model(values: dict[str, Any]) -> Any:
     cohort = load_cohort(store, values["labels"], label_column=values["label_column"], classes=card.classes)
     splits = read_splits(values["splits"]) if values["splits"] else None
     print_notes(cohort.notes(splits))
-    indices = None if splits is None else cohort.fold(splits, splits.fold_name(values["fold"] or 1)).test
+    fold = "" if splits is None else splits.fold_name(values["fold"] or 1)
+    indices = None if splits is None else cohort.fold(splits, fold).test
     return evaluate_model(
         values["model"],
         cohort,
         values["out"],
         indices=indices,
+        splits=None if splits is None else (splits, fold),
+        positive=values["positive"],
+        allow_seen=values["allow_seen"],
+        say=lambda text: click.echo(text, err=True),
         device=values["device"],
         replicates=values["replicates"],
         seed=values["seed"],
@@ -96,12 +125,32 @@ def _evaluate_model(values: dict[str, Any]) -> Any:
 @click.option("--part", type=PART, default="test", show_default=True)
 @click.option("--replicates", type=click.IntRange(10), default=2000, show_default=True, help="Of the bootstrap.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--positive", metavar="CLASS", help="Which of two classes is looked for.  [the second]")
+@seen_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def compare(run_a: Path, run_b: Path, part: str, replicates: int, seed: int, as_json: bool) -> int:
-    """Compare RUN_A with RUN_B on the same slides: paired bootstrap by case, and DeLong's test of the AUCs."""
+def compare(
+    run_a: Path,
+    run_b: Path,
+    part: str,
+    replicates: int,
+    seed: int,
+    positive: str | None,
+    allow_seen: bool,
+    as_json: bool,
+) -> int:
+    """Compare RUN_A with RUN_B on the same slides: differences, intervals by case, and DeLong's test of the AUCs."""
     from lrmil.experiment import compare_runs
 
-    result = compare_runs(run_a, run_b, part=part, replicates=replicates, seed=seed)
+    result = compare_runs(
+        run_a,
+        run_b,
+        part=part,
+        positive=positive,
+        replicates=replicates,
+        seed=seed,
+        allow_seen=allow_seen,
+        say=lambda text: click.echo(text, err=True),
+    )
     if as_json:
         print_json(result.to_json())
         return 0

@@ -18,12 +18,34 @@ if TYPE_CHECKING:
     from lrmil.experiment import RunFigures
     from lrmil.metrics import Estimate
 
-__all__ = ["PATH", "bag_options", "label_options", "level_of", "pack_progress", "print_figures", "print_notes"]
+__all__ = [
+    "PATH",
+    "bag_options",
+    "label_options",
+    "level_of",
+    "pack_progress",
+    "positive_options",
+    "print_figures",
+    "print_notes",
+    "seen_option",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH: click.Path = click.Path(path_type=Path)
 EXISTING: click.Path = click.Path(path_type=Path, exists=True)
-SHOWN = ("auc", "average_precision", "balanced_accuracy", "f1_macro", "f1_weighted", "brier", "ece")
+SHOWN = (
+    "auc",
+    "average_precision",
+    "sensitivity",
+    "specificity",
+    "balanced_accuracy",
+    "accuracy",
+    "kappa",
+    "f1_macro",
+    "f1_weighted",
+    "brier",
+    "ece",
+)
 
 
 def _stack(function: F, *decorators: Callable[[F], F]) -> F:
@@ -107,6 +129,35 @@ def estimate(e: Estimate) -> str:
     return number(e.value) if math.isnan(e.low) else f"{number(e.value)} ({number(e.low)} to {number(e.high)})"
 
 
+def _pooled_prevalence(result: RunFigures) -> dict[str, float]:
+    total = sum(fold.slides for fold in result.folds)
+    return {
+        name: sum(fold.slides * fold.prevalence.get(name, 0.0) for fold in result.folds) / total
+        for name in result.classes
+    }
+
+
+def seen_option(function: F) -> F:
+    """--allow-seen."""
+    text = "Judge on cases that model or encoder have seen all the same; the result says so."
+    return _stack(function, click.option("--allow-seen", is_flag=True, help=text))
+
+
+def positive_options(function: F) -> F:
+    """Which class is looked for, and at which sensitivities: --positive and --at-sensitivity."""
+    return _stack(
+        function,
+        click.option("--positive", metavar="CLASS", help="Which of two classes is looked for.  [the second]"),
+        click.option(
+            "--at-sensitivity",
+            type=click.FloatRange(0, 1, min_open=True),
+            multiple=True,
+            metavar="SHARE",
+            help="Figures at the threshold that has this sensitivity on the validation slides; repeatable.",
+        ),
+    )
+
+
 def print_figures(result: RunFigures) -> None:
     """Figures with 95 % intervals by case, a column a fold and their mean and spread; undefined ones with reasons."""
     several = len(result.folds) > 1
@@ -126,8 +177,21 @@ def print_figures(result: RunFigures) -> None:
     click.echo(
         f"{slides} slides, {cases} cases, {len(result.folds)} fold(s), part {result.part}; 95 % intervals by case"
     )
-    if len(result.classes) == 2:
-        click.echo(f"positive class: {result.classes[1]}")
+    prevalence = result.folds[0].prevalence if not several else _pooled_prevalence(result)
+    click.echo("prevalence: " + ", ".join(f"{name} {share:.3f}" for name, share in prevalence.items()))
+    if result.positive is not None:
+        click.echo(f"positive class: {result.positive}; choose another with --positive")
+    for fold in result.folds:
+        for point in fold.operating:
+            shares = {
+                "sensitivity": point.sensitivity,
+                "specificity": point.specificity,
+                "PPV": point.ppv,
+                "NPV": point.npv,
+            }
+            shown = ", ".join(f"{n} {number(s.value)} ({number(s.low)} to {number(s.high)})" for n, s in shares.items())
+            chosen = f"threshold {point.threshold:.4g} for a sensitivity of {point.wanted:g} on validation"
+            click.echo(f"{fold.name}: {chosen}: {shown}")
     for fold in result.folds:
         reasons: dict[str, list[str]] = {}
         for name in SHOWN:

@@ -16,8 +16,10 @@ from lrmil.cli.options import (
     label_options,
     level_of,
     pack_progress,
+    positive_options,
     print_figures,
     print_notes,
+    seen_option,
 )
 from lrmil.config import MODELS, MONITORS, LossSettings, TrainSettings, load_settings
 from wsi_pipe.cli.options import RESOLUTION
@@ -68,6 +70,8 @@ __all__ = ["train"]
 @click.option("--instances", "loss_instances", type=click.IntRange(1), help="Extreme tiles on each side.  [8]")
 @click.option("--replicates", type=click.IntRange(10), default=2000, show_default=True, help="Of the bootstrap.")
 @click.option("--allow-random", is_flag=True, help="Train on features of random weights too, for tests.")
+@positive_options
+@seen_option
 def train(**values: Any) -> int:
     """Train a MIL model on labelled bags: every fold, or those named, over one resident store.
 
@@ -116,11 +120,21 @@ def train(**values: Any) -> int:
         teacher=teacher,
         hr_store=hr_store,
         progress=_progress(settings),
+        allow_seen=values["allow_seen"],
+        say=lambda text: click.echo(text, err=True),
     )
     parts = {p.part for result in results.values() for p in result.predictions}
     for part in ("test", "val"):
         if part in parts:
-            print_figures(evaluate_run(out, part=part, replicates=values["replicates"]))
+            print_figures(
+                evaluate_run(
+                    out,
+                    part=part,
+                    positive=values["positive"],
+                    at_sensitivity=values["at_sensitivity"],
+                    replicates=values["replicates"],
+                )
+            )
             break
     click.echo(f"models, predictions and pictures: {out}")
     return 0

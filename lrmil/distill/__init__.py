@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lrmil.distill.run import COPY, DistillRequest, DistillResult, run_distillation
+from lrmil.distill.request import COPY, DistillRequest
+from lrmil.distill.run import DistillResult, run_distillation
 from lrmil.distill.settings import DistillSettings
 
 __all__ = ["COPY", "DistillRequest", "DistillResult", "DistillSettings", "run_distillation"]

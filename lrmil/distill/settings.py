@@ -15,13 +15,13 @@ class DistillSettings:
 
     layers: the teacher's blocks whose CLS the student's tokens learn, negative ones from the end; the paper's first,
     second and second to last by default. A teacher without blocks, or ``layers`` empty, gives its final features as the
-    only layer. layer_variance: divide each layer's loss by its variance on training tiles (off reproduces the
-    paper). patch, final: weights of the two losses. standardise: learn targets with each dimension standardised on
-    training tiles: "auto" does so for teachers without blocks, whose dimensions have units of their own. epochs,
-    batch_size, lr, weight_decay, warmup, clip: of AdamW with a cosine schedule. patience: epochs without a lower
-    validation loss before stopping. val_fraction: of the fold's training cases, for that. stain, flips: augmentation.
-    jitters: this many more grids of each training slide, moved by a part of an LR tile, on which the teacher is run;
-    for students that start from random weights on few slides.
+    only layer. layer_variance: divide each layer's loss, and the final one, by its variance on training tiles (off
+    reproduces the paper). patch, final: weights of the two losses. standardise: learn targets with each dimension
+    standardised on training tiles: "auto" does so for teachers without blocks, whose dimensions have units of their
+    own. epochs, batch_size, lr, weight_decay, warmup, clip: of AdamW with a cosine schedule. patience: epochs without a
+    lower validation loss before stopping. val_fraction: of the fold's training cases, for that. stain, flips:
+    augmentation. jitters: this many more grids of each training slide, moved by a part of an LR tile, on which the
+    teacher is run; for students that start from random weights on few slides.
     precision: "auto", "float32" or "bfloat16". mix_mib: slides are mixed in groups of about this size when decoded, and
     two groups are in memory at once. cache_mib: tiles are kept decoded when all of them fit, else read anew each epoch;
     the result does not depend on it. targets_mib: the teacher's layers and features are kept in memory up to this size,

@@ -213,7 +213,8 @@ class TargetStats:
     """What targets are scaled by, and where they lie, on the children of training tiles, layer by layer and final.
 
     layer_mean, layer_std, final_mean, final_std: of each dimension, or 0 and 1 where targets are learnt as they are.
-    variance: (L,) of each layer as a whole, the mean over its dimensions, after standardising where that is on.
+    variance, final_variance: (L,) of each layer, and of the final features, as a whole: the mean over the dimensions,
+    after standardising where that is on.
     layer_centre, final_centre: the mean of what is learnt, in the teacher's units: the best constant guess, which
     agreement is measured against. Of the final features it is the mean over tiles of the weighted children.
     """
@@ -225,6 +226,7 @@ class TargetStats:
     variance: NDArray[np.float32]
     layer_centre: tuple[NDArray[np.float32], ...]
     final_centre: NDArray[np.float32]
+    final_variance: float = 1.0
 
 
 def target_stats(slides: Sequence[DistillSlide], *, standardise: bool) -> TargetStats:
@@ -249,6 +251,7 @@ def target_stats(slides: Sequence[DistillSlide], *, standardise: bool) -> Target
             np.maximum(variance, 1e-6),
             centres,
             final_centre,
+            max(float(np.mean(final_std > 0)), 1e-6),
         )
     return TargetStats(
         tuple(np.zeros_like(m, np.float32) for m, _ in layers),
@@ -258,6 +261,7 @@ def target_stats(slides: Sequence[DistillSlide], *, standardise: bool) -> Target
         np.array([max(float(np.mean(std**2)), 1e-12) for _, std in layers], np.float32),
         centres,
         final_centre,
+        max(float(np.mean(final_std**2)), 1e-12),
     )
 
 

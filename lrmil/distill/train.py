@@ -158,7 +158,11 @@ def losses_of(
     variance: Tensor,
     settings: DistillSettings,
 ) -> Tensor:
-    """The weighted sum of ``L_patch`` and ``L_final``; layers may differ in width."""
+    """The weighted sum of ``L_patch`` and ``L_final``; layers may differ in width.
+
+    variance: (L + 1,) float, of the layers and, last, of the final features, by which both losses are divided: where
+    only one is, a ViT's copy begins with one loss hundreds of times the other.
+    """
     loss = output.final.new_zeros((), dtype=torch.float32)
     if settings.patch:
         per_layer = [
@@ -167,12 +171,14 @@ def losses_of(
         ]
         loss = loss + settings.patch * torch.stack(per_layer).mean()
     if settings.final:
-        loss = loss + settings.final * final_distillation_loss(output.final, targets.final, targets.weights)
+        final = final_distillation_loss(output.final, targets.final, targets.weights)
+        loss = loss + settings.final * final / variance[-1].to(final.dtype)
     return loss
 
 
 def _variance(feed: Feed, settings: DistillSettings) -> Tensor:
-    values = feed.stats.variance if settings.layer_variance else np.ones_like(feed.stats.variance)
+    values = np.append(feed.stats.variance, np.float32(feed.stats.final_variance))
+    values = values if settings.layer_variance else np.ones_like(values)
     return torch.from_numpy(values).to(feed.device)
 
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lrmil.checkpoint import read_card
 from lrmil.errors import FiguresError
-from lrmil.experiment.figures import PREDICTIONS_NAME, FoldPredictions, fold_folders, no_nan, read_predictions
+from lrmil.experiment.figures import (
+    PREDICTIONS_NAME,
+    FoldPredictions,
+    fold_folders,
+    no_nan,
+    positive_class,
+    read_predictions,
+)
+from lrmil.leaks import Judged, check_model
 from lrmil.metrics import DeLong, Difference, compare, delong
 
 __all__ = ["Comparison", "compare_runs"]
@@ -38,12 +47,24 @@ class Comparison:
         return plain
 
 
-def compare_runs(a: Path, b: Path, *, part: str = "test", replicates: int = 2000, seed: int = 0) -> Comparison:
-    """Paired bootstrap by case, and DeLong's test, of two runs of ``lrmil train``.
+def compare_runs(
+    a: str | Path,
+    b: str | Path,
+    *,
+    part: str = "test",
+    positive: str | None = None,
+    replicates: int = 2000,
+    seed: int = 0,
+    allow_seen: bool = False,
+    say: Callable[[str], object] | None = None,
+) -> Comparison:
+    """Differences by case, and DeLong's test, of two runs of ``lrmil train``.
 
-    Both must have predicted the same slides with the same labels in each fold. Raises FiguresError naming the slides
-    where they have not.
+    Both must have predicted the same slides with the same labels in each fold. positive: which of two classes is looked
+    for. Raises FiguresError naming the slides where they have not; LeakageError when a model of either run has seen
+    cases of its test part, unless allow_seen, which is told to ``say``.
     """
+    a, b = Path(a), Path(b)
     folders_a, folders_b = fold_folders(a), fold_folders(b)
     names_a, names_b = [p.name for p in folders_a], [p.name for p in folders_b]
     if len(names_a) == len(names_b) == 1:
@@ -58,22 +79,37 @@ def compare_runs(a: Path, b: Path, *, part: str = "test", replicates: int = 2000
         _paired(read_predictions(x / PREDICTIONS_NAME, part), read_predictions(y / PREDICTIONS_NAME, part), x, y)
         for x, y in zip(folders_a, folders_b, strict=True)
     ]
+    if part == "test":
+        for folder, (x, _) in zip((*folders_a, *folders_b), (*pairs, *pairs), strict=True):
+            _check_seen(folder, x, allow_seen, say)
+    sought = positive_class(pairs[0][0].classes, positive)
     differences = compare(
         [x.labels for x, _ in pairs],
         [x.probabilities for x, _ in pairs],
         [y.probabilities for _, y in pairs],
         [x.case_ids for x, _ in pairs],
+        positive=sought,
         replicates=replicates,
         seed=seed,
     )
     tests: dict[str, DeLong] = {}
     if len(pairs[0][0].classes) == 2:
         for name, (x, y) in zip(names, pairs, strict=True):
-            tests[name] = delong(x.labels, x.probabilities[:, 1], y.probabilities[:, 1], x.case_ids)
+            tests[name] = delong(x.labels == sought, x.probabilities[:, sought], y.probabilities[:, sought], x.case_ids)
     cases = [set(x.case_ids) for x, _ in pairs]
     apart = sum(map(len, cases)) == len(set().union(*cases))
     mean = _mean(list(tests.values())) if tests and apart else None
     return Comparison(tuple(names), sum(len(x.labels) for x, _ in pairs), differences, tests, mean)
+
+
+def _check_seen(folder: Path, p: FoldPredictions, allow: bool, say: Callable[[str], object] | None) -> None:
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        return
+    card = read_card(path)
+    if card.seen:
+        blank = ("",) * len(p.slide_ids)
+        check_model(card, path, Judged(p.slide_ids, p.case_ids, blank, blank), allow=allow, say=say)
 
 
 def _paired(x: FoldPredictions, y: FoldPredictions, a: Path, b: Path) -> tuple[FoldPredictions, FoldPredictions]:

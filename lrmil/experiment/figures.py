@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,19 @@ from numpy.typing import NDArray
 
 from lrmil.errors import FiguresError
 from lrmil.experiment.cohort import Cohort
-from lrmil.metrics import LOWER_IS_BETTER, Estimate, evaluate, evaluate_folds, softmax, summarise_folds
+from lrmil.leaks import check_encoder, check_model, judged_of
+from lrmil.metrics import (
+    LOWER_IS_BETTER,
+    Estimate,
+    OperatingPoint,
+    at_threshold,
+    evaluate,
+    evaluate_folds,
+    softmax,
+    summarise_folds,
+    threshold_at_sensitivity,
+)
+from lrmil.splits import SplitTable
 from lrmil.store import ResidentStore
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.tables import written_cell
@@ -39,7 +51,7 @@ FIGURES_NAME = "figures.json"
 class FoldPredictions:
     """Predictions of one part of one fold.
 
-    labels: int64 (N,). logits, probabilities: float64 (N, C), probabilities after the temperature.
+    labels: int64 (N,). logits, probabilities: float64 (N, C), calibrated probabilities.
     """
 
     classes: tuple[str, ...]
@@ -52,19 +64,25 @@ class FoldPredictions:
 
 @dataclass(frozen=True)
 class FoldFigures:
-    """Figures of one fold with intervals by case. slides, cases: how many they rest on."""
+    """Figures of one fold with intervals by case.
+
+    slides, cases: how many they rest on. prevalence: share of slides by class. operating: at thresholds that were
+    chosen on the validation slides.
+    """
 
     name: str
     slides: int
     cases: int
     estimates: Mapping[str, Estimate]
+    prevalence: Mapping[str, float] = field(default_factory=dict)
+    operating: tuple[OperatingPoint, ...] = ()
 
 
 @dataclass(frozen=True)
 class RunFigures:
     """Figures of a run: by fold, their mean with an interval by case, and their spread.
 
-    classes: of two, the second is the positive one in AUC and average precision.
+    positive: which of two classes is looked for in AUC, average precision, sensitivity; None for more classes.
     """
 
     part: str
@@ -72,6 +90,7 @@ class RunFigures:
     folds: tuple[FoldFigures, ...]
     mean: Mapping[str, Estimate]
     spread: Mapping[str, Mapping[str, float]]
+    positive: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values; NaN becomes null."""
@@ -137,25 +156,45 @@ def read_predictions(path: Path, part: str = "test") -> FoldPredictions:
 
 
 def evaluate_run(
-    run: Path | str, *, part: str = "test", replicates: int = 2000, seed: int = 0, pictures: bool = True
+    run: str | Path,
+    *,
+    part: str = "test",
+    positive: str | None = None,
+    at_sensitivity: Sequence[float] = (),
+    replicates: int = 2000,
+    seed: int = 0,
+    pictures: bool = True,
+    notes: Sequence[str] = (),
 ) -> RunFigures:
     """Figures of every fold of a run from its predictions; writes ``figures.json`` and pictures beside them.
 
-    Writes ``summary.json`` and ``summary.csv`` into the run when it has several folds. Nothing is predicted anew.
-    Raises FiguresError when there are no predictions, OutputError when a file cannot be written.
+    positive: which of two classes is looked for, by default the second. at_sensitivity: operating points whose
+    thresholds are chosen on each fold's validation slides. notes: stated in ``figures.json``. Writes ``summary.json``
+    and ``summary.csv`` into the run when it has several folds. Nothing is predicted anew. Raises FiguresError when
+    there are no predictions, OutputError when a file cannot be written.
     """
     run = Path(run)
     folders = fold_folders(run)
     found = [read_predictions(folder / PREDICTIONS_NAME, part) for folder in folders]
+    sought = positive_class(found[0].classes, positive)
     folds = []
     for folder, p in zip(folders, found, strict=True):
-        estimates = evaluate(p.labels, p.probabilities, p.case_ids, classes=p.classes, replicates=replicates, seed=seed)
-        folds.append(FoldFigures(folder.name, len(p.labels), len(set(p.case_ids)), estimates))
+        estimates = evaluate(
+            p.labels,
+            p.probabilities,
+            p.case_ids,
+            classes=p.classes,
+            positive=sought,
+            replicates=replicates,
+            seed=seed,
+        )
+        points = _operating_points(folder, p, sought, at_sensitivity)
+        folds.append(FoldFigures(folder.name, len(p.labels), len(set(p.case_ids)), estimates, prevalences(p), points))
         name = FIGURES_NAME if part == "test" else f"figures-{part}.json"
-        write_json(folder / name, asdict(folds[-1]) | {"part": part, "replicates": replicates})
+        write_json(folder / name, asdict(folds[-1]) | {"part": part, "replicates": replicates, "notes": [*notes]})
         if pictures:
             draw_fold(folder, p, part)
-    result = summarise(part, folds, found, replicates=replicates, seed=seed)
+    result = summarise(part, folds, found, positive=sought, replicates=replicates, seed=seed)
     if folders != [run]:
         suffix = "" if part == "test" else f"-{part}"
         write_json(run / f"summary{suffix}.json", result.to_json())
@@ -164,18 +203,61 @@ def evaluate_run(
 
 
 def summarise(
-    part: str, folds: Sequence[FoldFigures], found: Sequence[FoldPredictions], *, replicates: int, seed: int
+    part: str,
+    folds: Sequence[FoldFigures],
+    found: Sequence[FoldPredictions],
+    *,
+    positive: int = 1,
+    replicates: int,
+    seed: int,
 ) -> RunFigures:
     """The figures of folds and what they come to together."""
     mean = evaluate_folds(
         [p.labels for p in found],
         [p.probabilities for p in found],
         [p.case_ids for p in found],
+        positive=positive,
         replicates=replicates,
         seed=seed,
     )
     points = [{name: e.value for name, e in fold.estimates.items()} for fold in folds]
-    return RunFigures(part, found[0].classes, tuple(folds), mean, summarise_folds(points))
+    classes = found[0].classes
+    sought = classes[positive] if len(classes) == 2 else None
+    return RunFigures(part, classes, tuple(folds), mean, summarise_folds(points), sought)
+
+
+def positive_class(classes: Sequence[str], name: str | None) -> int:
+    """The number of the positive class of two, by default the second.
+
+    Raises FiguresError when it is no class, or classes are more than two.
+    """
+    if name is None:
+        return 1
+    if len(classes) != 2:
+        raise FiguresError(f"a positive class is for two classes, not for {len(classes)}", remedy="leave it out")
+    if name not in classes:
+        raise FiguresError(f"{name!r} is no class", remedy=f"the classes are {' and '.join(classes)}")
+    return list(classes).index(name)
+
+
+def prevalences(p: FoldPredictions) -> dict[str, float]:
+    """The share of slides of each class."""
+    return {name: float((p.labels == c).mean()) for c, name in enumerate(p.classes)}
+
+
+def _operating_points(
+    folder: Path, p: FoldPredictions, positive: int, sensitivities: Sequence[float]
+) -> tuple[OperatingPoint, ...]:
+    if not sensitivities:
+        return ()
+    if len(p.classes) != 2:
+        raise FiguresError("operating points are for two classes", remedy="leave out --at-sensitivity")
+    val = read_predictions(folder / PREDICTIONS_NAME, "val")
+    points = []
+    for wanted in sensitivities:
+        threshold = threshold_at_sensitivity(val.labels == positive, val.probabilities[:, positive], wanted)
+        points.append(at_threshold(p.labels == positive, p.probabilities[:, positive], p.case_ids, threshold, wanted))
+    return tuple(points)
 
 
 def draw_fold(folder: Path, p: FoldPredictions, part: str) -> None:
@@ -230,6 +312,10 @@ def evaluate_model(
     out: Path | str,
     *,
     indices: NDArray[np.int64] | None = None,
+    splits: tuple[SplitTable, str] | None = None,
+    positive: str | None = None,
+    allow_seen: bool = False,
+    say: Callable[[str], object] | None = None,
     device: str = "auto",
     replicates: int = 2000,
     seed: int = 0,
@@ -237,8 +323,10 @@ def evaluate_model(
     """A trained model on labelled bags that it has not seen: predictions, figures and pictures into ``out``.
 
     cohort: its classes must be the model's, in the model's order. indices: bags to evaluate, by default all usable.
-    The temperature is the model's own; nothing is fitted here. Raises ModelMismatchError when the features are others
-    than in training, FiguresError when no bag is left.
+    splits: the table and the fold that these are the test part of.
+    The calibration is the model's own; nothing is fitted here. Raises ModelMismatchError when the features are others
+    than in training, FiguresError when no bag is left, LeakageError when the model or the encoder of the features has
+    seen some of them, or may have; with allow_seen that is told to ``say`` and stands in ``figures.json``.
     """
     from lrmil.experiment.folds import check_store
     from lrmil.predictor import Predictor
@@ -251,6 +339,20 @@ def evaluate_model(
     chosen = cohort.table.usable if indices is None else indices
     if not len(chosen):
         raise FiguresError("no bag is left to evaluate", remedy="check labels and splits")
+    judged = judged_of(cohort.store.records, cohort.table.case_ids, chosen)
+    notes: list[str] = []
+    check_model(
+        predictor.card,
+        model,
+        judged,
+        splits=splits,
+        identities=(cohort.store.slide_ids, cohort.table.case_ids),
+        allow=allow_seen,
+        say=notes.append,
+    )
+    check_encoder(cohort.store.meta.encoder or "of these bags", judged, allow=allow_seen, say=notes.append)
+    for note in notes:
+        (say or (lambda text: None))(note)
     resident = ResidentStore.of(cohort.store, predictor.device, place="mapped")
     logits = bag_logits(predictor.model, resident, chosen, token_budget=32768).tolist()
     rows = [
@@ -258,4 +360,4 @@ def evaluate_model(
         for i, z in zip(chosen.tolist(), logits, strict=True)
     ]
     write_text_atomically(out / PREDICTIONS_NAME, predictions_csv(rows, predictor.card))
-    return evaluate_run(out, replicates=replicates, seed=seed)
+    return evaluate_run(out, positive=positive, replicates=replicates, seed=seed, notes=notes)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from lrmil.checkpoint import ModelCard, load_model, read_card
 from lrmil.config import TrainSettings
-from lrmil.errors import LeakageError, ModelFileError, ModelMismatchError
+from lrmil.errors import ModelFileError, ModelMismatchError
 from lrmil.experiment.cohort import Cohort
+from lrmil.leaks import check_encoder, check_model, judged_of
 from lrmil.model import MILModel
-from lrmil.splits import SPLITS_NAME, SplitTable, read_splits, seen_cases
+from lrmil.splits import SPLITS_NAME, SplitTable, read_splits
 from lrmil.store import FeatureStore, ResidentStore
 from lrmil.trainer import TrainResult, choose_device, choose_precision, train
 from wsi_pipe.encoders.base import encoder_slug
@@ -41,26 +42,28 @@ class TeacherSource:
         """The card of the first fold's teacher, which says what HR features are needed."""
         return read_card(self.model_path(folds[0]))
 
-    def check_leakage(self, fold: str, splits: SplitTable, cohort: Cohort) -> None:
-        """Raise LeakageError when a fold's teacher has seen cases that the student is tested on.
-
-        Known from the splits beside the teacher's run, else from the fold that its card names.
-        """
+    def check_leakage(
+        self,
+        fold: str,
+        splits: SplitTable,
+        cohort: Cohort,
+        *,
+        allow: bool = False,
+        say: Callable[[str], object] | None = None,
+    ) -> None:
+        """Raise LeakageError when a fold's teacher has seen cases that the student is tested on, or may have."""
         path = self.model_path(fold)
-        card = read_card(path)
-        if card.fold is None:
-            return
-        remedy = "give the folder of a teacher trained with the same splits: --teacher RUN"
-        torn = seen_cases(path, card.fold, fold, splits, cohort.store.slide_ids, cohort.table.case_ids)
-        if torn is None:
-            if card.fold != fold:
-                raise LeakageError(f"{path} is of {card.fold}, the student of {fold}", remedy=remedy)
-            return
-        if torn:
-            raise LeakageError(
-                f"the teacher {path} was trained on {len(torn)} test cases of {fold}: {', '.join(torn[:5])}",
-                remedy=remedy,
-            )
+        check_model(
+            read_card(path),
+            path,
+            judged_of(cohort.store.records, cohort.table.case_ids, cohort.fold(splits, fold).test),
+            what="teacher",
+            remedy="give the folder of a teacher trained with the same splits: --teacher RUN",
+            splits=(splits, fold),
+            identities=(cohort.store.slide_ids, cohort.table.case_ids),
+            allow=allow,
+            say=say,
+        )
 
 
 def check_store(card: ModelCard, store: FeatureStore, model: Path) -> None:
@@ -97,6 +100,8 @@ def train_folds(
     teacher: TeacherSource | None = None,
     hr_store: FeatureStore | None = None,
     progress: Callable[[str, Mapping[str, float | None]], object] | None = None,
+    allow_seen: bool = False,
+    say: Callable[[str], object] | None = None,
 ) -> dict[str, TrainResult]:
     """Train each fold into ``out/<fold>`` over one resident store; the splits are written beside them.
 
@@ -104,15 +109,27 @@ def train_folds(
     one of them, into ``out/<fold>-seed_<seed>``; none is the settings' own seed alone. progress: called with folder
     name and figures of each epoch. Returns results by folder name.
 
-    Raises LeakageError before anything is trained; the rest as ``lrmil.trainer.train`` does.
+    Raises LeakageError before anything is trained where the features' encoder or the teacher saw validation or test
+    cases; with allow_seen such an overlap is told to ``say`` and stated in the models' cards. The rest as
+    ``lrmil.trainer.train`` does.
     """
     names = [splits.fold_name(fold) for fold in folds]
     indices = {name: cohort.fold(splits, name) for name in names}
+    allowed: dict[str, list[str]] = {name: [] for name in names}
+    for name in names:
+        notes = allowed[name]
+        for part in ("val", "test"):
+            judged = judged_of(cohort.store.records, cohort.table.case_ids, getattr(indices[name], part))
+            encoder = cohort.store.meta.encoder or "of these bags"
+            check_encoder(encoder, judged, part=f"{name} {part}", allow=allow_seen, say=notes.append)
     if teacher is not None:
         for name in names:
-            teacher.check_leakage(name, splits, cohort)
+            teacher.check_leakage(name, splits, cohort, allow=allow_seen, say=allowed[name].append)
             if hr_store is not None:
                 check_store(read_card(teacher.model_path(name)), hr_store, teacher.model_path(name))
+    for name, notes in allowed.items():
+        for note in notes:
+            (say or (lambda text: None))(f"{name}: {note}")
     there = out / SPLITS_NAME
     if not there.is_file() or read_splits(there) != splits:
         if there.is_file() and any((out / name).is_dir() for name in splits.folds):
@@ -141,6 +158,7 @@ def train_folds(
                 hr_store=hr_resident,
                 fold=name,
                 progress=report,
+                allowed=allowed[name],
             )
     return results
 

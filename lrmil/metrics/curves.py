@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lrmil.errors import FiguresError
-from lrmil.metrics.bootstrap import case_numbers, resample_weights
+from lrmil.metrics.bootstrap import resample_weights
+from lrmil.metrics.cases import case_numbers
 from lrmil.metrics.figures import Array
 
 __all__ = ["Roc", "roc_curve"]

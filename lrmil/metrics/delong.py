@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lrmil.errors import FiguresError
-from lrmil.metrics.bootstrap import case_numbers
+from lrmil.metrics.auc import placements
+from lrmil.metrics.cases import case_numbers
 
-__all__ = ["DeLong", "delong", "placements"]
+__all__ = ["DeLong", "delong"]
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,6 @@ def delong(labels: ArrayLike, scores_a: ArrayLike, scores_b: ArrayLike, cases: S
     half = float(norm.isf(0.025)) * error
     rows = ((float(covariance[0, 0]), float(covariance[0, 1])), (float(covariance[1, 0]), float(covariance[1, 1])))
     return DeLong((a, b), rows, difference, error, difference - half, difference + half, z, p, reason)
-
-
-def placements(
-    positive: NDArray[np.bool_], scores: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Part of the negatives below each positive, (K, m), of the positives above each negative, (K, n); ties half."""
-    from scipy.stats import rankdata
-
-    m, n = int(positive.sum()), int((~positive).sum())
-    overall = rankdata(scores, axis=1)
-    among_pos = rankdata(scores[:, positive], axis=1)
-    among_neg = rankdata(scores[:, ~positive], axis=1)
-    v10 = (overall[:, positive] - among_pos) / n
-    v01 = 1 - (overall[:, ~positive] - among_neg) / m
-    return np.asarray(v10), np.asarray(v01)
 
 
 def _covariance(

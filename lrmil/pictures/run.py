@@ -51,12 +51,12 @@ def draw_roc(
 
 
 def draw_calibration(path: Path, labels: ArrayLike, before: ArrayLike, after: ArrayLike) -> None:
-    """Reliability of the predicted class before and after temperature scaling, 95 % intervals and slides per bin.
+    """Reliability of the predicted class before and after calibration, 95 % intervals and slides per bin.
 
     labels: int (N,). before, after: probabilities (N, C).
     """
     with canvas(path, (8.0, 4.2), columns=2) as panels:
-        for axes, values, title in zip(panels, (before, after), ("As trained", "Temperature-scaled"), strict=True):
+        for axes, values, title in zip(panels, (before, after), ("As trained", "Calibrated"), strict=True):
             bins = reliability(labels, values, bins=10)
             there = bins.slides > 0
             error = np.stack([bins.accuracy - bins.low, bins.high - bins.accuracy])[:, there]

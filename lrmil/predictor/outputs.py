@@ -58,6 +58,8 @@ def write_predictions(out: Path, predictions: Sequence[SlidePrediction], predict
         "weights_sha256": card.weights_sha256,
         "level": card.level,
         "temperature": card.temperature,
+        "bias": list(card.bias),
+        "calibration": card.calibration,
     }
     body = {"model": head, "slides": [_plain(p) for p in predictions]}
     write_text_atomically(out / "predictions.json", json.dumps(body, indent=1, allow_nan=False) + "\n")

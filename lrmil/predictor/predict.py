@@ -46,7 +46,7 @@ class SlidePrediction:
     """What a model says of one slide.
 
     status: "done", "empty" (no tiles; reason says why) or "failed" (reason and remedy). probabilities: calibrated, by
-    class. entropy_nats: of the probabilities, NaN where there are none. logits: before the temperature. tiles: rows of
+    class. entropy_nats: of the probabilities, NaN where there are none. logits: before calibration. tiles: rows of
     the bag. attention: float32 (N,), sums to 1, None where the model has none. coords: float64 (N, 2) in coords_unit.
     tile_size_l0: (x, y). top_tiles: highest attention first.
     """
@@ -171,7 +171,7 @@ class Predictor:
         logits = output.logits[0].double().cpu().numpy()
         if not np.isfinite(logits).all():
             raise ModelMismatchError(f"{info.path}: the model's logits are not finite", remedy="check the features")
-        p = softmax(logits[None], self.card.temperature)[0]
+        p = self.card.probabilities(logits[None])[0]
         attention = None
         top: tuple[TopTile, ...] = ()
         if output.attention_logits is not None:

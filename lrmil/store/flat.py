@@ -58,6 +58,8 @@ class BagRecord:
     tile_size_l0: tuple[float, float] | None = None
     coords_unit: str = "px_l0"
     empty_reason: str | None = None
+    slide_fingerprint: str = ""
+    encoder_saw: str = ""
 
 
 class FeatureStore:

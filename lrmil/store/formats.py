@@ -36,6 +36,8 @@ class BagInfo:
     tile_size_l0: (x, y) in level-0 px.
     coords_unit: frame of the coordinates. fingerprint: changes whenever the features do. bounds_l0: (x, y, width,
     height) of the scanned part, from whose corner QuPath counts; None where the bag does not state it.
+    slide_fingerprint: of the slide file. encoder_saw: the part of ``wsi_pipe.seen.SEEN_PARTS`` in which the encoder saw
+    the slide or its case.
     """
 
     path: str
@@ -56,6 +58,8 @@ class BagInfo:
     has_parent: bool = False
     empty_reason: str | None = None
     bounds_l0: tuple[int, int, int, int] | None = None
+    slide_fingerprint: str = ""
+    encoder_saw: str = ""
 
 
 def find_bags(where: Iterable[str | Path] | str | Path) -> list[Path]:
@@ -205,6 +209,8 @@ def _inspect_own(path: Path, file: h5py.File, level: str | None, encoder: str | 
         has_parent="parent" in group,
         empty_reason=(_text(file.attrs.get("empty_reason", "")) or "no tissue") if status == "empty" else None,
         bounds_l0=_bounds(file.attrs.get("bounds_l0")),
+        slide_fingerprint=_text(file.attrs.get("slide_fingerprint", "")),
+        encoder_saw=_text(features.attrs.get("encoder_saw", "")),
     )
 
 

@@ -131,6 +131,8 @@ def _record(info: BagInfo, parent_level: str | None) -> BagRecord:
         info.tile_size_l0,
         info.coords_unit,
         info.empty_reason if info.empty_reason or info.rows else "no tiles",
+        info.slide_fingerprint,
+        info.encoder_saw,
     )
 
 

@@ -39,7 +39,10 @@ EpochFigures = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run works on. out_dir: None keeps everything in memory. fingerprint: of all that decides its numbers."""
+    """What a run works on. out_dir: None keeps everything in memory. fingerprint: of all that decides its numbers.
+
+    prior: (C,), what is added to logits so that the classes' weights in the loss do not shift probabilities.
+    """
 
     store: ResidentStore
     labels: NDArray[np.int64]
@@ -49,6 +52,7 @@ class Run:
     out_dir: Path | None = None
     fingerprint: str = ""
     progress: Callable[[EpochFigures], object] | None = None
+    prior: tuple[float, ...] = ()
 
 
 def fit(model: MILModel, step: Step, run: Run) -> Progress:
@@ -128,7 +132,7 @@ def _validate(model: MILModel, run: Run) -> dict[str, float | None]:
     if not len(val):
         return {}
     logits = bag_logits(model, run.store, val, token_budget=run.settings.token_budget, precision=run.precision)
-    found = figures(run.labels[val], softmax(logits.numpy()))
+    found = figures(run.labels[val], softmax(logits.numpy(), bias=run.prior))
     return {f"val_{name}": value if math.isfinite(value) else None for name, value in found.items()}
 
 
@@ -156,7 +160,9 @@ def _is_stale(progress: Progress, settings: TrainSettings) -> bool:
 
 def _write_history(path: Path, history: list[dict[str, float | None]]) -> None:
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(history[0]), lineterminator="\n")
+    # A run that an earlier version began may lack figures in its first epochs.
+    names = list(dict.fromkeys(name for row in history for name in row))
+    writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in history)
     write_text_atomically(path, out.getvalue())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -14,13 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 import lrmil
 from lrmil.checkpoint import MODEL_KIND, ModelCard, read_card, read_tensors, save_model
 from lrmil.config import ATTENTION_MODELS, TrainSettings
 from lrmil.data import LabelTable
 from lrmil.errors import ModelFileError, ResumeError, SettingsError, SplitError, TrainingError
-from lrmil.metrics import figures, fit_temperature, softmax
+from lrmil.leaks import seen_of
+from lrmil.metrics import calibrate, figures
 from lrmil.model import MILModel, build_model
 from lrmil.splits import FoldIndices
 from lrmil.store import FeatureStore, ResidentStore
@@ -47,7 +50,7 @@ LOCK_NAME = ".lock"
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits of one bag. part: "val" or "test". logits: (C,) before the temperature."""
+    """Logits of one bag. part: "val" or "test". logits: (C,) before calibration."""
 
     slide_id: str
     case_id: str
@@ -84,6 +87,7 @@ def train(
     classes: Sequence[str] | None = None,
     fold: str | None = None,
     progress: Callable[[EpochFigures], object] | None = None,
+    allowed: Sequence[str] = (),
 ) -> TrainResult:
     """Train a model on one fold, calibrate it on the validation bags, and then look at the test bags once.
 
@@ -93,9 +97,10 @@ def train(
     run that was interrupted there goes on; None keeps all in memory. teacher, hr_store: for a student, whose terms
     ``settings.loss`` weighs; the teacher is frozen. classes: names, by default those of the LabelTable. fold: for the
     record. progress: called with the figures of each epoch.
+    allowed: overlaps of seen and judged cases that were let pass.
 
-    Without validation bags the last epoch is kept and the temperature is 1. The caller's random state and the models
-    given are left as they are, apart from moving the teacher to the device.
+    Without validation bags the last epoch is kept, and only the weights of the classes are corrected for. The caller's
+    random state and the models given are left as they are, apart from moving the teacher to the device.
 
     Raises SplitError when a class has no training bag or a bag of the split no rows or label; SettingsError,
     DivergedError, ResumeError, BagMismatchError as documented at ``fit`` and ``teacher_targets``; OutputError when a
@@ -124,7 +129,7 @@ def train(
             write_text_atomically(out / "config.toml", dump_toml(settings))
         return _train(
             settings, split, table, cases, names, resident, precision, out, fingerprint, hashes,
-            teacher=teacher, hr_store=hr_store, fold=fold, progress=progress,
+            teacher=teacher, hr_store=hr_store, fold=fold, progress=progress, allowed=allowed,
         )  # fmt: skip
 
 
@@ -195,6 +200,7 @@ def _train(
     hr_store: FeatureStore | ResidentStore | None,
     fold: str | None,
     progress: Callable[[EpochFigures], object] | None,
+    allowed: Sequence[str],
 ) -> TrainResult:
     device = resident.device
     devices = [device] if device.type == "cuda" else []
@@ -203,12 +209,18 @@ def _train(
         model = build_model(settings.model).to(device)
         if settings.standardise:
             model.standardise(*resident.moments(split.train))
-        step = _step(settings, split, table, names, resident, teacher, hr_store)
-        run = Run(resident, table, split, settings, precision, out, fingerprint, progress)
+        balanced = settings.class_weights == "balanced"
+        loss_weights = class_weights(table, split.train, names, balanced=balanced)
+        step = _step(settings, split, loss_weights.to(resident.device), resident, teacher, hr_store)
+        weights = loss_weights.tolist()
+        prior = tuple(-math.log(weight) for weight in weights)
+        run = Run(resident, table, split, settings, precision, out, fingerprint, progress, prior)
         state = fit(model, step, run)
         model.eval()
         predictions = _predict(model, run, cases)
-    card = _card(settings, names, resident.store, predictions, fold, hashes, teacher)
+    seen = seen_of(resident.store.records, cases, {"train": split.train, "val": split.val})
+    card = _card(settings, names, resident.store, predictions, fold, hashes, teacher, weights)
+    card = replace(card, seen=seen, allowed=tuple(allowed))
     result = TrainResult(model, card, tuple(state.history), state.best_epoch, predictions)
     if out is None:
         return result
@@ -218,12 +230,12 @@ def _train(
 
 
 def predictions_csv(predictions: Sequence[Prediction], card: ModelCard) -> str:
-    """The table of predictions: ids, part, label, logits, and probabilities after the temperature."""
+    """The table of predictions: ids, part, label, logits, and calibrated probabilities."""
     logit_names = [f"logit_{name}" for name in card.classes]
     probability_names = [f"probability_{name}" for name in card.classes]
     rows: list[list[object]] = []
     for p in predictions:
-        probabilities = softmax([p.logits], card.temperature)[0].tolist()
+        probabilities = card.probabilities([p.logits])[0].tolist()
         rows.append([p.slide_id, p.case_id, p.part, card.classes[p.label], *p.logits, *probabilities])
     return csv_text(["slide_id", "case_id", "part", "label", *logit_names, *probability_names], rows)
 
@@ -275,13 +287,11 @@ def _check_teacher(settings: TrainSettings, teacher: MILModel | None, hr_store: 
 def _step(
     settings: TrainSettings,
     split: FoldIndices,
-    labels: NDArray[np.int64],
-    names: tuple[str, ...],
+    weights: Tensor,
     store: ResidentStore,
     teacher: MILModel | None,
     hr_store: FeatureStore | ResidentStore | None,
 ) -> Step:
-    weights = class_weights(labels, split.train, names, balanced=settings.class_weights == "balanced").to(store.device)
     if teacher is None or hr_store is None:
         return plain_step(weights)
     targets: TeacherTargets | None = None
@@ -322,14 +332,20 @@ def _card(
     fold: str | None,
     hashes: Mapping[str, str],
     teacher: MILModel | None,
+    weights: Sequence[float],
 ) -> ModelCard:
     by_part = {part: [p for p in predictions if p.part == part] for part in ("val", "test")}
     val = by_part["val"]
-    temperature = fit_temperature([p.logits for p in val], [p.label for p in val]) if val else 1.0
+    calibration = calibrate(
+        np.array([p.logits for p in val]).reshape(-1, len(names)),
+        [p.label for p in val],
+        [p.case_id for p in val],
+        class_weights=weights,
+    )
     metrics: dict[str, float] = {}
     for part, rows in by_part.items():
         if rows:
-            probabilities = softmax([p.logits for p in rows], temperature)
+            probabilities = calibration.probabilities([p.logits for p in rows])
             found = figures([p.label for p in rows], probabilities)
             metrics |= {f"{part}_{name}": value for name, value in found.items()}
     meta = store.meta
@@ -342,7 +358,9 @@ def _card(
         level=meta.level,
         mpp=meta.mpp,
         tile_px=meta.tile_px,
-        temperature=temperature,
+        temperature=calibration.temperature,
+        bias=calibration.bias,
+        calibration=f"{calibration.method}: {calibration.note}" if calibration.note else calibration.method,
         training=to_mapping(settings),
         metrics=metrics,
         fold=fold,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,11 @@ def bag_writer() -> MakeBag:
             shuffled = np.random.default_rng(n + 1).permutation(4 * n).astype(np.int32)
             fine = (2 * middle[shuffled]).astype(np.int32)
             levels.append(BagLevel(_grid(0.5, fine, shuffled), values(features[above[shuffled]] + 200)))
+        mark_of_slide = hashlib.sha256(slide_id.encode()).hexdigest()
         attrs = BagAttrs(
-            slide_id, case_id, f"/slides/{slide_id}.svs", "f" * 64, 100_000, 80_000, (MPP_L0, MPP_L0), "file", "aperio",
-            "tiff", "", "0.1.0", "2026-01-01T00:00:00Z", "done" if n else "empty", "" if n else "no tissue found",
-            "seg", "tile", "5x", "net",
+            slide_id, case_id, f"/slides/{slide_id}.svs", mark_of_slide, 100_000, 80_000, (MPP_L0, MPP_L0), "file",
+            "aperio", "tiff", "", "0.1.0", "2026-01-01T00:00:00Z", "done" if n else "empty",
+            "" if n else "no tissue found", "seg", "tile", "5x", "net",
         )  # fmt: skip
         path = folder / f"{slide_id}.h5"
         path.parent.mkdir(exist_ok=True)

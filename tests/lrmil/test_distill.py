@@ -15,13 +15,15 @@ from lrmil.checkpoint import ModelCard, load_model, save_model
 from lrmil.cli import group
 from lrmil.config import ModelSettings
 from lrmil.data import read_cases
-from lrmil.distill import DistillRequest, DistillSettings, run_distillation
+from lrmil.distill import DistillRequest, DistillSettings, lessons, run_distillation
 from lrmil.distill import run as run_module
 from lrmil.distill import train as train_module
 from lrmil.errors import BagMismatchError, LeakageError, ResumeError, SettingsError, SplitError
 from lrmil.model import build_model
 from lrmil.splits import SplitTable
+from lrmil.store import inspect_bag
 from wsi_pipe.bag import read_attrs, read_grids, read_level
+from wsi_pipe.cli import group as wsi_group
 from wsi_pipe.cli import run_group
 from wsi_pipe.config import ExtractSettings, JobSettings, TileSettings
 from wsi_pipe.encoders import load_encoder
@@ -31,6 +33,7 @@ from wsi_pipe.execute import Where
 from wsi_pipe.job import open_job
 from wsi_pipe.job.dispatch import dispatch
 from wsi_pipe.manifest import read_manifest
+from wsi_pipe.seen import Seen
 from wsi_pipe.slides import open_slide
 from wsi_pipe.tiles import read_tiles, stream_tiles
 
@@ -304,11 +307,17 @@ def test_bags_with_features_but_without_layers_say_how_to_get_them(cohort: Path,
     assert "--targets compute" in str(caught.value.remedy)
 
 
-def mil_teacher(path: Path, fold: str, dim: int) -> Path:
+def mil_teacher(path: Path, fold: str, dim: int, seen: tuple[str, ...] = ("somebody",)) -> Path:
     settings = ModelSettings(in_dim=dim, hidden=8, attention_dim=4)
     torch.manual_seed(0)
     card = ModelCard(
-        model=settings, classes=("negative", "positive"), encoder="texture", level="20x", tile_px=64, fold=fold
+        model=settings,
+        classes=("negative", "positive"),
+        encoder="texture",
+        level="20x",
+        tile_px=64,
+        fold=fold,
+        seen=Seen.of({"train": [(case, "") for case in seen]}),
     )
     save_model(path, build_model(settings), card)
     return path
@@ -382,19 +391,79 @@ def test_the_command_distils_and_draws(cohort: Path, tmp_path: Path, capsys: pyt
 
 def test_a_mil_teacher_that_may_have_seen_held_out_cases_is_refused(cohort: Path, tmp_path: Path) -> None:
     dim = load_encoder("texture").info.dim
-    unknown = mil_teacher(tmp_path / "unknown.safetensors", "", dim)
-    with pytest.raises(SettingsError, match="does not say which fold"):
+    # An early model, whose file says nothing, away from its splits, is not believed, whatever fold it names.
+    unknown = mil_teacher(tmp_path / "unknown.safetensors", "fold_1", dim, seen=())
+    with pytest.raises(LeakageError, match="does not say whom it was trained on"):
         run_distillation(request_of(cohort, tmp_path / "a.safetensors", mil_teacher=unknown))
     # Its fold has the same name, and other cases.
     (tmp_path / "run" / "fold_1").mkdir(parents=True)
-    other = mil_teacher(tmp_path / "run" / "fold_1" / "model.safetensors", "fold_1", dim)
+    other = mil_teacher(tmp_path / "run" / "fold_1" / "model.safetensors", "fold_1", dim, seen=())
     table = splits_of(cohort)
     swapped = SplitTable("case", table.ids, {"fold_1": table.folds["fold_2"], "fold_2": table.folds["fold_1"]})
     swapped.write(tmp_path / "run" / "splits.csv")
-    with pytest.raises(LeakageError, match="trained on 2 test cases"):
+    with pytest.raises(LeakageError, match="trained on 2 of them"):
         run_distillation(request_of(cohort, tmp_path / "b.safetensors", mil_teacher=other))
     table.write(tmp_path / "run" / "splits.csv")
     run_distillation(request_of(cohort, tmp_path / "c.safetensors", mil_teacher=other))
+    # A record in the file goes before what lies beside it.
+    held = table.ids[0]
+    mil_teacher(tmp_path / "run" / "fold_1" / "model.safetensors", "fold_1", dim, seen=(held.upper(),))
+    with pytest.raises(LeakageError, match="trained on 1 of them"):
+        run_distillation(request_of(cohort, tmp_path / "d.safetensors", mil_teacher=other))
+
+
+def test_without_splits_all_slides_are_seen_and_the_file_says_whom(cohort: Path, tmp_path: Path) -> None:
+    attrs = [read_attrs(bag) for bag in sorted((cohort / "job" / "bags").glob("*.h5"))]
+    settings = dataclasses.replace(QUICK, epochs=1)
+    everyone = request_of(cohort, tmp_path / "lr.safetensors", splits=None, fold="", settings=settings)
+    result = run_distillation(everyone)
+    assert {*result.train_slides, *result.val_slides} == {a.slide_id for a in attrs}
+    assert result.val_slides
+    seen = Seen.from_json(read_lr_header(result.path).training["seen"])
+    # Without labels; by its case, and by its pixels whatever the case is called now.
+    assert seen.part_of(attrs[0].case_id, "") == "unlabelled"
+    assert seen.part_of("another name", attrs[0].slide_fingerprint) == "unlabelled"
+    assert seen.part_of("another name", "another slide") == ""
+    two = tuple(a.case_id for a in attrs[:3])
+    some = run_distillation(dataclasses.replace(everyone, out=tmp_path / "some.safetensors", only_cases=two))
+    assert {*some.train_slides, *some.val_slides} == {a.slide_id for a in attrs[:3]}
+    with pytest.raises(SplitError, match="no bag is of the case nobody"):
+        run_distillation(dataclasses.replace(everyone, only_cases=("nobody",)))
+
+
+def test_bags_say_which_slides_their_encoder_has_seen(cohort: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(QUICK, epochs=1)
+    encoder = run_distillation(request_of(cohort, tmp_path / "lr-fold1.safetensors", settings=settings)).path
+    held = set(splits_of(cohort).ids[:2])
+    arguments = ["run", str(cohort / "slides" / "slides.csv"), "-o", str(tmp_path / "job"), "-r", "20x", "-r", "5x"]
+    arguments += ["--tile-px", "64", "-e", "20x=texture", "-e", f"5x={encoder}", "--device", "cpu"]
+    assert run_group(wsi_group, "wsi-pipe", arguments) == 0
+    bags = sorted((tmp_path / "job" / "bags").glob("*.h5"))
+    saw = {read_attrs(bag).case_id: inspect_bag(bag, "5x", None).encoder_saw for bag in bags}
+    assert len(saw) == 6
+    assert {case for case, part in saw.items() if part == ""} == held
+    assert set(saw.values()) == {"", "unlabelled"}
+    assert all(inspect_bag(bag, "20x", None).encoder_saw == "" for bag in bags)
+
+
+def test_the_command_says_what_it_needs_to_know(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [
+        "distill",
+        "--bags",
+        str(cohort / "job" / "bags"),
+        "--teacher",
+        "texture",
+        "--out",
+        str(tmp_path / "a.safetensors"),
+    ]
+    (tmp_path / "empty.txt").write_text("\n")
+    for wrong in ([], ["--all", "--fold", "1"], ["--fold", "1"]):
+        assert run_group(group, "lrmil", [*base, *wrong]) == 2
+        assert "--all, or --cases FILE" in capsys.readouterr().err
+    assert run_group(group, "lrmil", [*base, "--cases", str(tmp_path / "empty.txt")]) == 2
+    assert "names no case" in capsys.readouterr().err
 
 
 def test_cases_may_come_from_the_labels_alone(cohort: Path, tmp_path: Path) -> None:
@@ -421,8 +490,8 @@ def test_a_run_goes_on_where_attention_differs_in_the_last_digit(
     teacher = mil_teacher(tmp_path / "hr.safetensors", "fold_1", load_encoder("texture").info.dim)
     request = request_of(cohort, tmp_path / "lr.safetensors", mil_teacher=teacher)
     first = run_distillation(request)
-    original = run_module.attention_weights
-    monkeypatch.setattr(run_module, "attention_weights", lambda *args: original(*args) * np.float32(1 + 1e-6))
+    original = lessons.attention_weights
+    monkeypatch.setattr(lessons, "attention_weights", lambda *args: original(*args) * np.float32(1 + 1e-6))
     assert run_distillation(request).history.epochs == first.history.epochs
     other = mil_teacher(tmp_path / "other.safetensors", "fold_1", load_encoder("texture").info.dim)
     model, card = load_model(other)

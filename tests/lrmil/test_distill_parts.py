@@ -180,12 +180,27 @@ def batch(student: Student, dims: tuple[int, ...]) -> TargetBatch:
 def test_without_the_final_loss_the_last_block_and_norm_learn_nothing(final: float) -> None:
     student = vit_student()
     output = student(torch.randn(2, 3, 64, 64))
-    losses_of(output, batch(student, (64, 64)), torch.ones(2), DistillSettings(final=final)).backward()  # type: ignore[no-untyped-call]
+    losses_of(output, batch(student, (64, 64)), torch.ones(3), DistillSettings(final=final)).backward()  # type: ignore[no-untyped-call]
     trunk = student.network.trunk
     last = [p for module in (trunk.blocks[-1], trunk.norm, trunk.fc_norm) for p in module.parameters()]
     reached = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in last]
     assert any(reached) == (final > 0)
     assert bool(trunk.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0)
+
+
+def test_layers_and_final_features_weigh_alike_whatever_their_units() -> None:
+    student = vit_student()
+    output = student(torch.randn(2, 3, 64, 64))
+    # A teacher whose final features are a thousand times as large as its layers, as after a projection without a norm.
+    targets = batch(student, (64, 64))
+    large = targets._replace(final=targets.final * 1000)
+    both = [
+        losses_of(output, t, torch.tensor([1.0, 1.0, v]), DistillSettings(patch=0.0)).item()
+        for t, v in ((targets, 1.0), (large, 1e6))
+    ]
+    # The student, which began at the scale of 1, is now as good as 0.
+    assert 0.2 < both[1] / both[0] < 1.0
+    assert losses_of(output, large, torch.ones(3), DistillSettings(patch=0.0)).item() > 1e5 * both[0]
 
 
 def test_a_convolutional_student_uses_its_last_map_that_is_fine_enough() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lrmil.cli import group as lrmil_group
+from lrmil.distill import lessons
 from lrmil.distill import run as run_module
 from lrmil.splits import SplitTable
 from wsi_pipe.bag import read_attrs, read_grids, read_level
@@ -63,7 +64,7 @@ def test_layers_that_extraction_stored_are_learnt(
         raise AssertionError("the teacher is run though the bags hold what is needed")
 
     monkeypatch.setattr(run_module, "distill", spy)
-    monkeypatch.setattr(run_module, "compute_targets", never)
+    monkeypatch.setattr(lessons, "compute_targets", never)
     options = ["--teacher", "timm:test_vit", "--random-teacher", "--student", "copy", "--epochs", "2"]
     out = tmp_path / "lr" / "lr-fold1.safetensors"
     assert distil(bags, out, *options) == 0

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lrmil.checkpoint import ModelCard
 from lrmil.config import ModelSettings
-from lrmil.distill import run as distilling
+from lrmil.distill import selection as distilling
 from lrmil.errors import StoreError
 from lrmil.model import build_model
 from lrmil.predictor import Predictor, write_attention

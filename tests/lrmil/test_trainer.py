@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from lrmil.checkpoint import load_model
 from lrmil.config import MODELS, LossSettings, ModelSettings, TrainSettings, load_settings
 from lrmil.errors import BagMismatchError, DivergedError, ResumeError, SettingsError, SplitError
-from lrmil.metrics import softmax
 from lrmil.model import MILModel, build_model
 from lrmil.splits import FoldIndices
 from lrmil.store import FeatureStore, ResidentStore, StoreMeta
@@ -148,7 +147,7 @@ def test_a_run_leaves_everything_needed(tmp_path: Path) -> None:
     assert [p["part"] for p in predictions] == ["val"] * 10 + ["test"] * 10
     first = predictions[0]
     logits = [float(first["logit_benign"]), float(first["logit_tumour"])]
-    assert float(first["probability_tumour"]) == pytest.approx(softmax([logits], card.temperature)[0, 1])
+    assert float(first["probability_tumour"]) == pytest.approx(card.probabilities([logits])[0, 1])
     assert first["label"] == "benign"
 
 
@@ -255,23 +254,21 @@ def test_test_bags_are_not_touched_before_the_end(monkeypatch: pytest.MonkeyPatc
     assert touched == [("train", learn), ("pass", val)] * 6 + [("pass", val), ("pass", test)]
 
 
-def test_the_temperature_is_fitted_on_validation_bags_only() -> None:
-    # Noise, so that some validation bags are wrong whatever the model.
+def test_calibration_looks_at_validation_bags_only_and_takes_class_weights_back() -> None:
     labels = LABELS.copy()
-    labels[[31, 34]] = 1 - labels[[31, 34]]
-    result = train(STORE, labels, SPLIT, replace(SETTINGS, epochs=20))
     flipped = labels.copy()
     flipped[SPLIT.test] = 1 - flipped[SPLIT.test]
-    other = train(STORE, flipped, SPLIT, replace(SETTINGS, epochs=20))
-    assert other.card.temperature == result.card.temperature != 1
-    val = [p for p in result.predictions if p.part == "val"]
-    logits, truth = np.array([p.logits for p in val]), [p.label for p in val]
-
-    def loss(temperature: float) -> float:
-        return float(-np.log(softmax(logits, temperature)[range(10), truth]).mean())
-
-    best = result.card.temperature
-    assert loss(best) <= min(loss(best * 1.02), loss(best / 1.02))
+    # Three of four training bags of one class go, so that the classes have weights.
+    rare = SPLIT.train[labels[SPLIT.train] == 1]
+    split = FoldIndices(np.setdiff1d(SPLIT.train, rare[len(rare) // 4 :]), SPLIT.val, SPLIT.test)
+    result, other = (train(STORE, table, split, SETTINGS) for table in (labels, flipped))
+    assert (other.card.temperature, other.card.bias) == (result.card.temperature, result.card.bias)
+    counts = np.bincount(labels[split.train])
+    shift = np.log(counts / counts.mean())
+    np.testing.assert_allclose(result.card.bias, shift - shift.mean(), atol=1e-6)
+    assert result.card.calibration.startswith("prior: not fitted: 10 validation cases")
+    plain = train(STORE, labels, split, replace(SETTINGS, class_weights="none"))
+    assert (plain.card.bias, plain.card.temperature) == ((), 1.0)
 
 
 def test_without_validation_the_last_epoch_stays_and_nothing_is_calibrated() -> None:

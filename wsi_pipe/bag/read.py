@@ -256,6 +256,7 @@ def _features_of(group: Any, slug: str) -> Features:
             for name in ("encoder", "weights_sha256", "licence", "precision", "transform", "fingerprint")
         },
         weights=weights_of(slug, attrs),
+        encoder_saw=str(attrs.get("encoder_saw", "")),
     )
 
 

@@ -89,7 +89,7 @@ class Features:
 
     values: float16 or float32 (N, D). encoder: the encoder's name as given. transform: JSON text. layers: CLS of
     chosen blocks, block number as text -> the same shape. weights: "random" where they were drawn and not learnt, else
-    "".
+    "". encoder_saw: in which part of ``wsi_pipe.seen.SEEN_PARTS`` the encoder saw this slide or its case, or "".
     """
 
     encoder: str
@@ -101,6 +101,7 @@ class Features:
     fingerprint: str
     layers: Mapping[str, FeatureArray] = field(default_factory=dict)
     weights: str = ""
+    encoder_saw: str = ""
 
 
 @dataclass(frozen=True)

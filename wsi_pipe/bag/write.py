@@ -107,6 +107,8 @@ def _write_features(group: Any, slug: str, features: Features) -> None:
         attrs[name] = getattr(features, name)
     if features.weights:
         attrs["weights"] = features.weights
+    if features.encoder_saw:
+        attrs["encoder_saw"] = features.encoder_saw
     attrs["sha256"] = content_digest([features.values])
     for block, values in features.layers.items():
         layer = _dataset(group.require_group("layers").require_group(slug), block, values)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.errors import ConfigError, EncoderOutputError, ResolutionError
 from wsi_pipe.geometry import TileGrid, level_label
+from wsi_pipe.seen import Seen
 
 __all__ = [
     "MPP_TOLERANCE",
@@ -55,7 +56,8 @@ class EncoderInfo:
     that the encoder was made for, which a grid must have too. weights_sha256: of the weights' file, or a constant that
     names the version of a weightless encoder. precision: "float32", "bfloat16", "float16".
     transform: how pixels become inputs, as JSON-able values. licence: SPDX id or the model card's name for it.
-    random: its weights were drawn and not learnt; name and slug say so too.
+    random: its weights were drawn and not learnt; name and slug say so too. seen: whose slides it was trained on, as
+    far as its file says so.
     """
 
     name: str
@@ -70,6 +72,7 @@ class EncoderInfo:
     transform: Mapping[str, Any] = field(default_factory=dict)
     tile_px: int | None = None
     random: bool = False
+    seen: Seen = field(default_factory=Seen, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from wsi_pipe.encoders.tensor_file import tensors_sha256, write_tensor_file
 from wsi_pipe.errors import ConfigError, WeightsError
 from wsi_pipe.files import atomic_path, parse_json
 from wsi_pipe.geometry import TileSpec
+from wsi_pipe.seen import Seen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,5 +204,13 @@ def load_lr_network(path: Path, name: str) -> tuple[PooledNetwork, Recipe, Encod
         mpp=header.tile.mpp,
         mpp_required=True,
         tile_px=header.tile.size_px,
+        seen=_seen(header, path),
     )
     return network, header.recipe, info
+
+
+def _seen(header: LrHeader, path: Path) -> Seen:
+    try:
+        return Seen.from_json(header.training.get("seen"))
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}", remedy="write it again") from error

@@ -250,6 +250,9 @@ def assemble(
             if item.place in lacking or slug not in kept:
                 features = fresh.get(item.fingerprint)
                 own[slug] = features if features is not None else _stored(prepared, item, grid, paths, settings.dtype)
+            # Asked again each time: a case may have been corrected.
+            saw = item.info.seen.part_of(attrs.case_id, attrs.slide_fingerprint)
+            own[slug] = dataclasses.replace(own[slug], encoder_saw=saw)
         if held is not None and not same:
             lost += [f"{grid.label}/{slug}" for slug in _under_own_names(held.features) if slug not in own]
         attention = held.attention if held is not None and same else {}
