@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -550,7 +551,9 @@ def test_bytes_and_native_tiles_are_those_really_read_and_decoded(
     assert whole.bytes_read == read
     # A run opens the slide twice.
     assert whole.native_tiles == decoded - overview_blocks - 2 * probes
-    assert whole.bytes_read - staged.bytes_read == 2 * opening
+    # And it reads once more what a file is known by whatever levels a later version finds in it: its ends.
+    content = min(os.path.getsize(entry.path), 2 << 20)
+    assert whole.bytes_read - staged.bytes_read == 2 * opening + content
 
 
 def test_high_resolution_counts_what_a_run_reports(measured: BenchmarkRecord, tmp_path: Path) -> None:
@@ -645,7 +648,7 @@ def test_a_run_that_fails_leaves_nothing_to_the_next_slide(
     [
         (KeyboardInterrupt(), "interrupted"),
         (DeviceError("the device is gone"), "the device is gone"),
-        (ValueError("each slide fails"), "ValueError: each slide fails"),
+        (ValueError("each slide fails"), "no slide can be measured (case001-1: ValueError: each slide fails)"),
     ],
 )
 def test_what_ends_a_benchmark_leaves_its_complete_rounds(

@@ -470,15 +470,17 @@ def test_a_killed_run_resumed_gives_the_same_bytes(vit: Any) -> None:
     interrupted.close()  # type: ignore[attr-defined]
     done = {"a": first, **run(slides[1:], {"timm:test_vit": vit}, memory_bytes=1 << 17, read_threads=1)}
     for name in ("a", "b", "c"):
-        ours, theirs = (found[name].features["5x"]["timm-test_vit"] for found in (whole, done))
+        ours, theirs = (found[name].features["5x"]["timm-test_vit-random"] for found in (whole, done))
         assert ours.tobytes() == theirs.tobytes()
 
 
 def test_neighbours_and_batch_size_change_nothing_of_note(vit: Any) -> None:
-    alone = run([vit_item("a", 1, 37)], {"timm:test_vit": vit}, batch_size=1)["a"].features["5x"]["timm-test_vit"]
+    alone = run([vit_item("a", 1, 37)], {"timm:test_vit": vit}, batch_size=1)["a"].features["5x"][
+        "timm-test_vit-random"
+    ]
     for size in (5, 37):
         found = run([vit_item("a", 1, 37)], {"timm:test_vit": vit}, batch_size=size)["a"].features["5x"]
-        vectors = found["timm-test_vit"]
+        vectors = found["timm-test_vit-random"]
         cosine = (vectors * alone).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(alone, axis=1)
         assert cosine.min() >= 0.9999
 
@@ -487,8 +489,8 @@ def test_layers_come_beside_the_features(vit: Any) -> None:
     result = run([vit_item("a", 1, 9)], {"timm:test_vit": vit}, layers=(0, -1))["a"]
     pixels = read_tiles(slide(1, 9), row_of_tiles(9).corners_l0, float(TILE), TILE)
     direct = vit.encode_layers(pixels, [0, -1])
-    found = result.layers["5x"]["timm-test_vit"]
-    np.testing.assert_allclose(result.features["5x"]["timm-test_vit"], direct.features, atol=1e-5)
+    found = result.layers["5x"]["timm-test_vit-random"]
+    np.testing.assert_allclose(result.features["5x"]["timm-test_vit-random"], direct.features, atol=1e-5)
     assert set(found) == {0, -1}
     for block in (0, -1):
         np.testing.assert_allclose(found[block], direct.cls[block], atol=1e-5)

@@ -17,6 +17,13 @@ _WORDS = re.compile(
     r"sig|token|secret|passw|passphrase|pwd|credential|auth|key|session|jwt|sas$|bearer|policy|signed|ticket|cookie",
     re.IGNORECASE,
 )
+_SECRET_NAME = re.compile(
+    r"([\w.%-]*[_.-])?(sig|signature|token|secret|passw(or)?d|pwd|passphrase|credentials?|jwt|cookie|bearer)|"
+    r"[\w.-]*(access|api|secret|account|auth|private|shared)[\w]*[_-]?(key|signature|token)(id)?|"
+    r"session[_-]?(id|key|token)?",
+    re.IGNORECASE,
+)
+"""What a name is called outside of a URL whose value is a secret: "signal" and "key" are words of every day."""
 _HARMLESS = re.compile(
     r"version(id)?|generation|alt|format|id|page|file(name)?|path|name|level|region|size|w|h|x|y|z|dl|download|type|"
     r"series(uid)?|study(uid)?|response-content-(disposition|type)|expires|x-(amz|goog)-(date|expires|algorithm)|s[erptv]|"
@@ -42,8 +49,10 @@ def mask_secrets(text: str) -> str:
 
 def _assigned(match: re.Match[str]) -> str:
     start, name, value = match["start"], match["name"], match["value"]
-    # Outside a query, "level=2" of a message is no secret, and neither is "key=" followed by nothing but a number.
-    secret = bool(_WORDS.search(name)) if not start else not _HARMLESS.fullmatch(name) or bool(_WORDS.search(name))
+    # Outside a query, "level=2" of a message is no secret, and neither is a name followed by nothing but a number.
+    secret = not _HARMLESS.fullmatch(name) or bool(_WORDS.search(name))
+    if not start:
+        secret = bool(_SECRET_NAME.fullmatch(name))
     if start == ";":
         secret = bool(_WORDS.search(name))
     return f"{start}{name}={MASK}" if secret and not (not start and value.isdecimal()) else match[0]

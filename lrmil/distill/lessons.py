@@ -45,7 +45,9 @@ def taught_slides(
         say(f"teacher {teacher.info.name} over the tiles at {request.hr} of {len(bags)} slides")
         made = compute_targets([_target(request, bag, attrs) for bag, attrs in bags.items()], teacher, layers, folder)
         files = {bag.stem: made[bag.stem, request.hr] for bag in bags}
-    loaded = {bag: _load(request, bag, attrs, layers, depth, files, shelf) for bag, attrs in bags.items()}
+    loaded = {
+        bag: _load(request, teacher.info.name, bag, attrs, layers, depth, files, shelf) for bag, attrs in bags.items()
+    }
     places = {slide.slide_id: bag for bag, slide in loaded.items() if slide is not None}
     slides = [slide for slide in loaded.values() if slide is not None]
     if not slides:
@@ -77,6 +79,7 @@ def teacher_layers(teacher: Encoder, settings: DistillSettings) -> tuple[tuple[i
 
 def _load(
     request: DistillRequest,
+    encoder: str,
     bag: Path,
     attrs: BagAttrs,
     layers: Sequence[int],
@@ -89,7 +92,7 @@ def _load(
         _slide_file(request, bag, attrs),
         request.lr,
         request.hr,
-        request.teacher,
+        encoder,
         layers,
         depth,
         files.get(bag.stem),
@@ -133,7 +136,7 @@ def weighted(
     assert request.mil_teacher is not None
     model, card = load_model(request.mil_teacher)
     path = request.mil_teacher
-    wanted = {"fold": selection.name, "level": request.hr, "encoder": request.teacher}
+    wanted = {"fold": selection.name, "level": request.hr, "encoder": teacher.info.name}
     found = {"fold": card.fold, "level": card.level, "encoder": card.encoder}
     for name, value in wanted.items():
         if found[name] and found[name] != value:

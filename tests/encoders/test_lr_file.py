@@ -155,7 +155,7 @@ def test_an_existing_file_stays_when_writing_fails(written: Path, monkeypatch: p
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("wsi_pipe.encoders.lr_file.write_tensor_file", full)
     network, recipe = student()
     with pytest.raises(OutputError, match="No space left"):
         write_lr_encoder(written, network, recipe=recipe, tile=TILE, licence="MIT")

@@ -49,7 +49,7 @@ def test_layers_that_extraction_stored_are_learnt(
     grids = ["-r", "20x", "-r", "5x", "--tile-px", "64"]
     # Compared with float32 below: on some processors "auto" is bfloat16.
     encoder = ["--encoder", "timm:test_vit", "--random-weights", "--layers", "0,1,-2", "--precision", "float32"]
-    for command in (["tile", manifest, *grids], ["extract", manifest, *grids, *encoder], ["assemble"]):
+    for command in (["tile", manifest, *grids], ["extract", manifest, *grids, *encoder], ["assemble", *encoder]):
         arguments = [str(part) for part in (*command, "-o", tmp_path / "job")]
         assert run_group(wsi_pipe_group, "wsi-pipe", arguments) == 0
     bags = tmp_path / "job" / "bags"
@@ -85,7 +85,7 @@ def test_layers_that_extraction_stored_are_learnt(
     for found, wanted in zip((*one.layers, one.final), expected, strict=True):
         assert found.dtype == np.float16
         assert np.allclose(found, wanted, atol=5e-3, rtol=5e-3)
-    assert np.array_equal(one.final, read_level(bag, "20x", "timm:test_vit").features)
+    assert np.array_equal(one.final, read_level(bag, "20x", "timm:test_vit-random").features)
     # Some of the layers may be left out, and blocks may be counted from the other end.
     assert distil(bags, tmp_path / "few" / "lr.safetensors", *options, "--layers", "4,-5") == 0
     assert read_lr_header(tmp_path / "few" / "lr.safetensors").training["layers"] == [4, 1]

@@ -23,7 +23,7 @@ from wsi_pipe.encoders.base import EncoderInfo
 from wsi_pipe.geometry import IntPair, TileGrid
 from wsi_pipe.job import fingerprints as versions
 from wsi_pipe.job.fingerprints import features_fingerprint
-from wsi_pipe.slides.base import ReadStats, Slide
+from wsi_pipe.slides.base import Slide
 from wsi_pipe.slides.opening import READERS
 from wsi_pipe.slides.storage.source import FileSource, is_url, slide_fingerprint, slide_fingerprints
 
@@ -72,6 +72,7 @@ class Identity:
     def __init__(self, slide: Slide, path: str) -> None:
         self.now = slide.info.fingerprint
         self._path = path
+        self._stats = slide.stats
         self._sizes = [level.size_px for level in slide.pyramid.levels]
         self._known: list[str] = []
         self._older: tuple[str, ...] | None = None
@@ -102,7 +103,7 @@ class Identity:
         if self._content is None:
             self._content = ""
             if not is_url(self._path) and Path(self._path).is_file():
-                with closing(FileSource(self._path, ReadStats())) as source:
+                with closing(FileSource(self._path, self._stats)) as source:
                     self._content = slide_fingerprint([source], [])
         return self._content
 
@@ -113,7 +114,7 @@ class Identity:
         tables: list[list[IntPair]] = [
             [first, *some] for count in range(len(rest)) for some in itertools.combinations(rest, count)
         ]
-        with closing(FileSource(self._path, ReadStats())) as source:
+        with closing(FileSource(self._path, self._stats)) as source:
             yield from slide_fingerprints([source], tables[:MOST_TABLES])
 
 
@@ -133,7 +134,9 @@ def shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)):
-        return "x".join(shown(item) for item in value) if value else "none"
+        # Two numbers of one thing, as um per pixel in x and y, or a list.
+        pair = len(value) == 2 and all(isinstance(item, float) for item in value)
+        return ("x" if pair else ", ").join(shown(item) for item in value) if value else "none"
     return "none" if value is None else str(value)
 
 

@@ -166,7 +166,9 @@ def test_of_several_scans_each_has_the_bounds_of_all(tmp_path: Path, picture: Pi
 def test_the_mask_of_a_cropped_slide_is_written_as_qupath_counts(tmp_path: Path) -> None:
     """One piece of tissue, whose place in the scan is known; QuPath shows the scan alone."""
     picture = np.full((400, 500, 3), 240, np.uint8)
-    picture[100:300, 150:400] = (200, 120, 180)
+    # With grain: a smooth patch with straight edges is a field of tinted glass.
+    grain = np.random.default_rng(0).integers(-25, 26, (200, 250, 1))
+    picture[100:300, 150:400] = np.clip(np.array([200, 120, 180]) + grain, 0, 255)
     path = build(tmp_path / "slide.scn", picture, (300 * NM_PER_PX, 500 * NM_PER_PX))
     settings = JobSettings(segment=SegmentSettings(mpp=2.0, min_area_um2=100.0))
     entry = SlideEntry("s", str(path), "s")
