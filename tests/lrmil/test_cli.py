@@ -259,7 +259,8 @@ def test_user_errors_are_one_line_and_exit_2(
 
 
 def test_help_starts_without_torch() -> None:
-    code = "import sys, lrmil.cli as c, wsi_pipe.cli as w; w.run_group(c.group, 'lrmil', ['--help']); print('torch' in sys.modules)"
+    code = "import sys, lrmil.cli as c, wsi_pipe.cli as w; w.run_group(c.group, 'lrmil', ['--help'])"
+    code += "; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
     assert "predict" in done.stdout

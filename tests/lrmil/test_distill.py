@@ -436,7 +436,7 @@ def test_bags_say_which_slides_their_encoder_has_seen(cohort: Path, tmp_path: Pa
     encoder = run_distillation(request_of(cohort, tmp_path / "lr-fold1.safetensors", settings=settings)).path
     held = set(splits_of(cohort).ids[:2])
     arguments = ["run", str(cohort / "slides" / "slides.csv"), "-o", str(tmp_path / "job"), "-r", "20x", "-r", "5x"]
-    arguments += ["--tile-px", "64", "-e", "20x=texture", "-e", f"5x={encoder}", "--device", "cpu"]
+    arguments += ["--tile-px", "64", "-e", "20x=texture", "-e", f"5x={encoder}", "--devices", "cpu"]
     assert run_group(wsi_group, "wsi-pipe", arguments) == 0
     bags = sorted((tmp_path / "job" / "bags").glob("*.h5"))
     saw = {read_attrs(bag).case_id: inspect_bag(bag, "5x", None).encoder_saw for bag in bags}
