@@ -17,7 +17,7 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
-from wsi_pipe.config import JobSettings, SegmentSettings
+from wsi_pipe.config import JobSettings, SegmentSettings, TileSettings
 from wsi_pipe.errors import NotAPictureError, UnsupportedSlideError
 from wsi_pipe.job import open_job
 from wsi_pipe.job.run import process
@@ -170,7 +170,9 @@ def test_the_mask_of_a_cropped_slide_is_written_as_qupath_counts(tmp_path: Path)
     grain = np.random.default_rng(0).integers(-25, 26, (200, 250, 1))
     picture[100:300, 150:400] = np.clip(np.array([200, 120, 180]) + grain, 0, 255)
     path = build(tmp_path / "slide.scn", picture, (300 * NM_PER_PX, 500 * NM_PER_PX))
-    settings = JobSettings(segment=SegmentSettings(mpp=2.0, min_area_um2=100.0))
+    # Tiles that fit: a mask in which none does is of an empty slide.
+    tile = TileSettings(resolutions=(0.5,), tile_px=64)
+    settings = JobSettings(segment=SegmentSettings(mpp=2.0, min_area_um2=100.0), tile=tile)
     entry = SlideEntry("s", str(path), "s")
     paths = open_job(tmp_path / "job", settings, [entry])
     (outcome,) = process([entry], settings, paths, until="segment")
