@@ -185,7 +185,8 @@ def test_the_mask_of_a_cropped_slide_is_written_as_qupath_counts(tmp_path: Path)
     # Back through QuPath, which drops what it does not know.
     (tmp_path / "edited.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
     again = dataclasses.replace(entry, mask=str(tmp_path / "edited.geojson"))
-    (outcome,) = process([again], settings, paths, until="segment")
+    anew = dataclasses.replace(settings, redo=True)
+    (outcome,) = process([again], anew, paths, until="segment")
     assert "corner of the scan's bounds at (300, 500)" in outcome.notes[0]
     assert json.loads(paths.tissue("s").read_text())["features"] == stored["features"]
 
