@@ -427,9 +427,13 @@ def test_an_encoder_that_is_added_leaves_what_the_others_cost(
     # A run in between that makes no features takes nothing away.
     (job / "tissue/s1.geojson").unlink()
     assert cli("segment", "-o", job, *options) == 0
-    # Made anew, the one's times are replaced and the other's stay.
+    # Other weights under the same name: what is there is not made anew unless that is said.
     distil(encoder, 1)
-    assert cli("run", "-o", job, *options) == 0
+    again = ("-e", "texture", "-e", encoder, *more)
+    assert cli("run", "-o", job, *again) == 1
+    assert read_outcomes(job)["s1"].status == "failed"
+    # Made anew, the one's times are replaced and the other's stay.
+    assert cli("run", "-o", job, *again, "--redo") == 0
     third = read_outcomes(job)["s1"]
     both(third)
     assert third.costs["5x/texture"] == first.costs["5x/texture"]
