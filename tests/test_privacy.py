@@ -248,6 +248,36 @@ def test_messages_are_told_without_names(text: str) -> None:
     assert told(SlideEntry("a", "/x/a.svs", "a"), text) == text
 
 
+def test_an_anonymised_job_tells_neither_where_slides_were_nor_when_they_were_scanned(
+    tmp_path: Path, tissue_picture: Callable[..., NDArray[np.uint8]], make_slide: Callable[..., Path]
+) -> None:
+    import os
+
+    job, old, new = tmp_path / "job", tmp_path / "Old Garcia" / "of Mendez", tmp_path / "unit4 new"
+    slide = make_slide(old / "scan.tif", picture=tissue_picture(512, 512))
+    scanned_ns = 1_100_000_000_123_456_789
+    os.utime(slide, ns=(scanned_ns, scanned_ns))
+    area = [[50, 50], [400, 50], [400, 400], [50, 400], [50, 50]]
+    mask = {"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [area]}}
+    (tmp_path / "Old Garcia" / "by pathologist7.geojson").write_text(json.dumps(mask))
+    rows = "slide,mask\nOld Garcia/of Mendez/scan.tif,Old Garcia/by pathologist7.geojson\n"
+    (tmp_path / "list.csv").write_text(rows)
+    assert run("run", "--slides", tmp_path / "list.csv", "-o", job, "--anonymise", "-r", "20x") == 0
+    assert run("run", "-o", job) == 0
+    new.mkdir()
+    old.rename(new / "of Mendez")
+    assert run("run", new, "-o", job) == 0
+    (tmp_path / "list.csv").write_text("slide,mask\nunit4 new/of Mendez/scan.tif,-\n")
+    assert run("run", "--slides", tmp_path / "list.csv", "-o", job, "--redo") == 0
+    changes = [json.loads(line) for line in (job / "changes.jsonl").read_text().splitlines()]
+    assert [(c["what"], c["old"], c["new"]) for c in changes] == [
+        ("path", "(left out)", "(left out)"), ("mask", "(left out)", "none"),
+    ]  # fmt: skip
+    (mark, *_) = (json.loads(line) for line in (job / ".index.jsonl").read_text().splitlines())
+    assert mark["files"][0][1] == (new / "of Mendez" / "scan.tif").stat().st_size
+    assert told_by(job, ("Garcia", "Mendez", "pathologist7", "unit4", str(scanned_ns // 10**9))) == []
+
+
 def described(capsys: pytest.CaptureFixture[str], *slides: Path) -> list[set[tuple[str, str]]]:
     assert run("info", *slides, "--json") == 0
     found = json.loads(capsys.readouterr().out)

@@ -126,7 +126,7 @@ def _stale(
             yield entry.slide_id, f"{', '.join(kinds)}: {'; '.join(what)}"
             continue
         # Only of a file that has another size or time than when it was read is the content looked at.
-        if end.error == STALE or (end.stamp and stamp_of(entry.path) not in ("", end.stamp)):
+        if end.error == STALE or (end.stamp and stamp_of(entry) not in ("", end.stamp)):
             changes = sources.changes_of_slide(entry, paths)
             if changes:
                 yield entry.slide_id, "; ".join(changes)

@@ -163,10 +163,11 @@ def _slide_changes(entries: Iterable[SlideEntry], listed: Mapping[str, SlideEntr
         if old is None:
             continue
         if old.path != entry.path:
-            yield Change(entry.slide_id, "path", _told(entry, old.path), _told(entry, entry.path))
+            was, now = (_told_value(entry, "path", one.path) for one in (old, entry))
+            yield Change(entry.slide_id, "path", was, now)
         for item in dataclasses.fields(SlideEntry):
             if item.name not in _OF_A_SLIDE and getattr(old, item.name) != getattr(entry, item.name):
-                was, now = (_told(entry, shown(getattr(one, item.name))) for one in (old, entry))
+                was, now = (_told_value(entry, item.name, getattr(one, item.name)) for one in (old, entry))
                 yield Change(entry.slide_id, item.name, was, now)
         for column in sorted(old.overrides.keys() | entry.overrides.keys()):
             before, after = old.overrides.get(column), entry.overrides.get(column)
@@ -175,9 +176,17 @@ def _slide_changes(entries: Iterable[SlideEntry], listed: Mapping[str, SlideEntr
                 yield Change(entry.slide_id, column, was, now)
 
 
-def _told(entry: SlideEntry, text: str) -> str:
-    """A value as the log of changes and the screen may show it: without names that the job hides, and secrets."""
-    return mask_secrets(told(entry, text))
+_FILES = ("path", "mask", "annotations")
+
+
+def _told_value(entry: SlideEntry, name: str, value: object) -> str:
+    """A value as the log of changes and the screen may show it: without names that the job hides, and secrets.
+
+    Of files of an anonymised job nothing is said: folders of the place that a slide was moved from name people too.
+    """
+    if entry.hides and name in _FILES and value is not None:
+        return "(left out)"
+    return mask_secrets(told(entry, shown(value)))
 
 
 def note_changes(paths: JobPaths, changes: Iterable[Change]) -> None:

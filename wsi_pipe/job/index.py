@@ -166,8 +166,11 @@ def stamps_of(files: Iterable[str]) -> tuple[Stamp, ...] | None:
 
 
 def _public(entry: SlideEntry, stamps: tuple[Stamp, ...]) -> tuple[Stamp, ...]:
-    """Stamps as the index holds them: without the paths that an anonymised job does not tell; their order stays."""
-    return tuple(("", *stamp[1:]) for stamp in stamps) if entry.hides else stamps
+    """Stamps as the index holds them: an anonymised job tells neither paths nor times, which may be those of the scan,
+    but a hash of the times under the slide's path; their order stays."""
+    if not entry.hides:
+        return stamps
+    return tuple((fingerprint(entry.path, *times), size, 0, 0) for _, size, *times in stamps)
 
 
 class JobIndex:

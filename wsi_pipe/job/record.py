@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from wsi_pipe.config import JobSettings, dump_toml, load_toml
+from wsi_pipe.config import JobSettings, dump_toml, fingerprint, load_toml
 from wsi_pipe.encoders.naming import slug_of
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import output_error, parse_json, write_text_atomically
@@ -204,13 +204,17 @@ def write_failures(paths: JobPaths) -> None:
     write_text_atomically(paths.failures, csv_text(["slide_id", "slide", "stage", "cause", "remedy"], rows))
 
 
-def stamp_of(path: str) -> str:
-    """Size and time of change of a local file: whether it may be another by now shows without opening it."""
+def stamp_of(entry: SlideEntry) -> str:
+    """Size and time of change of a slide's local file: whether it may be another by now shows without opening it.
+
+    In an anonymised job a hash of them, since a file often was changed last when it was scanned.
+    """
     try:
-        state = os.stat(path)
+        state = os.stat(entry.path)
     except (OSError, ValueError):
         return ""
-    return f"{state.st_size}:{state.st_mtime_ns}"
+    stamp = f"{state.st_size}:{state.st_mtime_ns}"
+    return fingerprint(entry.path, stamp) if entry.hides else stamp
 
 
 def utc_now() -> str:

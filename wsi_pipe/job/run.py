@@ -324,7 +324,7 @@ class _Run:
                 counts=prepared.counts if prepared else {},
                 mpp=prepared.attrs.mpp_l0 if prepared else None,
                 mpp_source=prepared.attrs.mpp_source if prepared else "",
-                stamp=stamp_of(work.entry.path),
+                stamp=stamp_of(work.entry),
                 cached=cached if cached is not None else prepared.cached if prepared else work.clock.cached,
                 costs={item.place: work.costs.get(item.place, {}) for item in work.wanted},
                 finished_utc=utc_now(),
