@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from wsi_pipe.bag import check_bag, read_attrs, read_bag
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.job import fingerprints, load_settings, load_slides, read_outcomes
+from wsi_pipe.outcome import focus_of
 
 MakeSlide = Callable[..., Path]
 DATA = Path(__file__).parent / "data"
@@ -182,6 +183,20 @@ def test_another_resolution_is_added_and_one_left_out_stays(job: Path, again: Ag
     held = state(job)
     assert again("-r", "5x")[0] == 0
     assert state(job) == held
+
+
+def test_how_sharp_tiles_are_is_known_as_long_as_they_are_there(job: Path, again: Again) -> None:
+    before = focus_of(read_outcomes(job)["a"].counts)
+    assert before
+    assert again("-r", "10x")[0] == 0
+    after = focus_of(read_outcomes(job)["a"].counts)
+    assert before.items() < after.items()
+    slide = Path(load_slides(job)[0].path)
+    slide.rename(slide.with_suffix(".away"))
+    assert again()[0] == 1
+    slide.with_suffix(".away").rename(slide)
+    assert again()[0] == 0
+    assert focus_of(read_outcomes(job)["a"].counts) == after
 
 
 def test_a_bag_follows_its_own_grids_where_tiles_were_deleted(job: Path, again: Again) -> None:

@@ -9,7 +9,17 @@ from typing import Any, Literal
 
 from wsi_pipe.masking import mask_secrets
 
-__all__ = ["MPP_OUTLIER_RULE", "STAGES", "STAGE_TIMES", "SlideOutcome", "Stage", "Status", "mpp_outliers"]
+__all__ = [
+    "FOCUS_FIGURES",
+    "MPP_OUTLIER_RULE",
+    "STAGES",
+    "STAGE_TIMES",
+    "SlideOutcome",
+    "Stage",
+    "Status",
+    "focus_of",
+    "mpp_outliers",
+]
 
 Status = Literal["done", "empty", "failed"]
 Stage = Literal["open", "segment", "tile", "extract", "assemble"]
@@ -84,7 +94,8 @@ class SlideOutcome:
         """
         times = [time for stage in self.cached for time in TIMES.get(stage, ()) if time in before.seconds]
         seconds = {**self.seconds, **{time: before.seconds[time] for time in times}}
-        counts = {**before.counts, **self.counts} if "extract" in self.cached else dict(self.counts)
+        kept = before.counts if "extract" in self.cached else self._focus_still_of(before)
+        counts = {**kept, **self.counts}
         # Features that this run was not about are still there, and so is what they cost.
         costs = {**before.costs, **{key: own or before.costs.get(key, {}) for key, own in self.costs.items()}}
         # Where all features were valid the sums may be known already.
@@ -95,6 +106,17 @@ class SlideOutcome:
                     if name not in known:
                         sums[name] = sums.get(name, 0.0) + spent
         return replace(self, seconds=seconds, counts=counts, costs=costs)
+
+    def _focus_still_of(self, before: SlideOutcome) -> dict[str, float]:
+        """What ``before`` knows of the focus of tiles that are still there: a run measures the levels that it is about,
+        and one that failed none."""
+        found = {}
+        for name, value in focus_of(before.counts).items():
+            label = name.partition(".")[2]
+            count = self.tiles.get(label)
+            if self.status == "failed" or (count is not None and before.tiles.get(label, count) == count):
+                found[name] = value
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values, one line of ``outcomes.jsonl``."""
@@ -136,6 +158,15 @@ def _values(table: object) -> list[Any]:
     if not isinstance(table, Mapping):
         raise ValueError("not an outcome of a slide")
     return list(table.values())
+
+
+FOCUS_FIGURES = ("sharpness_p5", "sharpness_median", "sharpness_p95", "blurred_tiles", "folded_tiles", "bubble_tiles")
+"""Counts of an outcome, by level, that say how sharp its tiles are."""
+
+
+def focus_of(counts: Mapping[str, float]) -> dict[str, float]:
+    """Those of an outcome's counts that say how sharp its tiles are."""
+    return {name: value for name, value in counts.items() if name.partition(".")[0] in FOCUS_FIGURES}
 
 
 NEAR_MPP = 0.10

@@ -21,7 +21,7 @@ from wsi_pipe.job.ownership import claim_job, refuse_foreign
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.private import load_identities, public, write_identities
 from wsi_pipe.manifest import SlideEntry, read_manifest, write_manifest
-from wsi_pipe.outcome import SlideOutcome
+from wsi_pipe.outcome import SlideOutcome, focus_of
 from wsi_pipe.tables import csv_text
 
 __all__ = [
@@ -176,8 +176,9 @@ class OutcomeLog:
             # Nothing was done, and what is there is what it was.
             outcome = replace(before, **_of_now(outcome))
         elif before is not None and before.status == "failed" and before.error != STALE:
-            # Its times are of work that came to nothing; what features of earlier runs cost still holds.
-            outcome = outcome.keeping(replace(before, seconds={}, counts={}))
+            # Its times are of work that came to nothing; what features of earlier runs cost still holds, and how sharp
+            # their tiles are.
+            outcome = outcome.keeping(replace(before, seconds={}, counts=focus_of(before.counts)))
         elif before is not None:
             same = _facts(before) == _facts(outcome)
             if outcome.nothing_new and same and outcome.seconds.keys() <= before.seconds.keys():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wsi_pipe.outcome import SlideOutcome
+from wsi_pipe.outcome import FOCUS_FIGURES, SlideOutcome
 from wsi_pipe.quality import BLURRED_BELOW, FOLDED_FROM
 
 __all__ = ["focus_rows", "focus_text"]
@@ -30,7 +30,7 @@ def focus_rows(outcomes: Sequence[SlideOutcome]) -> tuple[list[tuple[object, ...
     rows = []
     for outcome in outcomes:
         for label, tiles in outcome.tiles.items():
-            counts = {name: outcome.counts.get(f"{name}.{label}") for name in _FIGURES}
+            counts = {name: outcome.counts.get(f"{name}.{label}") for name in FOCUS_FIGURES}
             if counts["sharpness_median"] is None or not tiles:
                 continue
             shares = [(counts[name] or 0.0) / tiles for name in ("blurred_tiles", "folded_tiles", "bubble_tiles")]
@@ -42,6 +42,3 @@ def focus_rows(outcomes: Sequence[SlideOutcome]) -> tuple[list[tuple[object, ...
         for _, slide_id, label, tiles, figures, shares in rows[:MOST_ROWS]
     ]
     return shown, len(rows)
-
-
-_FIGURES = ("sharpness_p5", "sharpness_median", "sharpness_p95", "blurred_tiles", "folded_tiles", "bubble_tiles")
