@@ -278,6 +278,24 @@ def test_an_anonymised_job_tells_neither_where_slides_were_nor_when_they_were_sc
     assert told_by(job, ("Garcia", "Mendez", "pathologist7", "unit4", str(scanned_ns // 10**9))) == []
 
 
+def test_names_of_the_files_of_a_series_are_not_told_either(
+    tmp_path: Path, tissue_picture: Callable[..., NDArray[np.uint8]]
+) -> None:
+    import pydicom
+
+    series = tmp_path / "in" / "series"
+    series.mkdir(parents=True)
+    write_dicom(series / "MRN-0815 Garcia.dcm", np.ascontiguousarray(tissue_picture(768, 640)[:512, :512]))
+    left_out = pydicom.dcmread(series / "MRN-0815 Garcia.dcm")
+    left_out.ImageType = ["ORIGINAL", "PRIMARY", "OTHER", "NONE"]
+    left_out.SOPInstanceUID = left_out.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    left_out.save_as(series / "Mendez 2.dcm")
+    assert run("run", tmp_path / "in", "-o", tmp_path / "job", "--anonymise", "-r", "20x") == 0
+    (outcome,) = (json.loads(line) for line in (tmp_path / "job/outcomes.jsonl").read_text().splitlines())
+    assert any("is left out" in note for note in outcome["notes"])
+    assert told_by(tmp_path / "job", ("Garcia", "Mendez", "MRN-0815")) == []
+
+
 def described(capsys: pytest.CaptureFixture[str], *slides: Path) -> list[set[tuple[str, str]]]:
     assert run("info", *slides, "--json") == 0
     found = json.loads(capsys.readouterr().out)

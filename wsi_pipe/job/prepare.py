@@ -587,7 +587,10 @@ def _refuse_moved_tiles(entry: SlideEntry, before: BagHeader, grids: Sequence[Ti
     moved = [grid.label for grid in before.grids if laid.get(grid.label) != grid_fingerprint("", grid)]
     if moved:
         added = ", ".join(label for label in laid if label not in {grid.label for grid in before.grids})
-        raise stale_error(entry, "its grids", (f"{', '.join(moved)} would be laid anew to fit {added}",))
+        error = stale_error(entry, "its grids", (f"{', '.join(moved)} would be laid anew to fit {added}",))
+        # The job's settings name the new one by now.
+        options = " ".join(f"-r {label}" for label in added.split(", "))
+        raise StaleWorkError(error.message, remedy=f"{error.remedy}: wsi-pipe prune {options} takes it out of them")
 
 
 def _mpp(slide: Slide) -> FloatPair:

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from wsi_pipe.errors import ConfigError, ManifestError, WsiPipeError, in_words
@@ -126,6 +127,22 @@ def _names(entry: SlideEntry) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+MOST_INSIDE = 10_000
+
+
+def _names_inside(path: str) -> list[str]:
+    """Names and stems of the files that a slide of several is made of, which messages name as well."""
+    if is_url(path):
+        return []
+    folder = os.path.dirname(path) if path.lower().endswith((".dcm", ".ome.tif", ".ome.tiff")) else path
+    try:
+        with os.scandir(folder) as found:
+            names = [item.name for item in islice(found, MOST_INSIDE) if item.is_file()]
+    except OSError:
+        return []
+    return [part for name in names for part in (name, os.path.splitext(name)[0])]
+
+
 def revealed(entries: Iterable[SlideEntry]) -> list[SlideEntry]:
     """The inverse of ``anonymised``, for naming new slides beside those that a job holds."""
     return [
@@ -232,7 +249,7 @@ def told(entry: SlideEntry, text: str) -> str:
     """
     if not entry.hides or not text:
         return text
-    for name in sorted(set(entry.hides), key=len, reverse=True):
+    for name in sorted({*entry.hides, *_names_inside(entry.path)}, key=len, reverse=True):
         if len(name) > 2:
             text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", entry.slide_id, text, flags=re.IGNORECASE)
     text = re.sub(r"(?<![\w.])(?:/[^\s/'\",:;()]+){2,}/?", "(path)", text)
