@@ -296,6 +296,18 @@ def test_names_of_the_files_of_a_series_are_not_told_either(
     assert told_by(tmp_path / "job", ("Garcia", "Mendez", "MRN-0815")) == []
 
 
+def test_a_mask_without_area_is_not_called_by_its_name(
+    tmp_path: Path, tissue_picture: Callable[..., NDArray[np.uint8]], make_slide: Callable[..., Path]
+) -> None:
+    slide = make_slide(tmp_path / "unit4 a.tif", picture=tissue_picture(512, 512))
+    mask = tmp_path / "of Garcia.geojson"
+    mask.write_text('{"type": "FeatureCollection", "features": []}')
+    assert run("run", slide, "--mask", mask, "-o", tmp_path / "job", "--anonymise", "-r", "20x") == 0
+    (outcome,) = (json.loads(line) for line in (tmp_path / "job/outcomes.jsonl").read_text().splitlines())
+    assert "holds no area" in outcome["reason"]
+    assert told_by(tmp_path / "job", ("Garcia", "unit4")) == []
+
+
 def described(capsys: pytest.CaptureFixture[str], *slides: Path) -> list[set[tuple[str, str]]]:
     assert run("info", *slides, "--json") == 0
     found = json.loads(capsys.readouterr().out)

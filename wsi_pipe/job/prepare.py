@@ -285,7 +285,10 @@ def _segment(
         found = GivenMask(find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, settings), ())
     else:
         found = placed_mask(entry, slide, settings, given[0])
-    mask, notes = found.mask, found.notes
+    # The file of the mask is handed on with the job, as outcomes are.
+    mask, notes = found.mask, tuple(told(entry, note) for note in found.notes)
+    if entry.hides and mask.empty_reason:
+        mask = dataclasses.replace(mask, empty_reason=told(entry, mask.empty_reason))
     _draw_tissue(entry, overview, mask, paths)
     own = {
         "fingerprint": stage,
