@@ -136,6 +136,22 @@ def test_another_s_hdf5_file_in_the_place_of_a_finished_output_fails_its_slide(
     assert "was not made by this program" in failures[1]
 
 
+def test_another_s_file_in_the_place_of_a_half_done_slide_stays(slides: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    assert cli("segment", slides, "-o", job) == 0
+    kept = {path.stem: job / "partial" / f"{path.stem}.npz" for path in (job / "tissue").iterdir()}
+    (job / "partial").mkdir()
+    for number, path in enumerate(kept.values()):
+        if number % 2:
+            path.write_bytes(b"notes of mine")
+        else:
+            np.savez(path, mine=np.arange(3))
+    before = {path: path.read_bytes() for path in kept.values()}
+    assert before
+    assert cli("run", "-o", job, "-r", "20x", "--no-report") == 0
+    assert {path: path.read_bytes() for path in kept.values()} == before
+
+
 def test_a_damaged_bag_of_ours_is_made_again(slides: Path, tmp_path: Path) -> None:
     job = tmp_path / "job"
     assert cli("run", slides, "-o", job, "-r", "5x") == 0

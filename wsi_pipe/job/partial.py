@@ -51,7 +51,7 @@ def store_part(part: SlidePart, wanted: Sequence[Wanted], paths: JobPaths) -> No
                 "encode_s": rows.encode_s,
             }
         )
-    if not about:
+    if not about or _is_foreign(paths.partial(part.slide_id)):
         return
     text = json.dumps({"version": VERSION, "slide_id": part.slide_id, "rows": about})
     with atomic_path(paths.partial(part.slide_id), _whole) as temporary, open(temporary, "wb") as handle:
@@ -115,10 +115,27 @@ def _fits(rows: PartRows, item: Wanted, count: int, dtype: str) -> bool:
 def drop_part(slide_id: str, paths: JobPaths) -> None:
     """Remove what is kept of a slide, and the folder where it was the last."""
     path = paths.partial(slide_id)
+    if _is_foreign(path):
+        return
     # Where it cannot be removed it is out of date, which its reader sees.
     with contextlib.suppress(OSError):
         path.unlink()
         path.parent.rmdir()
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether another program made the file: it is no ZIP, or one that says nothing of a slide. A damaged one may be
+    ours."""
+    head = b""
+    try:
+        with open(path, "rb") as handle:
+            head = handle.read(2)
+        with zipfile.ZipFile(path) as members:
+            return "about.npy" not in members.namelist()
+    except FileNotFoundError:
+        return False
+    except DAMAGE:
+        return path.is_file() and head not in (b"", b"PK")
 
 
 def half_done(paths: JobPaths) -> list[str]:
