@@ -147,14 +147,26 @@ def test_scans_of_one_lens_are_listed_with_their_names(tmp_path: Path) -> None:
     [{"IlluminationType": "Epifluorescence"}, {"ContrastMethod": "Fluorescence"}, {"Name": "Hoechst 33342"}],
 )
 def test_a_colour_picture_of_stated_fluorescence_is_refused(tmp_path: Path, channel: dict[str, str]) -> None:
-    path = tmp_path / "a.ome.tif"
+    for text in refusals(coloured(tmp_path / "a.ome.tif", channel)):
+        assert "a fluorescence picture, as its OME description says" in text
+
+
+def coloured(path: Path, channel: dict[str, str]) -> Path:
+    """An RGB slide whose one channel has these attributes."""
     tifffile.imwrite(path, RGB, ome=True, tile=(128, 128), photometric="rgb", metadata={"axes": "YXS"})
     words = " ".join(f'{key}="{value}"' for key, value in channel.items())
     changed = tifffile.tiffcomment(path).replace("<Channel ", f"<Channel {words} ")
     assert changed.count(words) == 1
     tifffile.tiffcomment(path, changed.encode())
-    for text in refusals(path):
-        assert "a fluorescence picture, as its OME description says" in text
+    return path
+
+
+def test_light_that_is_let_through_may_have_a_wavelength(tmp_path: Path) -> None:
+    """Zeiss's scanners write one, and a "fluor", for brightfield too."""
+    zeiss = {"Name": "TL", "IlluminationType": "Transmitted", "EmissionWavelength": "585", "Fluor": "TL Brightfield"}
+    assert np.array_equal(level_0(coloured(tmp_path / "a.ome.tif", zeiss)), RGB)
+    for text in refusals(coloured(tmp_path / "b.ome.tif", {"EmissionWavelength": "461"})):
+        assert "a fluorescence picture" in text
 
 
 def test_sixteen_bits_are_refused_by_the_description_too(tmp_path: Path) -> None:

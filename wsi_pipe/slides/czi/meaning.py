@@ -13,6 +13,7 @@ from wsi_pipe.geometry import FloatPair
 from wsi_pipe.slides.czi.segments import SubBlock
 from wsi_pipe.slides.czi.tiles import BGR24, COMPRESSIONS, PIXEL_TYPES
 from wsi_pipe.slides.tiff.layout import parse_xml
+from wsi_pipe.slides.tiff.ome import TRANSMITTED
 
 __all__ = ["Facts", "facts_of", "one_plane", "one_scene"]
 
@@ -58,6 +59,9 @@ def _light(root: Element) -> str:
             text = (channel.findtext(tag) or "").strip()
             if NOT_BRIGHTFIELD.search(text):
                 return f"{tag} is {text}"
+        texts = (channel.findtext(tag) or "" for tag in ("IlluminationType", "ContrastMethod", "Fluor"))
+        if TRANSMITTED.search(" ".join((channel.get("Name") or "", *texts))):
+            continue
         if (channel.findtext("Fluor") or "").strip() or channel.find("EmissionWavelength") is not None:
             return "its channel is fluorescent"
     return ""

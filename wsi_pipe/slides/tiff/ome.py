@@ -15,7 +15,7 @@ from wsi_pipe.errors import NotAPictureError
 from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.tiff.layout import positive
 
-__all__ = ["OME_NAMESPACE", "OmeImage", "ome_images"]
+__all__ = ["NO_NAME", "OME_NAMESPACE", "TRANSMITTED", "OmeImage", "ome_images"]
 
 OME_NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/"
 UM_PER_UNIT = {
@@ -23,13 +23,16 @@ UM_PER_UNIT = {
     "Å": 1e-4, "in": 25400.0,
 }  # fmt: skip
 
+TRANSMITTED = re.compile(r"transmi|bright[ _-]?field", re.IGNORECASE)
+"""Says of a channel that its light is let through. Zeiss gives such channels a wavelength and a "fluor" all the same."""
+
 _LIGHT = re.compile(r"fluoresc", re.IGNORECASE)
 _DYES = re.compile(
     r"\b(?:DAPI|Hoechst\w*|FITC|TRITC|[EGYRC]+FP|mCherry|Cy ?-?[2357](?:\.5)?|Alexa\w*|AF\d{3}|Opal ?\d+|Rhodamine\w*|"
     r"Texas ?Red)\b",
     re.IGNORECASE,
 )
-_NO_NAME = re.compile(r"(?:channel|ch|c)?[\s:_#-]*\d*(?:[:_]\d+)*", re.IGNORECASE)
+NO_NAME = re.compile(r"(?:channel|ch|c)?[\s:_#-]*\d*(?:[:_]\d+)*", re.IGNORECASE)
 _COLOUR_WORDS = ({"r", "red"}, {"g", "green"}, {"b", "blue"})
 _COLOUR_VALUES = (0xFF0000, 0x00FF00, 0x0000FF)
 
@@ -155,10 +158,11 @@ def _channel(element: Element | None, samples: int, pixels: Element) -> _Channel
     except ValueError:
         colour = None
     words = " ".join(element.get(key) or "" for key in ("ContrastMethod", "IlluminationType", "AcquisitionMode"))
-    glows = bool(_LIGHT.search(words) or _DYES.search(name)) or any(
-        element.get(k) for k in ("EmissionWavelength", "Fluor")
+    said = f"{words} {name} {element.get('Fluor') or ''}"
+    glows = bool(_LIGHT.search(words) or _DYES.search(name)) or (
+        not TRANSMITTED.search(said) and any(element.get(k) for k in ("EmissionWavelength", "Fluor"))
     )
-    return _Channel("" if _NO_NAME.fullmatch(name.strip()) else name, samples, colour, glows)
+    return _Channel("" if NO_NAME.fullmatch(name.strip()) else name, samples, colour, glows)
 
 
 _MAX_PLANES = 1 << 16

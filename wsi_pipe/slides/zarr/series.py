@@ -16,6 +16,7 @@ from zarr.core.sync import sync
 from wsi_pipe.errors import NotAPictureError, SlideError, UnsupportedSlideError
 from wsi_pipe.geometry import IntPair
 from wsi_pipe.slides.tiff.layout import parse_xml
+from wsi_pipe.slides.tiff.ome import TRANSMITTED
 from wsi_pipe.slides.zarr.multiscales import FLUORESCENCE, Multiscale
 from wsi_pipe.slides.zarr.store import GuardedStore, reading
 
@@ -76,7 +77,8 @@ def _other(image: Any) -> str:
         for name in ("IlluminationType", "ContrastMethod", "AcquisitionMode"):
             if re.search("fluor|confocal|phase|darkfield|dic", channel.get(name, ""), re.IGNORECASE):
                 return f"{name} is {channel.get(name)}"
-        if channel.get("EmissionWavelength") or channel.get("Fluor"):
+        said = " ".join(channel.get(key, "") for key in ("IlluminationType", "ContrastMethod", "Name", "Fluor"))
+        if not TRANSMITTED.search(said) and (channel.get("EmissionWavelength") or channel.get("Fluor")):
             return "its channels are fluorescent"
         if FLUORESCENCE.search(channel.get("Name", "")):
             return f"it has a channel {channel.get('Name')!r}"
