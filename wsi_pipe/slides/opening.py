@@ -153,6 +153,8 @@ def open_slide(
     if is_url(path):
         return _open_url(str(path), readers, asked, cache_dir, cache_bytes, copy)
     found = _existing(Path(path))
+    if reader == "openslide" and _looks_dicom(found):
+        _check_dicom(found, asked)
     slide = _first(found, [entry for entry in readers if entry.takes(found)], asked)
     slide.info = replace(slide.info, path=str(path))
     return slide
@@ -224,6 +226,19 @@ def _first(path: str | Path, readers: Sequence[_Reader], asked: _Asked, *, shown
         f"{name}: {text}{_hint(path)}",
         remedy=remedy or "give a whole-slide image: SVS, TIFF, NDPI, MRXS, SCN, DICOM and so on, or a plain image",
     )
+
+
+def _check_dicom(path: Path, asked: _Asked) -> None:
+    """Raise NotAPictureError where a DICOM series is no picture for the reader that knows it, whoever is to read it."""
+    from wsi_pipe.slides.dicom.reader import open_dicom
+
+    try:
+        open_dicom(path, mpp=asked.mpp).close()
+    except NotAPictureError:
+        raise
+    except SlideError:
+        # Damage and codecs are for the reader that was asked for to report.
+        return
 
 
 def _checked(slide: BaseSlide, asked: _Asked, name: str) -> BaseSlide:

@@ -60,6 +60,28 @@ def test_the_middle_focal_plane_is_read_unless_another_is_asked_for(tmp_path: Pa
         open_slide(path, z=count)
 
 
+@pytest.mark.parametrize(("count", "frames"), [(3, 18), (1, 5)])
+def test_no_reader_takes_frames_that_are_not_as_many_as_stated(tmp_path: Path, count: int, frames: int) -> None:
+    """Of focal planes that the file does not state OpenSlide shows the first."""
+    data = [tile.tobytes() for plane in PLANES[:count] for tile in tiles_of(plane, 128)][:frames]
+    path = stack(tmp_path / "a.dcm", PLANES[:1], frames=data)
+    for reader in ("auto", "openslide"):
+        with pytest.raises(NotAPictureError, match=f"{frames} frames for 3 x 2 tiles"):
+            open_slide(path, reader=reader)
+
+
+def test_no_reader_takes_frames_without_a_position(tmp_path: Path) -> None:
+    import pydicom
+
+    path = at_heights(tmp_path / "a.dcm", [(i % 3, i // 3, None) for i in range(6)], {None: PLANES[0]})
+    data = pydicom.dcmread(path)
+    data.PerFrameFunctionalGroupsSequence = Items(list(data.PerFrameFunctionalGroupsSequence)[:-1])
+    data.save_as(path)
+    for reader in ("auto", "openslide"):
+        with pytest.raises(NotAPictureError, match="5 frame positions for 6 frames"):
+            open_slide(path, reader=reader)
+
+
 def at_heights(path: Path, places: list[tuple[int, int, float | None]], planes: dict[float | None, Picture]) -> Path:
     """Sparse frames at (column, row, height)."""
     frames = [tiles_of(planes[z], 128)[r * 3 + c].tobytes() for c, r, z in places]

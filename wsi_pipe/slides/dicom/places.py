@@ -37,8 +37,9 @@ def middle_plane(count: int) -> int:
 def places(instances: Sequence[Instance], grid: IntPair, block_px: IntPair, size_px: IntPair) -> Places:
     """Where the frames of a level's instances, which follow one another, belong.
 
-    grid: (columns, rows) of tiles. Raises UnsupportedSlideError where a frame's place is not known for certain,
-    its subclass NotAPictureError where several optical paths, or planes that are not told apart, share the level.
+    grid: (columns, rows) of tiles. Raises UnsupportedSlideError where a frame's place is not known for certain, its
+    subclass NotAPictureError where the file states another number of frames than it has, or several optical paths, or
+    planes that are not told apart, share the level.
     """
     first = instances[0]
     counts = [instance.frames for instance in instances]
@@ -55,7 +56,8 @@ def _full(first: Instance, grid: IntPair, frames: int) -> Places:
     tiles = grid[0] * grid[1]
     if not 0 < planes <= MAX_PLANES or frames != tiles * planes:
         of_planes = f" in {planes} focal planes" if planes != 1 else ""
-        raise UnsupportedSlideError(
+        # Final: OpenSlide takes the first frames for the slide, whatever follows them.
+        raise NotAPictureError(
             f"{first.source.name}: {frames} frames for {grid[0]} x {grid[1]} tiles{of_planes}: frames are lacking, or "
             "focal planes or optical paths are there that the file does not state"
         )
@@ -73,7 +75,8 @@ class _Sparse:
 def _sparse(instance: Instance, block_px: IntPair, size_px: IntPair) -> list[_Sparse]:
     groups = instance.tags.get("PerFrameFunctionalGroupsSequence") or []
     if len(groups) != instance.frames:
-        raise UnsupportedSlideError(
+        # Final: OpenSlide leaves frames without a position blank.
+        raise NotAPictureError(
             f"{instance.source.name}: {len(groups)} frame positions for {instance.frames} frames"
         )
     found = []

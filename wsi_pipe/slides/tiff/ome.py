@@ -24,7 +24,7 @@ UM_PER_UNIT = {
 }  # fmt: skip
 
 TRANSMITTED = re.compile(r"transmi|bright[ _-]?field", re.IGNORECASE)
-"""Says of a channel that its light is let through. Zeiss gives such channels a wavelength and a "fluor" all the same."""
+"""Says of a channel that its light is let through. Zeiss states a wavelength and a "fluor" of such channels too."""
 
 _LIGHT = re.compile(r"fluoresc", re.IGNORECASE)
 _DYES = re.compile(
