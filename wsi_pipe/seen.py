@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["LABELLED", "SEEN_PARTS", "Seen", "case_mark", "slide_mark"]
+__all__ = ["LABELLED", "NOBODY", "SEEN_PARTS", "Seen", "case_mark", "slide_mark"]
 
 SEEN_PARTS = ("train", "val", "unlabelled")
 """With labels, to learn from; with labels, to stop and calibrate by; without labels, as in distillation."""
@@ -54,6 +54,19 @@ class Seen:
     def __bool__(self) -> bool:
         return any(self.cases.values()) or any(self.slides.values())
 
+    def __or__(self, other: Seen) -> Seen:
+        """Who was seen by either: what learns from a model has seen, through it, whom the model saw."""
+
+        def both(a: Mapping[str, frozenset[str]], b: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+            empty: frozenset[str] = frozenset()
+            return {part: a.get(part, empty) | b.get(part, empty) for part in SEEN_PARTS if part in a or part in b}
+
+        return Seen(both(self.cases, other.cases), both(self.slides, other.slides))
+
+    def only(self, part: str) -> Seen:
+        """Those of one part."""
+        return Seen(*({part: kind[part]} if part in kind else {} for kind in (self.cases, self.slides)))
+
     def part_of(self, case_id: str | None, slide_fingerprint: str | None) -> str:
         """The part that a slide or its case was in, the gravest first; "" where it was in none."""
         case = case_mark(case_id) if case_id else ""
@@ -87,3 +100,6 @@ class Seen:
         if unknown:
             raise ValueError(f"the record of who was seen has an unknown part {min(unknown)!r}")
         return cls(*found)
+
+
+NOBODY = Seen()

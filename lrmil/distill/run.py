@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lrmil.checkpoint import load_model
+from lrmil.checkpoint import load_model, read_card
 from lrmil.distill.evaluate import Agreement, linear_baseline, mean_baseline
 from lrmil.distill.lessons import taught_slides, teacher_layers, weighted
 from lrmil.distill.pupil import fresh_student
@@ -75,6 +75,11 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
     names = tuple(dict.fromkeys(s.slide_id for s in train)), tuple(s.slide_id for s in val)
     if request.mil_teacher is not None:
         train, val = (weighted(part, request, teacher, selection) for part in (train, val))
+    saw = selection.seen(with_labels=request.mil_teacher is not None)
+    if request.mil_teacher is not None:
+        # Whom it was stopped by counts in its own fold alone; whom it learned from is learned from through it.
+        saw |= read_card(request.mil_teacher).seen.only("train")
+    saw |= teacher.info.seen
     stats = target_stats(
         train, standardise=settings.standardise == "yes" or (settings.standardise == "auto" and not layers)
     )
@@ -111,7 +116,7 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
             "settings": _stated(settings),
             "best_epoch": history.best,
             "figures": _finite(best),
-            "seen": selection.seen(with_labels=request.mil_teacher is not None).to_json(),
+            "seen": saw.to_json(),
         },
     )
     # After the encoder is safe: with many tiles and wide layers this takes a while.

@@ -17,6 +17,7 @@ from lrmil.store import FeatureStore, ResidentStore
 from lrmil.trainer import TrainResult, choose_device, choose_precision, train
 from wsi_pipe.encoders.base import encoder_slug
 from wsi_pipe.errors import ConfigError
+from wsi_pipe.seen import NOBODY, Seen
 
 __all__ = ["SPLITS_NAME", "TeacherSource", "check_store", "train_folds"]
 
@@ -140,7 +141,7 @@ def train_folds(
     hr_resident: ResidentStore | None = None if hr_store is None else ResidentStore.of(hr_store, device)
     results = {}
     for name in names:
-        master = None if teacher is None else _master(teacher.model_path(name), cohort)
+        master, saw = (None, NOBODY) if teacher is None else _master(teacher.model_path(name), cohort)
         for seed in seeds or (settings.seed,):
             folder = f"{name}-seed_{seed}" if seeds else name
 
@@ -159,16 +160,17 @@ def train_folds(
                 fold=name,
                 progress=report,
                 allowed=allowed[name],
+                teacher_saw=saw,
             )
     return results
 
 
-def _master(path: Path, cohort: Cohort) -> MILModel:
-    """A fold's teacher. Raises ModelMismatchError when it knows other classes."""
+def _master(path: Path, cohort: Cohort) -> tuple[MILModel, Seen]:
+    """A fold's teacher, and whom it saw. Raises ModelMismatchError when it knows other classes."""
     master, card = load_model(path)
     if card.classes != cohort.table.classes:
         raise ModelMismatchError(
             f"the teacher knows {', '.join(card.classes)}, the labels {', '.join(cohort.table.classes)}",
             remedy="train the teacher on the same labels",
         )
-    return master
+    return master, card.seen

@@ -38,6 +38,7 @@ from wsi_pipe.encoders.random_id import RANDOM, is_random
 from wsi_pipe.files import remove_partial_files, write_text_atomically
 from wsi_pipe.locking import hold_file
 from wsi_pipe.ownership import claim_folder
+from wsi_pipe.seen import NOBODY, Seen
 from wsi_pipe.tables import csv_text
 
 __all__ = ["MODEL_NAME", "PREDICTIONS_NAME", "Prediction", "TrainResult", "train"]
@@ -88,6 +89,7 @@ def train(
     fold: str | None = None,
     progress: Callable[[EpochFigures], object] | None = None,
     allowed: Sequence[str] = (),
+    teacher_saw: Seen = NOBODY,
 ) -> TrainResult:
     """Train a model on one fold, calibrate it on the validation bags, and then look at the test bags once.
 
@@ -97,7 +99,8 @@ def train(
     run that was interrupted there goes on; None keeps all in memory. teacher, hr_store: for a student, whose terms
     ``settings.loss`` weighs; the teacher is frozen. classes: names, by default those of the LabelTable. fold: for the
     record. progress: called with the figures of each epoch.
-    allowed: overlaps of seen and judged cases that were let pass.
+    allowed: overlaps of seen and judged cases that were let pass. teacher_saw: the record of the teacher's file, which
+    the student's takes over.
 
     Without validation bags the last epoch is kept, and only the weights of the classes are corrected for. The caller's
     random state and the models given are left as they are, apart from moving the teacher to the device.
@@ -129,7 +132,7 @@ def train(
             write_text_atomically(out / "config.toml", dump_toml(settings))
         return _train(
             settings, split, table, cases, names, resident, precision, out, fingerprint, hashes,
-            teacher=teacher, hr_store=hr_store, fold=fold, progress=progress, allowed=allowed,
+            teacher=teacher, hr_store=hr_store, fold=fold, progress=progress, allowed=allowed, teacher_saw=teacher_saw,
         )  # fmt: skip
 
 
@@ -201,6 +204,7 @@ def _train(
     fold: str | None,
     progress: Callable[[EpochFigures], object] | None,
     allowed: Sequence[str],
+    teacher_saw: Seen,
 ) -> TrainResult:
     device = resident.device
     devices = [device] if device.type == "cuda" else []
@@ -218,7 +222,7 @@ def _train(
         state = fit(model, step, run)
         model.eval()
         predictions = _predict(model, run, cases)
-    seen = seen_of(resident.store.records, cases, {"train": split.train, "val": split.val})
+    seen = seen_of(resident.store.records, cases, {"train": split.train, "val": split.val}) | teacher_saw
     card = _card(settings, names, resident.store, predictions, fold, hashes, teacher, weights)
     card = replace(card, seen=seen, allowed=tuple(allowed))
     result = TrainResult(model, card, tuple(state.history), state.best_epoch, predictions)

@@ -133,6 +133,23 @@ def test_a_teacher_away_from_its_splits_is_judged_by_its_file(cohort: Path, caps
     assert "does not say whom it was trained on" in capsys.readouterr().err
 
 
+def test_a_student_has_seen_whom_its_teacher_saw(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(cohort, "teacher", "--fold", 1, level="20x") == 0
+    path = cohort / "teacher" / "fold_1" / "model.safetensors"
+    module, card = load_model(path)
+    # Of another cohort: none of the student's cases, which is why it may teach.
+    save_model(path, module, dataclasses.replace(card, seen=card.seen | Seen.of({"train": [("far", "f" * 64)]})))
+    student = ("--teacher", cohort / "teacher", "--teacher-bags", cohort / "bags")
+    assert train(cohort, "student", "--fold", 1, *student) == 0
+    seen = load_model(cohort / "student" / "fold_1" / "model.safetensors")[1].seen
+    assert (seen.part_of("far", None), seen.part_of("z", "f" * 64)) == ("train", "train")
+    assert (seen.part_of("case0", None), seen.part_of("case12", None), seen.part_of("case20", None)) == (
+        "train",
+        "val",
+        "",
+    )
+
+
 def test_runs_on_edited_splits_are_not_compared(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(cohort, "a", "--fold", 1) == 0
     assert train(cohort, "b", "--fold", 1, "--seed", 1) == 0
