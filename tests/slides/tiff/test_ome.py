@@ -131,6 +131,19 @@ def test_the_largest_image_is_the_slide_with_its_own_resolution(tmp_path: Path) 
         assert list(slide.associated_images()) == ["macro", "image 1"]
 
 
+def test_a_word_in_the_files_name_makes_no_macro(tmp_path: Path) -> None:
+    """A slide called "macro_012.svs" was passed over for the small picture beside it."""
+    path = tmp_path / "a.ome.tif"
+    options: dict[str, Any] = {"tile": (128, 128), "photometric": "rgb", "compression": "zlib"}
+    with tifffile.TiffWriter(path, ome=True) as file:
+        file.write(RGB, metadata={"axes": "YXS", "Name": "macro_012.svs", **SIZES}, **options)
+        file.write(OTHER[:130, :150], metadata={"axes": "YXS", "Name": "Series 1"}, **options)
+        file.write(OTHER[:100, :300], metadata={"axes": "YXS", "Name": "macro_012.svs label"}, **options)
+    with closing(open_slide(path)) as slide:
+        assert np.array_equal(slide.read_region(0, 0, 0, 640, 480), RGB)
+        assert "label" in slide.associated_images()
+
+
 def test_scans_of_one_lens_are_listed_with_their_names(tmp_path: Path) -> None:
     path = tmp_path / "a.ome.tif"
     options: dict[str, Any] = {"tile": (128, 128), "photometric": "rgb", "compression": "zlib"}

@@ -33,12 +33,14 @@ _ASSOCIATED = re.compile(
     r"(?:^|[\s_.:\-\[(#])(label|macro|thumbnail|overview)(?:$|[\s_.:\-\])#\d]|image)", re.IGNORECASE
 )
 
+_FILE_NAME = re.compile(r"^.*\.(?:svs|tiff?|ndpi|scn|mrxs|czi|vsi|bif|qptiff|jpe?g|png|dcm)(?![a-z0-9])", re.IGNORECASE)
+
 
 def _ome_name(image: OmeImage) -> str | None:
     """ "label", "macro" or "thumbnail" where the image is named so; a file's name in front does not count."""
     # Bio-Formats puts the file's name in front: "slide.scn [macro]", "slide.svs #2".
     match = re.search(r"\[([^\]]*)\]\s*$", image.name)
-    short = match[1] if match else image.name if len(image.name) <= 40 else ""
+    short = match[1] if match else _FILE_NAME.sub("", image.name) if len(image.name) <= 40 else ""
     found = _ASSOCIATED.search(short)
     return {"overview": "macro"}.get(found[1].lower(), found[1].lower()) if found else None
 
