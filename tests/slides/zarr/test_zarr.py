@@ -63,6 +63,7 @@ def colours(*names: str, labels: tuple[str, ...] = ("0", "1", "2")) -> dict[str,
 
 
 RGB = ("FF0000", "00FF00", "0000FF")
+WHITES = ("FFFFFF", "FFFFFF", "FFFFFF")
 NAMED = colours(*RGB, labels=("Red", "Green", "Blue"))
 UNNAMED = "three channels without names are taken for red, green and blue, as their background is bright"
 
@@ -269,6 +270,9 @@ def test_focal_planes(tmp_path: Path) -> None:
         ([np.dstack([picture(), picture()[..., :2]])], None, "5 channels"),
         ([picture()], colours(*RGB, labels=("DAPI", "FITC", "Cy3")), r"fluorescence channels \(DAPI, FITC, Cy3\)"),
         ([picture()], colours("0000FF", "00FF00", "FF0000"), "channels in the colours 0000FF"),
+        ([picture()], colours(*WHITES, labels=("Blue", "Green", "Red")), "channels named Blue, Green, Red, not red"),
+        ([picture()], colours(*WHITES, labels=("Hematoxylin", "Eosin", "DAB")), "channels named Hematoxylin, Eosin"),
+        ([picture()], colours(*WHITES, labels=("Residual", "Gamma", "Bright")), "channels named Residual"),
     ],
 )
 def test_what_is_no_brightfield_picture_in_colour_is_refused_for_good(
@@ -281,8 +285,13 @@ def test_what_is_no_brightfield_picture_in_colour_is_refused_for_good(
 
 
 @pytest.mark.parametrize(
-    "omero", [None, NAMED, colours(*RGB), colours("FFFFFF", "FFFFFF", "FFFFFF"), {"channels": "x"}]
-)
+    "omero",
+    [
+        None, NAMED, colours(*RGB), colours(*WHITES), {"channels": "x"}, colours(*WHITES, labels=("H&E",) * 3),
+        colours(*RGB, labels=("Channel 0", "Channel 1", "Channel 2")),
+        colours(*RGB, labels=("TL Brightfield", "TL Brightfield", "TL Brightfield #2")),
+    ],
+)  # fmt: skip
 def test_three_channels_are_red_green_and_blue(tmp_path: Path, omero: Any) -> None:
     with open_slide(store(tmp_path / "a.zarr", omero=omero)) as slide:
         assert np.array_equal(whole(slide), picture())

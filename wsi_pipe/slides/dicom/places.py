@@ -76,9 +76,7 @@ def _sparse(instance: Instance, block_px: IntPair, size_px: IntPair) -> list[_Sp
     groups = instance.tags.get("PerFrameFunctionalGroupsSequence") or []
     if len(groups) != instance.frames:
         # Final: OpenSlide leaves frames without a position blank.
-        raise NotAPictureError(
-            f"{instance.source.name}: {len(groups)} frame positions for {instance.frames} frames"
-        )
+        raise NotAPictureError(f"{instance.source.name}: {len(groups)} frame positions for {instance.frames} frames")
     found = []
     for group in groups:
         try:

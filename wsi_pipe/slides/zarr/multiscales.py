@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wsi_pipe.errors import NotAPictureError, UnsupportedSlideError
+from wsi_pipe.slides.tiff.ome import NO_NAME, TRANSMITTED
 
 __all__ = ["Dataset", "Multiscale", "check_channels", "multiscale_of", "ome_of", "series_of"]
 
@@ -33,6 +34,8 @@ FLUORESCENCE = re.compile(
     re.IGNORECASE,
 )
 """Names of channels that are stained with something that glows."""
+
+_COLOURS = (re.compile(r"\b(?:r|red)\b"), re.compile(r"\b(?:g|green)\b"), re.compile(r"\b(?:b|blue)\b"))
 
 
 @dataclass(frozen=True)
@@ -171,10 +174,11 @@ def _transform(name: str, steps: Any, axes: int) -> tuple[tuple[float, ...], tup
     return tuple(scale), tuple(moved)
 
 
-def check_channels(name: str, count: int, dtype: str, ome: Mapping[str, Any]) -> bool:
+def check_channels(name: str, count: int, dtype: str, ome: Mapping[str, Any], *, rgb: bool = False) -> bool:
     """Whether an image is said to be red, green and blue; where nothing is said of its channels, it is not.
 
-    Raises NotAPictureError where it is said to be something else, or is not of 8 bits.
+    rgb: its OME-XML says so, whatever its channels are called. Raises NotAPictureError where it is said to be something
+    else, or is not of 8 bits.
     """
     if dtype != "uint8":
         raise NotAPictureError(
@@ -198,4 +202,17 @@ def check_channels(name: str, count: int, dtype: str, ome: Mapping[str, Any]) ->
         raise NotAPictureError(
             f"{name}: channels in the colours {', '.join(colours)}, not red, green and blue", remedy="export it as RGB"
         )
-    return [label.lower()[:1] for label in labels] == ["r", "g", "b"]
+    words = [label.strip().lower() for label in labels]
+    if len(words) == 3 and all(colour.search(word) for word, colour in zip(words, _COLOURS, strict=True)):
+        return True
+    # Some writers give the picture's name to all three.
+    if (
+        not rgb
+        and len(set(words)) > 1
+        and not all(NO_NAME.fullmatch(word) or TRANSMITTED.search(word) for word in words)
+    ):
+        raise NotAPictureError(
+            f"{name}: channels named {', '.join(labels)}, not red, green and blue in this order",
+            remedy="export it as RGB",
+        )
+    return False

@@ -51,7 +51,7 @@ class ZarrSlide(NativeSlide):
         notes = [*chosen.notes, *image.notes]
         first = _image(store, chosen.path, image, image.datasets[0], z)
         build_pyramid(name, [first], None)
-        said = check_channels(name, first.channels, first.dtype, chosen.ome)
+        said = check_channels(name, first.channels, first.dtype, chosen.ome, rgb=chosen.rgb)
         if not said and not chosen.rgb:
             notes.append(bright_planes(name, first))
         if z is None and first.planes > 1:
