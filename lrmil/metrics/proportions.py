@@ -29,7 +29,8 @@ def wilson(share: float, n: float, z: float = 1.959963984540054) -> tuple[float,
     """Lower and upper end of a share of ``n`` independent slides; n need not be whole."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return float(max(centre - half, 0.0)), float(min(centre + half, 1.0))
+    # The share itself is inside, whatever rounding does to the last digit.
+    return float(max(min(centre - half, share), 0.0)), float(min(max(centre + half, share), 1.0))
 
 
 def share_of(hits: NDArray[np.bool_], cases: NDArray[np.int64]) -> Share:

@@ -33,6 +33,7 @@ from lrmil.metrics.auc import mean_auc, one_auc
 from lrmil.metrics.bootstrap import resample_weights
 from lrmil.metrics.cases import case_numbers
 from lrmil.metrics.figures import weighted_figures
+from lrmil.metrics.proportions import wilson
 
 Array = NDArray[np.float64]
 
@@ -215,6 +216,13 @@ def test_the_mean_of_independent_folds_is_surer_than_one() -> None:
     (y, p), own = sets[0], cases[0]
     again = evaluate_folds([y] * 4, [p] * 4, [own] * 4, replicates=10)["auc"]
     assert again.high - again.low == pytest.approx(single[0].high - single[0].low, rel=1e-6)
+
+
+def test_a_share_lies_in_its_interval() -> None:
+    for n in range(1, 60):
+        for share in (0.0, 1.0, 1 / n):
+            low, high = wilson(share, n)
+            assert low <= share <= high
 
 
 def test_shares_count_cases_not_slides() -> None:
