@@ -538,11 +538,13 @@ def _mpp(where: str, cell: str, separator: str = ",") -> tuple[float, float] | N
 def _from_zero(where: str, column: str, cell: str) -> int | None:
     if not cell:
         return None
-    if not (cell.isascii() and cell.isdigit() and len(cell) < 9):
+    # Tables with gaps come out of pandas and spreadsheets as 2.0.
+    whole = re.sub(r"[.,]0+$", "", cell)
+    if not (whole.isascii() and whole.isdigit() and len(whole) < 9):
         raise ManifestError(
             f"{where}: {cell!r} is not a number of a scan or focal plane (column {column!r})", remedy="count from 0"
         )
-    return int(cell)
+    return int(whole)
 
 
 _WIDEST = {"stain_min": {"stain_seed": 1e9}, "stain_seed": {"stain_min": 0.0}}
