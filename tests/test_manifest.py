@@ -169,7 +169,7 @@ def test_planes_and_scans_may_be_written_as_tables_with_gaps_write_them(tmp_path
     table.write_text("slide,scene,z\na.svs,2.0,\nb.svs,,10.00\n")
     assert [(e.scene, e.z) for e in read_manifest(table)] == [(2, None), (None, 10)]
     table.write_text("slide,z\na.svs,1.5\n")
-    with pytest.raises(ManifestError, match="'1.5' is not a number"):
+    with pytest.raises(ManifestError, match=r"'1\.5' is not a number"):
         read_manifest(table)
 
 
