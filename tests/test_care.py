@@ -373,6 +373,7 @@ def test_status_counts_and_paces(archive: Path, tmp_path: Path) -> None:
     assert cli("status", job) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["here", "workers"])
 def test_a_run_that_finds_all_done_leaves_what_the_slides_cost(
     archive: Path, tmp_path: Path, options: list[str]
@@ -543,6 +544,7 @@ def test_a_second_run_refuses(archive: Path, tmp_path: Path, capsys: pytest.Capt
     assert cli("run", archive, "-o", job, "-r", "5x") == 0
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_bags(archive: Path, tmp_path: Path) -> None:
     assert cli("run", archive, "-o", tmp_path / "one", "-r", "5x", "-r", "20x") == 0
     assert (

@@ -456,6 +456,7 @@ def test_output_folder_read_only(open_folder: Path, make_slide: MakeSlide) -> No
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_disk_full_stops_clearly_and_resumes(tmp_path: Path, make_slide: MakeSlide) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")

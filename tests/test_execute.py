@@ -59,6 +59,7 @@ def test_a_process_that_dies_costs_its_own_item() -> None:
     assert "SIGKILL" in str(error)
 
 
+@pytest.mark.slow
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers on two cores have one each, also for the threads of libraries; one worker alone has them all."""
     from wsi_pipe.cores import CORES_VARIABLE, LIBRARY_VARIABLES, core_shares
@@ -105,6 +106,7 @@ def test_a_time_out_really_ends_the_process() -> None:
     assert "--timeout" in str(errors(results)[hang])
 
 
+@pytest.mark.slow
 def test_getting_ready_is_not_in_an_items_time() -> None:
     """Starting a process and loading an encoder once ended the first slides of a tight time-out."""
     ready = partial(eval, "__import__('time').sleep(3)")
@@ -265,6 +267,7 @@ def test_threads_of_one_process_have_killable_children_of_their_own() -> None:
         execute.end_own_workers()
 
 
+@pytest.mark.slow
 def test_code_that_never_comes_back_is_ended_by_what_it_computed() -> None:
     from wsi_pipe import execute
 

@@ -114,6 +114,7 @@ def test_a_source_that_dies_half_way_fails_its_slide_and_succeeds_later(
     assert check_bag(job / "bags/far.h5") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [Where(), Where(workers=2)], ids=["here", "workers"])
 def test_a_job_folder_removed_meanwhile_ends_the_run_and_is_not_made_anew(
     tmp_path: Path, make_slide: MakeSlide, where: Where
@@ -133,6 +134,7 @@ def test_a_job_folder_removed_meanwhile_ends_the_run_and_is_not_made_anew(
     assert len(list(dispatch(entries, settings, paths, where, until="segment"))) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["here", "workers"])
 def test_space_that_runs_out_during_a_run_ends_it_whole_and_it_resumes(
     options: list[str],

@@ -135,6 +135,7 @@ def test_rims_of_red_pen_are_left_out(bleed: float) -> None:
     assert (mask & truth).sum() > 0.93 * (truth & (ink < 0.01)).sum()
 
 
+@pytest.mark.slow
 def test_lilac_fields_of_a_real_slide_give_no_tiles_of_bare_glass(shared_slides: Path) -> None:
     """The glass of this slide, as scanned, has lilac fields; here half of them more so."""
     full = open_slide(shared_slides / "TCGA-CR-7395-01A-01-TS1.svs", mpp=0.5)

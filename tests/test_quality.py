@@ -41,6 +41,7 @@ def medians(radii: tuple[float, ...], mpp: float = 0.5, shrink: int = 1, **optio
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"stain": "dab"}, {"stain": "pas"}, {"pale": True}])
 def test_sharpness_falls_with_the_radius_whatever_the_stain(options: dict[str, Any]) -> None:
     values = medians(RADII_UM, **options)

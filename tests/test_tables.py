@@ -283,6 +283,7 @@ def test_any_bytes_are_a_table_or_an_error_with_the_files_name(tmp_path: Path, c
     assert not said or str(path) in said
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_are_read_in_bounded_memory(tmp_path: Path) -> None:
     import tracemalloc
 

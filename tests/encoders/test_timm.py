@@ -615,6 +615,7 @@ def test_the_trial_takes_the_smallest_of_equals(clock: Clock, monkeypatch: pytes
 # Weights
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_same_in_every_process() -> None:
     code = (
         "import numpy as np, torch; torch.manual_seed(99);"

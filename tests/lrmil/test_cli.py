@@ -130,6 +130,7 @@ def test_external_evaluation_equals_the_runs_own(cohort: Path, capsys: pytest.Ca
     assert external == pytest.approx(own, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_student_of_a_teacher_needs_no_high_resolution_to_predict(
     cohort: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_teacher_that_saw_the_test_cases_is_refused(cohort: Path, capsys: pyte
     assert not (cohort / "student" / "fold_1").exists()
 
 
+@pytest.mark.slow
 def test_seeds_share_a_run(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(cohort, "run", "-r", "5x", "--fold", 1, "--seed", 3, "--seed", 4)
     assert sorted(p.name for p in run.glob("fold*")) == ["fold_1-seed_3", "fold_1-seed_4"]

@@ -220,6 +220,7 @@ def test_cached_and_streamed_tiles_train_the_same_encoder(cohort: Path, tmp_path
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["texture", "timm:test_vit"])
 def test_targets_in_memory_and_in_files_train_the_same_encoder(cohort: Path, tmp_path: Path, teacher: str) -> None:
     results, lines = [], []
@@ -246,6 +247,7 @@ def test_targets_in_memory_and_in_files_train_the_same_encoder(cohort: Path, tmp
     assert "targets_mib" not in read_lr_header(results[0].path).training["settings"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_gives_the_same_to_the_bit(
     cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +275,7 @@ def test_a_run_that_was_interrupted_gives_the_same_to_the_bit(
         run_distillation(dataclasses.replace(request, settings=dataclasses.replace(settings, lr=5e-4)))
 
 
+@pytest.mark.slow
 def test_layers_of_a_vit_are_computed_where_bags_lack_them(cohort: Path, tmp_path: Path) -> None:
     common: dict[str, Any] = {"teacher": "timm:test_vit", "random_teacher": True, "student": "copy"}
     with pytest.raises(BagError, match=r"no features of timm:test_vit") as caught:
@@ -483,6 +486,7 @@ def test_cases_may_come_from_the_labels_alone(cohort: Path, tmp_path: Path) -> N
     assert not {patient[s] for s in result.train_slides} & {patient[s] for s in result.val_slides}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_attention_differs_in_the_last_digit(
     cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -502,6 +506,7 @@ def test_a_run_goes_on_where_attention_differs_in_the_last_digit(
         run_distillation(dataclasses.replace(request, mil_teacher=other))
 
 
+@pytest.mark.slow
 def test_another_student_does_not_go_on_where_the_first_one_was(cohort: Path, tmp_path: Path) -> None:
     request = request_of(cohort, tmp_path / "lr.safetensors", settings=dataclasses.replace(QUICK, epochs=1))
     run_distillation(request)

@@ -227,6 +227,7 @@ def peak_mib(work: Callable[[], object]) -> float:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_no_more_than_a_slide_is_in_memory_beyond_the_limit(tmp_path: Path) -> None:
     dims, tiles, count = (64, 64), 400, 40
     size = count * 4 * tiles * sum(dims) * 2 / MIB

@@ -92,6 +92,7 @@ def test_layers_that_extraction_stored_are_learnt(
     assert distil(bags, tmp_path / "other" / "lr.safetensors", *options, "--layers", "2") == 2
 
 
+@pytest.mark.slow
 def test_slides_that_have_moved_are_read_where_the_list_says(
     distill_cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +121,7 @@ def test_slides_that_have_moved_are_read_where_the_list_says(
     assert (tmp_path / "moved" / "lr.safetensors").read_bytes() == plain.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["timm:test_vit", "timm:test_resnet"])
 def test_half_precision_learns_on_a_cpu(distill_cohort: Path, tmp_path: Path, student: str) -> None:
     options = ["--teacher", "texture", "--student", student, "--random-student", "--epochs", "6", "--lr", "3e-3"]

@@ -56,6 +56,7 @@ def predictor() -> Predictor:
     return Predictor(model, ModelCard(model.settings, ("a", "b"), encoder="timm:some/net", level="5x"))
 
 
+@pytest.mark.slow
 def test_a_bag_that_hdf5_loops_on_is_no_bag(loops: Path, make_bag: MakeBag, tmp_path: Path) -> None:
     said = r"loops\.h5: unreadable: HDF5 did not return within 1 s of computing; make the bag again"
     for look in (inspect_bag, check_readable):
@@ -68,6 +69,7 @@ def test_a_bag_that_hdf5_loops_on_is_no_bag(loops: Path, make_bag: MakeBag, tmp_
     assert len(pack_bags(good, "5x", None, tmp_path / "store")) == 3
 
 
+@pytest.mark.slow
 def test_it_costs_a_prediction_its_own_slide(loops: Path, make_bag: MakeBag) -> None:
     first, last = make_bag("first", features(3)), make_bag("last", features(4))
     found = list(predictor().predict_bags([first, loops, last]))

@@ -460,6 +460,7 @@ def test_targets_are_the_teachers_word_bag_by_bag() -> None:
     assert targets.logits[4].isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gated-abmil", "clam-sb", "dsmil", "transmil"])
 def test_a_student_is_pulled_to_the_teachers_attention(name: str) -> None:
     settings = replace(SETTINGS, model=replace(SETTINGS.model, name=name, dropout=0.0), epochs=15, class_weights="none")
