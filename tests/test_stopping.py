@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -262,6 +263,57 @@ def test_the_next_run_of_a_job_continues_a_half_done_slide(slides: Path, tmp_pat
     assert job_of(slides, job, again) == ["done", "done"]
     assert again.batches == whole.batches - 3
     assert features(job) == features(tmp_path / "whole")
+    assert not (job / "partial").exists()
+
+
+class Other(Texture):
+    """The same under another name."""
+
+    def __init__(self, stop: threading.Event | None = None, at: int = 0) -> None:
+        super().__init__(stop, at)
+        self.info = dataclasses.replace(self.info, name="other", slug="other")
+
+
+def job_with(slides: Path, root: Path, **encoders: Any) -> list[str]:
+    extract = dataclasses.replace(SETTINGS.extract, encoders={"*": tuple(encoders)})
+    settings = dataclasses.replace(SETTINGS, extract=extract)
+    entries = collect_slides([str(slides)])
+    return [
+        outcome.status for outcome in process(entries, settings, open_job(root, settings, entries), encoders=encoders)
+    ]
+
+
+def test_what_is_kept_of_one_encoder_outlives_a_run_of_another(slides: Path, tmp_path: Path) -> None:
+    whole = Other()
+    assert job_with(slides, tmp_path / "whole", other=whole) == ["done", "done"]
+    job = tmp_path / "job"
+    for first, encoder in ((True, Other), (False, Texture)):
+        # The second is stopped as well: what it keeps does not take the place of what the first kept.
+        stop = threading.Event()
+        with belongs_to(stop), pytest.raises(StopRequested):
+            job_with(slides, job, **{"other" if first else "texture": encoder(stop, 3)})
+    assert job_with(slides, job, texture=Texture()) == ["done", "done"]
+    assert job_status(job).half_done == 1
+    again = Other()
+    assert job_with(slides, job, other=again) == ["done", "done"]
+    assert again.batches == whole.batches - 3
+    for bag in sorted((job / "bags").glob("*.h5")):
+        levels = zip(read_bag(bag).levels, read_bag(tmp_path / "whole/bags" / bag.name).levels, strict=True)
+        for level, expected in levels:
+            assert set(level.features) == {"texture", "other"}
+            assert level.features["other"].values.tobytes() == expected.features["other"].values.tobytes()
+    assert not (job / "partial").exists()
+
+
+def test_what_is_kept_of_grids_that_are_laid_anew_goes(slides: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    stop = threading.Event()
+    with belongs_to(stop), pytest.raises(StopRequested):
+        job_with(slides, job, other=Other(stop, 3))
+    settings = dataclasses.replace(SETTINGS, tile=dataclasses.replace(SETTINGS.tile, min_tissue=0.9), redo=True)
+    entries = collect_slides([str(slides)])
+    outcomes = process(entries, settings, open_job(job, settings, entries), encoders={"texture": Texture()})
+    assert [outcome.status for outcome in outcomes] == ["done", "done"]
     assert not (job / "partial").exists()
 
 

@@ -247,11 +247,11 @@ class _Run:
     def _keep(self, part: SlidePart) -> None:
         """What there is of a slide under way. A disk that is full shows where finished slides are written."""
         work = self.under_way.get(part.slide_id)
-        if work is not None:
+        if work is not None and work.prepared is not None:
             putting_by.set()
             try:
                 with contextlib.suppress(OSError):
-                    store_part(part, work.missing, self.paths)
+                    store_part(part, work.prepared, work.missing, self.paths)
             finally:
                 putting_by.clear()
 
@@ -307,7 +307,7 @@ class _Run:
                 return
             work.prepared = dataclasses.replace(work.prepared, notes=(*work.prepared.notes, *notes))
             cached = cached if made else (*cached, "assemble")
-        drop_part(work.entry.slide_id, self.paths)
+        drop_part(work.prepared, work.wanted, self.paths)
         self._finish(work, cached)
 
     def _finish(self, work: _Work, cached: tuple[str, ...] | None = None) -> None:
