@@ -1,8 +1,9 @@
 """Commands on damaged files of every kind that they read: what ``archive_trials.py mutants`` does beside its batch.
 
 Each mutant goes through the commands themselves, ``info``, ``plan``, ``run`` and ``benchmark`` on a folder that holds
-it and a sound slide, or, where it is a list, settings, a mask or a file of a job, through what reads that. A child
-process does many in turn and says of each what came; where it dies or hangs, the mutant is named and another goes on.
+some of them and a sound slide, or, where it is a list, settings, a mask or a file of a job, through what reads that. A
+child process does many in turn and says of each what came; where it dies or hangs, or a folder of several has a fault,
+each mutant of it is tried by itself and named, and another process goes on.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from wsi_pipe.cli import group, run_group
 from wsi_pipe.job import read_outcomes
 from wsi_pipe.slides.writing.write import write_pyramid
 
+BATCH = 15
+"""Mutants of slides in one folder: most of a command's time is not theirs."""
 LIMIT_S = 300.0
 """Far more than any mutant takes, also on a busy machine; the commands have a time-out for slides of their own."""
 OPTIONS = ["-r", "5x", "--slide-mpp", "0.5"]
@@ -90,19 +93,21 @@ def call(arguments: list[str]) -> tuple[int | None, str, str]:
     return code, told.getvalue(), escaped
 
 
-def commands_on(kind: str, mutant: Path, folder: Path, sound: dict[str, Path]) -> Iterator[list[str]]:
-    """The commands that read a mutant, in a folder of its own."""
+def commands_on(kind: str, mutants: list[Path], folder: Path, sound: dict[str, Path]) -> Iterator[list[str]]:
+    """The commands that read mutants, one of them unless they are slides, in a folder of their own."""
     slide = sound["slides.csv"].parent / "good.svs"
     job, inside = folder / "job", folder / "in"
     if kind in SLIDES:
         inside.mkdir()
         shutil.copy(slide, inside / "good.svs")
-        mutant.rename(inside / mutant.name)
+        for mutant in mutants:
+            mutant.rename(inside / mutant.name)
         yield ["info", str(inside)]
         yield ["plan", str(inside), *OPTIONS]
         yield ["run", str(inside), "-o", str(job), *OPTIONS]
         yield ["benchmark", str(inside), "-o", str(folder / "bench"), "--repeats", "1", *OPTIONS]
         return
+    (mutant,) = mutants
     given = {
         "slides.csv": [str(mutant)],
         "config.toml": [str(slide), "--config", str(mutant)],
@@ -125,10 +130,10 @@ def commands_on(kind: str, mutant: Path, folder: Path, sound: dict[str, Path]) -
     yield ["report", str(job)]
 
 
-def faults_of(kind: str, mutant: Path, folder: Path, sound: dict[str, Path]) -> list[str]:
-    """What is wrong with how the commands took one mutant; nothing where each ended in words."""
+def faults_of(kind: str, mutants: list[Path], folder: Path, sound: dict[str, Path]) -> list[str]:
+    """What is wrong with how the commands took mutants; nothing where each ended in words."""
     found = []
-    for arguments in commands_on(kind, mutant, folder, sound):
+    for arguments in commands_on(kind, mutants, folder, sound):
         code, told, escaped = call(arguments)
         what = arguments[0]
         if escaped:
@@ -145,20 +150,53 @@ def faults_of(kind: str, mutant: Path, folder: Path, sound: dict[str, Path]) -> 
     return found
 
 
-def worker(folder: Path, kinds: list[str]) -> None:
-    """Take mutants, one path a line, through their commands; a line of JSON for each."""
+def worker(folder: Path) -> None:
+    """Take mutants, a kind and paths a line, through their commands; a line of JSON for each line."""
     sound = {kind: Path(path) for kind, path in json.loads((folder / "sound.json").read_text()).items()}
     # What commands print goes into memory; this channel is for what the parent reads.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    # Files are damaged here, and no power is cut: waiting for the disk is most of the time that small files take.
+    os.fsync = lambda handle: None
     for line in sys.stdin:
-        kind, name = json.loads(line)
+        kind, names = json.loads(line)
         place = folder / "work"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
-        mutant = place / Path(name).name
-        shutil.copy(name, mutant)
-        print(json.dumps(faults_of(kind, mutant, place, sound)), file=channel)
+        mutants = [Path(shutil.copy(name, place)) for name in names]
+        print(json.dumps(faults_of(kind, mutants, place, sound)), file=channel)
+
+
+class Worker:
+    """A child process that takes mutants, begun anew where it died or hung."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.child: subprocess.Popen[str] | None = None
+
+    def faults(self, kind: str, mutants: list[Path]) -> list[str]:
+        """``faults_of`` in the child."""
+        if self.child is None:
+            command = [sys.executable, __file__, str(self.folder)]
+            self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        self.child.stdin.write(json.dumps([kind, list(map(str, mutants))]) + "\n")
+        self.child.stdin.flush()
+        ready = select.select([self.child.stdout], [], [], LIMIT_S * len(mutants))[0]
+        line = self.child.stdout.readline() if ready else ""
+        if line:
+            found: list[str] = json.loads(line)
+            return found
+        self.child.kill()
+        self.child.wait()
+        self.child = None
+        return [f"the process {'died' if ready else 'hangs'}"]
+
+    def close(self) -> None:
+        if self.child is not None and self.child.stdin is not None:
+            self.child.stdin.close()
+            self.child.wait()
 
 
 def try_commands(folder: Path, mutate: Mutate, each: int, seed: int) -> dict[str, Any]:
@@ -167,39 +205,33 @@ def try_commands(folder: Path, mutate: Mutate, each: int, seed: int) -> dict[str
     (folder / "sound.json").write_text(json.dumps({kind: str(path) for kind, path in sound.items()}))
     rng = np.random.default_rng(seed)
     counts, faults = Counter[str](), []
-    child: subprocess.Popen[str] | None = None
+    child = Worker(folder)
     start = time.perf_counter()
     for kind, original in sound.items():
         data = original.read_bytes()
+        made: dict[Path, str] = {}
         for number in range(each):
             how, changed = mutate(data, rng)
             path = folder / f"{number:03d}.{kind}"
             path.write_bytes(changed)
-            if child is None:
-                command = [sys.executable, __file__, "worker", str(folder)]
-                child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            assert child.stdin is not None
-            assert child.stdout is not None
-            child.stdin.write(json.dumps([kind, str(path)]) + "\n")
-            child.stdin.flush()
-            ready = select.select([child.stdout], [], [], LIMIT_S)[0]
-            line = child.stdout.readline() if ready else ""
-            counts[kind] += 1
-            if line:
-                found = json.loads(line)
-            else:
-                found = [f"the process {'died' if ready else 'hangs'}"]
-                child.kill()
-                child.wait()
-                child = None
-            for fault in found:
-                faults.append(f"{kind} {number} ({how}): {fault}")
-                print("fault:", faults[-1], flush=True)
-            if not found:
-                path.unlink()
-    if child is not None and child.stdin is not None:
-        child.stdin.close()
-        child.wait()
+            made[path] = f"{kind} {number} ({how})"
+            if len(made) < (BATCH if kind in SLIDES else 1) and number + 1 < each:
+                continue
+            found = {what: child.faults(kind, list(made)) for what in [", ".join(made.values())]}
+            if len(made) > 1 and any(found.values()):
+                alone = {what: child.faults(kind, [path]) for path, what in made.items()}
+                found = alone if any(alone.values()) else found
+            counts[kind] += len(made)
+            for what, said in found.items():
+                for fault in said:
+                    faults.append(f"{what}: {fault}")
+                    print("fault:", faults[-1], flush=True)
+            if not any(found.values()):
+                for path in made:
+                    path.unlink()
+            made = {}
+        print(f"{kind}: {counts[kind]} through commands", file=sys.stderr, flush=True)
+    child.close()
     return {
         "files through commands": dict(counts),
         "faults of commands": len(faults),
@@ -208,4 +240,4 @@ def try_commands(folder: Path, mutate: Mutate, each: int, seed: int) -> dict[str
 
 
 if __name__ == "__main__":
-    worker(Path(sys.argv[2]), sys.argv[3:])
+    worker(Path(sys.argv[1]))

@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from wsi_pipe.bag import check_bag, read_attrs, read_bag
+from wsi_pipe.care import Wish, prune_list
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.job import fingerprints, load_settings, load_slides, read_outcomes
 from wsi_pipe.outcome import focus_of
@@ -231,6 +232,58 @@ def test_prune_lists_first_and_then_takes_out(job: Path, again: Again, capsys: p
     assert set(features(job)) == {"20x/texture"}
     assert check_bag(job / "bags/a.h5") == []
     assert again()[0] == 0
+
+
+def test_prune_takes_feature_files_and_what_is_kept_of_half_done_slides(
+    job: Path, again: Again, weights: tuple[str, Path]
+) -> None:
+    own = f"timm-test_vit-{Path(weights[0]).stem}"
+    assert again("-r", "10x", "--keep-features")[0] == 0
+    assert again("-e", weights[0], "-r", "5x", "-r", "20x", "--keep-features")[0] == 0
+    mine = job / "features/a/20x.mine.h5"
+    mine.write_text("notes")
+    # A slide that has no bag any more, and something of a run that was stopped.
+    (job / "bags/b.h5").unlink()
+    partial = job / "partial/b.npz"
+    partial.parent.mkdir()
+    about = {"weights": "", "fingerprint": "0", "layout": "", "layers": [], "encode_s": 0.0, "source": ""}
+    rows = [
+        {"label": label, "slug": slug, **about} for label, slug in (("5x", own), ("20x", "texture"), ("10x", "texture"))
+    ]
+    arrays = {f"{place}.{name}": np.arange(3) for place in range(3) for name in ("index", "values")}
+    text = json.dumps({"version": 1, "slide_id": "b", "rows": rows}).encode()
+    np.savez(partial, about=np.frombuffer(text, np.uint8), **arrays)
+
+    def files() -> set[str]:
+        return {str(path.relative_to(job / "features")) for path in (job / "features").rglob("*.h5")}
+
+    held = files()
+    wish = Wish(encoders=(("*", weights[0]),))
+    listed = {item.slide_id: set(item.features) for item in prune_list(job, wish)}
+    assert listed == {slide: {f"20x/{own}", f"5x/{own}"} for slide in "ab"}
+    assert files() == held
+    assert cli("prune", job, "-e", weights[0], "--yes") == 0
+    assert files() == held - {f"{slide}/{label}.{own}.h5" for slide in "ab" for label in ("5x", "20x")}
+    assert cli("prune", job, "-r", "10x", "--yes") == 0
+    assert files() == {"a/20x.mine.h5"}, "the other features are in the bag alone"
+    assert [level.grid.label for level in read_bag(job / "tiles/b.h5").levels] == ["5x", "20x"]
+    with np.load(partial) as left:
+        assert [(row["label"], row["slug"]) for row in json.loads(left["about"].tobytes())["rows"]] == [
+            ("20x", "texture")
+        ]
+    assert mine.read_text() == "notes"
+    assert again()[0] == 0
+    assert set(features(job, "b")) == {"5x/texture", "20x/texture"}
+    assert cli("verify", job) == 0
+
+
+def test_a_slide_that_has_nothing_but_what_is_pruned_is_made_anew(job: Path, again: Again, template: Path) -> None:
+    assert again(template / "other.svs", "-r", "10x")[0] == 0
+    assert cli("prune", job, "-r", "10x", "--yes") == 0
+    assert not (job / "bags/other.h5").exists()
+    code, outcomes, _ = again()
+    assert (code, outcomes["other"]["status"]) == (0, "done")
+    assert set(features(job, "other")) == {"5x/texture", "20x/texture"}
 
 
 def test_only_and_limit_leave_the_jobs_settings(job: Path, again: Again) -> None:

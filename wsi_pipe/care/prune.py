@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsi_pipe.bag import Bag, BagAttrs, BagHeader, BagLevel, check_bag, read_bag, read_header, write_bag
+from wsi_pipe.bag import (
+    Bag,
+    BagAttrs,
+    BagHeader,
+    check_bag,
+    read_bag,
+    read_feature_header,
+    read_header,
+    write_bag,
+)
 from wsi_pipe.config import JobSettings, dump_toml, to_mapping
 from wsi_pipe.encoders.naming import slug_of
 from wsi_pipe.errors import BagError, ConfigError, ManifestError
-from wsi_pipe.files import write_text_atomically
+from wsi_pipe.files import output_error, write_text_atomically
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job import JobPaths, load_settings, load_slides, utc_now
 from wsi_pipe.job.changes import Change, note_changes
 from wsi_pipe.job.fits import FIRST_TILE_SETTINGS, in_order, record_of, tile_fingerprint
 from wsi_pipe.job.guard import problems_guarded, read_guarded
 from wsi_pipe.job.lock import hold_job
+from wsi_pipe.job.ownership import is_feature_file_of_ours
+from wsi_pipe.job.partial import prune_part, stored_places
 from wsi_pipe.job.prepare import stored_mask_content
 from wsi_pipe.manifest import SlideEntry, settings_of
 
@@ -44,13 +57,15 @@ class Wish:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What goes of one slide. features: "20x/uni" and the like; levels: whole levels; size_bytes: of the values.
-    problem: why nothing can be taken out of its bag, or None."""
+    """What goes of one slide. features: "20x/uni" and the like, of its bag, its feature files and of what a run that
+    was stopped kept; levels: whole levels; size_bytes: of the values. files: feature files that go. problem: why
+    nothing can be taken out, or None."""
 
     slide_id: str
     features: tuple[str, ...] = ()
     levels: tuple[str, ...] = ()
     size_bytes: int = 0
+    files: tuple[str, ...] = ()
     problem: str | None = None
 
 
@@ -68,23 +83,45 @@ def prune_list(root: Path, wish: Wish) -> list[Pruning]:
 
 
 def _of_slide(slide_id: str, paths: JobPaths, wish: Wish) -> Pruning | None:
-    path = paths.bag(slide_id)
-    if not path.is_file():
-        return None
-    try:
-        header = read_guarded(read_header, path)
-    except BagError as error:
-        return Pruning(slide_id, problem=error.message)
-    features, size = [], 0
-    for grid in header.grids:
-        for slug, item in header.features[grid.label].items():
+    header: BagHeader | None = None
+    problem = None
+    # A slide that never got to its bag has grids of their own.
+    for path in (paths.bag(slide_id), paths.tiles(slide_id)):
+        if header is None and problem is None and path.is_file():
+            try:
+                header = read_guarded(read_header, path)
+            except BagError as error:
+                problem = error.message
+    if problem is not None:
+        return Pruning(slide_id, problem=problem)
+    sizes = Counter[str]()
+    for grid in header.grids if header else ():
+        for slug, item in (header.features[grid.label] if header else {}).items():
             if wish.takes(grid.label, slug, item.weights):
-                features.append(f"{grid.label}/{slug}")
-                size += len(grid) * item.dim * 2 * (1 + len(item.layers))
-    levels = tuple(grid.label for grid in header.grids if grid.label in wish.resolutions)
-    if not features and not levels:
+                sizes[f"{grid.label}/{slug}"] += len(grid) * item.dim * 2 * (1 + len(item.layers))
+    files = dict(_feature_files(slide_id, paths, wish))
+    for path, place in files.items():
+        sizes[place] += path.stat().st_size
+    sizes.update(stored_places(slide_id, paths, wish.takes))
+    levels = tuple(grid.label for grid in header.grids if grid.label in wish.resolutions) if header else ()
+    if not sizes and not levels:
         return None
-    return Pruning(slide_id, tuple(features), levels, size)
+    return Pruning(slide_id, tuple(sizes), levels, sum(sizes.values()), tuple(map(str, files)))
+
+
+def _feature_files(slide_id: str, paths: JobPaths, wish: Wish) -> Iterator[tuple[Path, str]]:
+    """The feature files of a slide that are to go, as far as they say what they are, and what each holds."""
+    folder = paths.features(slide_id, "x", "x").parent
+    for path in sorted(folder.glob("*.h5")):
+        if not is_feature_file_of_ours(path):
+            continue
+        try:
+            held = read_guarded(read_feature_header, path)
+        except BagError:
+            # It counts for nothing, and is written over where these features are wanted again.
+            continue
+        if wish.takes(held.level, held.slug, held.features.weights):
+            yield path, f"{held.level}/{held.slug}"
 
 
 def prune_job(root: Path, wish: Wish) -> list[Pruning]:
@@ -106,20 +143,60 @@ def prune_job(root: Path, wish: Wish) -> list[Pruning]:
 
 
 def _prune_slide(item: Pruning, entry: SlideEntry, settings: JobSettings, paths: JobPaths, wish: Wish) -> Pruning:
-    path = paths.bag(item.slide_id)
-    problems = [item.problem] if item.problem else problems_guarded(check_bag, path)
-    if problems:
-        return dataclasses.replace(item, problem=f"is left as it is: {problems[0]}")
+    if item.problem:
+        return dataclasses.replace(item, problem=f"is left as it is: {item.problem}")
+    # The grids' own file first: where this ends in between, the bag still holds all, and the next call goes on.
+    made: list[tuple[Path, Bag | None]] = []
     try:
-        attrs = _without_levels(read_guarded(read_header, path), entry, settings, paths, item.levels)
+        for path in (paths.tiles(item.slide_id), paths.bag(item.slide_id)):
+            header = read_guarded(read_header, path) if path.is_file() else None
+            if header is None or not _loses(header, wish):
+                continue
+            if problems := problems_guarded(check_bag, path):
+                return dataclasses.replace(item, problem=f"is left as it is: {problems[0]}")
+            made.append((path, _left_of_bag(path, header, entry, settings, paths, wish)))
     except BagError as error:
         return dataclasses.replace(item, problem=error.message)
+    for path, bag in made:
+        if bag is None:
+            _remove(path)
+        else:
+            write_bag(path, bag)
+    for name in item.files:
+        _remove(Path(name))
+    with contextlib.suppress(OSError):
+        paths.features(item.slide_id, "x", "x").parent.rmdir()
+    prune_part(item.slide_id, paths, wish.takes)
+    return item
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
+def _loses(header: BagHeader, wish: Wish) -> bool:
+    held = ((grid.label, slug, item) for grid in header.grids for slug, item in header.features[grid.label].items())
+    return any(grid.label in wish.resolutions for grid in header.grids) or any(
+        wish.takes(label, slug, item.weights) for label, slug, item in held
+    )
+
+
+def _left_of_bag(
+    path: Path, header: BagHeader, entry: SlideEntry, settings: JobSettings, paths: JobPaths, wish: Wish
+) -> Bag | None:
+    """A bag, or a file of grids, without what goes; None where no grid is left: the next run makes the slide anew.
+
+    Raises BagError where it is not known what the grids were laid with.
+    """
+    gone = [grid.label for grid in header.grids if grid.label in wish.resolutions]
+    if len(gone) == len(header.grids):
+        return None
+    attrs = _without_levels(header, entry, settings, paths, gone)
     bag = read_bag(path)
-    # The grids' own file first: where this ends in between, the bag still holds all, and the next call goes on.
-    if item.levels and paths.tiles(item.slide_id).is_file():
-        grids = tuple(BagLevel(grid) for grid in left_of([level.grid for level in bag.levels], item.levels))
-        write_bag(paths.tiles(item.slide_id), Bag(dataclasses.replace(attrs, primary_encoder=""), grids))
-    kept = {grid.label: grid for grid in left_of([level.grid for level in bag.levels], item.levels)}
+    kept = {grid.label: grid for grid in left_of([level.grid for level in bag.levels], gone)}
     levels = []
     for level in bag.levels:
         if level.grid.label not in kept:
@@ -128,8 +205,7 @@ def _prune_slide(item: Pruning, entry: SlideEntry, settings: JobSettings, paths:
         levels.append(dataclasses.replace(level, grid=kept[level.grid.label], features=own))
     primary = next(level for level in levels if level.grid.label == attrs.primary_level)
     first = attrs.primary_encoder if attrs.primary_encoder in primary.features else next(iter(primary.features), "")
-    write_bag(path, Bag(dataclasses.replace(attrs, primary_encoder=first, created_utc=utc_now()), tuple(levels)))
-    return item
+    return Bag(dataclasses.replace(attrs, primary_encoder=first, created_utc=utc_now()), tuple(levels))
 
 
 def left_of(grids: Sequence[TileGrid], gone: Sequence[str]) -> Iterator[TileGrid]:
