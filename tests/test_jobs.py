@@ -407,24 +407,64 @@ def test_a_moved_archive_is_adopted(job: Path, again: Again) -> None:
     assert [entry.path for entry in load_slides(job)] == [str(job.parent / f"elsewhere/{n}.svs") for n in "ab"]
 
 
-def test_a_replaced_slide_is_said_and_kept_apart(job: Path, again: Again, template: Path) -> None:
-    before = state(job)
+def test_a_replaced_slide_ends_the_call_before_any_work(
+    job: Path, again: Again, template: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, noted = state(job), (job / "outcomes.jsonl").read_bytes()
     slide = job.parent / "in/a.svs"
     shutil.copyfile(template / "other.svs", slide)
-    for call in ("run", "extract", "segment"):
-        code, outcomes, _ = again(command=call)
-        assert code == 1
-        assert outcomes["a"]["error"] == "StaleWorkError"
-        assert "is another file than the one" in outcomes["a"]["reason"]
-        assert "--redo --only a" in outcomes["a"]["remedy"]
-        assert outcomes["b"]["status"] == "done"
-    assert state(job) == before
-    assert read_outcomes(job)["a"].seconds, "what the work took is not forgotten"
+    for call, *options in (("run",), ("extract",), ("segment",), ("run", "-r", "10x"), ("run", "--workers", "2")):
+        code, _, said = again(*options, command=call)
+        assert code == 2
+        assert "a: is another file than the one that the finished work was made of" in said
+        assert "finished work of 1 slide stale (masks of 1, grids of 1, features of 1)" in said
+        assert "put the earlier file back" in said
+        assert "--redo makes it anew here, another -o keeps both" in said
+        assert len(said.strip().splitlines()) == 1
+    message = said.partition("error: ")[2].strip()
+    assert cli("plan", "-o", job, "--calibrate", 0) == 1
+    assert message in capsys.readouterr().err
+    assert cli("plan", "-o", job, "--calibrate", 0, "--only", "b") == 0
+    assert again("--only", "b")[0] == 0, "others go on"
+    assert (state(job), (job / "outcomes.jsonl").read_bytes()) == (before, noted)
+    # A file that is broken, or gone, is told when its turn comes, and holds back no other.
+    slide.write_bytes(slide.read_bytes()[:3000])
+    code, outcomes, _ = again()
+    assert (code, outcomes["a"]["status"], outcomes["b"]["status"]) == (1, "failed", "done")
+    shutil.copyfile(template / "other.svs", slide)
+    assert again()[0] == 2, "also once it has failed"
     code, outcomes, _ = again("--only", "a", "--redo")
     assert (code, set(outcomes)) == (0, {"a"})
     assert state(job)["bags/b.h5"] == before["bags/b.h5"]
     assert state(job)["bags/a.h5"] != before["bags/a.h5"]
     assert cli("verify", job) == 0
+
+
+def test_a_slide_that_is_touched_or_copied_is_the_same(job: Path, again: Again) -> None:
+    slide = job.parent / "in/a.svs"
+    shutil.copyfile(slide, slide.with_suffix(".new"))
+    slide.with_suffix(".new").replace(slide)
+    before = state(job)
+    assert again()[0] == 0
+    assert state(job) == before
+
+
+def test_a_slide_that_is_replaced_while_a_run_is_at_work_fails_alone(
+    job: Path, again: Again, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wsi_pipe.job import replaced
+
+    monkeypatch.setattr(replaced, "replaced_slides", lambda root, call, found: None)
+    before = state(job)
+    shutil.copyfile(template / "other.svs", job.parent / "in/a.svs")
+    code, outcomes, _ = again()
+    assert code == 1
+    assert outcomes["a"]["error"] == "StaleWorkError"
+    assert "is another file than the one" in outcomes["a"]["reason"]
+    assert "--redo --only a" in outcomes["a"]["remedy"]
+    assert outcomes["b"]["status"] == "done"
+    assert state(job) == before
+    assert read_outcomes(job)["a"].seconds, "what the work took is not forgotten"
 
 
 def test_status_tells_done_from_stale(
@@ -440,7 +480,7 @@ def test_status_tells_done_from_stale(
     assert counts() == (2, 0, 0)
     shutil.copyfile(template / "other.svs", job.parent / "in/a.svs")
     assert counts() == (1, 1, 0)
-    assert again()[0] == 1
+    assert again()[0] == 2
     assert counts() == (1, 1, 0)
     shutil.copyfile(template / "in/a.svs", job.parent / "in/a.svs")
     assert again()[0] == 0
@@ -647,8 +687,8 @@ def test_another_encoder_is_added_and_one_left_out_stays(
     assert cli("verify", out) == 0
 
 
-def test_other_weights_of_an_encoder_are_said(
-    job: Path, again: Again, weights: tuple[str, Path], tmp_path: Path
+def test_other_weights_of_an_encoder_end_the_call_before_any_work(
+    job: Path, again: Again, weights: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -659,13 +699,19 @@ def test_other_weights_of_an_encoder_are_said(
     before = state(job)
     changed = {key: value * 1.01 for key, value in load_file(own).items()}
     save_file(changed, own)
-    code, outcomes, _ = again("-e", name)
-    assert code == 1
-    assert "weights" in outcomes["a"]["reason"]
-    assert {o["error"] for o in outcomes.values()} == {"StaleWorkError"}
-    assert {k: v for k, v in state(job).items() if k != "config.toml"} == {
-        k: v for k, v in before.items() if k != "config.toml"
-    }
+    (job / ".index.jsonl").unlink()
+    for options in (["-e", name], ["-e", name, "--workers", "2"], ["-e", name, "-r", "10x"], []):
+        code, _, said = again(*options)
+        assert code == 2
+        assert f"weights of {name}" in said
+        assert "finished work of 2 slides stale (features of 2)" in said
+        assert "put the earlier weights back (features of a, b)" in said
+        assert "--redo" in said
+        assert state(job) == before
+    capsys.readouterr()
+    assert cli("plan", "-o", job, "--calibrate", 0) == 1
+    assert f"weights of {name}" in capsys.readouterr().err
+    assert again("-e", "texture")[0] == 0, "what does not ask for them goes on"
     code, _, _ = again("-e", name, "--redo")
     assert code == 0
     assert state(job)["bags/a.h5"] != before["bags/a.h5"]
@@ -756,6 +802,14 @@ def test_a_plan_of_a_job_says_what_a_run_would(job: Path, again: Again, capsys: 
     assert said in capsys.readouterr().err
     assert cli("plan", "-o", job, "--min-tissue", "0.9", "--redo", "--calibrate", 0) == 0
     assert cli("plan", "-o", job, "--calibrate", 0) == 0
+    # Of some slides alone, as run.
+    for options in (["--only", "a", "--tile-px", "128"], ["--limit", "1", "--tile-px", "128"], ["--only", "c"]):
+        assert again(*options)[0] == 2
+        capsys.readouterr()
+        assert cli("plan", "-o", job, "--calibrate", 0, *options) == 2
+    assert "no slide has the id c" in capsys.readouterr().err
+    assert cli("plan", "-o", job, "--calibrate", 0, "--only", "b", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["slides"] == 1
 
 
 def test_no_room_ends_a_run_before_its_first_tile(

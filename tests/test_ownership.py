@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from wsi_pipe.bag import check_bag
+from wsi_pipe.bag import check_bag, check_feature_file
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.config import JobSettings
 from wsi_pipe.errors import NotOursError, OutputError
@@ -150,6 +150,34 @@ def test_another_s_file_in_the_place_of_a_half_done_slide_stays(slides: Path, tm
     assert before
     assert cli("run", "-o", job, "-r", "20x", "--no-report") == 0
     assert {path: path.read_bytes() for path in kept.values()} == before
+
+
+@pytest.mark.parametrize("command", [["run", "--keep-features"], ["extract"]])
+def test_another_s_file_in_the_place_of_a_feature_file_fails_its_slide_before_its_tiles(
+    slides: Path, tmp_path: Path, command: list[str], make_slide: MakeSlide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wsi_pipe.job import run
+
+    make_slide(slides / "b.svs", seed=1)
+    job = tmp_path / "job"
+    assert cli("tile", slides, "-o", job, "-r", "5x") == 0
+    mine, damaged = job / "features/a/5x.texture.h5", job / "features/b/5x.texture.h5"
+    for path, content in ((mine, b"notes of mine"), (damaged, bytes(5000))):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    begun = []
+    load = run.load_part
+    monkeypatch.setattr(run, "load_part", lambda p, *rest: begun.append(p.entry.slide_id) or load(p, *rest))
+    assert cli(*command, "-o", job) == 1
+    assert mine.read_bytes() == b"notes of mine"
+    assert begun == ["b"]
+    failures = (job / "failures.csv").read_text().splitlines()
+    assert len(failures) == 2
+    assert f"{mine}: was not made by this program and would be written over" in failures[1]
+    assert check_feature_file(damaged) == [], "a damaged one of ours is made again"
+    if command[0] == "run":
+        assert cli("run", "-o", job) == 0, "nothing is written there without --keep-features"
+        assert mine.read_bytes() == b"notes of mine"
 
 
 def test_a_damaged_bag_of_ours_is_made_again(slides: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import stat
 import threading
 import unicodedata
@@ -136,6 +137,30 @@ def test_an_anonymised_job_goes_on_by_the_names_of_the_files(
     said = capsys.readouterr()
     assert not any(name in said.out + said.err for name in PLANTED)
     assert told_by(job, PLANTED) == []
+
+
+def test_a_replaced_slide_of_an_anonymised_job_is_told_by_its_id_alone(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, job = tmp_path / "in", tmp_path / "job"
+    folder.mkdir()
+    slide = folder / "MRN-0815 Garcia.svs"
+    shutil.copyfile(scans / slide.name, slide)
+    assert run("run", folder, "-o", job, "--anonymise", "-e", "texture", "-r", "5x", "--no-report") == 0
+    (own,) = identities(job).values()
+    slide.write_bytes(slide.read_bytes() + bytes(8))
+    capsys.readouterr()
+    for command in (["run", folder, "-o", job], ["run", "-o", job]):
+        assert run(*command) == 2
+        said = capsys.readouterr().err
+        assert f"{own['slide_id']}: is another file than the one" in said
+        assert run("plan", *command[1:], "--calibrate", 0) == 1
+        assert said.partition("error: ")[2].strip() in capsys.readouterr().err
+    assert run("verify", job) == 1
+    assert run("status", job) == 0
+    said = capsys.readouterr().out
+    assert said.count("its slide was replaced or changed since") == 2
+    assert not any(name in said for name in PLANTED)
 
 
 def test_anonymising_is_for_the_whole_job(

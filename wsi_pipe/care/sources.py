@@ -7,25 +7,20 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from wsi_pipe.bag import BagAttrs, BagHeader, read_header
-from wsi_pipe.config import CacheSettings, JobSettings
+from wsi_pipe.bag import BagHeader, read_header
+from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders.naming import is_lr_file, slug_of
 from wsi_pipe.errors import BagError, in_words
-from wsi_pipe.execute import run_bounded
 from wsi_pipe.job.annotate import stored_annotation
-from wsi_pipe.job.fits import Identity
 from wsi_pipe.job.guard import read_guarded
 from wsi_pipe.job.paths import JobPaths
-from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.job.replaced import is_made_of
 from wsi_pipe.manifest import SlideEntry, is_url
 
 __all__ = ["SourceReport", "Sources"]
 
-SLIDE_CPU_S = 60.0
-"""Far more processor seconds than any reader takes to open a slide."""
 GONE = (FileNotFoundError, NotADirectoryError)
 
 
@@ -76,18 +71,18 @@ class Sources:
         except GONE:
             return
         except OSError as error:
-            yield False, f"its slide {entry.shown_path} cannot be looked at ({error.strerror}): not compared"
+            yield False, f"{_slide(entry)} cannot be looked at ({error.strerror}): not compared"
             return
         try:
-            look = partial(_is_of, bag.attrs, reader=self._settings.reader, cache=self._settings.cache)
-            same = run_bounded(look, SLIDE_CPU_S, dataclasses.replace(entry, path=str(path)))
+            here = dataclasses.replace(entry, path=str(path))
+            same = is_made_of(bag.attrs, here, self._settings.reader, self._settings.cache)
         except Exception as error:
             # As in a run, an error that nobody foresaw is its slide's own. It opened when the bag was made, but a mount
             # that is lost or a library that is missing keeps it shut as much as a change does.
-            yield False, f"its slide {entry.shown_path} cannot be opened ({in_words(error)[0]}): not compared"
+            yield False, f"{_slide(entry)} cannot be opened ({in_words(error)[0]}): not compared"
             return
         if not same:
-            yield True, f"its slide {entry.shown_path} was replaced or changed since: run --redo makes it anew"
+            yield True, f"{_slide(entry)} was replaced or changed since: run --redo makes it anew"
 
     def _of_annotations(self, bag: BagHeader, entry: SlideEntry) -> Iterator[tuple[bool, str]]:
         if entry.annotations is None:
@@ -128,14 +123,9 @@ class Sources:
         return self._hashes[path]
 
 
-def _is_of(attrs: BagAttrs, entry: SlideEntry, *, reader: str, cache: CacheSettings) -> bool:
-    """Whether a bag is of the slide as it is. Runs in a child process, which a damaged slide may crash instead of the
-    whole check."""
-    slide = open_entry(entry, reader, cache)
-    try:
-        return Identity(slide, entry.path).knows(attrs)
-    finally:
-        slide.close()
+def _slide(entry: SlideEntry) -> str:
+    """The slide as it may be named: in an anonymised job its path is not told."""
+    return " ".join(part for part in ("its slide", entry.shown_path) if part)
 
 
 def _file_of(name: str) -> Path | None:

@@ -37,6 +37,7 @@ __all__ = [
     "extract_options",
     "job_option",
     "parse_mpp",
+    "part_options",
     "segment_options",
     "settings_from",
     "slide_options",
@@ -147,12 +148,19 @@ def job_option(function: F) -> F:
             metavar="FILE",
             help="With --anonymise: the salt, made if it is not there; jobs of one salt give a patient one id.",
         ),
-        click.option("--only", multiple=True, metavar="ID", help="Just this slide; repeatable."),
-        click.option("--limit", type=click.IntRange(1), metavar="N", help="Just the first N slides."),
+        part_options,
         click.option(
             "--redo", is_flag=True, help="Make finished work anew where it is stale, or of an earlier version."
         ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    )(function)
+
+
+def part_options(function: F) -> F:
+    """Some slides of those that are named, or of the job."""
+    return _stack(
+        click.option("--only", multiple=True, metavar="ID", help="Just this slide; repeatable."),
+        click.option("--limit", type=click.IntRange(1), metavar="N", help="Just the first N slides."),
     )(function)
 
 

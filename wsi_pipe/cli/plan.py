@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from wsi_pipe.cli.display import print_json, print_table
 from wsi_pipe.cli.options import (
     collect_entries,
     extract_options,
+    part_options,
     segment_options,
     settings_from,
     slide_options,
@@ -22,6 +25,7 @@ from wsi_pipe.cli.options import (
 from wsi_pipe.config import JobSettings
 from wsi_pipe.errors import OutputError, StaleWorkError, WsiPipeError
 from wsi_pipe.job.changes import duration
+from wsi_pipe.job.private import job_salt
 from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = ["plan"]
@@ -50,6 +54,7 @@ SHOWN = 40
     "[the current folder, as a new job]",
 )
 @click.option("--redo", is_flag=True, help="As of run: make finished work anew where it is stale.")
+@part_options
 @click.option("--metadata", type=click.Path(path_type=Path, dir_okay=False), help="Keep what slides are in this file.")
 @click.option(
     "--each",
@@ -79,7 +84,8 @@ def plan(
     would end the run before its first tile (an encoder that is not to be had, finished work that would be stale, no
     room) is said, and tiles are counted all the same. Exit code 1 when a run would stop, or slides would fail.
     """
-    from wsi_pipe.job.changes import call_of, refuse_stale, stale_work
+    from wsi_pipe.job.changes import call_of, refuse_stale
+    from wsi_pipe.job.replaced import file_weights, other_weights, refuse_unfit
     from wsi_pipe.plan import (
         MetadataCache,
         SpaceCount,
@@ -96,18 +102,23 @@ def plan(
 
     settings = settings_from({**values, "redo": redo}, job, config)
     passed_over = PassedOver()
-    entries = collect_entries(values, job, passed_over)
+    salt = job_salt(job) if job is not None and settings.anonymise else None
+    entries = collect_entries(values, job, passed_over, salt=salt)
     problems: list[WsiPipeError] = []
     if job is not None:
-        call = call_of(job, settings, entries)
+        call = call_of(job, settings, entries, part=bool(values["only"] or values["limit"]))
         settings, entries = call.settings, call.entries
-        try:
-            if not redo:
-                refuse_stale(job, stale_work(job, call))
-        except StaleWorkError as error:
-            problems.append(error)
     missing = encoder_problems(settings)
-    problems += missing
+    if job is not None and not redo:
+        # In the order in which a run would come upon them.
+        with _noted(problems):
+            refuse_unfit(job, call)
+        problems += missing
+        if not missing:
+            with _noted(problems):
+                refuse_stale(job, other_weights(job, call, file_weights()))
+    else:
+        problems += missing
     by_id = {entry.slide_id: entry for entry in entries}
     room = SpaceCount(job or Path())
     with MetadataCache(metadata) as cache:
@@ -168,6 +179,14 @@ def plan(
     for problem in problems:
         click.echo(f"a run would stop before its first tile: {problem}", err=True)
     return EXIT_FAILED if totals.failing or problems else 0
+
+
+@contextlib.contextmanager
+def _noted(problems: list[WsiPipeError]) -> Iterator[None]:
+    try:
+        yield
+    except StaleWorkError as error:
+        problems.append(error)
 
 
 def _downloads(settings: JobSettings) -> list[str]:

@@ -53,10 +53,11 @@ def _run_until(
     report: bool = False,
 ) -> int:
     """Parse, process, print; the exit code. after: what a run that was not stopped does at its end."""
-    from wsi_pipe.job.changes import call_of, note_changes, refuse_stale, stale_work
+    from wsi_pipe.job.changes import call_of, note_changes, refuse_stale
     from wsi_pipe.job.dispatch import check_folder, dispatch
     from wsi_pipe.job.index import compact
     from wsi_pipe.job.lock import hold_job
+    from wsi_pipe.job.replaced import file_weights, other_weights, refuse_unfit
     from wsi_pipe.job.run import load_encoders
     from wsi_pipe.plan import bytes_per_tile, refuse_bad_encoders, refuse_lack_of_room
 
@@ -71,7 +72,7 @@ def _run_until(
     entries = collect_entries(values, job, passed_over, salt=salt)
     call = call_of(job, settings, entries, part=bool(values["only"] or values["limit"]))
     if not settings.redo:
-        refuse_stale(job, stale_work(job, call))
+        refuse_unfit(job, call)
     settings, entries = call.settings, call.entries
     encoders = None
     if until in ("extract", "assemble"):
@@ -79,6 +80,9 @@ def _run_until(
         refuse_bad_encoders(settings, fetch=where.scheduler is None and not where.here)
         if where.here:
             encoders = load_encoders(settings)
+        if not settings.redo:
+            hashes = {name: encoder.info.weights_sha256 for name, encoder in (encoders or {}).items()}
+            refuse_stale(job, other_weights(job, call, hashes.get if encoders else file_weights()))
         dims = {name: encoder.info.dim for name, encoder in encoders.items()} if encoders else None
         refuse_lack_of_room(entries, settings, job, bytes_per_tile(settings, dims) if dims else None)
     outcomes: list[SlideOutcome] = []

@@ -13,7 +13,7 @@ from wsi_pipe.encoders.registry import RegistryEntry, find_entry
 from wsi_pipe.errors import ResolutionError, WeightsError
 from wsi_pipe.geometry import TileSpec, level_label
 
-__all__ = ["check_encoder", "fetch_weights", "to_download"]
+__all__ = ["check_encoder", "fetch_weights", "to_download", "weights_file"]
 
 
 def check_encoder(name: str, specs: Sequence[TileSpec], mpp_tolerance: float, *, random_weights: bool = False) -> None:
@@ -85,6 +85,28 @@ def _check_tiles(name: str, header: LrHeader, spec: TileSpec, mpp_tolerance: flo
             f"the grid {spec.label} has tiles of {spec.size_px} px",
             remedy=f"cut tiles of that size: --tile-px {header.tile.size_px}",
         )
+
+
+def weights_file(name: str) -> Path | None:
+    """The file on this machine that an encoder's weights would be read from; None where there is none, or none needed.
+
+    Raises UnknownEncoderError.
+    """
+    if name == "texture":
+        return None
+    base, _, checkpoint = name.partition("@")
+    if is_lr_file(name) or checkpoint:
+        path = Path(checkpoint or name)
+        return path if path.is_file() else None
+    if base.startswith("timm:"):
+        from wsi_pipe.encoders.architectures import timm_recipe
+
+        _, facts = timm_recipe(base.removeprefix("timm:"))
+        return hub.find_local(name, facts["hub_id"], _timm_files(facts))
+    entry = find_entry(base)
+    if entry.local_file is not None:
+        return entry.local_file if entry.local_file.is_file() else None
+    return hub.find_local(entry.name, entry.hub_id, entry.files, repo_type=entry.hub_type)
 
 
 def to_download(name: str) -> str | None:

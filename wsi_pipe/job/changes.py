@@ -24,7 +24,19 @@ from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, settings_of
 from wsi_pipe.masking import mask_secrets
 from wsi_pipe.outcome import TIMES, SlideOutcome
 
-__all__ = ["Call", "Change", "Stale", "call_of", "duration", "note_changes", "refuse_stale", "stale_work", "unfit_work"]
+__all__ = [
+    "Call",
+    "Change",
+    "Stale",
+    "call_of",
+    "duration",
+    "note_changes",
+    "refuse_stale",
+    "seconds_of",
+    "stale_work",
+    "stored_attrs",
+    "unfit_work",
+]
 
 
 @dataclass(frozen=True)
@@ -57,11 +69,12 @@ class Call:
 @dataclass
 class Stale:
     """Finished work that would not fit any more. why: the changes that do it. what: kind of work -> slides. seconds:
-    what it took, as far as outcomes know."""
+    what it took, as far as outcomes know. remedies: beside making it anew."""
 
     why: dict[str, None] = field(default_factory=dict)
     what: dict[str, set[str]] = field(default_factory=dict)
     seconds: float = 0.0
+    remedies: list[str] = field(default_factory=list)
 
     @property
     def slides(self) -> set[str]:
@@ -199,8 +212,8 @@ def note_changes(paths: JobPaths, changes: Iterable[Change]) -> None:
 def stale_work(root: Path, call: Call) -> Stale:
     """Finished work of the call's slides that its changes would make stale, judged by what files say of themselves.
 
-    Nothing is opened where nothing changes. What no setting tells, as a slide's file that was replaced, shows when the
-    slide's turn comes.
+    Nothing is opened where nothing changes. What no setting tells, as a slide's file that was replaced, is for
+    ``job.replaced``.
     """
     held = load_settings(root)
     found = Stale()
@@ -222,7 +235,7 @@ def stale_work(root: Path, call: Call) -> Stale:
             found.what.setdefault(kind, set()).add(entry.slide_id)
             found.why |= dict.fromkeys(why)
         if kinds:
-            found.seconds += _seconds(outcomes.get(entry.slide_id), kinds)
+            found.seconds += seconds_of(outcomes.get(entry.slide_id), kinds)
     return found
 
 
@@ -236,7 +249,7 @@ def _stale_of(
 ) -> dict[str, tuple[str, ...]]:
     """Kind of finished work -> why it would be stale, for one slide."""
     kinds: dict[str, tuple[str, ...]] = {}
-    attrs = _attrs_of(entry.slide_id, paths)
+    attrs = stored_attrs(entry.slide_id, paths)
     before, after = settings_of(old, held.segment, held.tile), settings_of(entry, new.segment, new.tile)
     why = list(_picture_changes(entry, old, attrs))
     if held.reader != new.reader:
@@ -278,7 +291,8 @@ def _sans(settings: TileSettings) -> TileSettings:
     return dataclasses.replace(settings, resolutions=_ANY)
 
 
-def _attrs_of(slide_id: str, paths: JobPaths) -> BagAttrs | None:
+def stored_attrs(slide_id: str, paths: JobPaths) -> BagAttrs | None:
+    """What the grids of a slide say of it; None where there are none that can be read."""
     for path in (paths.tiles(slide_id), paths.bag(slide_id)):
         try:
             return read_guarded(read_attrs, path)
@@ -356,7 +370,8 @@ _STAGES_OF = {
 }
 
 
-def _seconds(outcome: SlideOutcome | None, kinds: Mapping[str, object]) -> float:
+def seconds_of(outcome: SlideOutcome | None, kinds: Mapping[str, object]) -> float:
+    """What kinds of work took for one slide, as far as its outcome knows."""
     if outcome is None:
         return 0.0
     times = {time for kind in kinds for stage in _STAGES_OF[kind] for time in TIMES[stage]}
@@ -376,7 +391,7 @@ def refuse_stale(root: Path, stale: Stale) -> None:
     raise StaleWorkError(
         f"{root}: {'; '.join(shown_why)}{more} would make finished work of {slides} stale "
         f"({parts}), which took {took} by the job's own timings; nothing was done",
-        remedy="--redo makes it anew here, another -o keeps both",
+        remedy="; ".join([*stale.remedies, "--redo makes it anew here, another -o keeps both"]),
     )
 
 

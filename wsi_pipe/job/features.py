@@ -35,13 +35,20 @@ from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
 from wsi_pipe.job.fits import features_fit
 from wsi_pipe.job.guard import problems_guarded, read_guarded
-from wsi_pipe.job.ownership import is_feature_file_of_ours, refuse_other_hdf5
+from wsi_pipe.job.ownership import is_feature_file_of_ours, refuse_other_features
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepare import Prepared, stale_error
 from wsi_pipe.job.record import utc_now
 from wsi_pipe.quality import QUALITY_METHODS, QUALITY_VERSION
 
-__all__ = ["Wanted", "assemble", "missing_features", "store_features", "wanted_features"]
+__all__ = [
+    "Wanted",
+    "assemble",
+    "missing_features",
+    "refuse_foreign_features",
+    "store_features",
+    "wanted_features",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +128,11 @@ def missing_features(
     return missing
 
 
+def refuse_foreign_features(slide_id: str, missing: Iterable[Wanted], paths: JobPaths) -> None:
+    """Raise NotOursError where a file of others lies in the place of one of ``missing``, before they are computed."""
+    refuse_other_features(*(paths.features(slide_id, item.label, item.info.slug) for item in missing))
+
+
 def _source_of(bag: BagHeader | None, label: str) -> str:
     grids = [grid for grid in (bag.grids if bag else ()) if grid.label == label]
     return grid_fingerprint(bag.attrs.slide_fingerprint, grids[0]) if bag and grids else ""
@@ -198,7 +210,7 @@ def store_features(prepared: Prepared, computed: SlideFeatures, wanted: Iterable
     slide_id = prepared.entry.slide_id
     for item, features in computed_features(computed, wanted).values():
         path = paths.features(slide_id, item.label, item.info.slug)
-        refuse_other_hdf5(path)
+        refuse_other_features(path)
         quality = computed_quality(computed, item.label)
         write_feature_file(path, slide_id, item.label, item.info.slug, features, quality)
 

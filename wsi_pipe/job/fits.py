@@ -23,7 +23,7 @@ from wsi_pipe.encoders.base import EncoderInfo
 from wsi_pipe.geometry import IntPair, TileGrid
 from wsi_pipe.job import fingerprints as versions
 from wsi_pipe.job.fingerprints import features_fingerprint
-from wsi_pipe.slides.base import Slide
+from wsi_pipe.slides.base import ReadStats, Slide
 from wsi_pipe.slides.opening import READERS
 from wsi_pipe.slides.storage.source import FileSource, is_url, slide_fingerprint, slide_fingerprints
 
@@ -33,6 +33,7 @@ __all__ = [
     "Identity",
     "differences",
     "features_fit",
+    "file_content",
     "grids_fit",
     "grids_record",
     "in_order",
@@ -101,10 +102,7 @@ class Identity:
     def content(self) -> str:
         """SHA-256 over the file's size and ends alone, "" of what is not one local file."""
         if self._content is None:
-            self._content = ""
-            if not is_url(self._path) and Path(self._path).is_file():
-                with closing(FileSource(self._path, self._stats)) as source:
-                    self._content = slide_fingerprint([source], [])
+            self._content = file_content(self._path, self._stats)
         return self._content
 
     def _with_other_tables(self) -> Iterator[str]:
@@ -116,6 +114,14 @@ class Identity:
         ]
         with closing(FileSource(self._path, self._stats)) as source:
             yield from slide_fingerprints([source], tables[:MOST_TABLES])
+
+
+def file_content(path: str, stats: ReadStats | None = None) -> str:
+    """SHA-256 over a file's size and ends, "" of what is not one local file. Raises OSError where it cannot be read."""
+    if is_url(path) or not Path(path).is_file():
+        return ""
+    with closing(FileSource(path, ReadStats() if stats is None else stats)) as source:
+        return slide_fingerprint([source], [])
 
 
 def record_of(attrs: BagAttrs) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome
 
-__all__ = ["JobIndex", "Mark", "compact", "files_of", "stamps_of", "wanted_of"]
+__all__ = ["JobIndex", "Mark", "compact", "files_of", "marks_of", "stamps_of", "wanted_of"]
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+SHOWN_HASH = 16
+"""Characters of a hash that tell the weights of one name apart."""
 MOST_FILES = 2000
 """A slide of more files than this is looked at in full."""
 SINGLE = frozenset(
@@ -44,7 +46,8 @@ Stamp = tuple[str, int, int, int]
 
 @dataclass(frozen=True)
 class Mark:
-    """What is known of one finished slide. wanted: fingerprint of what was asked for. files: all that it rests on."""
+    """What is known of one finished slide. wanted: fingerprint of what was asked for. files: all that it rests on.
+    weights: the first characters of the hash of the weights of the features asked for, by place, "20x/uni"."""
 
     slide_id: str
     wanted: str
@@ -57,6 +60,7 @@ class Mark:
     mpp: tuple[float, float] | None = None
     mpp_source: str = ""
     stamp: str = ""
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values: a line of the index."""
@@ -73,6 +77,7 @@ class Mark:
             "mpp": None if self.mpp is None else list(self.mpp),
             "mpp_source": self.mpp_source,
             "stamp": self.stamp,
+            "weights": dict(self.weights),
         }
 
     @classmethod
@@ -94,6 +99,7 @@ class Mark:
                 None if values["mpp"] is None else (float(values["mpp"][0]), float(values["mpp"][1])),
                 str(values["mpp_source"]),
                 str(values["stamp"]),
+                {str(place): str(sha256) for place, sha256 in values["weights"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
@@ -178,7 +184,7 @@ class JobIndex:
 
     def __init__(self, paths: JobPaths, run: str) -> None:
         self._paths, self._run = paths, run
-        self._marks = _marks_of(paths.index)
+        self._marks = marks_of(paths)
 
     def known(self, entry: SlideEntry) -> SlideOutcome | None:
         """The outcome of a slide that is done as it is wanted, by its files' sizes and times; else None."""
@@ -208,8 +214,13 @@ class JobIndex:
         files = _slide_files(entry.path)
         return None if files is None else stamps_of([*files, *_given(entry)])
 
-    def mark(self, entry: SlideEntry, begun: tuple[Stamp, ...] | None, outcome: SlideOutcome) -> Mark | None:
-        """What is to be noted of a slide that is done now; None where its files changed meanwhile or are not known."""
+    def mark(
+        self, entry: SlideEntry, begun: tuple[Stamp, ...] | None, outcome: SlideOutcome, weights: Mapping[str, str]
+    ) -> Mark | None:
+        """What is to be noted of a slide that is done now; None where its files changed meanwhile or are not known.
+
+        weights: of its features, by place.
+        """
         files = files_of(entry, self._paths)
         stamps = None if files is None or begun is None or outcome.status == "failed" else stamps_of(files)
         if stamps is None or begun is None or stamps[: len(begun)] != begun:
@@ -226,6 +237,7 @@ class JobIndex:
             outcome.mpp,
             outcome.mpp_source,
             outcome.stamp,
+            {place: sha256[:SHOWN_HASH] for place, sha256 in weights.items()},
         )
 
 
@@ -233,8 +245,9 @@ _read: dict[Path, tuple[int, int, dict[str, Mark]]] = {}
 """By file: its inode, how much of it was read, and what that held. Workers see one slide at a time of a job."""
 
 
-def _marks_of(path: Path) -> dict[str, Mark]:
+def marks_of(paths: JobPaths) -> dict[str, Mark]:
     """The last mark of each slide; only what was added since the last call is read."""
+    path = paths.index
     try:
         status = os.stat(path)
         inode, offset, marks = _read.get(path, (0, 0, {}))
@@ -261,7 +274,7 @@ def compact(paths: JobPaths) -> None:
     """Write the index anew where most of its lines are out of date. Only for who holds the job."""
     with suppress(OSError):
         size = os.stat(paths.index).st_size
-        marks = _marks_of(paths.index)
+        marks = marks_of(paths)
         lines = [json.dumps(mark.to_json(), ensure_ascii=False) for mark in marks.values()]
         text = "".join(f"{line}\n" for line in lines)
         if size > 2 * len(text) + (1 << 16):

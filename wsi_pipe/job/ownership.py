@@ -20,6 +20,7 @@ __all__ = [
     "is_feature_file_of_ours",
     "refuse_foreign",
     "refuse_foreign_reports",
+    "refuse_other_features",
     "refuse_other_hdf5",
 ]
 
@@ -189,6 +190,23 @@ def _refuse(found: list[Path]) -> None:
             f"{what}{more}: {'was' if len(found) == 1 else 'were'} not made by this program and would be written over",
             remedy=REMEDY if len(found) == 1 else REMEDY.replace("it", "them", 1),
         )
+
+
+def refuse_other_features(*files: Path) -> None:
+    """Raises NotOursError for a file in the place of a feature file that is none of ours: text, another's HDF5 file.
+
+    An empty one, or one that begins with zeros, may be ours and damaged.
+    """
+    for path in files:
+        try:
+            with open(path, "rb") as handle:
+                head = handle.read(HEAD_BYTES)
+        except IsADirectoryError:
+            head = b"a folder"
+        except OSError:
+            continue
+        if head.strip(b"\0") and f"{SCHEMA}-features".encode() not in head:
+            raise NotOursError(f"{path}: was not made by this program and would be written over", remedy=REMEDY)
 
 
 def refuse_other_hdf5(*files: Path) -> None:

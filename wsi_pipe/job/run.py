@@ -16,10 +16,17 @@ from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders import encoder_of_job
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
 from wsi_pipe.encoders.naming import check_slugs, slug_of
-from wsi_pipe.errors import EncoderError, FileAccessError, OutputError, StaleWorkError, WsiPipeError
+from wsi_pipe.errors import EncoderError, FileAccessError, NotOursError, OutputError, StaleWorkError, WsiPipeError
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, SlidePart, extract_features
 from wsi_pipe.geometry import TileGrid
-from wsi_pipe.job.features import Wanted, assemble, missing_features, store_features, wanted_features
+from wsi_pipe.job.features import (
+    Wanted,
+    assemble,
+    missing_features,
+    refuse_foreign_features,
+    store_features,
+    wanted_features,
+)
 from wsi_pipe.job.index import JobIndex, Stamp, wanted_of
 from wsi_pipe.job.partial import drop_part, load_part, store_part
 from wsi_pipe.job.paths import JobPaths
@@ -224,8 +231,11 @@ class _Run:
                 work.missing = missing_features(
                     work.prepared, work.wanted, settings.extract, settings.reader, self.paths, redo=settings.redo
                 )
-            except (StaleWorkError, FileAccessError) as error:
-                # What it holds is not wanted so, or not known: it is neither made again nor taken for done.
+                if self.until != "assemble" or self.keep_features:
+                    refuse_foreign_features(entry.slide_id, work.missing, self.paths)
+            except (StaleWorkError, FileAccessError, NotOursError) as error:
+                # What it holds is not wanted so, or not known, or another's: it is neither made again nor taken for
+                # done.
                 work.clock.stage = "extract"
                 self._fail(work, error)
                 yield None
@@ -356,7 +366,8 @@ class _Run:
 
     def _note(self, outcome: SlideOutcome, done: _Work | None = None) -> None:
         if done is not None and self.index is not None:
-            outcome = replace(outcome, mark=self.index.mark(done.entry, done.begun, outcome))
+            weights = {item.place: item.info.weights_sha256 for item in done.wanted}
+            outcome = replace(outcome, mark=self.index.mark(done.entry, done.begun, outcome, weights))
         if (copy := self.copies.pop(outcome.slide_id, None)) is not None:
             copy.release()
         if self.log:
