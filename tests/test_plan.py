@@ -20,7 +20,7 @@ from wsi_pipe.cli import group, run_group
 from wsi_pipe.config import JobSettings
 from wsi_pipe.extract import ExtractItem, extract_features
 from wsi_pipe.geometry import TileGrid, TileSpec
-from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.job.opening import open_entry
 from wsi_pipe.job.run import load_encoders
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.plan import (

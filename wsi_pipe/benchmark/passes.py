@@ -36,7 +36,7 @@ from wsi_pipe.errors import ConfigError, in_words
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job import open_job
 from wsi_pipe.job.given import given_mask
-from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.job.opening import open_entry
 from wsi_pipe.job.run import process
 from wsi_pipe.manifest import SlideEntry, is_url, settings_of
 from wsi_pipe.overview import read_overview

@@ -31,9 +31,9 @@ from wsi_pipe.job.changes import Change, note_changes
 from wsi_pipe.job.fits import FIRST_TILE_SETTINGS, in_order, record_of, tile_fingerprint
 from wsi_pipe.job.guard import problems_guarded, read_guarded
 from wsi_pipe.job.lock import hold_job
+from wsi_pipe.job.masks import stored_mask_content
 from wsi_pipe.job.ownership import is_feature_file_of_ours
 from wsi_pipe.job.partial import prune_part, stored_places
-from wsi_pipe.job.prepare import stored_mask_content
 from wsi_pipe.manifest import SlideEntry, settings_of
 
 __all__ = ["Pruning", "Wish", "prune_job", "prune_list"]

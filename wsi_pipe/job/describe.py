@@ -13,7 +13,7 @@ from wsi_pipe.config import TileSettings
 from wsi_pipe.errors import BagError, ResolutionError, in_words
 from wsi_pipe.geometry import Pyramid, TissueMask
 from wsi_pipe.job.guard import read_guarded
-from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.job.opening import open_entry
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.slides.personal import personal_items
 from wsi_pipe.tiling import plan_grids

@@ -37,7 +37,7 @@ from wsi_pipe.job.fits import features_fit
 from wsi_pipe.job.guard import problems_guarded, read_guarded
 from wsi_pipe.job.ownership import is_feature_file_of_ours, refuse_other_features
 from wsi_pipe.job.paths import JobPaths
-from wsi_pipe.job.prepare import Prepared, stale_error
+from wsi_pipe.job.prepared import Prepared, stale_error
 from wsi_pipe.job.record import utc_now
 from wsi_pipe.quality import QUALITY_METHODS, QUALITY_VERSION
 

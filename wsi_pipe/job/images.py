@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from wsi_pipe.bag import read_grids
 from wsi_pipe.config import JobSettings
+from wsi_pipe.job.opening import open_entry
 from wsi_pipe.job.paths import JobPaths
-from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.pictures import write_image
 from wsi_pipe.tiles import stream_tiles

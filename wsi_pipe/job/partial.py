@@ -25,7 +25,7 @@ from wsi_pipe.files import atomic_path, parse_json
 from wsi_pipe.job.features import Wanted
 from wsi_pipe.job.fingerprints import grid_fingerprint
 from wsi_pipe.job.paths import JobPaths
-from wsi_pipe.job.prepare import Prepared
+from wsi_pipe.job.prepared import Prepared
 
 __all__ = ["drop_part", "half_done", "load_part", "prune_part", "store_part", "stored_places"]
 

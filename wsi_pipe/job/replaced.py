@@ -23,9 +23,9 @@ from wsi_pipe.job.changes import Call, Stale, refuse_stale, seconds_of, stale_wo
 from wsi_pipe.job.fits import Identity, file_content, record_of
 from wsi_pipe.job.guard import read_guarded
 from wsi_pipe.job.index import Mark, marks_of
+from wsi_pipe.job.opening import open_entry
 from wsi_pipe.job.ownership import is_feature_file_of_ours
 from wsi_pipe.job.paths import JobPaths
-from wsi_pipe.job.prepare import open_entry
 from wsi_pipe.job.record import read_outcomes, stamp_of
 from wsi_pipe.manifest import SlideEntry, is_url
 

@@ -28,9 +28,11 @@ from wsi_pipe.job.features import (
     wanted_features,
 )
 from wsi_pipe.job.index import JobIndex, Stamp, wanted_of
+from wsi_pipe.job.opening import open_entry
 from wsi_pipe.job.partial import drop_part, load_part, store_part
 from wsi_pipe.job.paths import JobPaths
-from wsi_pipe.job.prepare import Prepared, StageClock, open_entry, prepare
+from wsi_pipe.job.prepare import prepare
+from wsi_pipe.job.prepared import Prepared, StageClock
 from wsi_pipe.job.private import told, told_of
 from wsi_pipe.job.record import OutcomeLog, stamp_of, utc_now
 from wsi_pipe.manifest import SlideEntry, is_url

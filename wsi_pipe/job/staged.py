@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from wsi_pipe.config import JobSettings
 from wsi_pipe.errors import NeedsCopyError, SlideOpenError, TaskTimeoutError
-from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.job.opening import open_entry
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.slides.storage.in_use import Keep, keep_copy
 from wsi_pipe.stopping import Stop, StopRequested, belongs_to

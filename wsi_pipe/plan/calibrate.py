@@ -13,7 +13,8 @@ from wsi_pipe.encoders.base import Encoder
 from wsi_pipe.errors import WsiPipeError
 from wsi_pipe.extract import ExtractItem, SlideFailure, extract_features
 from wsi_pipe.geometry import TileGrid
-from wsi_pipe.job.prepare import open_entry, slide_mask
+from wsi_pipe.job.masks import slide_mask
+from wsi_pipe.job.opening import open_entry
 from wsi_pipe.manifest import SlideEntry, settings_of
 from wsi_pipe.plan.survey import PlanTotals
 from wsi_pipe.tiling import plan_grids

@@ -16,7 +16,7 @@ from wsi_pipe.config import CacheSettings
 from wsi_pipe.errors import NeedsCopyError, in_words
 from wsi_pipe.files import output_error, parse_json
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
-from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.job.opening import open_entry
 from wsi_pipe.manifest import SlideEntry, is_url
 
 __all__ = ["NEEDS_STAGING", "MetadataCache", "SlideFacts", "opened_how", "slide_facts"]

@@ -14,7 +14,8 @@ import numpy as np
 from wsi_pipe.config import JobSettings, TileSettings
 from wsi_pipe.errors import MissingMppError, WsiPipeError, in_words
 from wsi_pipe.geometry import FloatPair, Pyramid, TissueMask
-from wsi_pipe.job.prepare import missing_mpp, open_entry, slide_mask
+from wsi_pipe.job.masks import slide_mask
+from wsi_pipe.job.opening import missing_mpp, open_entry
 from wsi_pipe.manifest import SlideEntry, settings_of
 from wsi_pipe.plan.metadata import NEEDS_STAGING, MetadataCache, SlideFacts, opened_how, slide_facts
 from wsi_pipe.tiling import plan_grids
