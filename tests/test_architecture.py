@@ -43,6 +43,7 @@ WSI_PIPE = [
     "extract",
     "ids",
     "tables",
+    "naming",
     "manifest",
     "execute",
     # composition
@@ -100,8 +101,8 @@ ONLY_IN = {
 # Reading, segmenting and tiling must start without torch.
 TORCH_FREE = {
     "masking", "errors", "cores", "stopping", "geometry", "files", "ownership", "locking", "seen", "config", "outcome",
-    "slides", "synthetic", "tissue", "tiling", "quality", "overview", "tiles", "bag", "ids", "tables", "manifest",
-    "execute", "pictures", "pages", "plan", "care",
+    "slides", "synthetic", "tissue", "tiling", "quality", "overview", "tiles", "bag", "ids", "tables", "naming",
+    "manifest", "execute", "pictures", "pages", "plan", "care",
 }  # fmt: skip
 PURE = {"tissue", "tiling", "quality"}
 IMPURE_IMPORTS = {"pathlib", "os", "io", "subprocess", "wsi_pipe.slides", "wsi_pipe.files"}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import re
 import typing
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +15,9 @@ from wsi_pipe.config import SegmentSettings, TileSettings, from_mapping
 from wsi_pipe.errors import ConfigError, ManifestError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds
-from wsi_pipe.ids import clash, same_name, without_suffix
-from wsi_pipe.masking import mask_secrets, same_address
+from wsi_pipe.ids import clash, same_name
+from wsi_pipe.masking import mask_secrets
+from wsi_pipe.naming import clean_name, ids_of_the_job, is_url, name_parts, on_disk, unique_names
 from wsi_pipe.tables import TABLE_SUFFIXES, Table, csv_text, is_missing, number, read_table, unknown_columns
 from wsi_pipe.tissue.frame import FRAMES
 
@@ -124,11 +123,6 @@ def merged_entry(held: SlideEntry, given: SlideEntry) -> SlideEntry:
     return dataclasses.replace(held, **changes, overrides=kept | dict(given.overrides), stated=given.stated)
 
 
-def is_url(path: str) -> bool:
-    """Whether ``path`` is a URL of a file system other than the local one."""
-    return re.match(r"^[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
-
-
 def settings_of(
     entry: SlideEntry, segment: SegmentSettings, tile: TileSettings
 ) -> tuple[SegmentSettings, TileSettings]:
@@ -203,7 +197,7 @@ def _under_the_jobs_ids(listed: Sequence[SlideEntry], job: Sequence[SlideEntry])
     """Rows that state no id under the id that the job has for their file, where it has one."""
     taken = {entry.slide_id for entry in listed if "slide_id" in entry.stated}
     unnamed = [entry.path for entry in listed if "slide_id" not in entry.stated]
-    ids = _ids_of_the_job(unnamed, taken, job)
+    ids = ids_of_the_job(unnamed, taken, job)
     found = []
     for entry in listed:
         own = ids.get(entry.path) if "slide_id" not in entry.stated else None
@@ -212,52 +206,6 @@ def _under_the_jobs_ids(listed: Sequence[SlideEntry], job: Sequence[SlideEntry])
             entry = dataclasses.replace(entry, slide_id=own, case_id=case)
         found.append(entry)
     return found
-
-
-def _ids_of_the_job(paths: Sequence[str], taken: set[str], job: Sequence[SlideEntry]) -> dict[str, str]:
-    """By path, the id of the job's slide that a file is: the same path, else one that is gone from where it was.
-
-    Of files that may be one that is gone, those are taken that have its name and the most of its folders' names, as
-    long as there is one such.
-    """
-    # A URL is the same whoever signed it and until when.
-    here = {same_address(path): path for path in paths}
-    found = {
-        path: entry.slide_id
-        for entry in job
-        if (path := here.get(same_address(entry.path))) is not None and entry.slide_id not in taken
-    }
-    used = set(found.values())
-    wanted: dict[str, list[str]] = {}
-    for path in paths:
-        if path not in found:
-            wanted.setdefault(_file_name(path), []).append(path)
-    gone: dict[str, list[SlideEntry]] = {}
-    for entry in job:
-        if entry.slide_id in taken | used or same_address(entry.path) in here or _file_name(entry.path) not in wanted:
-            continue
-        if not is_url(entry.path) and not os.path.lexists(entry.path):
-            gone.setdefault(_file_name(entry.path), []).append(entry)
-    for name, entries in gone.items():
-        alike = {(path, entry.slide_id): _common_end(path, entry.path) for path in wanted[name] for entry in entries}
-        for path in wanted[name]:
-            mine = {entry.slide_id: alike[path, entry.slide_id] for entry in entries}
-            best = max(mine.values())
-            candidates = [slide_id for slide_id, length in mine.items() if length == best]
-            rivals = [other for other in wanted[name] if alike[other, candidates[0]] >= best]
-            if len(candidates) == 1 and rivals == [path]:
-                found[path] = candidates[0]
-    return found
-
-
-def _file_name(path: str) -> str:
-    return path.replace("\\", "/").rpartition("/")[2]
-
-
-def _common_end(one: str, other: str) -> int:
-    """How many parts two paths share, counted from the end."""
-    pairs = zip(reversed(one.split("/")), reversed(other.split("/")), strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(one.count("/"), other.count("/")) + 1)
 
 
 def _refuse_undecodable(paths: Iterable[str]) -> None:
@@ -269,73 +217,18 @@ def _refuse_undecodable(paths: Iterable[str]) -> None:
 
 def _named(paths: Sequence[str], taken: set[str], job: Sequence[SlideEntry]) -> list[SlideEntry]:
     """Entries of files that state no id: the job's own where it has the file, else one by its name."""
-    kept = _ids_of_the_job(paths, taken, job)
+    kept = ids_of_the_job(paths, taken, job)
     by_id = {slide_id: path for path, slide_id in kept.items()}
     new = [path for path in paths if path not in kept]
-    wished = {part[-1].casefold() for part in map(_name_parts, new)}
+    wished = {part[-1].casefold() for part in map(name_parts, new)}
     others = {
         entry.slide_id
         for entry in job
         if entry.slide_id in by_id
         or (entry.slide_id.casefold() in wished and (is_url(entry.path) or os.path.exists(entry.path)))
     }
-    names = kept | dict(zip(new, _unique_names(new, taken | others), strict=True))
+    names = kept | dict(zip(new, unique_names(new, taken | others), strict=True))
     return [SlideEntry(slide_id=names[path], path=path, case_id=names[path]) for path in paths]
-
-
-def _place(url: str) -> str:
-    """Host and path of a URL, without user, query and fragment: its secrets stand in these."""
-    place = re.split(r"[?#]", url.split("://", 1)[-1], maxsplit=1)[0]
-    host, slash, path = place.partition("/")
-    return host.rpartition("@")[2] + slash + path
-
-
-def _name_parts(path: str) -> list[str]:
-    """Folder names and the file's stem, outermost first. A DICOM file goes by the name of its folder."""
-    from wsi_pipe.slides.parts import goes_by_its_folder
-
-    whole = same_name(_place(path) if is_url(path) else os.path.abspath(path))
-    *folders, name = [part for part in whole.split("/") if part] or [""]
-    if folders and (name.lower().endswith(".dcm") if is_url(path) else goes_by_its_folder(path)):
-        return folders
-    stem = without_suffix(name)
-    return [*folders, (stem if stem != name else os.path.splitext(name)[0]) or name]
-
-
-def _unique_names(paths: Sequence[str], taken: set[str]) -> list[str]:
-    """One id a path: the stem, with the extension where a folder holds two of one stem; where names repeat still, as
-    many folder names in front as it takes."""
-    parts = [_name_parts(path) for path in paths]
-    places = Counter(tuple(part) for part in parts)
-    for part, path in zip(parts, paths, strict=True):
-        if places[tuple(part)] > 1:
-            part[-1] = same_name((_place(path) if is_url(path) else path).rstrip("/").rpartition("/")[2])
-    names = [_clean(part[-1]) for part in parts]
-    # Some file systems do not tell case apart: ids must differ by more.
-    reserved = {name.casefold() for name in taken}
-    for depth in range(2, 2 + max((len(part) for part in parts), default=0)):
-        folded = [name.casefold() for name in names]
-        counts = Counter(folded)
-        clashing = [i for i, name in enumerate(folded) if counts[name] > 1 or name in reserved]
-        if not clashing:
-            break
-        for i in clashing:
-            names[i] = _clean("--".join(parts[i][-depth:]))
-    return names
-
-
-LONGEST_ID = 180
-"""Bytes: file systems take names of 255, and an id gets endings."""
-
-
-def _clean(name: str) -> str:
-    """``name`` as a file name: no slash, no control character, no leading dot, not too long."""
-    cleaned = re.sub(r"[/\\\x00-\x1f:*?\"<>|]", "_", name).strip()
-    cleaned = ("_" + cleaned[1:] if cleaned.startswith(".") else cleaned) or "slide"
-    if len(cleaned.encode()) <= LONGEST_ID:
-        return cleaned
-    digest = hashlib.sha256(cleaned.encode()).hexdigest()[:8]
-    return f"{cleaned.encode()[: LONGEST_ID - 9].decode(errors='ignore')}-{digest}"
 
 
 def _refuse_repeats(entries: Iterable[SlideEntry], where: str, rows: Sequence[int] = ()) -> None:
@@ -382,7 +275,7 @@ def read_manifest(path: Path, *, own: bool = False, notes: list[str] | None = No
         raise ManifestError(f"{path}: lists no slides")
     unnamed = [i for i, entry in enumerate(entries) if not entry.slide_id]
     named = {entry.slide_id for entry in entries if entry.slide_id}
-    for i, name in zip(unnamed, _unique_names([entries[i].path for i in unnamed], named), strict=True):
+    for i, name in zip(unnamed, unique_names([entries[i].path for i in unnamed], named), strict=True):
         # As dataclasses.replace does, in a tenth of its time: lists hold a hundred thousand slides.
         object.__setattr__(entries[i], "slide_id", name)
         object.__setattr__(entries[i], "case_id", entries[i].case_id or name)
@@ -459,9 +352,9 @@ def _entry(
             f"{where}: the cell 'slide' is empty", remedy="write the slide's path or URL, or delete the row"
         )
     slide_id = cells.get("slide_id", "")
-    if slide_id and slide_id != _clean(slide_id):
+    if slide_id and slide_id != clean_name(slide_id):
         raise ManifestError(
-            f"{where}: the id {slide_id!r} cannot be a file name", remedy=f"use for example {_clean(slide_id)!r}"
+            f"{where}: the id {slide_id!r} cannot be a file name", remedy=f"use for example {clean_name(slide_id)!r}"
         )
     overrides = {
         column: _setting(where, column, cell, separator)
@@ -496,26 +389,6 @@ def split_classes(text: str) -> tuple[str, ...]:
 
 def _beside(base: str, cell: str) -> str:
     return cell if is_url(cell) else on_disk(os.path.join(base, cell))
-
-
-def on_disk(path: str) -> str:
-    """``path`` as the file system writes it, where accents are composed in one of them and decomposed in the other."""
-    if path.isascii() or os.path.lexists(path):
-        return path
-    found = os.sep
-    for part in path.split(os.sep):
-        below = os.path.join(found, part)
-        if part and not part.isascii() and not os.path.lexists(below):
-            try:
-                names = os.listdir(found)
-            except OSError:
-                return path
-            same = [name for name in names if same_name(name) == same_name(part)]
-            if len(same) != 1:
-                return path
-            below = os.path.join(found, same[0])
-        found = below
-    return found
 
 
 def _mpp(where: str, cell: str, separator: str = ",") -> tuple[float, float] | None:
