@@ -236,3 +236,40 @@ def test_round_trip(
     path = tmp_path / "written.csv"
     write_manifest(path, entries)
     assert read_manifest(path) == entries
+
+
+def test_a_file_by_another_path_is_the_slide_that_the_job_has(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.svs", "b.svs"):
+        (folder / name).write_bytes(b"")
+    (tmp_path / "link").symlink_to(folder)
+    job = [SlideEntry("first", str(folder / "a.svs"), "p"), SlideEntry("b", str(folder / "b.svs"), "q")]
+    linked = collect_slides([str(tmp_path / "link")], job=job)
+    assert [(e.slide_id, e.path, e.case_id) for e in linked] == [
+        ("first", str(tmp_path / "link/a.svs"), "p"), ("b", str(tmp_path / "link/b.svs"), "q"),
+    ]  # fmt: skip
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.svs").write_bytes(b"")
+    assert [e.slide_id for e in collect_slides([str(tmp_path / "other/a.svs")], job=job)] == ["a"]
+
+
+def test_a_file_that_is_named_twice_is_one_slide(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.svs").write_bytes(b"")
+    (tmp_path / "a.svs").symlink_to(folder / "a.svs")
+    notes: list[str] = []
+    twice = [str(folder), str(folder / "../in/a.svs"), str(tmp_path / "a.svs")]
+    assert [(e.slide_id, e.path) for e in collect_slides(twice, notes=notes)] == [("a", str(folder / "a.svs"))]
+    assert notes == [
+        f"{path} is the same file as {folder / 'a.svs'}: one slide"
+        for path in (f"{folder}/../in/a.svs", tmp_path / "a.svs")
+    ]
+
+
+def test_who_names_a_file_names_all_its_scans_in_the_job(tmp_path: Path) -> None:
+    (tmp_path / "a.scn").write_bytes(b"")
+    path = str(tmp_path / "a.scn")
+    job = [SlideEntry(f"a{scene}", path, "p", scene=scene) for scene in range(2)]
+    assert collect_slides([path], job=job) == job

@@ -17,7 +17,7 @@ from wsi_pipe.files import write_text_atomically
 from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds
 from wsi_pipe.ids import clash, same_name
 from wsi_pipe.masking import mask_secrets
-from wsi_pipe.naming import clean_name, ids_of_the_job, is_url, name_parts, on_disk, unique_names
+from wsi_pipe.naming import clean_name, ids_of_the_job, is_url, name_parts, on_disk, unique_names, without_repeats
 from wsi_pipe.tables import TABLE_SUFFIXES, Table, csv_text, is_missing, number, read_table, unknown_columns
 from wsi_pipe.tissue.frame import FRAMES
 
@@ -150,8 +150,8 @@ def collect_slides(
     Local paths become absolute. Ids come from file names; two slides of one name get their folders' names in front.
     job: slides of earlier runs, which keep their ids and everything that this call does not state otherwise; a slide
     elsewhere takes such an id only where the other is gone (it was moved). passed_over: takes in what folders hold that
-    looks like a slide and is not listed. notes: gets what was assumed of CSV files. Raises ManifestError when nothing
-    is found, a source does not exist, or ids in a CSV repeat.
+    looks like a slide and is not listed. notes: gets what was assumed of CSV files, and files that were
+    named twice. Raises ManifestError when nothing is found, a source does not exist, or ids in a CSV repeat.
     """
     from wsi_pipe.slides.discover import find_slide_files, is_slide_folder
     from wsi_pipe.slides.passed_over import PassedOver
@@ -181,7 +181,9 @@ def collect_slides(
             found.append(source)
         else:
             raise ManifestError(f"{source}: no such file or folder", remedy="check the path")
-    unique = list(dict.fromkeys(_absolute(path) for path in found))
+    unique, repeats = without_repeats(list(dict.fromkeys(_absolute(path) for path in found)))
+    if notes is not None:
+        notes += [f"{path} is the same file as {first}: one slide" for path, first in repeats]
     _refuse_undecodable(unique)
     held = list(job)
     listed = _under_the_jobs_ids(listed, held)
@@ -228,7 +230,13 @@ def _named(paths: Sequence[str], taken: set[str], job: Sequence[SlideEntry]) -> 
         or (entry.slide_id.casefold() in wished and (is_url(entry.path) or os.path.exists(entry.path)))
     }
     names = kept | dict(zip(new, unique_names(new, taken | others), strict=True))
-    return [SlideEntry(slide_id=names[path], path=path, case_id=names[path]) for path in paths]
+    # Several scans of one file are several slides: who names the file names them all.
+    more: dict[str, list[str]] = {}
+    for entry in job:
+        if entry.slide_id not in taken and names.get(entry.path) not in (None, entry.slide_id):
+            more.setdefault(entry.path, []).append(entry.slide_id)
+    own = [(path, slide_id) for path in paths for slide_id in (names[path], *more.get(path, ()))]
+    return [SlideEntry(slide_id=slide_id, path=path, case_id=slide_id) for path, slide_id in own]
 
 
 def _refuse_repeats(entries: Iterable[SlideEntry], where: str, rows: Sequence[int] = ()) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 from wsi_pipe.ids import same_name, without_suffix
 from wsi_pipe.masking import same_address
 
-__all__ = ["clean_name", "ids_of_the_job", "is_url", "name_parts", "on_disk", "unique_names"]
+__all__ = ["clean_name", "ids_of_the_job", "is_url", "name_parts", "on_disk", "unique_names", "without_repeats"]
 
 
 class Named(Protocol):
@@ -51,29 +51,39 @@ def on_disk(path: str) -> str:
 
 
 def ids_of_the_job(paths: Sequence[str], taken: set[str], job: Sequence[Named]) -> dict[str, str]:
-    """By path, the id of the job's slide that a file is: the same path, else one that is gone from where it was.
+    """By path, the id of the job's slide that a file is: the same path, else the same file by another (a link), or
+    one that is gone from where it was.
 
-    Of files that may be one that is gone, those are taken that have its name and the most of its folders' names, as
-    long as there is one such.
+    Of several slides of one file, which are scans or focal planes of it, the first. Of files that may be one that is
+    gone, those are taken that have its name and the most of its folders' names, as long as there is one such.
     """
     # A URL is the same whoever signed it and until when.
     here = {same_address(path): path for path in paths}
-    found = {
-        path: entry.slide_id
-        for entry in job
-        if (path := here.get(same_address(entry.path))) is not None and entry.slide_id not in taken
-    }
+    found: dict[str, str] = {}
+    for entry in job:
+        if (path := here.get(same_address(entry.path))) is not None and entry.slide_id not in taken:
+            found.setdefault(path, entry.slide_id)
     used = set(found.values())
     wanted: dict[str, list[str]] = {}
     for path in paths:
         if path not in found:
             wanted.setdefault(_file_name(path), []).append(path)
     gone: dict[str, list[Named]] = {}
+    files: dict[tuple[int, int], str] = {}
     for entry in job:
         if entry.slide_id in taken | used or same_address(entry.path) in here or _file_name(entry.path) not in wanted:
             continue
-        if not is_url(entry.path) and not os.path.lexists(entry.path):
+        if is_url(entry.path):
+            continue
+        if not os.path.lexists(entry.path):
             gone.setdefault(_file_name(entry.path), []).append(entry)
+        elif (file := file_of(entry.path)) is not None:
+            files.setdefault(file, entry.slide_id)
+    for name in wanted if files else ():
+        for path in list(wanted[name]):
+            if not is_url(path) and (slide_id := files.pop(file_of(path) or (0, 0), None)) is not None:
+                found[path] = slide_id
+                wanted[name].remove(path)
     for name, entries in gone.items():
         alike = {(path, entry.slide_id): _common_end(path, entry.path) for path in wanted[name] for entry in entries}
         for path in wanted[name]:
@@ -84,6 +94,29 @@ def ids_of_the_job(paths: Sequence[str], taken: set[str], job: Sequence[Named]) 
             if len(candidates) == 1 and rivals == [path]:
                 found[path] = candidates[0]
     return found
+
+
+def file_of(path: str) -> tuple[int, int] | None:
+    """What tells that two paths are one file, or one folder: device and number on it; None where nothing does."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (status.st_dev, status.st_ino) if status.st_ino else None
+
+
+def without_repeats(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The paths without those that are the same file as an earlier one of that name, and these, each with that one."""
+    names = Counter(map(_file_name, paths))
+    first: dict[tuple[int, int], str] = {}
+    kept, repeats = [], []
+    for path in paths:
+        file = file_of(path) if names[_file_name(path)] > 1 and not is_url(path) else None
+        if file is not None and first.setdefault(file, path) != path:
+            repeats.append((path, first[file]))
+        else:
+            kept.append(path)
+    return kept, repeats
 
 
 def _file_name(path: str) -> str:
