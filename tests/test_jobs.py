@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -810,6 +811,29 @@ def test_a_plan_of_a_job_says_what_a_run_would(job: Path, again: Again, capsys: 
     assert "no slide has the id c" in capsys.readouterr().err
     assert cli("plan", "-o", job, "--calibrate", 0, "--only", "b", "--json") == 0
     assert json.loads(capsys.readouterr().out)["slides"] == 1
+
+
+def test_a_plan_says_that_a_folder_is_not_a_job_or_cannot_be_written(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.toml").write_text("of another program")
+    slides = job.parent / "in"
+    assert cli("run", slides, "-o", mine) == 2
+    said = capsys.readouterr().err.partition("error: ")[2].strip()
+    assert cli("plan", slides, "-o", mine, "--calibrate", 0) == 1
+    assert said in capsys.readouterr().err
+    (job / "bags/c.h5").write_bytes(b"mine")
+    shutil.copyfile(slides / "a.svs", slides / "c.svs")
+    assert cli("run", slides, "-o", job) == 2
+    said = capsys.readouterr().err.partition("error: ")[2].strip()
+    assert cli("plan", slides, "-o", job, "--calibrate", 0) == 1
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda *arguments, **options: False)
+    assert cli("plan", slides / "a.svs", "-o", tmp_path / "new/job", "--calibrate", 0) == 1
+    assert f"cannot write {tmp_path / 'new/job'}: Permission denied" in capsys.readouterr().err
+    assert cli("plan", slides / "a.svs", "--calibrate", 0) == 0, "without a folder there is nothing to write"
 
 
 def test_no_room_ends_a_run_before_its_first_tile(

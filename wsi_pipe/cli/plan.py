@@ -23,7 +23,8 @@ from wsi_pipe.cli.options import (
     tile_options,
 )
 from wsi_pipe.config import JobSettings
-from wsi_pipe.errors import OutputError, StaleWorkError, WsiPipeError
+from wsi_pipe.errors import NotOursError, OutputError, StaleWorkError, WsiPipeError
+from wsi_pipe.job import JobPaths
 from wsi_pipe.job.changes import duration
 from wsi_pipe.job.private import job_salt
 from wsi_pipe.slides.passed_over import PassedOver
@@ -85,6 +86,7 @@ def plan(
     room) is said, and tiles are counted all the same. Exit code 1 when a run would stop, or slides would fail.
     """
     from wsi_pipe.job.changes import call_of, refuse_stale
+    from wsi_pipe.job.ownership import claim_job, is_job, refuse_foreign
     from wsi_pipe.job.replaced import file_weights, other_weights, refuse_unfit
     from wsi_pipe.plan import (
         MetadataCache,
@@ -95,30 +97,39 @@ def plan(
         kept_share,
         known_bytes_per_tile,
         lack_of_room,
+        refuse_read_only,
         spread_sample,
         survey,
         total,
     )
 
-    settings = settings_from({**values, "redo": redo}, job, config)
-    passed_over = PassedOver()
-    salt = job_salt(job) if job is not None and settings.anonymise else None
-    entries = collect_entries(values, job, passed_over, salt=salt)
     problems: list[WsiPipeError] = []
+    held = job
     if job is not None:
-        call = call_of(job, settings, entries, part=bool(values["only"] or values["limit"]))
+        with _noted(problems):
+            claim_job(job, make=False)
+            refuse_read_only(job)
+        # What lies in a folder of others is none of ours.
+        held = job if is_job(job) else None
+    settings = settings_from({**values, "redo": redo}, held, config)
+    passed_over = PassedOver()
+    salt = job_salt(held) if held is not None and settings.anonymise else None
+    entries = collect_entries(values, held, passed_over, salt=salt)
+    if held is not None:
+        call = call_of(held, settings, entries, part=bool(values["only"] or values["limit"]))
         settings, entries = call.settings, call.entries
     missing = encoder_problems(settings)
-    if job is not None and not redo:
-        # In the order in which a run would come upon them.
+    # In the order in which a run would come upon them.
+    if held is not None and not redo:
         with _noted(problems):
-            refuse_unfit(job, call)
-        problems += missing
-        if not missing:
-            with _noted(problems):
-                refuse_stale(job, other_weights(job, call, file_weights()))
-    else:
-        problems += missing
+            refuse_unfit(held, call)
+    problems += missing
+    if held is not None and not redo and not missing:
+        with _noted(problems):
+            refuse_stale(held, other_weights(held, call, file_weights()))
+    if held is not None:
+        with _noted(problems):
+            refuse_foreign(JobPaths(held), (entry.slide_id for entry in entries))
     by_id = {entry.slide_id: entry for entry in entries}
     room = SpaceCount(job or Path())
     with MetadataCache(metadata) as cache:
@@ -185,7 +196,7 @@ def plan(
 def _noted(problems: list[WsiPipeError]) -> Iterator[None]:
     try:
         yield
-    except StaleWorkError as error:
+    except (StaleWorkError, NotOursError, OutputError) as error:
         problems.append(error)
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "claim_job",
     "foreign_files",
     "is_feature_file_of_ours",
+    "is_job",
     "refuse_foreign",
     "refuse_foreign_reports",
     "refuse_other_features",
@@ -52,6 +53,11 @@ def claim_job(root: Path, *, make: bool = True) -> list[Path]:
         root, paths.marker.name, "a job", earlier=_is_earlier_job, passed_over=passed_over, make=make
     )
     return foreign_files(root) if adopted else []
+
+
+def is_job(root: Path) -> bool:
+    """Whether ``root`` is a job, of this version or an earlier one."""
+    return JobPaths(root).marker.is_file() or _is_earlier_job(root)
 
 
 def _lock_alone(paths: JobPaths) -> bool:

@@ -9,6 +9,7 @@ from wsi_pipe.plan.checks import (
     lack_of_room,
     refuse_bad_encoders,
     refuse_lack_of_room,
+    refuse_read_only,
 )
 from wsi_pipe.plan.metadata import NEEDS_STAGING, MetadataCache, SlideFacts, slide_facts
 from wsi_pipe.plan.space import Space, SpaceCount, known_bytes_per_tile
@@ -32,6 +33,7 @@ __all__ = [
     "lack_of_room",
     "refuse_bad_encoders",
     "refuse_lack_of_room",
+    "refuse_read_only",
     "slide_facts",
     "spread_sample",
     "survey",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,13 +12,21 @@ from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders.availability import check_encoder, fetch_weights
 from wsi_pipe.encoders.naming import check_slugs, slug_of
 from wsi_pipe.errors import OutputError, WsiPipeError
+from wsi_pipe.files import output_error
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.plan.metadata import MetadataCache
 from wsi_pipe.plan.space import Space, SpaceCount, known_bytes_per_tile
 from wsi_pipe.plan.survey import PlanTotals, SlidePlan, exact_tiles, spread_sample, survey, total
 
-__all__ = ["encoder_problems", "kept_share", "lack_of_room", "refuse_bad_encoders", "refuse_lack_of_room"]
+__all__ = [
+    "encoder_problems",
+    "kept_share",
+    "lack_of_room",
+    "refuse_bad_encoders",
+    "refuse_lack_of_room",
+    "refuse_read_only",
+]
 
 SAMPLE = 20
 LOOKED_AT = 3
@@ -103,6 +112,20 @@ def refuse_lack_of_room(
         plans = [seen.get(p.slide_id, p) for p in survey(sample, settings, cache, kept=kept) if not p.problem]
     if error := lack_of_room(_space_of_all(plans, len(waiting), job, tile_bytes)):
         raise error
+
+
+def refuse_read_only(job: Path) -> None:
+    """Raise OutputError where the folder of a job, or the one that it would be made in, cannot be written."""
+    there = job.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        read_only = bool(os.statvfs(there).f_flag & os.ST_RDONLY)
+        code = errno.EROFS if read_only else errno.EACCES if not os.access(there, os.W_OK | os.X_OK) else 0
+    except OSError as error:
+        code = error.errno or errno.EIO
+    if code:
+        raise output_error(job, OSError(code, os.strerror(code)))
 
 
 SMALL_DISK_BYTES = 256 << 20
