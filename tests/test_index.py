@@ -117,9 +117,9 @@ def test_a_replaced_slide_is_seen_and_made_anew_when_told(
     else:
         _same_size_and_time(archive / "s1.svs", archive, job)
     looked.clear()
-    # What was made of the other file is kept and not relabelled.
-    assert cli("run", archive, "-o", job, "-r", "5x") == 1
-    assert looked == ["s1"]
+    # What was made of the other file is kept and not relabelled, and seen before any work.
+    assert cli("run", archive, "-o", job, "-r", "5x") == 2
+    assert looked == []
     assert read_attrs(job / "bags/s1.h5").slide_fingerprint == before
     assert cli("run", archive, "-o", job, "-r", "5x", "--redo", "--only", "s1") == 0
     assert read_attrs(job / "bags/s1.h5").slide_fingerprint != before
@@ -185,10 +185,10 @@ def test_a_slide_that_changes_while_it_is_worked_on_is_not_marked(archive: Path,
     index, entry = JobIndex(JobPaths(job), "run"), load_slides(job)[0]
     outcome = SlideOutcome(entry.slide_id, "done")
     begun = index.begin(entry)
-    assert index.mark(entry, begun, outcome) is not None
-    assert index.mark(entry, begun, replace(outcome, status="failed")) is None
+    assert index.mark(entry, begun, outcome, {}) is not None
+    assert index.mark(entry, begun, replace(outcome, status="failed"), {}) is None
     (archive / "s0.svs").touch()
-    assert index.mark(entry, begun, outcome) is None
+    assert index.mark(entry, begun, outcome, {}) is None
 
 
 def test_lines_that_are_none_are_passed_over(archive: Path, tmp_path: Path, looked: list[str]) -> None:

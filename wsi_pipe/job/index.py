@@ -24,7 +24,7 @@ from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome
 
-__all__ = ["JobIndex", "Mark", "compact", "files_of", "marks_of", "stamps_of", "wanted_of"]
+__all__ = ["JobIndex", "Mark", "compact", "files_of", "marks_of", "seems_unchanged", "stamps_of", "wanted_of"]
 
 INDEX_VERSION = 2
 SHOWN_HASH = 16
@@ -177,6 +177,21 @@ def _public(entry: SlideEntry, stamps: tuple[Stamp, ...]) -> tuple[Stamp, ...]:
     if not entry.hides:
         return stamps
     return tuple((fingerprint(entry.path, *times), size, 0, 0) for _, size, *times in stamps)
+
+
+def seems_unchanged(entry: SlideEntry, mark: Mark) -> bool:
+    """Whether a slide's own files, where they lie as they did, have the sizes and times that they had for a mark.
+
+    Of a slide that was moved, or cannot be looked at, nothing is known.
+    """
+    files = _slide_files(entry.path)
+    stamps = None if files is None else stamps_of(files)
+    if stamps is None:
+        return True
+    now = _public(entry, stamps)
+    before = mark.files[: len(now)]
+    moved = not entry.hides and [path for path, *_ in before] != [path for path, *_ in now]
+    return moved or before == now
 
 
 class JobIndex:

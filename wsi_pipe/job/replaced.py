@@ -1,6 +1,6 @@
 """Finished work whose slide's file, or whose encoder's weights, are others by now: found before any work.
 
-Most slides cost a look at their file's size and time. Only where these are others than when the work was made are the
+Most slides cost a look at their files' sizes and times. Only where these are others than when the work was made are the
 file's ends read, and only what is another file then is opened. Weights are compared with those that the index of the
 job, or else the bag, says that features were made with.
 """
@@ -22,7 +22,7 @@ from wsi_pipe.files import file_sha256
 from wsi_pipe.job.changes import Call, Stale, refuse_stale, seconds_of, stale_work, stored_attrs
 from wsi_pipe.job.fits import Identity, file_content, record_of
 from wsi_pipe.job.guard import read_guarded
-from wsi_pipe.job.index import Mark, marks_of
+from wsi_pipe.job.index import Mark, marks_of, seems_unchanged
 from wsi_pipe.job.opening import open_entry
 from wsi_pipe.job.ownership import is_feature_file_of_ours
 from wsi_pipe.job.paths import JobPaths
@@ -54,9 +54,13 @@ def replaced_slides(root: Path, call: Call, found: Stale) -> None:
     if not outcomes:
         return
     paths, ids = JobPaths(root), []
+    marks = marks_of(paths)
     for entry in call.entries:
-        outcome = outcomes.get(entry.slide_id)
-        if outcome is None or is_url(entry.path) or stamp_of(entry) in ("", outcome.stamp):
+        outcome, mark = outcomes.get(entry.slide_id), marks.get(entry.slide_id)
+        stamp = "" if outcome is None or is_url(entry.path) else stamp_of(entry)
+        if outcome is None or not stamp:
+            continue
+        if stamp == outcome.stamp and (mark is None or seems_unchanged(entry, mark)):
             continue
         try:
             attrs = stored_attrs(entry.slide_id, paths)
