@@ -108,9 +108,10 @@ def plan(
     if job is not None:
         with _noted(problems):
             claim_job(job, make=False)
-            refuse_read_only(job)
         # What lies in a folder of others is none of ours.
-        held = job if is_job(job) else None
+        held = job if not problems and is_job(job) else None
+        with _noted(problems):
+            refuse_read_only(job)
     settings = settings_from({**values, "redo": redo}, held, config)
     passed_over = PassedOver()
     salt = job_salt(held) if held is not None and settings.anonymise else None
