@@ -417,9 +417,9 @@ def test_a_replaced_slide_ends_the_call_before_any_work(
     for call, *options in (("run",), ("extract",), ("segment",), ("run", "-r", "10x"), ("run", "--workers", "2")):
         code, _, said = again(*options, command=call)
         assert code == 2
-        assert "a: is another file than the one that the finished work was made of" in said
-        assert "finished work of 1 slide stale (masks of 1, grids of 1, features of 1)" in said
-        assert "put the earlier file back" in said
+        assert "another file in the place of a would make finished work of 1 slide stale" in said
+        assert "stale (masks of 1, grids of 1, features of 1)" in said
+        assert "put what the work was made of back" in said
         assert "--redo makes it anew here, another -o keeps both" in said
         assert len(said.strip().splitlines()) == 1
     message = said.partition("error: ")[2].strip()

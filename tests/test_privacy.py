@@ -153,7 +153,7 @@ def test_a_replaced_slide_of_an_anonymised_job_is_told_by_its_id_alone(
     for command in (["run", folder, "-o", job], ["run", "-o", job]):
         assert run(*command) == 2
         said = capsys.readouterr().err
-        assert f"{own['slide_id']}: is another file than the one" in said
+        assert f"another file in the place of {own['slide_id']} would make" in said
         assert run("plan", *command[1:], "--calibrate", 0) == 1
         assert said.partition("error: ")[2].strip() in capsys.readouterr().err
     assert run("verify", job) == 1

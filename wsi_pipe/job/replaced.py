@@ -74,9 +74,11 @@ def replaced_slides(root: Path, call: Call, found: Stale) -> None:
             found.what.setdefault(kind, set()).add(entry.slide_id)
         found.seconds += seconds_of(outcome, dict.fromkeys(kinds))
     if ids:
-        found.why[f"{_named(ids)}: is another file than the one that the finished work was made of"] = None
+        what, it = ("another file", "it") if len(ids) == 1 else ("other files", "them")
+        found.why[f"{what} in the place of {_named(ids)}"] = None
         found.remedies.append(
-            "put the earlier file back, give the new one an id of its own in a slide list, or leave it out of the call"
+            f"put what the work was made of back, give what is there ids of its own in a slide list, or leave {it} out "
+            "of the call"
         )
 
 
