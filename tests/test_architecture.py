@@ -53,6 +53,7 @@ WSI_PIPE = [
     "care",
     "benchmark",
     "report",
+    "view",
     "demo",
     # commands
     "cli",
