@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from wsi_pipe.cli.options import collect_entries, slide_options
+from wsi_pipe.cli.signals import was_terminated
 from wsi_pipe.errors import ConfigError, ManifestError
 
 __all__ = ["view"]
@@ -53,7 +54,12 @@ def view(port: int, browser: bool, exported: str | None, out: Path | None, **val
         if out is not None:
             raise ConfigError("--out needs --export", remedy="name the slide to export")
         click.echo(f"{len(catalogue.slides)} slides; Ctrl-C ends the viewer", err=True)
-        serve(catalogue, port=port, browser=browser, tell=click.echo)
+        try:
+            serve(catalogue, port=port, browser=browser, tell=click.echo)
+        except KeyboardInterrupt as error:
+            # Ctrl-C is how a viewer ends: nothing was left half done.
+            if was_terminated(error):
+                raise
         return
     numbers = [i for i, listed in enumerate(catalogue.slides) if listed.entry.slide_id == exported]
     if not numbers:

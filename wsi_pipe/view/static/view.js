@@ -145,7 +145,11 @@ async function openSlide(target, number, place) {
     width: Math.ceil(about.size[0] / target.scale), height: Math.ceil(about.size[1] / target.scale), tileSize: about.picture_px, tileOverlap: 0, minLevel: 0, maxLevel: finest,
     getTileUrl: (level, column, row) => pictureUrl(number, level, column, row),
   });
-  target.viewer.addOnceHandler("open", () => { if (place) goTo(target, place); draw(target); });
+  target.viewer.addOnceHandler("open", () => {
+    target.viewer.viewport.goHome(true);
+    if (place) goTo(target, place);
+    draw(target);
+  });
   for (const layer of target.layers.values()) if (layer.on) load(target, layer);
   drawSide();
   keepLink();
@@ -160,7 +164,7 @@ function layersOf(about, kept) {
     const before = kept && kept.get(id);
     layers.set(id, { id, on: before ? before.on : defaults.get(id) || false, opacity: before ? before.opacity : layer.kind === "value" ? 0.55 : 0.9, ...layer });
   };
-  for (const layer of about.layers) add(`value:${layer.label}:${layer.key}`, { kind: "value", title: `${layer.label}: ${layer.title}`, ...layer, name: layer.title });
+  for (const layer of about.layers) add(`value:${layer.label}:${layer.key}`, { ...layer, kind: "value", name: layer.title, title: `${layer.label}: ${layer.title}` });
   about.grids.forEach((grid, k) => add(`grid:${grid.label}`, { kind: "grid", label: grid.label, title: `grid ${grid.label}, ${grid.count.toLocaleString("en-US")} tiles`, colour: GRID_COLOURS[k % GRID_COLOURS.length] }));
   if (about.outline) add("outline", { kind: "outline", title: "tissue outline", colour: OUTLINE_COLOUR });
   return layers;
@@ -272,8 +276,11 @@ function drawSide() {
     ["mpp", about.mpp ? `${short(about.mpp[0])} µm/px (${about.mpp_source})` : "not known"], ["reader", `${about.reader}, ${about.vendor}`], ["case", about.case],
     ["status", about.status + (about.reason ? `: ${about.reason}` : "")], ["file", about.path], ...about.notes.map(note => ["note", note])];
   byId("facts").append(el("dl", {}, rows.filter(row => row[1]).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
-  const all = [...target.layers.values()];
-  byId("layers").replaceChildren(...(all.length ? all.map(layer => layerRow(target, layer)) : [el("p", { class: "muted small" }, "A slide alone has no layers: give the folder of a job.")]));
+  const all = [...target.layers.values()], shown = [];
+  const group = (title, some) => { if (some.length) shown.push(el("h3", {}, title), ...some.map(layer => layerRow(target, layer))); };
+  group("On the slide", all.filter(layer => layer.kind !== "value"));
+  for (const grid of about.grids) group(`Values at ${grid.label}`, all.filter(layer => layer.kind === "value" && layer.label === grid.label));
+  byId("layers").replaceChildren(...(shown.length ? shown : [el("p", { class: "muted small" }, "A slide alone has no layers: give the folder of a job.")]));
   drawLegends();
   drawTile(target);
 }
@@ -283,7 +290,7 @@ function layerRow(target, layer) {
   box.checked = layer.on;
   const swatch = layer.colour ? el("span", { class: "swatch" }) : null;
   if (swatch) swatch.style.background = layer.colour;
-  return el("div", { class: "layer", "data-layer": layer.id }, el("label", {}, box, swatch, layer.title), el("div", { class: "legend-place" }), range);
+  return el("div", { class: "layer", "data-layer": layer.id }, el("label", {}, box, swatch, layer.kind === "value" ? layer.name : layer.title), el("div", { class: "legend-place" }), range);
 }
 function toggle(target, layer, on) {
   layer.on = on;
