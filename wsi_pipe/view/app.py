@@ -127,10 +127,18 @@ def make_app(catalogue: Catalogue, token: str, *, threads: int | None = None) ->
         encoder = request.query_params.get("encoder", "")
         everywhere = request.query_params.get("in") == "job"
         work = partial(answers.nearest, *of_tile(request), encoder, everywhere, gone.is_set)
+        found: list[dict[str, Any]] = []
+        failed: WsiPipeError | None = None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch)
-            found = await anyio.to_thread.run_sync(work)
+            try:
+                found = await anyio.to_thread.run_sync(work)
+            except WsiPipeError as error:
+                # Out of a task group it would come as a group of errors.
+                failed = error
             tasks.cancel_scope.cancel()
+        if failed is not None:
+            raise failed
         return JSONResponse(found)
 
     def trial(request: Request) -> Callable[[], Any]:

@@ -28,6 +28,8 @@ def serve(catalogue: Catalogue, *, port: int = 0, browser: bool = False, tell: C
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((LOOPBACK, port))
+        # Who reads the address may ask at once, and waits until the server has started.
+        listening.listen(128)
     except OSError as error:
         listening.close()
         raise ConfigError(
