@@ -54,6 +54,7 @@ WSI_PIPE = [
     "care",
     "benchmark",
     "report",
+    "view",
     "demo",
     # commands
     "cli",

@@ -100,8 +100,8 @@ class Browser:
         elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith("data:"):
             self.requests.append(params["request"]["url"])
 
-    def open(self, page: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Load a file and wait until it has loaded."""
+    def open(self, page: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """Load a file or an address and wait until it has loaded."""
         self.errors, self.requests = [], []
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
@@ -109,7 +109,7 @@ class Browser:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self._loaded = False
-        url = page.resolve().as_uri()
+        url = page if isinstance(page, str) else page.resolve().as_uri()
         self.call("Page.navigate", url=url)
         deadline = time.monotonic() + TIMEOUT_S
         while not self._loaded:

@@ -55,6 +55,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("wsi_pipe.cli.care:verify", "Check every bag of a job, or single bags."),
     "prune": ("wsi_pipe.cli.care:prune", "Take features or resolutions out of a job; lists them first."),
     "report": ("wsi_pipe.cli.report:report", "Write the page of a job again, and print its figures."),
+    "view": ("wsi_pipe.cli.view:view", "Look at slides, grids and values of tiles in the browser."),
     "benchmark": ("wsi_pipe.cli.benchmark:benchmark", "Measure what low resolution saves, stage by stage."),
     "encoders": ("wsi_pipe.cli.encoders:encoders", "List encoders, and which can load now."),
     "demo": ("wsi_pipe.cli.demo:demo", "Make a small labelled cohort and run everything on it."),
