@@ -11,7 +11,7 @@ import click
 
 from lrmil.cli.options import EXISTING
 from wsi_pipe.cli.display import print_json, print_table
-from wsi_pipe.cli.options import RESOLUTION
+from wsi_pipe.cli.options import RESOLUTIONS, flat
 from wsi_pipe.errors import ConfigError
 
 __all__ = ["distill"]
@@ -25,7 +25,14 @@ __all__ = ["distill"]
     "--student", default="copy", show_default=True, metavar="NAME", help="copy (of the teacher), or another network."
 )
 @click.option(
-    "-r", "--resolution", "resolutions", type=RESOLUTION, multiple=True, metavar="RES", help="HR and LR.  [20x, 5x]"
+    "-r",
+    "--resolution",
+    "resolutions",
+    type=RESOLUTIONS,
+    multiple=True,
+    callback=flat,
+    metavar="RES,RES",
+    help="HR and LR.  [20x,5x]",
 )
 @click.option("--splits", type=EXISTING, metavar="CSV", help="Folds, as of lrmil split: one encoder for --fold.")
 @click.option("--labels", type=EXISTING, metavar="CSV", help="Whose cases slides are, if not as the bags say.")
@@ -35,7 +42,14 @@ __all__ = ["distill"]
     "--cases", "cases_file", type=EXISTING, metavar="FILE", help="Instead of splits: the cases to see, an id a line."
 )
 @click.option("--mil-teacher", type=EXISTING, metavar="FILE", help="Weigh children by this HR model's attention.")
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    metavar="FILE",
+    help="The encoder, .safetensors.",
+)
 @click.option(
     "--targets",
     type=click.Choice(["bags", "compute"]),
@@ -57,8 +71,8 @@ __all__ = ["distill"]
 @click.option("--epochs", type=click.IntRange(1), help="At most.  [30]")
 @click.option("--patience", type=click.IntRange(1), help="Epochs without a better validation loss.  [8]")
 @click.option("--batch-size", type=click.IntRange(1), help="LR tiles a step.  [64]")
-@click.option("--lr", "lr", type=float, help="Learning rate.  [3e-4]")
-@click.option("--weight-decay", type=float, help="[0.05]")
+@click.option("--learning-rate", "--lr", "lr", type=float, help="AdamW's peak.  [3e-4]")
+@click.option("--weight-decay", type=float, help="Of AdamW.  [0.05]")
 @click.option("--val-fraction", type=float, help="Of the training cases, to stop by.  [0.15]")
 @click.option("--stain", type=float, help="Strength of stain augmentation.  [0.1]")
 @click.option("--flips/--no-flips", default=None, help="Turn and mirror tiles with their children.  [on]")
@@ -70,8 +84,8 @@ __all__ = ["distill"]
 @click.option("--allow-random", is_flag=True, help="With a --mil-teacher of random features too, for tests.")
 @click.option("--random-student", is_flag=True, help="Draw the student's weights anew rather than load them.")
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="Of training.  [auto]")
-@click.option("--device", help="[auto]")
-@click.option("--seed", type=int, help="[0]")
+@click.option("--device", metavar="DEV", help="cpu, cuda:0 or auto.  [auto]")
+@click.option("--seed", type=int, help="Of weights, order and augmentation.  [0]")
 @click.option("--cache-mib", type=click.IntRange(0), help="Keep decoded tiles when they fit.  [2048]")
 @click.option("--targets-mib", type=click.IntRange(0), help="Targets kept in memory; the rest in files.  [4096]")
 @click.option("--threads", type=click.IntRange(1), help="Reading threads.  [2]")

@@ -43,10 +43,10 @@ __all__ = ["train"]
 @click.option("--dropout", "model_dropout", type=float, help="In the projection.  [0.25]")
 @click.option("--epochs", type=click.IntRange(1), help="At most.  [50]")
 @click.option("--learning-rate", type=float, help="AdamW's peak.  [2e-4]")
-@click.option("--weight-decay", type=float, help="[1e-4]")
-@click.option("--schedule", type=click.Choice(["cosine", "constant"]), help="[cosine]")
+@click.option("--weight-decay", type=float, help="Of AdamW.  [1e-4]")
+@click.option("--schedule", type=click.Choice(["cosine", "constant"]), help="Of the learning rate.  [cosine]")
 @click.option("--clip-norm", type=float, help="Of the gradient, 0 for none.  [1]")
-@click.option("--class-weights", type=click.Choice(["balanced", "none"]), help="[balanced]")
+@click.option("--class-weights", type=click.Choice(["balanced", "none"]), help="Of the labels' loss.  [balanced]")
 @click.option("--monitor", type=click.Choice(MONITORS), help="Validation figure that chooses the epoch.  [loss]")
 @click.option("--patience", type=click.IntRange(0), help="Epochs without improvement, 0 for no early end.  [10]")
 @click.option("--standardise/--no-standardise", default=None, help="Each feature, over the training tiles.  [on]")
@@ -54,10 +54,16 @@ __all__ = ["train"]
 @click.option("--max-bags", type=click.IntRange(1), help="Bags a step.  [8]")
 @click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, help="Of weights and order; repeatable.  [0]")
 @click.option("--device", metavar="DEV", help="cpu, cuda:0 or auto.  [auto]")
-@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="[auto]")
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="Of training.  [auto]")
 @click.option("--deterministic/--no-deterministic", default=None, help="Same numbers on every run of a GPU.  [off]")
 @click.option("--tensorboard/--no-tensorboard", default=None, help="Write event files too.  [off]")
-@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="Of packed features.",
+)
 @click.option("--store", type=PATH, metavar="DIR", help="Where features are packed.  [RUN/store]")
 @click.option("--teacher", type=EXISTING, metavar="MODEL|RUN", help="Distil from this model, or from a run's folds.")
 @click.option("--teacher-bags", type=EXISTING, metavar="DIR", help="Bags with the teacher's level.  [--bags]")

@@ -44,11 +44,11 @@ OUTPUTS = {
     show_default=True,
     help="Whether the system holds the slides' pages in memory before each pass.",
 )
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Just the first N slides.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Just the first of the slides.  [all]")
 @click.option("--slides-per-year", type=click.IntRange(1), default=10_000, show_default=True, help="Of an archive.")
-@click.option("--price-per-hour", type=click.FloatRange(0), default=0.0, metavar="P", help="Of one such machine.")
-@click.option("--price-per-kwh", type=click.FloatRange(0), default=0.0, metavar="P", help="Of electricity.")
-@click.option("--currency", default="EUR", show_default=True, help="Of the prices.")
+@click.option("--price-per-hour", type=click.FloatRange(0), default=0.0, metavar="P", help="Of one such machine.  [0]")
+@click.option("--price-per-kwh", type=click.FloatRange(0), default=0.0, metavar="P", help="Of electricity.  [0]")
+@click.option("--currency", default="EUR", show_default=True, metavar="NAME", help="Of the prices.")
 @click.option(
     "--watts-per-core",
     type=click.FloatRange(0),

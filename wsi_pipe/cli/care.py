@@ -11,7 +11,7 @@ import click
 
 from wsi_pipe.cli import EXIT_FAILED
 from wsi_pipe.cli.display import print_json, print_notes, print_table
-from wsi_pipe.cli.options import RESOLUTION, parse_encoders
+from wsi_pipe.cli.options import RESOLUTIONS, flat, parse_encoders
 from wsi_pipe.geometry import level_label
 
 if TYPE_CHECKING:
@@ -181,10 +181,11 @@ def status(job: Path, each: bool, as_json: bool) -> int:
     "-r",
     "--resolution",
     "resolutions",
-    type=RESOLUTION,
+    type=RESOLUTIONS,
     multiple=True,
-    metavar="RES",
-    help="A whole resolution; repeatable.",
+    callback=flat,
+    metavar="RES,RES",
+    help="Whole resolutions; repeatable.",
 )
 @click.option("--random", is_flag=True, help="All features of random weights.")
 @click.option("--yes", is_flag=True, help="Do it; without, what would go is listed and nothing is done.")

@@ -12,6 +12,7 @@ import click
 from wsi_pipe.cli import EXIT_FAILED
 from wsi_pipe.cli.display import print_json, print_table
 from wsi_pipe.cli.options import (
+    changes_option,
     collect_entries,
     extract_options,
     segment_options,
@@ -35,6 +36,7 @@ SHOWN = 40
 @tile_options
 @extract_options
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), metavar="TOML", help="Settings file.")
+@changes_option
 @click.option(
     "--sample", type=click.IntRange(0), default=20, show_default=True, help="Find the tissue of so many slides."
 )
