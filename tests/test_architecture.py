@@ -28,6 +28,7 @@ WSI_PIPE = [
     "seen",
     "config",
     "override",
+    "template",
     "outcome",
     # slides, and pure functions on arrays
     "slides",
@@ -55,6 +56,7 @@ WSI_PIPE = [
     "benchmark",
     "report",
     "demo",
+    "doctor",
     # commands
     "cli",
     "__main__",
@@ -102,7 +104,7 @@ ONLY_IN = {
 TORCH_FREE = {
     "masking", "errors", "cores", "stopping", "geometry", "files", "ownership", "locking", "seen", "config", "outcome",
     "slides", "synthetic", "tissue", "tiling", "quality", "overview", "tiles", "bag", "ids", "tables", "manifest",
-    "execute", "override", "pictures", "pages", "plan", "care",
+    "execute", "override", "template", "pictures", "pages", "plan", "care",
 }  # fmt: skip
 PURE = {"tissue", "tiling", "quality"}
 IMPURE_IMPORTS = {"pathlib", "os", "io", "subprocess", "wsi_pipe.slides", "wsi_pipe.files"}

@@ -46,7 +46,7 @@ SEGMENT_METHODS = ("stain", "od", "otsu-saturation")
 def _told(text: str, unit: str = "", **more: Any) -> dict[str, Any]:
     """What is told of a setting, by its command-line option and in a settings file that ``init`` writes.
 
-    unit: of a number. more: ``choices`` of a word, ``absent``: what None stands for.
+    unit: of a number. more: ``choices`` of a word; ``absent``, what None stands for, and an ``example`` of the other.
     """
     return {"help": text, "unit": unit, **more}
 
@@ -188,10 +188,12 @@ class ExtractSettings:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     random_weights: bool = field(default=False, metadata=CALL_ONLY)
-    batch_size: int | None = _option(None, "tiles a batch", "tiles", absent="found by trial")
+    batch_size: int | None = _option(None, "tiles a batch", "tiles", absent="found by trial", example=64)
     devices: tuple[str, ...] = _option(("auto",), 'such as "cpu", "cuda:0"; auto takes every GPU, else the CPU')
     compile: bool = _option(False, "compile the encoder with torch.compile")
-    read_threads: int | None = _option(None, "threads that read and decode tiles", "threads", absent="one a core")
+    read_threads: int | None = _option(
+        None, "threads that read and decode tiles", "threads", absent="one a core", example=8
+    )
     memory_mib: int = _option(2048, "budget for tiles that wait for the encoder", "MiB")
 
     def __post_init__(self) -> None:
@@ -220,7 +222,9 @@ class CacheSettings:
     folder: None for the user's cache folder. gib: the copies together take no more; the least recently used go first.
     """
 
-    folder: str | None = _option(None, "where the copies lie", absent="the user's cache folder, or WSI_PIPE_CACHE")
+    folder: str | None = _option(
+        None, "where the copies lie", absent="the user's cache folder, or WSI_PIPE_CACHE", example="/scratch/slides"
+    )
     gib: float = _option(64.0, "what all copies together may take; the least recently used go first", "GiB")
 
     def __post_init__(self) -> None:

@@ -88,7 +88,7 @@ class RunDisplay:
 
         pace, expected = self.pace, self.pace.expected
         grid = Table.grid(padding=(0, 1))
-        grid.add_column(width=8)
+        grid.add_column(width=9)
         grid.add_column(width=BAR)
         grid.add_column(no_wrap=True, overflow="ellipsis")
         left = pace.left_s if pace.done < pace.total else None
@@ -107,7 +107,7 @@ class RunDisplay:
         rows: list[RenderableType] = [grid]
         for what, slide_id in (("encoding", self.encoding), ("tissue of", self.preparing)):
             if slide_id:
-                rows.append(Text(f"{what:9}{slide_id}", no_wrap=True, overflow="ellipsis"))
+                rows.append(Text(f"{what:9} {slide_id}", no_wrap=True, overflow="ellipsis"))
         return Group(*rows)
 
 

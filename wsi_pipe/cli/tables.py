@@ -11,7 +11,7 @@ import click
 
 __all__ = ["paragraph", "print_table", "width_of_output"]
 
-GAP = 1
+GAP = 2
 LEAST = 16
 """Columns that a text needs to be read beside others."""
 
