@@ -309,6 +309,73 @@ def test_completion(shell: str) -> None:
         assert checked.returncode == 0, checked.stderr
 
 
+def test_completion_in_bash_itself(tmp_path: Path) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash")
+    program = tmp_path / "wsi-pipe"
+    program.write_text(f"#!{sys.executable}\nfrom wsi_pipe.cli import main\nmain()\n")
+    program.chmod(0o755)
+    script = (
+        'eval "$(_WSI_PIPE_COMPLETE=bash_source wsi-pipe)"; COMP_WORDS=(wsi-pipe run --stain); COMP_CWORD=2; '
+        '_wsi_pipe_completion wsi-pipe; echo "${COMPREPLY[@]}"'
+    )
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    found = subprocess.run([bash, "-c", script], env=os.environ | path, capture_output=True, text=True, check=False)
+    assert found.stdout.split() == ["--stain-min", "--stain-seed"], found.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "key", "value"),
+    [
+        ("distill", ["--set", "warmup=0.1"], "warmup", 0.1),
+        ("distill", ["--set", "learning_rate=0.1"], "lr", 0.1),
+        ("distill", ["--set", "lr=0.1"], "lr", 0.1),
+        ("distill", ["--learning-rate", "0.1", "--set", "epochs=3"], "lr", 0.1),
+        ("train", ["--set", "learning_rate=0.1", "--set", "model.landmarks=64"], "learning_rate", 0.1),
+        ("train", ["--set", "min_epochs=3", "--epochs", "4"], "min_epochs", 3),
+    ],
+)
+def test_settings_by_name_of_lrmil(name: str, arguments: list[str], key: str, value: float) -> None:
+    from lrmil.cli.distill import _settings
+    from lrmil.cli.train import settings_from as train_settings
+
+    command, _, _ = loaded("lrmil", name)
+    with command.make_context(name, arguments, resilient_parsing=True) as ctx:
+        values = {**ctx.params, "changes": ctx.params["changes"] or (), "seeds": (), "teacher": None, "config": None}
+        settings = _settings(values) if name == "distill" else train_settings(values)
+    assert getattr(settings, key) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("distill", ["--learning-rate", "0.1", "--set", "lr=0.2"], "lr is given by --set and by its own option"),
+        ("distill", ["--set", "warmpu=0.2"], "did you mean warmup"),
+        ("train", ["--hidden", "8", "--set", "model.hidden=9"], "model.hidden is given by --set"),
+        ("train", ["--set", "model.hiden=9"], "did you mean model.hidden"),
+    ],
+)
+def test_mistakes_in_settings_of_lrmil(name: str, arguments: list[str], message: str) -> None:
+    from lrmil.cli.distill import _settings
+    from lrmil.cli.train import settings_from as train_settings
+    from wsi_pipe.errors import ConfigError
+
+    command, _, _ = loaded("lrmil", name)
+    with command.make_context(name, arguments, resilient_parsing=True) as ctx:
+        values = {**ctx.params, "changes": ctx.params["changes"] or (), "seeds": (), "teacher": None, "config": None}
+        with pytest.raises(ConfigError, match=message):
+            _settings(values) if name == "distill" else train_settings(values)
+
+
+def test_where_an_error_arises_is_told_with_vv_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", str(tmp_path / "no.svs"), "-o", str(tmp_path / "job"), "--set", "tile.tile_px=0"]
+    assert run_group(wsi_pipe, "wsi-pipe", arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert run_group(wsi_pipe, "wsi-pipe", [*arguments, "-vv"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_quiet_and_verbose(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make_slide: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -294,7 +294,7 @@ def _plain(value: object) -> Any:
 
 
 def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "settings") -> S:
-    """A settings value from plain mappings, types checked.
+    """A settings value from plain mappings, types checked. A field's ``metadata["also"]`` holds other names of it.
 
     What is of one call only is passed over, whatever it says (``call_only_in`` tells). Raises ConfigError for an
     unknown key, a value of the wrong type, or one that the settings class refuses; the message begins with ``where``.
@@ -303,8 +303,10 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "settings
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     of_a_call = {f.name for f in fields if f.metadata.get("call_only")}
     known = {f.name for f in fields} - of_a_call
+    others = {name: f.name for f in fields for name in f.metadata.get("also", ())}
     arguments: dict[str, Any] = {}
-    for key, value in values.items():
+    for name, value in values.items():
+        key = others.get(name, name)
         if key in of_a_call:
             continue
         if key not in known:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from wsi_pipe.config import from_mapping, to_mapping
 from wsi_pipe.errors import ConfigError
 
-__all__ = ["call_only_keys", "changed", "flattened", "keys_of", "parse_changes"]
+__all__ = ["call_only_keys", "changed", "flattened", "keys_of", "parse_changes", "refuse_twice"]
 
 S = TypeVar("S")
 
@@ -44,6 +44,7 @@ def changed(settings: S, changes: Sequence[str], *, example: str = "tile.tile_px
         return settings
     values = to_mapping(settings)
     known = list(keys_of(type(settings)))
+    others = [f"{key.rpartition('.')[0]}.{name}".lstrip(".") for key, name in _other_names(type(settings))]
     tables = {key.rpartition(".")[0] for key in known} - {""}
     of_a_call = set(call_only_keys(type(settings)))
     for change, (parts, value) in zip(changes, parse_changes(changes, example), strict=True):
@@ -51,7 +52,7 @@ def changed(settings: S, changes: Sequence[str], *, example: str = "tile.tile_px
         if key in of_a_call:
             option = "--" + parts[-1].replace("_", "-")
             raise ConfigError(f"--set {key}: is no setting, and said by an option of its own", remedy=f"give {option}")
-        if key not in known and key not in tables and not _is_free(type(settings), parts):
+        if key not in (*known, *others, *tables) and not _is_free(type(settings), parts):
             raise _unknown(change, key, known)
         table = values
         for part in parts[:-1]:
@@ -66,6 +67,14 @@ def changed(settings: S, changes: Sequence[str], *, example: str = "tile.tile_px
         # The settings alone were fine, so it is the changes.
         shown = " ".join(f"--set {change}" for change in changes)
         raise ConfigError(f"{shown}: {error.message.removeprefix('settings: ')}", remedy=error.remedy) from error
+
+
+def refuse_twice(changes: Sequence[str], own: Collection[str]) -> None:
+    """Raises ConfigError where ``changes`` say what options of their own say too; ``own``: dotted keys of those."""
+    for keys, _ in parse_changes(changes):
+        for key in (".".join(keys[: n + 1]) for n in range(len(keys))):
+            if key in own or (key == ".".join(keys) and any(name.startswith(f"{key}.") for name in own)):
+                raise ConfigError(f"{key} is given by --set and by its own option", remedy="give one of them")
 
 
 def flattened(settings: Any) -> dict[str, Any]:
@@ -91,6 +100,15 @@ def keys_of(cls: type[Any], before: str = "") -> Iterator[str]:
             yield from keys_of(typing.cast(type[Any], hints[item.name]), f"{before}{item.name}.")
         else:
             yield before + item.name
+
+
+def _other_names(cls: type[Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, another name of its last part) of settings that have one."""
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        yield from ((before + item.name, name) for name in item.metadata.get("also", ()))
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from _other_names(typing.cast(type[Any], hints[item.name]), f"{before}{item.name}.")
 
 
 def call_only_keys(cls: type[Any], before: str = "") -> Iterator[str]:

@@ -10,9 +10,11 @@ from typing import Any
 import click
 
 from lrmil.cli.options import EXISTING
+from wsi_pipe.cli import messages
 from wsi_pipe.cli.display import print_json, print_table
-from wsi_pipe.cli.options import RESOLUTIONS, flat
+from wsi_pipe.cli.options import RESOLUTIONS, changes_option_of, flat
 from wsi_pipe.errors import ConfigError
+from wsi_pipe.override import changed, refuse_twice
 
 __all__ = ["distill"]
 
@@ -68,6 +70,7 @@ __all__ = ["distill"]
 @click.option("--patch", type=float, help="Weight of the layers' loss.  [1]")
 @click.option("--final", type=float, help="Weight of the final features' loss.  [1]")
 @click.option("--standardise", type=click.Choice(["auto", "yes", "no"]), help="Each dimension of the targets.  [auto]")
+@changes_option_of("warmup=0.1")
 @click.option("--epochs", type=click.IntRange(1), help="At most.  [30]")
 @click.option("--patience", type=click.IntRange(1), help="Epochs without a better validation loss.  [8]")
 @click.option("--batch-size", type=click.IntRange(1), help="LR tiles a step.  [64]")
@@ -120,7 +123,7 @@ def distill(**values: Any) -> int:
     else:
         entries = hidden_slides(values["bags"].parent)
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        messages.note(note)
     # A manifest without cases makes each slide a case of its own, which is no news.
     cases = {entry.slide_id: entry.case_id for entry in entries if entry.case_id != entry.slide_id}
     cases |= read_cases(values["labels"]) if values["labels"] else {}
@@ -158,7 +161,7 @@ def distill(**values: Any) -> int:
         random_student=values["random_student"],
         student_px=values["student_px"],
     )
-    result = run_distillation(request, None if values["as_json"] else lambda text: click.echo(text, err=True))
+    result = run_distillation(request, None if values["as_json"] else messages.say)
     picture = values["out"].with_name(f"{values['out'].stem}.png")
     draw_distillation(picture, result.history, result.baseline)
     if values["as_json"]:
@@ -205,4 +208,5 @@ def _settings(values: Mapping[str, Any]) -> Any:
             changes["layers"] = () if text == "none" else tuple(int(part) for part in text.split(","))
         except ValueError as error:
             raise ConfigError(f"--layers {text!r} is not a list of numbers", remedy="write 0,1,-2 or none") from error
-    return DistillSettings(**changes)
+    refuse_twice(values["changes"], [*changes, *(["learning_rate"] if "lr" in changes else [])])
+    return dataclasses.replace(changed(DistillSettings(), values["changes"], example="warmup=0.1"), **changes)

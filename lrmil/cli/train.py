@@ -22,8 +22,10 @@ from lrmil.cli.options import (
     seen_option,
 )
 from lrmil.config import MODELS, MONITORS, LossSettings, TrainSettings, load_settings
-from wsi_pipe.cli.options import RESOLUTION
+from wsi_pipe.cli import messages
+from wsi_pipe.cli.options import RESOLUTION, changes_option_of
 from wsi_pipe.errors import ConfigError
+from wsi_pipe.override import changed, refuse_twice
 
 __all__ = ["train"]
 
@@ -38,6 +40,7 @@ __all__ = ["train"]
 @click.option("--val-fraction", type=float, default=0.2, show_default=True, help="Of made folds.")
 @click.option("--split-seed", type=int, default=0, show_default=True, help="Of made folds.")
 @click.option("--config", type=EXISTING, metavar="TOML", help="Settings, such as RUN/fold_1/config.toml.")
+@changes_option_of("model.landmarks=128")
 @click.option("--model", "model_name", type=click.Choice(MODELS), help="Architecture.  [gated-abmil]")
 @click.option("--hidden", "model_hidden", type=click.IntRange(1), help="Width of the projection.  [512]")
 @click.option("--dropout", "model_dropout", type=float, help="In the projection.  [0.25]")
@@ -149,6 +152,7 @@ def train(**values: Any) -> int:
 def settings_from(values: Mapping[str, Any]) -> TrainSettings:
     """Settings from options over the settings file over the defaults. Raises ConfigError when one is refused."""
     base = load_settings(values["config"]) if values["config"] else TrainSettings()
+    base = changed(base, values.get("changes", ()), example="model.landmarks=128")
     own = {f.name for f in dataclasses.fields(TrainSettings)} - {"model", "loss"}
     changes: dict[str, Any] = {name: values[name] for name in own if values.get(name) is not None}
     if values["seeds"]:
@@ -160,6 +164,10 @@ def settings_from(values: Mapping[str, Any]) -> TrainSettings:
             if name.startswith(f"{part}_") and value is not None
         }
         changes[part] = dataclasses.replace(getattr(base, part), **inner)
+    twice = [name for name in changes if name not in ("model", "loss")]
+    twice += [name.replace("_", ".", 1) for name in values if name[:6] == "model_" and values[name] is not None]
+    twice += [name.replace("_", ".", 1) for name in values if name[:5] == "loss_" and values[name] is not None]
+    refuse_twice(values.get("changes", ()), twice)
     if not values["teacher"]:
         if any(values[f"loss_{name}"] is not None for name in ("bag", "soft", "hard")):
             raise ConfigError("weights of a teacher are given, but no teacher", remedy="add --teacher MODEL")
@@ -201,6 +209,6 @@ def _progress(settings: TrainSettings) -> Any:
     def show(fold: str, row: Mapping[str, float | None]) -> None:
         shown = {"loss": row.get("train_loss"), "val loss": row.get("val_loss"), "val AUC": row.get("val_auc")}
         text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if value is not None)
-        click.echo(f"{fold} epoch {int(row['epoch'] or 0)}/{settings.epochs}: {text}", err=True)
+        messages.say(f"{fold} epoch {int(row['epoch'] or 0)}/{settings.epochs}: {text}")
 
     return show

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from wsi_pipe.cli import messages
 from wsi_pipe.cli.display import print_json, print_table
 from wsi_pipe.cli.options import collect_entries, extract_options, settings_from, slide_options, tile_options
 from wsi_pipe.config import JobSettings
@@ -123,7 +124,7 @@ def _measure(values: dict[str, Any], folder: Path, assumptions: Assumptions) -> 
 
     settings = _with_low_resolution(settings_from(values, None, None), values["encoder_lr"])
     entries = collect_entries({**values, "mask": None, "only": ()})
-    quiet = values["as_json"]
+    quiet = values["as_json"] or messages.level() < 0
     try:
         return run_benchmark(
             entries,

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 
 import click
 
-__all__ = ["be", "colour", "error", "level", "more", "note", "warning"]
+__all__ = ["be", "colour", "error", "level", "more", "note", "say", "warning"]
 
 _level = 0
 _undo: list[Callable[[], None]] = []
@@ -62,6 +63,12 @@ def note(text: str) -> None:
         click.echo(f"note: {text}", err=True)
 
 
+def say(text: str) -> None:
+    """How far something is; not with -q."""
+    if _level >= 0:
+        click.echo(text, err=True)
+
+
 def more(text: str) -> None:
     """What is said with -v alone."""
     if _level > 0:
@@ -74,5 +81,7 @@ def warning(text: str) -> None:
 
 
 def error(program: str, text: str) -> None:
-    """Why nothing came of it."""
+    """Why nothing came of it; with -vv also where in the code it arose."""
+    if _level > 1 and sys.exc_info()[1] is not None:
+        click.echo(traceback.format_exc(), err=True, nl=False)
     click.echo(f"{program}: {click.style('error:', fg='red', bold=True)} {text}", err=True, color=colour())

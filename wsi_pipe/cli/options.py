@@ -32,13 +32,14 @@ from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds, level_label, parse_reso
 from wsi_pipe.job.private import anonymised, check_told, revealed
 from wsi_pipe.job.record import load_settings, load_slides, read_outcomes
 from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, collect_slides
-from wsi_pipe.override import changed, parse_changes
+from wsi_pipe.override import changed, refuse_twice
 from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = [
     "RESOLUTION",
     "RESOLUTIONS",
     "changes_option",
+    "changes_option_of",
     "collect_entries",
     "extract_options",
     "flat",
@@ -93,16 +94,20 @@ def flat(ctx: click.Context, param: click.Parameter, value: tuple[tuple[float, .
 RESOLUTIONS = Resolutions()
 
 
-def changes_option(function: F) -> F:
-    """--set, as ``wsi_pipe.override`` understands it."""
+def changes_option_of(example: str, where: str = "") -> Callable[[F], F]:
+    """--set, as ``wsi_pipe.override`` understands it. where: a sentence on where settings are listed."""
     return click.option(
         "--set",
         "changes",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Any setting by its name in the settings file, such as segment.stain_min=0.02; repeatable. "
-        "wsi-pipe init lists them.",
-    )(function)
+        help=f"Any setting by its name in the settings file, such as {example}; repeatable. {where}".strip(),
+    )
+
+
+def changes_option(function: F) -> F:
+    """--set of a job's settings."""
+    return changes_option_of("segment.stain_min=0.02", "wsi-pipe init lists them.")(function)
 
 
 def _stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -436,10 +441,7 @@ def _refuse_twice(changes: tuple[str, ...], parts: Mapping[str, Mapping[str, Any
     own = {f"{stage}.{name}" for stage, names in parts.items() for name in names}
     others = {"reader": "reader", "anonymise": "anonymise", "cache_dir": "cache.folder", "cache_size": "cache.gib"}
     own |= {key for name, key in others.items() if values.get(name) is not None}
-    for keys, _ in parse_changes(changes):
-        key = ".".join(keys[:2])
-        if key in own or any(name.startswith(f"{key}.") for name in own):
-            raise ConfigError(f"{key} is given by --set and by its own option", remedy="give one of them")
+    refuse_twice(changes, own)
 
 
 def _anonymise(asked: bool | None, base: JobSettings, job: Path | None) -> bool:
@@ -552,7 +554,9 @@ def collect_entries(
         notes: list[str] = []
         named = revealed(listed)
         entries = collect_slides(sources, manifest, job=named, passed_over=passed, notes=notes)
-        for line in [*(f"note: {note}" for note in notes), *passed.lines()]:
+        for text in notes:
+            messages.note(text)
+        for line in passed.lines():
             click.echo(line, err=True)
     else:
         entries = listed

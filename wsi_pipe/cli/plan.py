@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from wsi_pipe.cli import EXIT_FAILED
+from wsi_pipe.cli import EXIT_FAILED, messages
 from wsi_pipe.cli.display import print_json, print_table
 from wsi_pipe.cli.options import (
     changes_option,
@@ -164,9 +164,9 @@ def plan(
         )
         _show(shown, totals, rates, workers, disk)
     if space is None:
-        click.echo(f"warning: room on the disk: {unchecked}", err=True)
+        messages.warning(f"room on the disk: {unchecked}")
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        messages.note(note)
     for problem in problems:
         click.echo(f"a run would stop before its first tile: {problem}", err=True)
     return EXIT_FAILED if totals.failing or problems else 0
