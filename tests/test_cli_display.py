@@ -100,6 +100,17 @@ def test_stages_without_tiles_go_by_slides() -> None:
     assert pace.left_s == pytest.approx(80)
 
 
+def test_slides_that_fail_at_once_promise_nothing() -> None:
+    clock = Clock()
+    pace = Pace(4, clock)
+    pace.begin()
+    clock.now += 0.01
+    pace.finished(SlideOutcome("a", "failed", reason="is empty"))
+    assert pace.left_s is None
+    pace.laid("b", 100)
+    assert (pace.left_s, pace.expected) == (None, 200)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min"), (3540, "59 min"), (3599, "1 h"), (3600 * 3.34, "3 h 20 min"),
@@ -127,12 +138,15 @@ def test_the_bars_name_the_slide_and_the_total(width: int) -> None:
     assert f"encoding  {LONG}" in text
     assert "tissue of b" in text
     assert max(map(len, text.splitlines())) <= width
-    out.truncate(0)
+    out.seek(0)
+    out.truncate()
     with display:
-        display.finished(SlideOutcome(LONG, "failed", stage="open", reason=f"/data/{LONG}.svs: the file is empty"))
+        display.finished(SlideOutcome(LONG, "failed", stage="open", reason=f"/d/{LONG}.svs: is empty"))
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
-    assert f"/data/{LONG}.svs:" in plain
+    assert f"/d/{LONG}.svs:" in plain
     assert f"[1/3] {LONG}:" in plain
+    assert "is empty" in " ".join(plain.split())
+    assert all(len(line.rstrip()) <= width for line in plain.splitlines())
 
 
 def test_lines_elsewhere_and_none_with_quiet(capsys: pytest.CaptureFixture[str]) -> None:

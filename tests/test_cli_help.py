@@ -406,3 +406,20 @@ def test_shared_variables_are_of_options_that_there_are() -> None:
         for option in options_of(command, ctx)
     }
     assert there >= SHARED
+
+
+def test_the_page_tells_of_what_there_is() -> None:
+    page = (Path(__file__).parents[1] / "docs/cli.md").read_text(encoding="utf-8")
+    spelled = {
+        spelling
+        for program, name in every_command()
+        for command, ctx, _ in [loaded(program, name)]
+        for option in options_of(command, ctx)
+        for spelling in (*option.opts, *option.secondary_opts)
+    }
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page)) <= spelled | {"--help"}
+    for flag in SHARED - {"--device", "--threads"}:
+        assert f"| `{flag}` | `WSI_PIPE_{flag[2:].replace('-', '_').upper()}` |" in page
+    for flag in FORBIDDEN:
+        assert f"`{flag}`" in page
+    assert max(map(len, page.splitlines())) <= 120

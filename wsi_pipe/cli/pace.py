@@ -27,6 +27,7 @@ class Pace:
         self._known: dict[str, int] = {}
         self._counted: dict[str, int] = {}
         self._idle: set[str] = set()
+        self._worked = 0
         self._samples: deque[tuple[float, int]] = deque()
 
     def begin(self) -> None:
@@ -56,6 +57,8 @@ class Pace:
         self._known[outcome.slide_id] = self._counted.pop(outcome.slide_id, 0)
         if outcome.nothing_new:
             self._idle.add(outcome.slide_id)
+        elif outcome.status != "failed":
+            self._worked += 1
 
     @property
     def is_exact(self) -> bool:
@@ -86,11 +89,10 @@ class Pace:
         rate, expected = self.tiles_per_s, self.expected
         if rate and expected:
             return (expected - self.tiles) / rate
-        done = self.done - len(self._idle)
-        if self.tiles or done <= 0 or not self._samples:
+        if self.tiles or expected or not self._worked or not self._samples:
             return None
-        # Stages without tiles: by slides.
-        return (self._clock() - self._samples[0][0]) / done * (self.total - self.done)
+        # Stages without tiles: by slides. Those that fail at once tell nothing of the others.
+        return (self._clock() - self._samples[0][0]) / self._worked * (self.total - self.done)
 
 
 def span(seconds: float) -> str:

@@ -10,6 +10,7 @@ import click
 
 from wsi_pipe.cli import messages
 from wsi_pipe.cli.pace import Pace, span
+from wsi_pipe.cli.tables import paragraph
 from wsi_pipe.outcome import SlideOutcome
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ class RunDisplay:
         line = f"[{self.pace.done}/{self.pace.total}] {outcome.slide_id}: {describe(outcome)}"
         if self._live:
             if outcome.status == "failed" or messages.level() > 0:
-                # Words are not broken: who looks for an id finds it.
-                self._live.console.print(line, markup=False, highlight=False, overflow="ignore")
+                # Folded between words alone: who looks for an id finds it.
+                text = paragraph(line, indent="  ", width=self._live.console.width)
+                self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif self.lines:
             left = self.pace.left_s if self.pace.done < self.pace.total else None
             click.echo(line + (f"; about {span(left)} left" if left is not None else ""), err=True)

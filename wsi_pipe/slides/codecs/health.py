@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -52,18 +53,26 @@ def _jpeg2000() -> str:
     from wsi_pipe.slides.codecs.jpeg2000 import Jpeg2000Decoder
 
     data = imagecodecs.jpeg2k_encode(_picture(), codecformat="j2k", level=0, mct=False)
-    _near(Jpeg2000Decoder((SIZE_PX, SIZE_PX), 3, ycbcr=False).decode(data), 3.0)
+    _near(Jpeg2000Decoder((SIZE_PX, SIZE_PX), 3, ycbcr=False).decode(bytes(data)), 3.0)
     return "reduced scales by OpenJPEG" if openjpeg.available() else "in full only: no OpenJPEG library was found"
 
 
-def _plain(compression: str) -> str:
+def _lzw() -> str:
     import imagecodecs
 
+    _near_plain("LZW", bytes(imagecodecs.lzw_encode(_picture().tobytes())))
+    return f"imagecodecs {imagecodecs.__version__}"
+
+
+def _deflate() -> str:
+    _near_plain("deflate", zlib.compress(_picture().tobytes()))
+    return f"zlib {zlib.ZLIB_RUNTIME_VERSION}"
+
+
+def _near_plain(compression: str, data: bytes) -> None:
     from wsi_pipe.slides.codecs.decode import PlainDecoder
 
-    encode: Callable[[bytes], bytes] = {"LZW": imagecodecs.lzw_encode, "deflate": imagecodecs.zlib_encode}[compression]
-    _near(PlainDecoder((SIZE_PX, SIZE_PX), 3, compression, difference=False).decode(encode(_picture().tobytes())), 0.0)
-    return f"imagecodecs {imagecodecs.__version__}"
+    _near(PlainDecoder((SIZE_PX, SIZE_PX), 3, compression, difference=False).decode(data), 0.0)
 
 
 def _openslide() -> str:
@@ -93,8 +102,8 @@ def _dicom() -> str:
 _CHECKS: dict[str, Callable[[], str]] = {
     "JPEG": _jpeg,
     "JPEG 2000": _jpeg2000,
-    "LZW": lambda: _plain("LZW"),
-    "deflate": lambda: _plain("deflate"),
+    "LZW": _lzw,
+    "deflate": _deflate,
     "OpenSlide": _openslide,
     "libvips": _pyvips,
     "OME-Zarr": _zarr,
