@@ -298,6 +298,7 @@ def test_completion(shell: str) -> None:
     assert any("run" in line for line in completions(shell, "wsi-pipe", "wsi-pipe ru", 1))
     assert any("--stain-min" in line for line in completions(shell, "wsi-pipe", "wsi-pipe run --stain", 2))
     assert any("--learning-rate" in line for line in completions(shell, "lrmil", "lrmil distill --learn", 2))
+    assert any("uni2-h" in line for line in completions(shell, "wsi-pipe", "wsi-pipe run -e uni2", 3))
     if shutil.which(shell):
         variable = {"_WSI_PIPE_COMPLETE": f"{shell}_source"}
         code = "import sys; sys.argv[0] = 'wsi-pipe'; from wsi_pipe.cli import main; main()"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wsi_pipe.cli.headings import MESSAGES, UNITS
+from wsi_pipe.cli.headings import ARGUMENTS, MESSAGES, UNITS
 from wsi_pipe.cli.layout import Layout
 
 __all__ = ["LRMIL"]
@@ -30,7 +30,9 @@ LRMIL = Layout(
             "--layer-variance", "--patch", "--final", "--l-ce", "--l-bag", "--l-soft", "--l-hard", "--temperature",
             "--instances", "--random-teacher",
         ),
-        "Figures": ("--part", "--positive", "--at-sensitivity", "--replicates"),
+        "Figures": (
+            "--part", "--positive", "--at-sensitivity", "--replicates", "evaluate --seed", "compare --seed",
+        ),
         "Pictures and tables": ("--heatmaps", "--geojson", "--attention", "--top"),
         "Machine": (
             "--device", "--devices", "--precision", "--threads", "--cache-mib", "--targets-mib", "--allow-random",
@@ -83,4 +85,5 @@ LRMIL = Layout(
         "--z": "PLANE",
     },
     spellings=frozenset({"--lr"}),
+    arguments=ARGUMENTS,
 )  # fmt: skip

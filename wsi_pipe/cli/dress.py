@@ -33,6 +33,11 @@ class DressedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options under their headings; the short help says how many it leaves out."""
         found, left_out = sections(self, self.layout, ctx, everything=ctx.meta.get(EVERYTHING, False))
+        for param in self.params:
+            name = param.make_metavar(ctx).strip("[].") if isinstance(param, click.Argument) else ""
+            if name in self.layout.arguments:
+                formatter.write_paragraph()
+                formatter.write_dl([(click.style(name, fg="cyan"), self.layout.arguments[name])])
         # One column for the whole page; longer spellings stand on a line of their own.
         width = max(len(names) for rows in found.values() for names, _ in rows if len(names) <= WIDEST)
         for heading, rows in found.items():
@@ -91,6 +96,7 @@ def dressed(command: click.Command, layout: Layout) -> click.Command:
         help=command.help,
         epilog=command.epilog,
         short_help=command.short_help,
+        options_metavar=command.options_metavar,
         no_args_is_help=command.no_args_is_help,
         hidden=command.hidden,
         deprecated=command.deprecated,

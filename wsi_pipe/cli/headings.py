@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from wsi_pipe.cli.layout import Layout
 
-__all__ = ["MESSAGES", "UNITS", "WSI_PIPE"]
+__all__ = ["ARGUMENTS", "MESSAGES", "UNITS", "WSI_PIPE"]
+
+ARGUMENTS = {"SLIDES": "Files, folders (searched through), URLs, or a CSV with a column slide."}
 
 MESSAGES = {
     "Output": ("--each", "--json", "--log-json", "--title"),
@@ -89,4 +91,5 @@ WSI_PIPE = Layout(
         "--watts-per-core": "WATTS",
         "demo --slides": "SLIDES",
     },
+    arguments=ARGUMENTS,
 )  # fmt: skip

@@ -27,6 +27,7 @@ class Layout:
 
     program: its name. headings: heading -> options, both in the order of the help. rare: options that the long help
     alone shows. units: option -> what stands for its number. spellings: old spellings, which work and are not shown.
+    arguments: what stands for an argument -> what it can be.
     """
 
     program: str
@@ -34,6 +35,7 @@ class Layout:
     rare: frozenset[str] = frozenset()
     units: Mapping[str, str] = field(default_factory=dict)
     spellings: frozenset[str] = frozenset()
+    arguments: Mapping[str, str] = field(default_factory=dict)
 
     def place(self, command: str, flag: str) -> tuple[str, int]:
         """The heading of an option, and its place there."""

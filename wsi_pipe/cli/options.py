@@ -346,6 +346,14 @@ def tile_options(function: F) -> F:
     )(function)
 
 
+def _encoder_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For the completion of shells: names of encoders, behind a resolution too."""
+    from wsi_pipe.encoders.registry import load_registry
+
+    head, sign, name = incomplete.rpartition("=")
+    return [f"{head}{sign}{known}" for known in ("texture", *load_registry()) if known.startswith(name)]
+
+
 def extract_options(function: F) -> F:
     """Which features, and on what."""
     return _stack(
@@ -355,6 +363,7 @@ def extract_options(function: F) -> F:
             "encoders",
             multiple=True,
             metavar="[RES=]NAME",
+            shell_complete=_encoder_names,
             help="Encoder for all resolutions, or for one (5x=NAME); repeatable. See wsi-pipe encoders.  [texture]",
         ),
         click.option("--layers", metavar="N,N", help="Store the CLS of these ViT blocks too, or none.  [none]"),

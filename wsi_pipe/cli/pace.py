@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,41 +25,54 @@ class Pace:
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.total, self.done, self.tiles = total, 0, 0
         self._clock = clock
-        self._known: dict[str, int] = {}
+        # Told by the threads that read and encode, and asked by the one that draws.
+        self._lock = threading.Lock()
+        self._known: dict[str, int | None] = {}
         self._counted: dict[str, int] = {}
-        self._idle: set[str] = set()
+        self._slides, self._sum = 0, 0
         self._worked = 0
         self._samples: deque[tuple[float, int]] = deque()
 
     def begin(self) -> None:
         """Work begins on a slide."""
-        if not self._samples:
-            self._samples.append((self._clock(), 0))
+        with self._lock:
+            if not self._samples:
+                self._samples.append((self._clock(), 0))
 
     def laid(self, slide_id: str, tiles: int) -> None:
         """A slide has so many tiles to encode, one for each encoder that sees it."""
-        self._known[slide_id] = tiles
+        with self._lock:
+            self._know(slide_id, tiles)
 
     def encoded(self, slide_id: str, tiles: int) -> None:
         """So many more of its tiles are encoded."""
         self.begin()
-        self.tiles += tiles
-        self._counted[slide_id] = self._counted.get(slide_id, 0) + tiles
-        now = self._clock()
-        if now - self._samples[-1][0] >= SAMPLE_S:
-            self._samples.append((now, self.tiles))
-        # The first stays as long as there is no other that old.
-        while len(self._samples) > 2 and now - self._samples[1][0] > WINDOW_S:
-            self._samples.popleft()
+        with self._lock:
+            self.tiles += tiles
+            self._counted[slide_id] = self._counted.get(slide_id, 0) + tiles
+            now = self._clock()
+            if now - self._samples[-1][0] >= SAMPLE_S:
+                self._samples.append((now, self.tiles))
+            # The first stays as long as there is no other that old.
+            while len(self._samples) > 2 and now - self._samples[1][0] > WINDOW_S:
+                self._samples.popleft()
 
     def finished(self, outcome: SlideOutcome) -> None:
         """One more slide is through."""
-        self.done += 1
-        self._known[outcome.slide_id] = self._counted.pop(outcome.slide_id, 0)
-        if outcome.nothing_new:
-            self._idle.add(outcome.slide_id)
-        elif outcome.status != "failed":
-            self._worked += 1
+        with self._lock:
+            self.done += 1
+            counted = self._counted.pop(outcome.slide_id, 0)
+            self._know(outcome.slide_id, None if outcome.nothing_new else counted)
+            self._worked += outcome.status != "failed" and not outcome.nothing_new
+
+    def _know(self, slide_id: str, tiles: int | None) -> None:
+        """How many tiles a slide has; None where it had no work in it, which tells nothing of others."""
+        before = self._known.get(slide_id)
+        if before is not None:
+            self._slides, self._sum = self._slides - 1, self._sum - before
+        self._known[slide_id] = tiles
+        if tiles is not None:
+            self._slides, self._sum = self._slides + 1, self._sum + tiles
 
     @property
     def is_exact(self) -> bool:
@@ -68,11 +82,11 @@ class Pace:
     @property
     def expected(self) -> int | None:
         """Tiles in all; None before anything is known of any slide that has work in it."""
-        working = [tiles for slide_id, tiles in self._known.items() if slide_id not in self._idle]
-        if not working:
-            return None
-        mean = sum(working) / len(working)
-        return max(round(sum(working) + mean * max(self.total - len(self._known), 0)), self.tiles)
+        with self._lock:
+            if not self._slides:
+                return None
+            unknown = max(self.total - len(self._known), 0)
+            return max(round(self._sum * (1 + unknown / self._slides)), self.tiles)
 
     @property
     def tiles_per_s(self) -> float | None:
