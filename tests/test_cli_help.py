@@ -237,6 +237,8 @@ def test_settings_by_name_are_those_of_the_options() -> None:
     assert by_name.extract.encoders == {"*": ("texture",), "5x": ("texture",)}
     assert settings("-r", "20x,5x").tile == settings("-r", "20x", "-r", "5x").tile
     assert settings("-r", "20x,5x", "-r", "10x").tile.resolutions == (0.5, 2.0, 1.0)
+    file = settings("-r", "20x,5x", "--set", "extract.encoders.5x=['lr.safetensors']").extract.encoders["5x"]
+    assert file == (str(Path("lr.safetensors").absolute()),)
     # The later of two, as with options.
     assert settings("--set", "tile.tile_px=1", "--set", "tile.tile_px=64").tile.tile_px == 64
 
@@ -355,6 +357,7 @@ def test_settings_by_name_of_lrmil(name: str, arguments: list[str], key: str, va
         ("distill", ["--set", "warmpu=0.2"], "did you mean warmup"),
         ("train", ["--hidden", "8", "--set", "model.hidden=9"], "model.hidden is given by --set"),
         ("train", ["--set", "model.hiden=9"], "did you mean model.hidden"),
+        ("train", ["--set", "loss.bag=0.5"], "there is no teacher"),
     ],
 )
 def test_mistakes_in_settings_of_lrmil(name: str, arguments: list[str], message: str) -> None:

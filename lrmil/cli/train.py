@@ -25,7 +25,7 @@ from lrmil.config import MODELS, MONITORS, LossSettings, TrainSettings, load_set
 from wsi_pipe.cli import messages
 from wsi_pipe.cli.options import RESOLUTION, changes_option_of
 from wsi_pipe.errors import ConfigError
-from wsi_pipe.override import changed, refuse_twice
+from wsi_pipe.override import changed, parse_changes, refuse_twice
 
 __all__ = ["train"]
 
@@ -169,6 +169,10 @@ def settings_from(values: Mapping[str, Any]) -> TrainSettings:
     twice += [name.replace("_", ".", 1) for name in values if name[:5] == "loss_" and values[name] is not None]
     refuse_twice(values.get("changes", ()), twice)
     if not values["teacher"]:
+        if any(keys[0] == "loss" and keys[1:] != ("ce",) for keys, _ in parse_changes(values.get("changes", ()))):
+            raise ConfigError(
+                "--set says something of a teacher's loss, but there is no teacher", remedy="add --teacher"
+            )
         if any(values[f"loss_{name}"] is not None for name in ("bag", "soft", "hard")):
             raise ConfigError("weights of a teacher are given, but no teacher", remedy="add --teacher MODEL")
         # Without a teacher its terms are nothing, whatever a settings file says.

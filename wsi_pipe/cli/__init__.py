@@ -61,7 +61,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("wsi_pipe.cli.report:report", "Write the page of a job again, and print its figures."),
     "benchmark": ("wsi_pipe.cli.benchmark:benchmark", "Measure what low resolution saves, stage by stage."),
     "init": ("wsi_pipe.cli.init:init", "Write a settings file to be edited; every setting with its meaning."),
-    "doctor": ("wsi_pipe.cli.doctor:doctor", "Say what of this installation works, and mend what does not."),
+    "doctor": ("wsi_pipe.cli.doctor:doctor", "Say what of this installation works, and how to mend the rest."),
     "encoders": ("wsi_pipe.cli.encoders:encoders", "List encoders, and which can load now."),
     "demo": ("wsi_pipe.cli.demo:demo", "Make a small labelled cohort and run everything on it."),
 }

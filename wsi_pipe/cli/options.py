@@ -32,7 +32,7 @@ from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds, level_label, parse_reso
 from wsi_pipe.job.private import anonymised, check_told, revealed
 from wsi_pipe.job.record import load_settings, load_slides, read_outcomes
 from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, collect_slides
-from wsi_pipe.override import changed, refuse_twice
+from wsi_pipe.override import changed, parse_changes, refuse_twice
 from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = [
@@ -409,6 +409,9 @@ def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | No
         messages.note(f"{name} in {config or 'the job'} is ignored: {option} is said in each call")
     changes = tuple(values.get("changes") or ())
     base = changed(base, changes, example="segment.stain_min=0.02")
+    if any(keys[:2] == ("extract", "encoders") for keys, _ in parse_changes(changes)):
+        named = {label: tuple(map(_absolute_file, names)) for label, names in base.extract.encoders.items()}
+        base = dataclasses.replace(base, extract=dataclasses.replace(base.extract, encoders=named))
     parts: dict[str, dict[str, Any]] = {"segment": {}, "tile": {}, "extract": {}}
     for name, value in values.items():
         stage, _, item = name.partition("_")
@@ -448,6 +451,9 @@ def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | No
 def _refuse_twice(changes: tuple[str, ...], parts: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) -> None:
     """Raises ConfigError where --set and an option of its own say the same setting."""
     own = {f"{stage}.{name}" for stage, names in parts.items() for name in names}
+    if not values.get("encoders"):
+        # Those that are left of the job's, not said in this call.
+        own.discard("extract.encoders")
     others = {"reader": "reader", "anonymise": "anonymise", "cache_dir": "cache.folder", "cache_size": "cache.gib"}
     own |= {key for name, key in others.items() if values.get(name) is not None}
     refuse_twice(changes, own)
