@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from wsi_pipe.config import ExtractSettings, JobSettings, TileSettings, from_map
 from wsi_pipe.encoders.random_id import RANDOM_SUFFIX
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.geometry import level_label
+from wsi_pipe.override import changed
 from wsi_pipe.synthetic import SIGNALS
 
 __all__ = ["ABLATIONS", "CohortSettings", "ExperimentSettings", "cohort_changes", "load_experiment"]
@@ -128,38 +128,9 @@ def load_experiment(preset: Path, changes: Sequence[str] = ()) -> ExperimentSett
             f"{preset}: random_teacher is no setting of a preset: figures of random weights look like any others",
             remedy="say it in the call: --set random_teacher=true",
         )
-    for change in changes:
-        key, equals, text = change.partition("=")
-        parts = [part.strip() for part in key.split(".")]
-        if not equals or not all(parts):
-            raise ConfigError(
-                f"--set {change}: is not of the form KEY=VALUE", remedy="write, for one, distill.epochs=8"
-            )
-        table = values
-        for part in parts[:-1]:
-            inner = table.get(part)
-            # What is no table in the preset becomes one here, and is refused by its type below.
-            table[part] = dict(inner) if isinstance(inner, Mapping) else {}
-            table = table[part]
-        table[parts[-1]] = _toml_value(text.strip())
-    try:
-        return from_mapping(ExperimentSettings, values)
-    except ConfigError as error:
-        # The preset alone was fine, so it is the changes.
-        shown = " ".join(f"--set {change}" for change in changes)
-        raise ConfigError(f"{shown}: {error.message}", remedy=error.remedy) from error
+    return changed(from_mapping(ExperimentSettings, values), changes, example="distill.epochs=8")
 
 
 def cohort_changes(changes: Sequence[str]) -> list[str]:
     """Those of ``changes``, see ``load_experiment``, that are about the synthetic cohort."""
     return [change for change in changes if change.partition("=")[0].partition(".")[0].strip() == "cohort"]
-
-
-def _toml_value(text: str) -> Any:
-    """A TOML value, or the text itself where it is none: most names need no quotes then."""
-    try:
-        found = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    # More than one key: a line break in the text began another.
-    return found["value"] if found.keys() == {"value"} else text

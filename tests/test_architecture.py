@@ -27,6 +27,8 @@ WSI_PIPE = [
     "locking",
     "seen",
     "config",
+    "override",
+    "template",
     "outcome",
     # slides, and pure functions on arrays
     "slides",
@@ -56,6 +58,7 @@ WSI_PIPE = [
     "report",
     "view",
     "demo",
+    "doctor",
     # commands
     "cli",
     "__main__",
@@ -103,7 +106,7 @@ ONLY_IN = {
 TORCH_FREE = {
     "masking", "errors", "cores", "stopping", "geometry", "files", "ownership", "locking", "seen", "config", "outcome",
     "slides", "synthetic", "tissue", "tiling", "quality", "overview", "tiles", "bag", "ids", "tables", "naming",
-    "manifest", "execute", "pictures", "pages", "plan", "care",
+    "manifest", "execute", "override", "template", "pictures", "pages", "plan", "care",
 }  # fmt: skip
 PURE = {"tissue", "tiling", "quality"}
 IMPURE_IMPORTS = {"pathlib", "os", "io", "subprocess", "wsi_pipe.slides", "wsi_pipe.files"}

@@ -82,11 +82,14 @@ def test_settings_over_the_preset() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("cohort.slidez=60", r"--set cohort\.slidez=60: settings\.cohort: unknown setting 'slidez'; known ones are"),
+        (
+            "cohort.slidez=60",
+            r"--set cohort\.slidez=60: unknown setting 'cohort\.slidez'; did you mean cohort\.slides\?",
+        ),
         ("cohort.slides=many", "settings.cohort.slides: 'many' is not a valid int"),
         ("cohort.slides=1.5", "settings.cohort.slides: 1.5 is not a valid int"),
         ("random_student=True", "'True' is not a valid bool"),
-        ("teacher.name=x", "settings.teacher: {'name': 'x'} is not a valid str"),
+        ("teacher.name=x", "--set teacher.name=x: unknown setting 'teacher.name'"),
         ("cohort.signal=loud", "signal 'loud' must be one of"),
         ("distill.epochs=0", "epochs 0 must be at least 1"),
         ("folds=1", "2 or more"),

@@ -9,7 +9,14 @@ import ctypes
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-__all__ = ["load_compiled"]
+__all__ = ["LIBRARIES", "load_compiled", "was_built"]
+
+LIBRARIES = {
+    "jpeg": ("slides/codecs", "decoding JPEG tiles"),
+    "paste": ("tiles", "laying tiles out of decoded blocks"),
+    "resample": ("tiles", "resampling tiles"),
+}
+"""Each library's folder, and what goes slower without it."""
 
 
 def load_compiled(beside: str, name: str, abi: int) -> ctypes.CDLL | None:
@@ -29,3 +36,17 @@ def load_compiled(beside: str, name: str, abi: int) -> ctypes.CDLL | None:
         except (OSError, AttributeError):
             continue
     return None
+
+
+def was_built(name: str) -> bool:
+    """Whether a library lies where it is looked for, and can be loaded; its version is not asked."""
+    folder = Path(__file__).parent / LIBRARIES[name][0]
+    for suffix in EXTENSION_SUFFIXES:
+        path = folder / f"_{name}{suffix}"
+        if path.is_file():
+            try:
+                ctypes.CDLL(str(path))
+            except OSError:
+                continue
+            return True
+    return False

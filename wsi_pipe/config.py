@@ -34,6 +34,7 @@ __all__ = [
     "from_mapping",
     "load_toml",
     "to_mapping",
+    "told_of",
 ]
 
 S = TypeVar("S")
@@ -42,9 +43,17 @@ READERS = ("auto", "tiff", "openslide", "image", "zarr", "czi")
 SEGMENT_METHODS = ("stain", "od", "otsu-saturation")
 
 
-def _option(default: Any, text: str) -> Any:
-    """A settings field whose help text becomes that of its command-line option."""
-    return field(default=default, metadata={"help": text})
+def _told(text: str, unit: str = "", **more: Any) -> dict[str, Any]:
+    """What is told of a setting, by its command-line option and in a settings file that ``init`` writes.
+
+    unit: of a number. more: ``choices`` of a word; ``absent``, what None stands for, and an ``example`` of the other.
+    """
+    return {"help": text, "unit": unit, **more}
+
+
+def _option(default: Any, text: str, unit: str = "", **more: Any) -> Any:
+    """A settings field with what is told of it, see ``_told``."""
+    return field(default=default, metadata=_told(text, unit, **more))
 
 
 CALL_ONLY = {"call_only": True}
@@ -59,29 +68,36 @@ class SegmentSettings:
     method that does not exist or a threshold out of its range.
     """
 
-    mpp: float = _option(8.0, "resolution at which tissue is found and the mask is stored, um/px")
+    mpp: float = _option(8.0, "resolution at which tissue is found and the mask is stored", "um/px")
     method: str = _option(
         "stain",
         "stain: colour that haematoxylin, eosin and DAB have and grey has not; od: optical density by Otsu's "
         "threshold; otsu-saturation: HSV saturation by Otsu's threshold, as CLAM does",
+        choices=SEGMENT_METHODS,
     )
-    stain_min: float = _option(0.012, "stain density from which a pixel counts as pale tissue, OD")
-    stain_seed: float = _option(0.022, "stain density that each piece of tissue must reach somewhere, OD")
-    edge_share: float = _option(0.3, "share of the stain density nearby from which a pixel at an edge counts, 0 to 1")
-    noise_factor: float = _option(6.0, "pale tissue must also exceed this many standard deviations of the background")
-    white_min: float = _option(200.0, "darkest grey level (0 to 255) that can be the slide's background")
-    smooth_um: float = _option(6.0, "standard deviation of the Gaussian that is applied before the thresholds, um")
-    close_um: float = _option(24.0, "gaps up to twice this width are closed, so that fat holds together, um")
-    min_area_um2: float = _option(10_000.0, "smaller pieces of tissue are dropped, um2")
-    max_hole_um2: float = _option(20_000.0, "smaller holes are filled, um2")
+    stain_min: float = _option(0.012, "stain density from which a pixel counts as pale tissue", "OD")
+    stain_seed: float = _option(0.022, "stain density that each piece of tissue must reach somewhere", "OD")
+    edge_share: float = _option(0.3, "share of the stain density nearby from which a pixel at an edge counts", "share")
+    noise_factor: float = _option(
+        6.0, "pale tissue must also exceed this many standard deviations of the background", "SD"
+    )
+    white_min: float = _option(200.0, "darkest grey level (0 to 255) that can be the slide's background", "grey")
+    smooth_um: float = _option(6.0, "standard deviation of the Gaussian that is applied before the thresholds", "um")
+    close_um: float = _option(24.0, "gaps up to twice this width are closed, so that fat holds together", "um")
+    min_area_um2: float = _option(10_000.0, "smaller pieces of tissue are dropped", "um2")
+    max_hole_um2: float = _option(20_000.0, "smaller holes are filled", "um2")
     drop_pen: bool = _option(True, "leave out blue, green and red pen and tissue ink")
     drop_dark: bool = _option(True, "leave out black pen, dark debris and other dark grey matter")
-    pen_od: float = _option(0.20, "optical density from which pen is recognised by its colour, OD")
-    dark_od: float = _option(0.50, "optical density from which grey counts as black pen or debris, OD")
-    mark_area_um2: float = _option(5_000.0, "smaller spots of pen or debris are not looked at, um2")
-    mark_margin_um: float = _option(48.0, "width around pen and debris in which faint colour is dropped too, um")
-    edge_width_um: float = _option(80.0, "straight lines thinner than this and 20 times longer are edges of glass, um")
-    dark_background: float = _option(90.0, "a slide without white whose grey levels mostly lie below is fluorescence")
+    pen_od: float = _option(0.20, "optical density from which pen is recognised by its colour", "OD")
+    dark_od: float = _option(0.50, "optical density from which grey counts as black pen or debris", "OD")
+    mark_area_um2: float = _option(5_000.0, "smaller spots of pen or debris are not looked at", "um2")
+    mark_margin_um: float = _option(48.0, "width around pen and debris in which faint colour is dropped too", "um")
+    edge_width_um: float = _option(
+        80.0, "straight lines thinner than this and 20 times longer are edges of glass", "um"
+    )
+    dark_background: float = _option(
+        90.0, "a slide without white whose grey levels mostly lie below is fluorescence", "grey"
+    )
 
     def __post_init__(self) -> None:
         if self.method not in SEGMENT_METHODS:
@@ -112,15 +128,23 @@ class TileSettings:
     min_sharpness: tiles that are less sharp are left out, and so are those inside them; 0 asks for none to be.
     """
 
-    resolutions: tuple[float, ...] = (0.5, 2.0)
-    tile_px: int = 256
-    overlap_px: int = 0
-    min_tissue: float = 0.25
-    judge_um: float = 128.0
-    mpp_tolerance: float = 0.025
-    max_upsampling: float = 0.10
-    allow_upsampling: bool = False
-    min_sharpness: float = 0.0
+    resolutions: tuple[float, ...] = _option(
+        (0.5, 2.0), 'of each grid; written 0.5, "0.5um" or "20x"; 0.5 is 20x and 2 is 5x', "um/px"
+    )
+    tile_px: int = _option(256, "side of a tile", "px")
+    overlap_px: int = _option(0, "what neighbouring tiles share", "px")
+    min_tissue: float = _option(0.25, "tissue fraction from which a judging cell counts", "share")
+    judge_um: float = _option(128.0, "side of a judging cell", "um")
+    mpp_tolerance: float = _option(
+        0.025, "relative distance within which tiles are cut at the slide's own scale, pixel for pixel", "share"
+    )
+    max_upsampling: float = _option(
+        0.10, "relative amount by which a grid may be finer than the slide; more is an error", "share"
+    )
+    allow_upsampling: bool = _option(False, "no limit to that")
+    min_sharpness: float = _option(
+        0.0, "leave out tiles that are less sharp; about 1 is in focus at 20x, 0 leaves out none", "sharpness"
+    )
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.min_sharpness) and self.min_sharpness >= 0):
@@ -152,16 +176,25 @@ class ExtractSettings:
     precision does change results a little, so it is in. random_weights: of one call only, see ``CALL_ONLY``.
     """
 
-    encoders: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"*": ("texture",)})
-    layers: tuple[int, ...] = ()
-    dtype: str = "float16"
-    precision: str = "auto"
+    encoders: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"*": ("texture",)},
+        metadata=_told('encoders of a resolution ("5x"), or of all that are not named ("*")'),
+    )
+    layers: tuple[int, ...] = _option((), "blocks of a ViT whose CLS is stored too, -1 for the last", "block")
+    dtype: str = _option("float16", "number format of stored features", choices=("float16", "float32"))
+    precision: str = _option(
+        "auto",
+        "number format of the encoder's arithmetic; auto takes half where the hardware has it",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     random_weights: bool = field(default=False, metadata=CALL_ONLY)
-    batch_size: int | None = None
-    devices: tuple[str, ...] = ("auto",)
-    compile: bool = False
-    read_threads: int | None = None
-    memory_mib: int = 2048
+    batch_size: int | None = _option(None, "tiles a batch", "tiles", absent="found by trial", example=64)
+    devices: tuple[str, ...] = _option(("auto",), 'such as "cpu", "cuda:0"; auto takes every GPU, else the CPU')
+    compile: bool = _option(False, "compile the encoder with torch.compile")
+    read_threads: int | None = _option(
+        None, "threads that read and decode tiles", "threads", absent="one a core", example=8
+    )
+    memory_mib: int = _option(2048, "budget for tiles that wait for the encoder", "MiB")
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float16", "float32"):
@@ -189,8 +222,10 @@ class CacheSettings:
     folder: None for the user's cache folder. gib: the copies together take no more; the least recently used go first.
     """
 
-    folder: str | None = None
-    gib: float = 64.0
+    folder: str | None = _option(
+        None, "where the copies lie", absent="the user's cache folder, or WSI_PIPE_CACHE", example="/scratch/slides"
+    )
+    gib: float = _option(64.0, "what all copies together may take; the least recently used go first", "GiB")
 
     def __post_init__(self) -> None:
         if not self.gib > 0:
@@ -205,17 +240,30 @@ class JobSettings:
     one call only, see ``CALL_ONLY``: finished work that is stale is made anew.
     """
 
-    segment: SegmentSettings = SegmentSettings()
-    tile: TileSettings = TileSettings()
-    extract: ExtractSettings = field(default_factory=ExtractSettings)
-    reader: str = "auto"
-    cache: CacheSettings = CacheSettings()
-    anonymise: bool = False
+    segment: SegmentSettings = field(default=SegmentSettings(), metadata=_told("How tissue is found."))
+    tile: TileSettings = field(default=TileSettings(), metadata=_told("Which grids are laid."))
+    extract: ExtractSettings = field(
+        default_factory=ExtractSettings, metadata=_told("Which features are computed, and how.")
+    )
+    reader: str = _option("auto", "which reader opens slides; auto takes the fastest that can", choices=READERS)
+    cache: CacheSettings = field(
+        default=CacheSettings(),
+        metadata=_told("Copies of slides behind URLs whose format cannot be read by byte ranges."),
+    )
+    anonymise: bool = _option(
+        False, "ids from a salted hash, and no path, name or date of a slide in what is written; set when a job is made"
+    )
     redo: bool = field(default=False, metadata=CALL_ONLY)
 
     def __post_init__(self) -> None:
         if self.reader not in READERS:
             raise ConfigError(f"reader {self.reader!r} must be one of {', '.join(READERS)}")
+
+
+def told_of(item: dataclasses.Field[Any]) -> str:
+    """What a setting does, with its unit."""
+    text, unit = item.metadata.get("help", ""), item.metadata.get("unit", "")
+    return f"{text}, {unit}" if unit else text
 
 
 def fingerprint(*parts: object) -> str:
@@ -246,7 +294,7 @@ def _plain(value: object) -> Any:
 
 
 def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "settings") -> S:
-    """A settings value from plain mappings, types checked.
+    """A settings value from plain mappings, types checked. A field's ``metadata["also"]`` holds other names of it.
 
     What is of one call only is passed over, whatever it says (``call_only_in`` tells). Raises ConfigError for an
     unknown key, a value of the wrong type, or one that the settings class refuses; the message begins with ``where``.
@@ -255,8 +303,10 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "settings
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     of_a_call = {f.name for f in fields if f.metadata.get("call_only")}
     known = {f.name for f in fields} - of_a_call
+    others = {name: f.name for f in fields for name in f.metadata.get("also", ())}
     arguments: dict[str, Any] = {}
-    for key, value in values.items():
+    for name, value in values.items():
+        key = others.get(name, name)
         if key in of_a_call:
             continue
         if key not in known:

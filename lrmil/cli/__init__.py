@@ -9,6 +9,7 @@ from __future__ import annotations
 import click
 
 from lrmil import __version__
+from lrmil.cli.headings import LRMIL
 from wsi_pipe.cli import LazyGroup, run_main
 
 __all__ = ["group", "main"]
@@ -27,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 @click.group(
     cls=LazyGroup,
     table=COMMANDS,
+    layout=LRMIL,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Bags are made by wsi-pipe run. Exit codes: 0 all done, 1 some failed, 2 bad usage, 130 or 143 interrupted.",
 )

@@ -10,9 +10,11 @@ from typing import Any
 import click
 
 from lrmil.cli.options import EXISTING
+from wsi_pipe.cli import messages
 from wsi_pipe.cli.display import print_json, print_table
-from wsi_pipe.cli.options import RESOLUTION
+from wsi_pipe.cli.options import RESOLUTIONS, changes_option_of, flat
 from wsi_pipe.errors import ConfigError
+from wsi_pipe.override import changed, refuse_twice
 
 __all__ = ["distill"]
 
@@ -25,7 +27,14 @@ __all__ = ["distill"]
     "--student", default="copy", show_default=True, metavar="NAME", help="copy (of the teacher), or another network."
 )
 @click.option(
-    "-r", "--resolution", "resolutions", type=RESOLUTION, multiple=True, metavar="RES", help="HR and LR.  [20x, 5x]"
+    "-r",
+    "--resolution",
+    "resolutions",
+    type=RESOLUTIONS,
+    multiple=True,
+    callback=flat,
+    metavar="RES,RES",
+    help="HR and LR.  [20x,5x]",
 )
 @click.option("--splits", type=EXISTING, metavar="CSV", help="Folds, as of lrmil split: one encoder for --fold.")
 @click.option("--labels", type=EXISTING, metavar="CSV", help="Whose cases slides are, if not as the bags say.")
@@ -35,7 +44,14 @@ __all__ = ["distill"]
     "--cases", "cases_file", type=EXISTING, metavar="FILE", help="Instead of splits: the cases to see, an id a line."
 )
 @click.option("--mil-teacher", type=EXISTING, metavar="FILE", help="Weigh children by this HR model's attention.")
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    metavar="FILE",
+    help="The encoder, .safetensors.",
+)
 @click.option(
     "--targets",
     type=click.Choice(["bags", "compute"]),
@@ -54,11 +70,12 @@ __all__ = ["distill"]
 @click.option("--patch", type=float, help="Weight of the layers' loss.  [1]")
 @click.option("--final", type=float, help="Weight of the final features' loss.  [1]")
 @click.option("--standardise", type=click.Choice(["auto", "yes", "no"]), help="Each dimension of the targets.  [auto]")
+@changes_option_of("warmup=0.1")
 @click.option("--epochs", type=click.IntRange(1), help="At most.  [30]")
 @click.option("--patience", type=click.IntRange(1), help="Epochs without a better validation loss.  [8]")
 @click.option("--batch-size", type=click.IntRange(1), help="LR tiles a step.  [64]")
-@click.option("--lr", "lr", type=float, help="Learning rate.  [3e-4]")
-@click.option("--weight-decay", type=float, help="[0.05]")
+@click.option("--learning-rate", "--lr", "lr", type=float, help="AdamW's peak.  [3e-4]")
+@click.option("--weight-decay", type=float, help="Of AdamW.  [0.05]")
 @click.option("--val-fraction", type=float, help="Of the training cases, to stop by.  [0.15]")
 @click.option("--stain", type=float, help="Strength of stain augmentation.  [0.1]")
 @click.option("--flips/--no-flips", default=None, help="Turn and mirror tiles with their children.  [on]")
@@ -70,8 +87,8 @@ __all__ = ["distill"]
 @click.option("--allow-random", is_flag=True, help="With a --mil-teacher of random features too, for tests.")
 @click.option("--random-student", is_flag=True, help="Draw the student's weights anew rather than load them.")
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="Of training.  [auto]")
-@click.option("--device", help="[auto]")
-@click.option("--seed", type=int, help="[0]")
+@click.option("--device", metavar="DEV", help="cpu, cuda:0 or auto.  [auto]")
+@click.option("--seed", type=int, help="Of weights, order and augmentation.  [0]")
 @click.option("--cache-mib", type=click.IntRange(0), help="Keep decoded tiles when they fit.  [2048]")
 @click.option("--targets-mib", type=click.IntRange(0), help="Targets kept in memory; the rest in files.  [4096]")
 @click.option("--threads", type=click.IntRange(1), help="Reading threads.  [2]")
@@ -106,7 +123,7 @@ def distill(**values: Any) -> int:
     else:
         entries = hidden_slides(values["bags"].parent)
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        messages.note(note)
     # A manifest without cases makes each slide a case of its own, which is no news.
     cases = {entry.slide_id: entry.case_id for entry in entries if entry.case_id != entry.slide_id}
     cases |= read_cases(values["labels"]) if values["labels"] else {}
@@ -144,7 +161,7 @@ def distill(**values: Any) -> int:
         random_student=values["random_student"],
         student_px=values["student_px"],
     )
-    result = run_distillation(request, None if values["as_json"] else lambda text: click.echo(text, err=True))
+    result = run_distillation(request, None if values["as_json"] else messages.say)
     picture = values["out"].with_name(f"{values['out'].stem}.png")
     draw_distillation(picture, result.history, result.baseline)
     if values["as_json"]:
@@ -191,4 +208,5 @@ def _settings(values: Mapping[str, Any]) -> Any:
             changes["layers"] = () if text == "none" else tuple(int(part) for part in text.split(","))
         except ValueError as error:
             raise ConfigError(f"--layers {text!r} is not a list of numbers", remedy="write 0,1,-2 or none") from error
-    return DistillSettings(**changes)
+    refuse_twice(values["changes"], [*changes, *(["learning_rate"] if "lr" in changes else [])])
+    return dataclasses.replace(changed(DistillSettings(), values["changes"], example="warmup=0.1"), **changes)

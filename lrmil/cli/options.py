@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from wsi_pipe.cli import messages
 from wsi_pipe.cli.display import print_table
 from wsi_pipe.cli.options import RESOLUTION
 from wsi_pipe.geometry import level_label
@@ -113,7 +114,7 @@ def pack_progress() -> Callable[[int, int], None]:
     """Counts packed bags on a terminal; silent elsewhere."""
 
     def show(done: int, total: int) -> None:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and messages.level() >= 0:
             click.echo(f"\rpacking {done}/{total} bags", err=True, nl=done == total)
 
     return show

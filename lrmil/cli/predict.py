@@ -39,7 +39,7 @@ OUTPUTS = {"predictions.csv": (b"slide_id,case_id,status,predicted",), "predicti
 @click.option("--attention/--no-attention", default=False, show_default=True, help="Write attention into the bags.")
 @click.option("--geojson/--no-geojson", default=False, show_default=True, help="Write tiles for QuPath.")
 @click.option("--heatmaps/--no-heatmaps", default=True, show_default=True, help="Write a picture a slide.")
-@click.option("--device", default="auto", show_default=True)
+@click.option("--device", metavar="DEV", default="auto", show_default=True, help="cpu, cuda:0 or auto.")
 def predict(**values: Any) -> int:
     """Classify SLIDES, or bags that exist, with a trained model.
 

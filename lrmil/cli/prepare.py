@@ -18,7 +18,7 @@ __all__ = ["pack", "split"]
 @click.option("--label-column", metavar="NAME", help="Column that holds the label.  [label]")
 @click.option("-o", "--out", required=True, type=PATH, metavar="CSV", help="Where the folds go.")
 @click.option("--folds", type=click.IntRange(1), default=5, show_default=True, help="1 is a single hold-out.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the folds.")
 @click.option("--val-fraction", type=float, default=0.2, show_default=True, help="Of a fold's cases that do not test.")
 @click.option("--test-fraction", type=float, help="With --folds 1 only.  [0.2]")
 def split(

@@ -22,8 +22,10 @@ from lrmil.cli.options import (
     seen_option,
 )
 from lrmil.config import MODELS, MONITORS, LossSettings, TrainSettings, load_settings
-from wsi_pipe.cli.options import RESOLUTION
+from wsi_pipe.cli import messages
+from wsi_pipe.cli.options import RESOLUTION, changes_option_of
 from wsi_pipe.errors import ConfigError
+from wsi_pipe.override import changed, parse_changes, refuse_twice
 
 __all__ = ["train"]
 
@@ -38,15 +40,16 @@ __all__ = ["train"]
 @click.option("--val-fraction", type=float, default=0.2, show_default=True, help="Of made folds.")
 @click.option("--split-seed", type=int, default=0, show_default=True, help="Of made folds.")
 @click.option("--config", type=EXISTING, metavar="TOML", help="Settings, such as RUN/fold_1/config.toml.")
+@changes_option_of("model.landmarks=128")
 @click.option("--model", "model_name", type=click.Choice(MODELS), help="Architecture.  [gated-abmil]")
 @click.option("--hidden", "model_hidden", type=click.IntRange(1), help="Width of the projection.  [512]")
 @click.option("--dropout", "model_dropout", type=float, help="In the projection.  [0.25]")
 @click.option("--epochs", type=click.IntRange(1), help="At most.  [50]")
 @click.option("--learning-rate", type=float, help="AdamW's peak.  [2e-4]")
-@click.option("--weight-decay", type=float, help="[1e-4]")
-@click.option("--schedule", type=click.Choice(["cosine", "constant"]), help="[cosine]")
+@click.option("--weight-decay", type=float, help="Of AdamW.  [1e-4]")
+@click.option("--schedule", type=click.Choice(["cosine", "constant"]), help="Of the learning rate.  [cosine]")
 @click.option("--clip-norm", type=float, help="Of the gradient, 0 for none.  [1]")
-@click.option("--class-weights", type=click.Choice(["balanced", "none"]), help="[balanced]")
+@click.option("--class-weights", type=click.Choice(["balanced", "none"]), help="Of the labels' loss.  [balanced]")
 @click.option("--monitor", type=click.Choice(MONITORS), help="Validation figure that chooses the epoch.  [loss]")
 @click.option("--patience", type=click.IntRange(0), help="Epochs without improvement, 0 for no early end.  [10]")
 @click.option("--standardise/--no-standardise", default=None, help="Each feature, over the training tiles.  [on]")
@@ -54,10 +57,16 @@ __all__ = ["train"]
 @click.option("--max-bags", type=click.IntRange(1), help="Bags a step.  [8]")
 @click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, help="Of weights and order; repeatable.  [0]")
 @click.option("--device", metavar="DEV", help="cpu, cuda:0 or auto.  [auto]")
-@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="[auto]")
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="Of training.  [auto]")
 @click.option("--deterministic/--no-deterministic", default=None, help="Same numbers on every run of a GPU.  [off]")
 @click.option("--tensorboard/--no-tensorboard", default=None, help="Write event files too.  [off]")
-@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="Of packed features.",
+)
 @click.option("--store", type=PATH, metavar="DIR", help="Where features are packed.  [RUN/store]")
 @click.option("--teacher", type=EXISTING, metavar="MODEL|RUN", help="Distil from this model, or from a run's folds.")
 @click.option("--teacher-bags", type=EXISTING, metavar="DIR", help="Bags with the teacher's level.  [--bags]")
@@ -143,6 +152,7 @@ def train(**values: Any) -> int:
 def settings_from(values: Mapping[str, Any]) -> TrainSettings:
     """Settings from options over the settings file over the defaults. Raises ConfigError when one is refused."""
     base = load_settings(values["config"]) if values["config"] else TrainSettings()
+    base = changed(base, values.get("changes", ()), example="model.landmarks=128")
     own = {f.name for f in dataclasses.fields(TrainSettings)} - {"model", "loss"}
     changes: dict[str, Any] = {name: values[name] for name in own if values.get(name) is not None}
     if values["seeds"]:
@@ -154,7 +164,15 @@ def settings_from(values: Mapping[str, Any]) -> TrainSettings:
             if name.startswith(f"{part}_") and value is not None
         }
         changes[part] = dataclasses.replace(getattr(base, part), **inner)
+    twice = [name for name in changes if name not in ("model", "loss")]
+    twice += [name.replace("_", ".", 1) for name in values if name[:6] == "model_" and values[name] is not None]
+    twice += [name.replace("_", ".", 1) for name in values if name[:5] == "loss_" and values[name] is not None]
+    refuse_twice(values.get("changes", ()), twice)
     if not values["teacher"]:
+        if any(keys[0] == "loss" and keys[1:] != ("ce",) for keys, _ in parse_changes(values.get("changes", ()))):
+            raise ConfigError(
+                "--set says something of a teacher's loss, but there is no teacher", remedy="add --teacher"
+            )
         if any(values[f"loss_{name}"] is not None for name in ("bag", "soft", "hard")):
             raise ConfigError("weights of a teacher are given, but no teacher", remedy="add --teacher MODEL")
         # Without a teacher its terms are nothing, whatever a settings file says.
@@ -195,6 +213,6 @@ def _progress(settings: TrainSettings) -> Any:
     def show(fold: str, row: Mapping[str, float | None]) -> None:
         shown = {"loss": row.get("train_loss"), "val loss": row.get("val_loss"), "val AUC": row.get("val_auc")}
         text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if value is not None)
-        click.echo(f"{fold} epoch {int(row['epoch'] or 0)}/{settings.epochs}: {text}", err=True)
+        messages.say(f"{fold} epoch {int(row['epoch'] or 0)}/{settings.epochs}: {text}")
 
     return show

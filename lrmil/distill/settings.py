@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wsi_pipe.errors import ConfigError
 
@@ -35,7 +35,7 @@ class DistillSettings:
     standardise: str = "auto"
     epochs: int = 30
     batch_size: int = 64
-    lr: float = 3e-4
+    lr: float = field(default=3e-4, metadata={"also": ("learning_rate",)})
     weight_decay: float = 0.05
     warmup: float = 0.05
     clip: float = 1.0

@@ -16,6 +16,10 @@ from typing import Any, NoReturn
 import click
 
 from wsi_pipe import __version__
+from wsi_pipe.cli import messages
+from wsi_pipe.cli.dress import dressed, no_such_command, speaking_options
+from wsi_pipe.cli.headings import WSI_PIPE
+from wsi_pipe.cli.layout import Layout
 from wsi_pipe.cli.signals import (
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
@@ -57,40 +61,75 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("wsi_pipe.cli.report:report", "Write the page of a job again, and print its figures."),
     "view": ("wsi_pipe.cli.view:view", "Look at slides, grids and values of tiles in the browser."),
     "benchmark": ("wsi_pipe.cli.benchmark:benchmark", "Measure what low resolution saves, stage by stage."),
+    "init": ("wsi_pipe.cli.init:init", "Write a settings file to be edited; every setting with its meaning."),
+    "doctor": ("wsi_pipe.cli.doctor:doctor", "Say what of this installation works, and how to mend the rest."),
     "encoders": ("wsi_pipe.cli.encoders:encoders", "List encoders, and which can load now."),
     "demo": ("wsi_pipe.cli.demo:demo", "Make a small labelled cohort and run everything on it."),
 }
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called; ``table``: name -> ("module:attribute", short help)."""
+    """A group whose commands are imported when they are called.
 
-    def __init__(self, *args: Any, table: dict[str, tuple[str, str]], **kwargs: Any) -> None:
+    table: name -> ("module:attribute", short help). layout: headings and units of their options.
+    """
+
+    def __init__(self, *args: Any, table: dict[str, tuple[str, str]], layout: Layout, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.table = table
+        self.layout = layout
+        self.params += speaking_options()
+        self._loaded: dict[str, click.Command] = {}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order of the table, which is the order of work."""
         return list(self.table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command."""
+        """Import a command, and give it what all commands have."""
         if cmd_name not in self.table:
             return None
-        module, attribute = self.table[cmd_name][0].split(":")
-        command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command)
-        return command
+        if cmd_name not in self._loaded:
+            module, attribute = self.table[cmd_name][0].split(":")
+            command = getattr(importlib.import_module(module), attribute)
+            assert isinstance(command, click.Command)
+            self._loaded[cmd_name] = dressed(command, self.layout)
+        return self._loaded[cmd_name]
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command of a call. Raises UsageError that names those that are spelled nearly so."""
+        if args and args[0] not in self.table and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise no_such_command(ctx, args[0], self.table)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, from the table alone."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in self.table.items()])
+        formatter.write_paragraph()
+        formatter.write(click.style("Commands:", bold=True) + "\n")
+        with formatter.indentation():
+            formatter.write_dl([(click.style(name, fg="cyan"), text) for name, (_, text) in self.table.items()])
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Commands, which are what one looks for, then the few options."""
+        self.format_commands(ctx, formatter)
+        click.Command.format_options(self, ctx, formatter)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Commands with their short help, without importing them; options."""
+        from click.shell_completion import CompletionItem
+
+        found = [
+            CompletionItem(name, help=text) for name, (_, text) in self.table.items() if name.startswith(incomplete)
+        ]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
 
 @click.group(
     cls=LazyGroup,
     table=COMMANDS,
+    layout=WSI_PIPE,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Start with: wsi-pipe demo. Exit codes: 0 all done, 1 some failed, 2 bad usage, 130 or 143 interrupted.",
 )
@@ -104,8 +143,9 @@ def group() -> None:
 
 def run_group(command: click.Group, name: str, arguments: Sequence[str] | None = None) -> int:
     """Run a group and turn what it raises into one line on standard error and an exit code."""
+    messages.be(0)
     try:
-        result = command.main(args=arguments, prog_name=name, standalone_mode=False)
+        result = command.main(args=arguments, prog_name=name, standalone_mode=False, color=messages.colour())
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as leave:
         return leave.exit_code
@@ -120,12 +160,12 @@ def run_group(command: click.Group, name: str, arguments: Sequence[str] | None =
         error.show()
         return EXIT_USAGE
     except WsiPipeError as error:
-        click.echo(f"{name}: error: {error}", err=True)
+        messages.error(name, str(error))
         return EXIT_USAGE
     except ImportError as error:
         if not error.name or error.name.partition(".")[0] in ("wsi_pipe", "lrmil"):
             raise
-        click.echo(f"{name}: error: {'; '.join(lacks_package(error))}", err=True)
+        messages.error(name, "; ".join(lacks_package(error)))
         return EXIT_USAGE
     except BrokenPipeError:
         # The reader of our output (head, less) is gone; Python's own flush at exit must not complain.
@@ -134,7 +174,7 @@ def run_group(command: click.Group, name: str, arguments: Sequence[str] | None =
     except OSError as error:
         # What no stage foresaw: a file of the user's that cannot be read or written.
         where = f"{error.filename}: " if error.filename else ""
-        click.echo(f"{name}: error: {where}{error.strerror or error}", err=True)
+        messages.error(name, f"{where}{error.strerror or error}")
         return EXIT_USAGE
 
 

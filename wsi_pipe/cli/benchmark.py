@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from wsi_pipe.cli import messages
 from wsi_pipe.cli.display import print_json, print_table
 from wsi_pipe.cli.options import collect_entries, extract_options, settings_from, slide_options, tile_options
 from wsi_pipe.config import JobSettings
@@ -44,11 +45,11 @@ OUTPUTS = {
     show_default=True,
     help="Whether the system holds the slides' pages in memory before each pass.",
 )
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Just the first N slides.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Just the first of the slides.  [all]")
 @click.option("--slides-per-year", type=click.IntRange(1), default=10_000, show_default=True, help="Of an archive.")
-@click.option("--price-per-hour", type=click.FloatRange(0), default=0.0, metavar="P", help="Of one such machine.")
-@click.option("--price-per-kwh", type=click.FloatRange(0), default=0.0, metavar="P", help="Of electricity.")
-@click.option("--currency", default="EUR", show_default=True, help="Of the prices.")
+@click.option("--price-per-hour", type=click.FloatRange(0), default=0.0, metavar="P", help="Of one such machine.  [0]")
+@click.option("--price-per-kwh", type=click.FloatRange(0), default=0.0, metavar="P", help="Of electricity.  [0]")
+@click.option("--currency", default="EUR", show_default=True, metavar="NAME", help="Of the prices.")
 @click.option(
     "--watts-per-core",
     type=click.FloatRange(0),
@@ -123,7 +124,7 @@ def _measure(values: dict[str, Any], folder: Path, assumptions: Assumptions) -> 
 
     settings = _with_low_resolution(settings_from(values, None, None), values["encoder_lr"])
     entries = collect_entries({**values, "mask": None, "only": ()})
-    quiet = values["as_json"]
+    quiet = values["as_json"] or messages.level() < 0
     try:
         return run_benchmark(
             entries,

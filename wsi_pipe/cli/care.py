@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from wsi_pipe.cli import EXIT_FAILED
-from wsi_pipe.cli.display import print_json, print_notes, print_table
-from wsi_pipe.cli.options import RESOLUTION, parse_encoders
+from wsi_pipe.cli.display import print_failures, print_json, print_notes, print_table
+from wsi_pipe.cli.options import RESOLUTIONS, flat, parse_encoders
 from wsi_pipe.geometry import level_label
 
 if TYPE_CHECKING:
@@ -158,12 +158,7 @@ def status(job: Path, each: bool, as_json: bool) -> int:
         stale = list(state.why_stale.items())
         print_table({"stale slide": "left", "why": "left"}, ([slide_id, why] for slide_id, why in stale[:SHOWN]))
         click.echo("--redo makes them anew; nothing is, and nothing is lost, without it")
-    if state.failures:
-        click.echo()
-        print_table(
-            {"failed slide": "left", "stage": "left", "cause": "left", "remedy": "left"},
-            ([o.slide_id, o.stage or "", o.reason or "", o.remedy or ""] for o in state.failures),
-        )
+    print_failures(state.failures)
     return EXIT_FAILED if state.failed else 0
 
 
@@ -181,10 +176,11 @@ def status(job: Path, each: bool, as_json: bool) -> int:
     "-r",
     "--resolution",
     "resolutions",
-    type=RESOLUTION,
+    type=RESOLUTIONS,
     multiple=True,
-    metavar="RES",
-    help="A whole resolution; repeatable.",
+    callback=flat,
+    metavar="RES,RES",
+    help="Whole resolutions; repeatable.",
 )
 @click.option("--random", is_flag=True, help="All features of random weights.")
 @click.option("--yes", is_flag=True, help="Do it; without, what would go is listed and nothing is done.")

@@ -3,86 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import click
 
+from wsi_pipe.cli import messages
+from wsi_pipe.cli.progress import RunDisplay
+from wsi_pipe.cli.tables import paragraph, print_table
 from wsi_pipe.files import output_error
 from wsi_pipe.outcome import SlideOutcome
 
-if TYPE_CHECKING:
-    from rich.progress import TaskID
-
-__all__ = ["LogLines", "RunDisplay", "print_json", "print_notes", "print_outcomes", "print_table"]
+__all__ = ["LogLines", "RunDisplay", "print_failures", "print_json", "print_notes", "print_outcomes", "print_table"]
 
 MOST_NOTES = 50
-
-
-SHOWN_FAILURES = 100
-
-
-class RunDisplay:
-    """Progress of a run: bars on a terminal, one line a slide elsewhere, nothing where ``quiet``."""
-
-    def __init__(self, total: int, *, quiet: bool = False) -> None:
-        self.total, self.done, self.tiles = total, 0, 0
-        self.start = time.monotonic()
-        self.lines = not quiet and not sys.stderr.isatty()
-        self._bars: Any = None
-        self._slides: TaskID | None = None
-        self._tiles: TaskID | None = None
-        if not quiet and not self.lines:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bars = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
-            )
-
-    def __enter__(self) -> Self:
-        if self._bars:
-            self._bars.start()
-            self._slides = self._bars.add_task("slides", total=self.total, note="")
-            self._tiles = self._bars.add_task("tiles", total=None, note="")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bars:
-            self._bars.stop()
-
-    def progress(self, slide_id: str, what: str, amount: int) -> None:
-        """A ``wsi_pipe.job.run.Progress`` callback."""
-        if what == "segment":
-            if self._bars:
-                self._bars.update(self._slides, note=slide_id)
-            return
-        self.tiles += amount
-        if self._bars:
-            rate = self.tiles / max(time.monotonic() - self.start, 1e-9)
-            self._bars.update(self._tiles, completed=self.tiles, note=f"{rate:,.0f}/s  {what}")
-
-    def finished(self, outcome: SlideOutcome) -> None:
-        """One more slide is finished."""
-        self.done += 1
-        line = f"[{self.done}/{self.total}] {outcome.slide_id}: {describe(outcome)}"
-        if self._bars:
-            self._bars.update(self._slides, completed=self.done)
-            if outcome.status == "failed":
-                self._bars.console.print(line, markup=False, highlight=False)
-        elif self.lines:
-            click.echo(line, err=True)
+SHOWN_CAUSES = 20
+SHOWN_OF_A_CAUSE = 5
 
 
 class LogLines:
@@ -119,34 +58,9 @@ class LogLines:
             click.echo(line, err=True)
 
 
-def describe(outcome: SlideOutcome) -> str:
-    """An outcome in a few words."""
-    if outcome.status == "failed":
-        where = f" in {outcome.stage}" if outcome.stage else ""
-        return f"failed{where}: {outcome.reason}" + (f"; {outcome.remedy}" if outcome.remedy else "")
-    tiles = ", ".join(f"{count:,} tiles at {label}" for label, count in outcome.tiles.items())
-    what = f"empty: {outcome.reason}" if outcome.status == "empty" else tiles or "done"
-    return f"{what} ({sum(outcome.seconds.values()):.1f} s{', nothing to do' if outcome.nothing_new else ''})"
-
-
 def print_json(value: Any) -> None:
     """JSON on standard output."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def print_table(columns: Mapping[str, str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on standard output; ``columns``: heading -> "left" or "right"."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(name.strip() for name in columns))
-    for heading, justify in columns.items():
-        table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    # A file or a pipe has no width of its own: do not fold what another program may read.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def print_notes(outcomes: Iterable[SlideOutcome]) -> None:
@@ -159,8 +73,11 @@ def print_notes(outcomes: Iterable[SlideOutcome]) -> None:
         click.echo(f"and {len(rows) - MOST_NOTES:,} notes more: see outcomes.jsonl and the report")
 
 
-def print_outcomes(outcomes: Sequence[SlideOutcome], seconds: float) -> None:
-    """The closing table of a run: totals, then failures with their remedies."""
+def print_outcomes(outcomes: Sequence[SlideOutcome], seconds: float, places: Mapping[str, Path] | None = None) -> None:
+    """The closing table of a run: totals and where things are, then failures by cause; with -q the failures alone.
+
+    places: what there is to look at, and its path.
+    """
     tiles: dict[str, int] = {}
     stages: dict[str, float] = {}
     for outcome in outcomes:
@@ -173,14 +90,35 @@ def print_outcomes(outcomes: Sequence[SlideOutcome], seconds: float) -> None:
     rows += [[f"tiles at {label}", f"{n:,}"] for label, n in tiles.items()]
     by_stage = ", ".join(f"{stage} {value:.1f}" for stage, value in stages.items())
     rows.append(["seconds", f"{seconds:.1f} in all; by stage, overlapped: {by_stage}"])
-    print_table({"": "left", " ": "left"}, rows)
-    print_notes(outcomes)
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    if failed:
+    quiet = messages.level() < 0
+    if not quiet:
+        print_table({"": "left", " ": "left"}, rows)
+        print_notes(outcomes)
+    print_failures([outcome for outcome in outcomes if outcome.status == "failed"])
+    if places and not quiet:
         click.echo()
-        print_table(
-            {"failed slide": "left", "stage": "left", "cause": "left", "remedy": "left"},
-            ([o.slide_id, o.stage or "", o.reason or "", o.remedy or ""] for o in failed[:SHOWN_FAILURES]),
-        )
-        if len(failed) > SHOWN_FAILURES:
-            click.echo(f"and {len(failed) - SHOWN_FAILURES:,} more: see failures.csv, and report.html for their causes")
+        print_table({"": "left", " ": "left"}, [[what, str(path)] for what, path in places.items()])
+
+
+def print_failures(failed: Sequence[SlideOutcome]) -> None:
+    """Failures by their cause, the most frequent first: one slide's own words, the remedy, and whom it befell."""
+    from wsi_pipe.report.summary import cause_of
+
+    causes: dict[object, list[SlideOutcome]] = {}
+    for outcome in failed:
+        causes.setdefault(cause_of(outcome), []).append(outcome)
+    ordered = sorted(causes.values(), key=lambda group: -len(group))
+    for group in ordered[:SHOWN_CAUSES]:
+        first = group[0]
+        where = f" in {first.stage}" if first.stage else ""
+        click.echo()
+        click.echo(click.style(f"{len(group):,} {'slide' if len(group) == 1 else 'slides'} failed{where}", fg="red"))
+        click.echo(paragraph(first.reason or "", first="  cause   ", indent=" " * 10))
+        if first.remedy:
+            click.echo(paragraph(first.remedy, first="  remedy  ", indent=" " * 10))
+        named = [outcome.slide_id for outcome in group[:SHOWN_OF_A_CAUSE]]
+        more = f" and {len(group) - len(named):,} more: see failures.csv" if len(group) > len(named) else ""
+        click.echo(paragraph(f"{', '.join(named)}{more}", first="  slides  ", indent=" " * 10))
+    if len(ordered) > SHOWN_CAUSES:
+        rest = sum(map(len, ordered[SHOWN_CAUSES:]))
+        click.echo(f"\nand {rest:,} slides failed for {len(ordered) - SHOWN_CAUSES:,} other causes: see failures.csv")

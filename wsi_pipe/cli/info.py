@@ -9,7 +9,7 @@ import click
 
 from wsi_pipe.cli import EXIT_FAILED
 from wsi_pipe.cli.display import print_json, print_table
-from wsi_pipe.cli.options import RESOLUTION, collect_entries, slide_options
+from wsi_pipe.cli.options import RESOLUTIONS, collect_entries, flat, slide_options
 from wsi_pipe.config import TileSettings
 from wsi_pipe.geometry import level_label
 from wsi_pipe.slides.codecs.fastjpeg import jpeg_decoder_name
@@ -25,10 +25,11 @@ SHOWN = 12
     "-r",
     "--resolution",
     "resolutions",
-    type=RESOLUTION,
+    type=RESOLUTIONS,
     multiple=True,
-    metavar="RES",
-    help="Count tiles here.  [20x, 5x]",
+    callback=flat,
+    metavar="RES,RES",
+    help="Count tiles here.  [20x,5x]",
 )
 @click.option("--tile-px", type=click.IntRange(8), default=256, show_default=True, help="Side of a tile in pixels.")
 @click.option("--properties", is_flag=True, help="With --json: all metadata of the files.")

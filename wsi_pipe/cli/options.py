@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import click
 
+from wsi_pipe.cli import messages
+from wsi_pipe.cli.environment import from_environment
 from wsi_pipe.cli.regions import region_options, with_regions
 from wsi_pipe.config import (
     CacheSettings,
@@ -30,11 +32,17 @@ from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds, level_label, parse_reso
 from wsi_pipe.job.private import anonymised, check_told, revealed
 from wsi_pipe.job.record import load_settings, load_slides, read_outcomes
 from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, collect_slides
+from wsi_pipe.override import changed, parse_changes, refuse_twice
 from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = [
+    "RESOLUTION",
+    "RESOLUTIONS",
+    "changes_option",
+    "changes_option_of",
     "collect_entries",
     "extract_options",
+    "flat",
     "job_option",
     "parse_mpp",
     "part_options",
@@ -65,6 +73,42 @@ class Resolution(click.ParamType[float]):
 
 
 RESOLUTION = Resolution()
+
+
+class Resolutions(click.ParamType[tuple[float, ...]]):
+    """Resolutions such as 20x,5x, as um/px; with ``callback=flat`` an option that can be repeated gives one tuple."""
+
+    name = "RES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Parse, or fail with the remedy."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(RESOLUTION.convert(part, param, ctx) for part in str(value).split(","))
+
+
+def flat(ctx: click.Context, param: click.Parameter, value: tuple[tuple[float, ...], ...]) -> tuple[float, ...]:
+    """All resolutions of an option, in their order."""
+    return tuple(mpp for part in value for mpp in part)
+
+
+RESOLUTIONS = Resolutions()
+
+
+def changes_option_of(example: str, where: str = "") -> Callable[[F], F]:
+    """--set, as ``wsi_pipe.override`` understands it. where: a sentence on where settings are listed."""
+    return click.option(
+        "--set",
+        "changes",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help=f"Any setting by its name in the settings file, such as {example}; repeatable. {where}".strip(),
+    )
+
+
+def changes_option(function: F) -> F:
+    """--set of a job's settings."""
+    return changes_option_of("segment.stain_min=0.02", "wsi-pipe init lists them.")(function)
 
 
 def _stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -102,7 +146,7 @@ def slide_options(function: F) -> F:
             "--scene",
             type=click.IntRange(0),
             metavar="N",
-            help="Which scan, of files that hold several, from 0; of every slide given.",
+            help="Which scan, of files that hold several, from 0; of every slide given.  [the only one]",
         ),
         click.option(
             "--z",
@@ -134,8 +178,9 @@ def job_option(function: F) -> F:
             "--config",
             type=click.Path(path_type=Path, dir_okay=False),
             metavar="TOML",
-            help="Settings file, as config.toml of a job.",
+            help="Settings file, as wsi-pipe init writes one, or config.toml of a job.",
         ),
+        changes_option,
         click.option(
             "--anonymise/--no-anonymise",
             default=None,
@@ -182,7 +227,9 @@ def where_options(function: F) -> F:
             metavar="S",
             help="With --scheduler: give up when no worker can take work for so many seconds.  [waits for ever]",
         ),
-        click.option("--timeout", type=click.FloatRange(min=1), metavar="S", help="End a slide after so many seconds."),
+        click.option(
+            "--timeout", type=click.FloatRange(min=1), metavar="S", help="End a slide after so many seconds.  [never]"
+        ),
         click.option("--retry-failed", is_flag=True, help="Just the slides that failed before."),
         click.option(
             "--cache",
@@ -213,6 +260,12 @@ def where_from(values: Mapping[str, Any]) -> Where:
             raise ConfigError(
                 f"--resources {values['resources']!r} is not understood", remedy="write for example GPU=1"
             )
+    if not values["scheduler"]:
+        # What the environment says of a scheduler is for the calls that have one.
+        values = {**values, **{name: None for name in ("resources", "wait_workers") if _of_environment(name)}}
+        resources = resources if values["resources"] else None
+    elif _of_environment("workers"):
+        values = {**values, "workers": 1}
     if resources and not values["scheduler"]:
         raise ConfigError("--resources needs --scheduler", remedy="give the address of a Dask scheduler")
     if values["scheduler"] and values["workers"] > 1:
@@ -225,6 +278,11 @@ def where_from(values: Mapping[str, Any]) -> Where:
     return Where(values["workers"], values["scheduler"], values["timeout"], resources=resources, wait_workers_s=wait_s)
 
 
+def _of_environment(name: str) -> bool:
+    ctx = click.get_current_context(silent=True)
+    return ctx is not None and from_environment(ctx, name)
+
+
 def segment_options(function: F) -> F:
     """One option for every segment setting, and those of what is drawn on slides."""
     hints = typing.get_type_hints(SegmentSettings)
@@ -234,6 +292,7 @@ def segment_options(function: F) -> F:
             continue
         item = next(f for f in dataclasses.fields(SegmentSettings) if f.name == name)
         text = str(item.metadata.get("help", "")) or name.replace("_", " ")
+        text = f"{text[:1].upper()}{text[1:]}."
         flag = "--" + column.replace("_", "-")
         shown = f"{text}  [{_shown(item.default)}]"
         if hints[name] is bool:
@@ -241,11 +300,14 @@ def segment_options(function: F) -> F:
         else:
             choices = item.metadata.get("choices")
             kind: Any = click.Choice(list(choices)) if choices else hints[name]
-            options.append(click.option(flag, f"segment_{name}", type=kind, help=shown))
+            unit = str(item.metadata.get("unit", "")).upper()
+            options.append(click.option(flag, f"segment_{name}", type=kind, metavar=unit or None, help=shown))
     return _stack(*options)(function)
 
 
 def _shown(default: object) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
@@ -256,10 +318,11 @@ def tile_options(function: F) -> F:
             "-r",
             "--resolution",
             "resolutions",
-            type=RESOLUTION,
+            type=RESOLUTIONS,
             multiple=True,
-            metavar="RES",
-            help="Resolution of a grid, such as 20x or 0.5um; repeatable.  [20x, 5x]",
+            callback=flat,
+            metavar="RES,RES",
+            help="Resolutions of the grids, such as 20x,5x or 0.5um; repeatable.  [20x,5x]",
         ),
         click.option("--tile-px", "tile_tile_px", type=click.IntRange(8), help="Side of a tile in pixels.  [256]"),
         click.option("--overlap", "tile_overlap_px", type=click.IntRange(0), help="Pixels that neighbours share.  [0]"),
@@ -291,6 +354,14 @@ def tile_options(function: F) -> F:
     )(function)
 
 
+def _encoder_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For the completion of shells: names of encoders, behind a resolution too."""
+    from wsi_pipe.encoders.registry import load_registry
+
+    head, sign, name = incomplete.rpartition("=")
+    return [f"{head}{sign}{known}" for known in ("texture", *load_registry()) if known.startswith(name)]
+
+
 def extract_options(function: F) -> F:
     """Which features, and on what."""
     return _stack(
@@ -300,6 +371,7 @@ def extract_options(function: F) -> F:
             "encoders",
             multiple=True,
             metavar="[RES=]NAME",
+            shell_complete=_encoder_names,
             help="Encoder for all resolutions, or for one (5x=NAME); repeatable. See wsi-pipe encoders.  [texture]",
         ),
         click.option("--layers", metavar="N,N", help="Store the CLS of these ViT blocks too, or none.  [none]"),
@@ -342,7 +414,12 @@ def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | No
     source = config or (job / "config.toml" if job else None)
     for name in call_only_in(JobSettings, source) if source else ():
         option = "--" + name.rpartition(".")[2].replace("_", "-")
-        click.echo(f"note: {name} in {config or 'the job'} is ignored: {option} is said in each call", err=True)
+        messages.note(f"{name} in {config or 'the job'} is ignored: {option} is said in each call")
+    changes = tuple(values.get("changes") or ())
+    base = changed(base, changes, example="segment.stain_min=0.02")
+    if any(keys[:2] == ("extract", "encoders") for keys, _ in parse_changes(changes)):
+        named = {label: tuple(map(_absolute_file, names)) for label, names in base.extract.encoders.items()}
+        base = dataclasses.replace(base, extract=dataclasses.replace(base.extract, encoders=named))
     parts: dict[str, dict[str, Any]] = {"segment": {}, "tile": {}, "extract": {}}
     for name, value in values.items():
         stage, _, item = name.partition("_")
@@ -361,6 +438,7 @@ def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | No
         parts["extract"]["devices"] = tuple(part.strip() for part in values["devices"].split(","))
     if values.get("layers"):
         parts["extract"]["layers"] = _layers(values["layers"])
+    _refuse_twice(changes, parts, values)
     try:
         settings = dataclasses.replace(
             base,
@@ -376,6 +454,17 @@ def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | No
         raise ConfigError(f"options: {error}") from error
     _check_encoder_levels(settings)
     return settings
+
+
+def _refuse_twice(changes: tuple[str, ...], parts: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) -> None:
+    """Raises ConfigError where --set and an option of its own say the same setting."""
+    own = {f"{stage}.{name}" for stage, names in parts.items() for name in names}
+    if not values.get("encoders"):
+        # Those that are left of the job's, not said in this call.
+        own.discard("extract.encoders")
+    others = {"reader": "reader", "anonymise": "anonymise", "cache_dir": "cache.folder", "cache_size": "cache.gib"}
+    own |= {key for name, key in others.items() if values.get(name) is not None}
+    refuse_twice(changes, own)
 
 
 def _anonymise(asked: bool | None, base: JobSettings, job: Path | None) -> bool:
@@ -488,7 +577,9 @@ def collect_entries(
         notes: list[str] = []
         named = revealed(listed)
         entries = collect_slides(sources, manifest, job=named, passed_over=passed, notes=notes)
-        for line in [*(f"note: {note}" for note in notes), *passed.lines()]:
+        for text in notes:
+            messages.note(text)
+        for line in passed.lines():
             click.echo(line, err=True)
     else:
         entries = listed

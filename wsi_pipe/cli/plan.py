@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
-from wsi_pipe.cli import EXIT_FAILED
+from wsi_pipe.cli import EXIT_FAILED, messages
 from wsi_pipe.cli.display import print_json, print_table
 from wsi_pipe.cli.options import (
+    changes_option,
     collect_entries,
     extract_options,
     part_options,
@@ -40,6 +41,7 @@ SHOWN = 40
 @tile_options
 @extract_options
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), metavar="TOML", help="Settings file.")
+@changes_option
 @click.option(
     "--sample", type=click.IntRange(0), default=20, show_default=True, help="Find the tissue of so many slides."
 )
@@ -185,9 +187,9 @@ def plan(
         )
         _show(shown, totals, rates, workers, disk)
     if space is None:
-        click.echo(f"warning: room on the disk: {unchecked}", err=True)
+        messages.warning(f"room on the disk: {unchecked}")
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        messages.note(note)
     for problem in problems:
         click.echo(f"a run would stop before its first tile: {problem}", err=True)
     return EXIT_FAILED if totals.failing or problems else 0

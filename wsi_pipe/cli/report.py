@@ -15,7 +15,7 @@ __all__ = ["report"]
 
 @click.command()
 @click.argument("job", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--title", help="Heading of the page.  [the folder's name]")
+@click.option("--title", metavar="WORDS", help="Heading of the page.  [the folder's name]")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def report(job: Path, title: str | None, as_json: bool) -> None:
     """Write JOB/report.html, .csv and .json from the outcomes so far, and print the figures.

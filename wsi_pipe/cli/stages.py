@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from wsi_pipe.cli import EXIT_FAILED, raise_if_interrupted
+from wsi_pipe import __version__
+from wsi_pipe.cli import EXIT_FAILED, messages, raise_if_interrupted
 from wsi_pipe.cli.display import LogLines, RunDisplay, print_json, print_outcomes
 from wsi_pipe.cli.options import (
     collect_entries,
@@ -24,6 +25,7 @@ from wsi_pipe.cli.options import (
     where_options,
 )
 from wsi_pipe.config import JobSettings, to_mapping
+from wsi_pipe.cores import available_cores
 from wsi_pipe.errors import ConfigError, EncoderError, JobError, OutputError, WorkerError, WsiPipeError
 from wsi_pipe.files import remove_partial_files
 from wsi_pipe.job import JobPaths, open_job, read_outcomes, utc_now, write_failures
@@ -32,13 +34,16 @@ from wsi_pipe.job.private import job_salt
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.masking import has_secret
 from wsi_pipe.outcome import SlideOutcome, Stage
+from wsi_pipe.override import flattened
 from wsi_pipe.slides.passed_over import PassedOver
 
 if TYPE_CHECKING:
+    from wsi_pipe.execute import Where
     from wsi_pipe.job.changes import Change
 
 __all__ = ["assemble", "extract", "run", "segment", "tile"]
 
+REPORT = "report.html"
 REPORTED_AT_ONCE = 1000
 """Slides of a job whose report is brought up to date where the run is interrupted."""
 TELL_S = 1.0
@@ -95,6 +100,7 @@ def _run_until(
         paths = open_job(job, call.stored, entries, salt=salt)
         note_changes(paths, call.changes)
         _show_changes(call.changes, paths)
+        _tell_settings(settings, paths, where)
         if values["sources"] and not settings.anonymise:
             # The names of files that were passed over name people as slides' do.
             note_passed_over(paths, passed_over)
@@ -159,13 +165,13 @@ def _run_until(
     if stopped and not outcomes and isinstance(stopped, (EncoderError, WorkerError)):
         # No encoder, or no scheduler: nothing could be done.
         raise stopped
-    _print(values["as_json"], settings, entries, outcomes, time.perf_counter() - start, stopped)
+    written = {"report": paths.root / REPORT} if report and not unwritten else {}
+    _print(values["as_json"], settings, entries, outcomes, time.perf_counter() - start, stopped, written)
     if stopped:
-        click.echo(f"wsi-pipe: error: {stopped}", err=True)
+        messages.error("wsi-pipe", str(stopped))
     if unwritten:
-        click.echo(
-            f"wsi-pipe: error: the slides are through, but {unwritten}; then write it with: wsi-pipe report {job}",
-            err=True,
+        messages.error(
+            "wsi-pipe", f"the slides are through, but {unwritten}; then write it with: wsi-pipe report {job}"
         )
     return EXIT_FAILED if stopped or unwritten or any(outcome.status == "failed" for outcome in outcomes) else 0
 
@@ -177,20 +183,30 @@ def _look_at_folder(job: Path) -> None:
     foreign = claim_job(job, make=False)
     if foreign:
         shown = ", ".join(str(path) for path in foreign[:5]) + (f" and {len(foreign) - 5} more" if foreign[5:] else "")
-        click.echo(
-            f"note: {job} was made by an earlier version and is marked as a job now; of what lies in it, this program "
-            f"did not make {shown}: left as it is",
-            err=True,
+        messages.note(
+            f"{job} was made by an earlier version and is marked as a job now; of what lies in it, this program did "
+            f"not make {shown}: left as it is"
         )
+
+
+def _tell_settings(settings: JobSettings, paths: JobPaths, where: Where) -> None:
+    """With -v: what the run does, as far as it is not as always."""
+    if messages.level() <= 0:
+        return
+    place = where.scheduler or (f"{where.workers} processes" if where.workers > 1 else "this process")
+    messages.more(f"wsi-pipe {__version__}, job {paths.root}, in {place}, {available_cores()} cores")
+    usual = flattened(JobSettings())
+    for key, value in flattened(settings).items():
+        if value != usual.get(key):
+            messages.more(f"  {key} = {value}")
 
 
 def _tell_secrets(entries: list[SlideEntry], paths: JobPaths) -> None:
     count = sum(has_secret(entry.path) for entry in entries)
     if count:
-        click.echo(
-            f"warning: {count} URLs hold a password or a token: they are kept in {paths.identities}, for you alone, to "
-            "go on with; everywhere else they are masked",
-            err=True,
+        messages.warning(
+            f"{count} URLs hold a password or a token: they are kept in {paths.identities}, for you alone, to go on "
+            "with; everywhere else they are masked"
         )
 
 
@@ -225,6 +241,7 @@ def _print(
     outcomes: list[SlideOutcome],
     seconds: float,
     stopped: WsiPipeError | None,
+    written: Mapping[str, Path],
 ) -> None:
     if as_json:
         print_json(
@@ -237,7 +254,7 @@ def _print(
             }
         )
     else:
-        print_outcomes(outcomes, seconds)
+        print_outcomes(outcomes, seconds, {what: path for what, path in written.items() if path.is_file()})
 
 
 @click.command()

@@ -7,12 +7,22 @@ import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from wsi_pipe.encoders.base import encoder_slug
 from wsi_pipe.errors import WeightsError
 
-__all__ = ["WEIGHTS_FOLDER_VARIABLE", "download", "find_local", "has_token", "obstacle", "reachable"]
+__all__ = [
+    "WEIGHTS_FOLDER_VARIABLE",
+    "HubState",
+    "download",
+    "find_local",
+    "has_token",
+    "hub_state",
+    "obstacle",
+    "reachable",
+]
 
 WEIGHTS_FOLDER_VARIABLE = "WSI_PIPE_WEIGHTS"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -123,6 +133,30 @@ def reachable(timeout_s: float = 10.0) -> bool:
             return True
     except OSError:
         return False
+
+
+@dataclass(frozen=True)
+class HubState:
+    """How the hub would be reached. cache: where downloads lie. proxy: the host itself cannot be asked."""
+
+    endpoint: str
+    offline: bool
+    proxy: bool
+    token: bool
+    cache: Path
+
+
+def hub_state() -> HubState:
+    """What the environment says of the hub, without any network."""
+    from huggingface_hub import constants
+
+    return HubState(
+        constants.ENDPOINT,
+        bool(constants.HF_HUB_OFFLINE),
+        bool(urllib.request.getproxies()),
+        has_token(),
+        Path(constants.HF_HUB_CACHE),
+    )
 
 
 def _status(error: BaseException | None) -> int | None:

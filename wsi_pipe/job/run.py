@@ -44,7 +44,8 @@ from wsi_pipe.stopping import Stop, StopRequested, putting_by
 __all__ = ["Progress", "load_encoders", "process"]
 
 Progress = Callable[[str, str, int], None]
-"""Called with a slide's id, what is going on (a stage, or "tiles"), and by how much it advanced."""
+"""Called with a slide's id, what is going on, and a number: "segment" and 1 as work begins on it, "laid" and how many
+tiles it has for all its encoders together, then a level's label and by how many tiles that advanced."""
 
 
 def load_encoders(settings: JobSettings) -> dict[str, Encoder]:
@@ -248,6 +249,7 @@ class _Run:
                 yield None
                 continue
             self.under_way[entry.slide_id] = work
+            self.progress(entry.slide_id, "laid", sum(len(grid) * len(self._names(work, grid)) for grid in grids))
             yield ExtractItem(
                 slide_id=entry.slide_id,
                 open=partial(open_entry, entry, settings.reader, settings.cache),

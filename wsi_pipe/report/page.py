@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wsi_pipe import __version__
-from wsi_pipe.config import JobSettings, to_mapping
+from wsi_pipe.config import JobSettings, to_mapping, told_of
 from wsi_pipe.files import output_error, write_text_atomically
 from wsi_pipe.job.left_out import read_passed_over
 from wsi_pipe.job.ownership import refuse_foreign_reports
@@ -294,11 +294,11 @@ def settings_rows(settings: JobSettings) -> list[dict[str, Any]]:
     for group in dataclasses.fields(settings):
         value, usual = getattr(settings, group.name), getattr(default, group.name)
         if not dataclasses.is_dataclass(value):
-            rows.append(_setting("general", group.name, value, usual, group.metadata.get("help", "")))
+            rows.append(_setting("general", group.name, value, usual, told_of(group)))
             continue
         for item in dataclasses.fields(value):
             own, other = getattr(value, item.name), getattr(usual, item.name)
-            rows.append(_setting(group.name, item.name, own, other, item.metadata.get("help", "")))
+            rows.append(_setting(group.name, item.name, own, other, told_of(item)))
     return rows
 
 
