@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +303,8 @@ class BagLevelView:
 
     features: (N, D) float16 or float32. parent: int32 (N,) rows in the next coarser level, None for the coarsest;
     parent_label: the label of that level. layers: CLS of blocks, (N, D) each, when they are stored. annotation: by
-    name of the class, the fraction of each tile that its regions cover, float32 (N,).
+    name of the class, the fraction of each tile that its regions cover, float32 (N,). quality: by measure, float32
+    (N,), as far as the bag holds any.
     """
 
     attrs: BagAttrs
@@ -317,6 +318,7 @@ class BagLevelView:
     layers: dict[str, FeatureArray]
     annotation: dict[str, NDArray[np.float32]]
     weights: str = ""
+    quality: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bool = False) -> BagLevelView:
@@ -340,6 +342,7 @@ def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bo
         found = _features_of(group, slug) if layers else None
         data = group["features"][slug]
         position = labels.index(label)
+        per_tile = _tile_values(group)
         return BagLevelView(
             attrs=_attrs(path, file),
             grid=grid_of(group),
@@ -352,9 +355,10 @@ def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bo
             layers=dict(found.layers) if found else {},
             annotation={
                 str(item.attrs.get("class", slug)): item.values
-                for slug, item in _tile_values(group).get("annotation", {}).items()
+                for slug, item in per_tile.get("annotation", {}).items()
             },
             weights=weights_of(slug, data.attrs),
+            quality={name: item.values for name, item in per_tile.get("quality", {}).items()},
         )
 
 
