@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.bag import BagHeader, content_digest, read_header, read_level, skim_file
 from wsi_pipe.config import fingerprint
-from wsi_pipe.encoders.elsewhere import slug_asked_for
+from wsi_pipe.encoders.elsewhere import same_encoder, slug_asked_for
 from wsi_pipe.encoders.random_id import RANDOM
 from wsi_pipe.errors import BagError, ConfigError, JobLockedError, OutputError, WsiPipeError
 from wsi_pipe.files import TEMPORARY_SUFFIX, atomic_path, is_temporary, remove_partial_files
@@ -140,8 +140,10 @@ def _choice(root: Path, held: dict[tuple[str, str], str], level: str | None, enc
     slug = slug_asked_for(encoder) if encoder else None
     fits = [place for place in held if level in (None, place[0]) and slug in (None, place[1])]
     if encoder and not fits:
-        # A slug of bags of earlier versions, or a name that was given as a path.
-        fits = [place for place in held if level in (None, place[0]) and encoder in (place[1], held[place])]
+        # Under a slug of its own, as of bags of earlier versions and of other programs.
+        fits = [
+            p for p, name in held.items() if level in (None, p[0]) and (encoder == p[1] or same_encoder(name, encoder))
+        ]
     if len(fits) == 1:
         return fits[0]
     have = ", ".join(f"{label}/{slug}" for label, slug in sorted(held)) or "none at all"

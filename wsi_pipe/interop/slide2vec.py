@@ -93,7 +93,7 @@ def _embedding(slide: SlideFeatures) -> Mapping[str, Any]:
         "feature_dim": int(slide.features.shape[1]) if tiles else None,
         "num_tiles": tiles,
         "annotation": None,
-        "encoder_name": name_elsewhere(slide.slug, "slide2vec"),
+        "encoder_name": name_elsewhere(slide.known_as, "slide2vec"),
         "encoder_level": "tile",
         # Relative to the folder of the export, which may be moved.
         "coordinates_npz_path": str(TILES / f"{slide.slide_id}.coordinates.npz") if tiles else "",

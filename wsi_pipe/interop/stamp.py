@@ -47,7 +47,7 @@ class StampExporter:
             coords_um = slide.grid.corners_l0 * np.asarray(slide.attrs.mpp_l0)
             add(file, "coords", coords_um.astype(np.float32))
             attrs = file.attrs
-            attrs["extractor"] = name_elsewhere(slide.slug, "stamp", slide.features.shape[1])
+            attrs["extractor"] = name_elsewhere(slide.known_as, "stamp", slide.features.shape[1])
             attrs["unit"] = "um"
             attrs["tile_size"] = side_um
             attrs["tile_size_um"] = side_um

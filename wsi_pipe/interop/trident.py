@@ -73,4 +73,4 @@ class TridentExporter:
         spec = slide.grid.spec
         magnification = whole(MICROMETRES_PER_MAGNIFICATION / spec.mpp)
         folder = Path(f"{magnification:g}x_{spec.size_px}px_{spec.overlap_px}px_overlap")
-        return folder, folder / f"features_{name_elsewhere(slide.slug, 'trident')}"
+        return folder, folder / f"features_{name_elsewhere(slide.known_as, 'trident')}"

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.bag import BagAttrs
+from wsi_pipe.encoders.elsewhere import slug_asked_for
 from wsi_pipe.geometry import FloatPair, TileGrid
 
 __all__ = ["Exporter", "Given", "SlideFeatures", "case_of", "whole"]
@@ -38,6 +39,11 @@ class SlideFeatures:
     def slide_id(self) -> str:
         """Of the job; what files are called by."""
         return self.attrs.slide_id
+
+    @property
+    def known_as(self) -> str:
+        """The slug of the encoder by its name, which counts where a bag keeps its features under another."""
+        return slug_asked_for(self.encoder)
 
     @property
     def case_id(self) -> str:
