@@ -354,8 +354,7 @@ def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bo
             parent_label=labels[position - 1] if position else None,
             layers=dict(found.layers) if found else {},
             annotation={
-                str(item.attrs.get("class", slug)): item.values
-                for slug, item in per_tile.get("annotation", {}).items()
+                str(item.attrs.get("class", slug)): item.values for slug, item in per_tile.get("annotation", {}).items()
             },
             weights=weights_of(slug, data.attrs),
             quality={name: item.values for name, item in per_tile.get("quality", {}).items()},

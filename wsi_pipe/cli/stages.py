@@ -16,6 +16,7 @@ from wsi_pipe.cli.options import (
     collect_entries,
     extract_options,
     job_option,
+    primary_option,
     segment_options,
     settings_from,
     slide_options,
@@ -256,6 +257,7 @@ def segment(**values: Any) -> int:
 @where_options
 @segment_options
 @tile_options
+@primary_option
 @click.option("--save-tiles", type=click.Choice(["png", "jpg"]), help="Write tiles as images too, to look at.")
 @click.option("--save-most", type=click.IntRange(1), default=200, show_default=True, help="At most so many a grid.")
 def tile(save_tiles: str | None, save_most: int, **values: Any) -> int:
@@ -281,6 +283,7 @@ def tile(save_tiles: str | None, save_most: int, **values: Any) -> int:
 @where_options
 @segment_options
 @tile_options
+@primary_option
 @extract_options
 def extract(**values: Any) -> int:
     """Compute the features of all tiles of SLIDES into JOB/features.
@@ -296,6 +299,7 @@ def extract(**values: Any) -> int:
 @where_options
 @segment_options
 @tile_options
+@primary_option
 @extract_options
 @click.option("--keep-features", is_flag=True, help="Keep JOB/features once the bags hold them.")
 def assemble(**values: Any) -> int:
@@ -312,6 +316,7 @@ def assemble(**values: Any) -> int:
 @where_options
 @segment_options
 @tile_options
+@primary_option
 @extract_options
 @click.option("--keep-features", is_flag=True, help="Keep JOB/features once the bags hold them.")
 @click.option("--report/--no-report", default=True, show_default=True, help="Write JOB/report.html.")

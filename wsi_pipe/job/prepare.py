@@ -200,7 +200,7 @@ def prepare(
             clock.cached = ("segment",)
         with clock("tile" if tile else "segment"):
             if tile:
-                prepared = _tile(entry, slide, identity, found, before, tile_settings, settings.redo, paths, clock)
+                prepared = _tile(entry, slide, identity, found, before, tile_settings, settings, paths, clock)
             else:
                 prepared = _as_it_would_be(entry, slide, found, tile_settings)
         if not found.cached:
@@ -417,16 +417,19 @@ def _tile(
     mask: _Mask,
     before: BagHeader | None,
     settings: TileSettings,
-    redo: bool,
+    job: JobSettings,
     paths: JobPaths,
     clock: StageClock,
 ) -> Prepared:
+    redo = job.redo
     content = _content_of(mask.mask)
     path = paths.tiles(entry.slide_id)
     counts = {"tissue_mm2": mask.mask.area_um2(_mpp(slide)) / 1e6}
     asked = tuple(spec.label for spec in settings.specs)
     bounds = slide.info.bounds_l0 or (0, 0, *slide.pyramid.size_l0)
     grids, attrs = _kept_grids(entry, before, mask, content, settings, redo)
+    if attrs is not None and job.primary is not None:
+        attrs = _with_primary(attrs, grids, job.primary)
     if attrs is None or before is None:
         if before is not None:
             # Resolutions that this call does not ask for stay; those that it asks for are added.
@@ -436,6 +439,7 @@ def _tile(
         if settings.min_sharpness:
             grids, left_out = drop_blurred(slide, grids, settings.min_sharpness)
         attrs = dataclasses.replace(_attrs(entry, slide, grids, mask, settings, bounds), left_out=left_out)
+        attrs = _with_primary(attrs, grids, job.primary)
         if before is not None and not redo:
             _refuse_moved_tiles(entry, before, grids)
             attrs = dataclasses.replace(attrs, slide_fingerprint=before.attrs.slide_fingerprint)
@@ -535,6 +539,11 @@ def _attrs(
         z=entry.z,
         bounds_l0=bounds,
     )
+
+
+def _with_primary(attrs: BagAttrs, grids: Sequence[TileGrid], label: str | None) -> BagAttrs:
+    """The attributes with the level called ``label`` as the primary one, where there is such a level."""
+    return dataclasses.replace(attrs, primary_level=label) if label in {g.label for g in grids} and label else attrs
 
 
 def _content_of(mask: TissueMask) -> str:
