@@ -16,12 +16,12 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from wsi_pipe.bag import Bag, BagAttrs, BagLevel, Features, TileValues, write_bag
+from wsi_pipe.bag import Bag, BagAttrs, BagLevel, Features, TileValues, read_level, write_bag
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.cli.export import FORMATS
 from wsi_pipe.encoders.elsewhere import name_elsewhere, same_encoder
 from wsi_pipe.encoders.registry import load_registry
-from wsi_pipe.errors import ConfigError, NotOursError
+from wsi_pipe.errors import BagError, ConfigError, NotOursError
 from wsi_pipe.geometry import TileGrid, TileSpec
 from wsi_pipe.interop import EXPORTERS, Exported, export_job, plan_export
 
@@ -351,6 +351,9 @@ def test_what_is_chosen_must_be_clear(bags: Path, tmp_path: Path) -> None:
     for name in ("uni", "uni_v1", "UNI", "mahmood-uni"):
         plan = plan_export(bags, "clam", None, name)
         assert (plan.level, plan.slug) == ("20x", "uni")
+        assert read_level(bags / "s2.h5", "20x", name).slug == "uni"
+    with pytest.raises(BagError, match="no features of uni2 at 20x"):
+        read_level(bags / "s2.h5", "20x", "uni2")
     results = export(bags, "clam", tmp_path / "out", encoder="uni")
     assert results["s4"].status == "left out"
     assert "no features of uni at 20x, only conch" in results["s4"].reason

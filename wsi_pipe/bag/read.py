@@ -25,6 +25,7 @@ from wsi_pipe.bag.values import (
     TileValues,
     content_digest,
 )
+from wsi_pipe.encoders.elsewhere import same_encoder
 from wsi_pipe.encoders.random_id import is_random_id
 from wsi_pipe.errors import BagError, FileAccessError
 from wsi_pipe.geometry import TileGrid, TileSpec
@@ -322,7 +323,7 @@ class BagLevelView:
 
 
 def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bool = False) -> BagLevelView:
-    """One level of a bag with one encoder's features; ``encoder`` is a name or slug, None where there is only one.
+    """One level of a bag with one encoder's features; ``encoder`` is a name, an alias or a slug, None for the only one.
 
     Raises BagError naming what the bag has when it lacks the level or the encoder.
     """
@@ -334,6 +335,8 @@ def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bo
         slugs = list(group["features"]) if "features" in group else []
         names = {slug: str(group["features"][slug].attrs["encoder"]) for slug in slugs}
         wanted = [slug for slug in slugs if encoder in (None, slug, names[slug])]
+        if encoder and not wanted:
+            wanted = [slug for slug in slugs if same_encoder(names[slug], encoder)]
         if len(wanted) != 1:
             have = ", ".join(names.values()) or "none"
             what = f"no features of {encoder}" if encoder else f"features of {len(slugs)} encoders"

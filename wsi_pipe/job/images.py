@@ -151,7 +151,7 @@ def _encode(how: TileImages, pixels: NDArray[np.uint8]) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    quality = {} if how.kind == "png" else {"quality": how.quality}
+    quality: dict[str, Any] = {} if how.kind == "png" else {"quality": how.quality}
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, **IMAGE_KINDS[how.kind], **quality)
     return buffer.getvalue()
 
@@ -169,7 +169,7 @@ def _write_shards(
     folder: Path, attrs: BagAttrs, grid: TileGrid, tiles: Iterator[tuple[int, bytes]], how: TileImages
 ) -> list[str]:
     assert how.shard_size is not None
-    names = []
+    names: list[str] = []
     for start in range(0, len(grid), how.shard_size):
         name = f"{attrs.slide_id}-{grid.label}-{len(names):06d}.tar"
         count = min(how.shard_size, len(grid) - start)
