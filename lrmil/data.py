@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lrmil.errors import LabelError
 from lrmil.tables import CASE_COLUMNS, SLIDE_COLUMNS, read, whole_number
-from wsi_pipe.ids import Ids, same_name, table_ids
+from wsi_pipe.ids import Ids, id_of, same_name, table_ids
 from wsi_pipe.tables import Table, is_missing
 
 if TYPE_CHECKING:
@@ -105,8 +105,10 @@ def cases_by_table(
     """
     known = read_cases(path)
     if not known:
-        wanted = f"{' or '.join(SLIDE_COLUMNS[:1] + SLIDE_COLUMNS[5:6])}, and {' or '.join(CASE_COLUMNS[::3])}"
-        raise LabelError(f"{path}: lacks a column of slides or of cases", remedy=f"name them {wanted}")
+        raise LabelError(
+            f"{path}: lacks a column of slides or of cases",
+            remedy="name them slide_id or FILENAME, and case_id or PATIENT",
+        )
     ids = Ids(known)
     found = [ids.match(slide) for slide in slide_ids]
     strange = [slide for slide, name in zip(slide_ids, found, strict=True) if name is None]
@@ -117,7 +119,7 @@ def cases_by_table(
         )
     cases = [own if name is None else known[name] for own, name in zip(case_ids, found, strict=True)]
     bags = Ids(slide_ids)
-    absent = sorted({name for name in known if bags.match(name) is None})
+    absent = sorted({id_of(name) for name in known if bags.match(name) is None})
     notes = [
         f"{len(names)} {what}: {', '.join(names)}"
         for what, names in (

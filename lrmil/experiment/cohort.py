@@ -47,10 +47,8 @@ class Cohort:
                 notes.append(f"left out: {len(stray)} not in the splits: {', '.join(stray)}")
         if self.table.case_ids == self.store.slide_ids:
             notes.append("no case ids are known: every slide counts as a case of its own")
-        starts = self.store.offsets[:-1][self.store.lengths > 0]
-        placeless = int(np.isnan(self.store.coords[starts, 0]).sum())
-        if placeless:
-            notes.append(f"{placeless} bags hold no coordinates: no heat map can be drawn of them")
+        if self.store.placeless:
+            notes.append(f"{self.store.placeless} bags hold no coordinates: no heat map can be drawn of them")
         return notes
 
 

@@ -77,7 +77,7 @@ def _one_a_slide(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def _of_encoder(folder: Path, folders: list[Path], encoder: str | None) -> list[Path]:
-    named = {path: slug for path in folders if (slug := _encoder_of(path.name))}
+    named = {path: slug for path in folders if (slug := _encoder_of(path))}
     if encoder is not None:
         wanted = slug_asked_for(encoder)
         return [path for path in folders if named.get(path, wanted) == wanted]
@@ -89,12 +89,16 @@ def _of_encoder(folder: Path, folders: list[Path], encoder: str | None) -> list[
     return folders
 
 
-def _encoder_of(name: str) -> str | None:
-    """The encoder that a folder's name tells: any behind TRIDENT's prefix, else one that is known."""
-    if name.startswith(TRIDENT_PREFIX):
-        return slug_asked_for(name.removeprefix(TRIDENT_PREFIX))
-    bare = CODE_HASH.sub("", name)
+def _encoder_of(folder: Path) -> str | None:
+    """The encoder that a folder's name tells: any behind TRIDENT's prefix, else one that is known, of files in it.
+
+    A folder that holds folders, of jobs say, may be called by an encoder and hold features of others.
+    """
+    if folder.name.startswith(TRIDENT_PREFIX):
+        return slug_asked_for(folder.name.removeprefix(TRIDENT_PREFIX))
     try:
-        return slug_asked_for(find_entry(bare).name)
+        entry = find_entry(CODE_HASH.sub("", folder.name))
     except UnknownEncoderError:
         return None
+    suffixes = (*HDF5_SUFFIXES, *TENSOR_SUFFIXES)
+    return slug_asked_for(entry.name) if any(p.suffix in suffixes for p in folder.iterdir()) else None

@@ -74,6 +74,12 @@ def test_folders_are_searched_as_tools_lay_them(bags: Path, tmp_path: Path) -> N
     for name in ("uni", "UNI", "mahmood-uni"):
         found = [path.relative_to(root).as_posix() for path in find_bags(root, name)]
         assert found == ["20x_256px_0px_overlap/features_uni_v1/a.h5", "site/batch 2/b.pt"]
+    # A folder of jobs may be called by an encoder that is not the one asked for.
+    job = root / "site" / "resnet50" / "job"
+    (job / "bags").mkdir(parents=True)
+    (job / ".wsi-pipe-job").write_text("{}")
+    (job / "bags" / "c.h5").write_bytes(b"")
+    assert [path.name for path in find_bags(root, "uni")] == ["a.h5", "b.pt", "c.h5"]
     with pytest.raises(StoreError, match="holds no bags of gigapath"):
         find_bags(grid, "gigapath")
 
@@ -176,7 +182,12 @@ def test_tables_of_stamp(store: FeatureStore, tmp_path: Path) -> None:
     classes = [cohort.table.classes[i] if i >= 0 else None for i in cohort.table.labels]
     assert classes == ["mut", "mut", "wt", None]
     notes = " | ".join(cohort.notes())
-    for part in ("without a bag: e", "those of the bags: d", "without a label: d", "without a bag: p3"):
+    for part in (
+        f"1 in {tmp_path / 'slide.csv'} but without a bag: e |",
+        "those of the bags: d",
+        "without a label: d",
+        "without a bag: p3",
+    ):
         assert part in notes, notes
 
 
