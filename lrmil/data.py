@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lrmil.errors import LabelError
 from lrmil.tables import CASE_COLUMNS, SLIDE_COLUMNS, read, whole_number
-from wsi_pipe.ids import Ids, same_name, table_ids
+from wsi_pipe.ids import Ids, id_of, same_name, table_ids
 from wsi_pipe.tables import Table, is_missing
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lrmil.store import FeatureStore, ResidentStore
 
-__all__ = ["BagBatch", "LabelTable", "batches", "load_labels", "plan_batches", "read_case_labels"]
+__all__ = ["BagBatch", "LabelTable", "batches", "cases_by_table", "load_labels", "plan_batches", "read_case_labels"]
 
 LABEL_COLUMNS = ("label", "class", "target")
 UNLABELLED = -1
@@ -94,6 +94,41 @@ def read_cases(path: str | Path) -> dict[str, str]:
     for cells, name in zip(rows, names, strict=True):
         found |= {cells[slide]: same_name(cells[case]), name: same_name(cells[case])}
     return found
+
+
+def cases_by_table(
+    path: str | Path, slide_ids: Sequence[str], case_ids: Sequence[str]
+) -> tuple[list[str], tuple[str, ...]]:
+    """Case of each bag by a slide table, where it names the bag, else ``case_ids``; and what is to be said of both.
+
+    Raises LabelError when the table has no slide or no case column, or names none of the bags.
+    """
+    known = read_cases(path)
+    if not known:
+        raise LabelError(
+            f"{path}: lacks a column of slides or of cases",
+            remedy="name them slide_id or FILENAME, and case_id or PATIENT",
+        )
+    ids = Ids(known)
+    found = [ids.match(slide) for slide in slide_ids]
+    strange = [slide for slide, name in zip(slide_ids, found, strict=True) if name is None]
+    if len(strange) == len(slide_ids):
+        raise LabelError(
+            f"{path}: names none of the {len(slide_ids)} bags, such as {slide_ids[0]}",
+            remedy=f"it names, for one, {next(iter(known))}",
+        )
+    cases = [own if name is None else known[name] for own, name in zip(case_ids, found, strict=True)]
+    bags = Ids(slide_ids)
+    absent = sorted({id_of(name) for name in known if bags.match(name) is None})
+    notes = [
+        f"{len(names)} {what}: {', '.join(names)}"
+        for what, names in (
+            (f"in {path} but without a bag", absent),
+            (f"not in {path}; their cases are those of the bags", strange),
+        )
+        if names
+    ]
+    return cases, tuple(notes)
 
 
 def load_labels(

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import parse_toml
-from wsi_pipe.geometry import TileSpec, parse_resolution
+from wsi_pipe.geometry import TileSpec, level_label, parse_resolution
 
 __all__ = [
     "CacheSettings",
@@ -237,7 +237,8 @@ class JobSettings:
     """Settings of a job; ``config.toml`` of a job directory. cache changes no result.
 
     anonymise: ids are hashed, and nothing that the job writes names a slide's file; set when the job is made. redo: of
-    one call only, see ``CALL_ONLY``: finished work that is stale is made anew.
+    one call only, see ``CALL_ONLY``: finished work that is stale is made anew. primary: label of the level that
+    ``/coords`` and ``/features`` of bags lead to, in slides that have it; None for the coarsest.
     """
 
     segment: SegmentSettings = field(default=SegmentSettings(), metadata=_told("How tissue is found."))
@@ -253,11 +254,16 @@ class JobSettings:
     anonymise: bool = _option(
         False, "ids from a salted hash, and no path, name or date of a slide in what is written; set when a job is made"
     )
+    primary: str | None = _option(
+        None, "resolution that /coords and /features of bags lead to", absent="the coarsest", example="20x"
+    )
     redo: bool = field(default=False, metadata=CALL_ONLY)
 
     def __post_init__(self) -> None:
         if self.reader not in READERS:
             raise ConfigError(f"reader {self.reader!r} must be one of {', '.join(READERS)}")
+        if self.primary is not None:
+            object.__setattr__(self, "primary", level_label(parse_resolution(self.primary)))
 
 
 def told_of(item: dataclasses.Field[Any]) -> str:

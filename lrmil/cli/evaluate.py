@@ -11,6 +11,7 @@ from lrmil.cli.options import (
     EXISTING,
     PATH,
     SHOWN,
+    SLIDE_TABLE,
     level_of,
     number,
     pack_progress,
@@ -35,6 +36,7 @@ PART = click.Choice(["test", "val"])
 @click.option("--bags", type=EXISTING, metavar="DIR", help="With --model: bags or a store.")
 @click.option("--labels", type=EXISTING, metavar="CSV", help="With --model: labels of the bags.")
 @click.option("--label-column", metavar="NAME", help="With --model.  [label]")
+@SLIDE_TABLE
 @click.option("--splits", type=EXISTING, metavar="CSV", help="With --model: only the test part of --fold.")
 @click.option("--fold", metavar="K", help="With --splits.  [1]")
 @click.option("-r", "--resolution", type=RESOLUTION, metavar="RES", help="With --model: where bags do not state it.")
@@ -99,7 +101,13 @@ def _evaluate_model(values: dict[str, Any]) -> Any:
         weights_sha256=card.weights_sha256,
         progress=pack_progress(),
     )
-    cohort = load_cohort(store, values["labels"], label_column=values["label_column"], classes=card.classes)
+    cohort = load_cohort(
+        store,
+        values["labels"],
+        label_column=values["label_column"],
+        classes=card.classes,
+        slide_table=values["slide_table"],
+    )
     splits = read_splits(values["splits"]) if values["splits"] else None
     print_notes(cohort.notes(splits))
     fold = "" if splits is None else splits.fold_name(values["fold"] or 1)

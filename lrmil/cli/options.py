@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PATH",
+    "SLIDE_TABLE",
     "bag_options",
     "label_options",
     "level_of",
@@ -49,6 +50,14 @@ SHOWN = (
 )
 
 
+SLIDE_TABLE = click.option(
+    "--slide-table",
+    type=EXISTING,
+    metavar="CSV",
+    help="Which slide is of which case, as STAMP's with PATIENT and FILENAME.  [as the bags say]",
+)
+
+
 def _stack(function: F, *decorators: Callable[[F], F]) -> F:
     for decorator in reversed(decorators):
         function = decorator(function)
@@ -64,7 +73,7 @@ def bag_options(function: F) -> F:
             required=True,
             type=EXISTING,
             metavar="DIR",
-            help="Folder of bags (wsi-pipe, TRIDENT, CLAM, STAMP), one bag, or a store of lrmil pack.",
+            help="A job, a folder of bags or tensors (wsi-pipe, TRIDENT, CLAM, STAMP, slide2vec), one bag, or a store.",
         ),
         click.option(
             "-r",
@@ -96,6 +105,7 @@ def label_options(function: F) -> F:
             help="What a row of the labels is about.",
         ),
         click.option("--label-column", metavar="NAME", help="Column that holds the label.  [label]"),
+        SLIDE_TABLE,
     )
 
 

@@ -77,7 +77,7 @@ def _from_bags(predictor: Any, values: dict[str, Any]) -> Iterator[Any]:
     from lrmil.store import find_bags
 
     level = level_of(values["resolution"])
-    paths = find_bags(list(values["bags"]))
+    paths = find_bags(list(values["bags"]), values["encoder"] or predictor.card.encoder or None)
     yield from predictor.predict_bags(paths, level=level, encoder=values["encoder"], top_tiles=values["top"])
 
 

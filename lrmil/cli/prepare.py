@@ -81,6 +81,8 @@ def pack(bags: Path, resolution: float | None, encoder: str | None, out: Path, d
     for record, length in zip(store.records, store.lengths.tolist(), strict=True):
         if not length:
             click.echo(f"no tiles: {record.slide_id} ({record.empty_reason})", err=True)
+    if store.placeless:
+        click.echo(f"{store.placeless} bags hold no coordinates: no heat map can be drawn of them", err=True)
     gib = store.flat.nbytes / 2**30
     meta = store.meta
     click.echo(

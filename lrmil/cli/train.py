@@ -108,7 +108,13 @@ def train(**values: Any) -> int:
         allow_random=values["allow_random"],
         progress=pack_progress(),
     )
-    cohort = load_cohort(store, values["labels"], by=values["by"], label_column=values["label_column"])
+    cohort = load_cohort(
+        store,
+        values["labels"],
+        by=values["by"],
+        label_column=values["label_column"],
+        slide_table=values["slide_table"],
+    )
     if values["splits"]:
         splits = read_splits(values["splits"])
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lrmil.data import LabelTable, load_labels
+from lrmil.data import LabelTable, cases_by_table, load_labels
 from lrmil.errors import RandomFeaturesError
 from lrmil.splits import FoldIndices, SplitTable
 from lrmil.store import FeatureStore, find_bags, inspect_bag, pack_bags
@@ -20,10 +20,11 @@ __all__ = ["Cohort", "load_cohort", "open_features"]
 
 @dataclass(frozen=True)
 class Cohort:
-    """A store and the labels of its bags."""
+    """A store and the labels of its bags. remarks: on the table that told the bags' cases, where one did."""
 
     store: FeatureStore
     table: LabelTable
+    remarks: tuple[str, ...] = ()
 
     def fold(self, splits: SplitTable, name: str) -> FoldIndices:
         """A fold's usable bags: labelled, and with tiles. Raises SplitError or LeakageError as SplitTable does."""
@@ -37,7 +38,7 @@ class Cohort:
 
     def notes(self, splits: SplitTable | None = None) -> list[str]:
         """One line for each kind of slide that is left out, with all names, and one where no cases are known."""
-        notes = [f"left out: {note}" for note in self.table.notes()]
+        notes = [*self.remarks, *(f"left out: {note}" for note in self.table.notes())]
         if splits is not None:
             usable = self.table.usable.tolist()
             slides = [self.store.slide_ids[i] for i in usable]
@@ -46,6 +47,8 @@ class Cohort:
                 notes.append(f"left out: {len(stray)} not in the splits: {', '.join(stray)}")
         if self.table.case_ids == self.store.slide_ids:
             notes.append("no case ids are known: every slide counts as a case of its own")
+        if self.store.placeless:
+            notes.append(f"{self.store.placeless} bags hold no coordinates: no heat map can be drawn of them")
         return notes
 
 
@@ -73,7 +76,7 @@ def open_features(
         return store
     if not allow_random:
         # All bags of a store have one encoder's weights, which packing checks: the first speaks for all.
-        first = inspect_bag(find_bags(bags)[0], level, encoder, weights_sha256=weights_sha256)
+        first = inspect_bag(find_bags(bags, encoder)[0], level, encoder, weights_sha256=weights_sha256)
         _refuse_random(first.path, first.encoder, first.weights_sha256)
     return pack_bags(
         bags,
@@ -102,18 +105,27 @@ def load_cohort(
     by: str = "auto",
     label_column: str | None = None,
     classes: Sequence[str] | None = None,
+    slide_table: Path | None = None,
 ) -> Cohort:
-    """Join a label CSV to a store. Raises LabelError as ``load_labels`` does."""
+    """Join a label CSV to a store. Raises LabelError as ``load_labels`` does.
+
+    slide_table: a CSV or workbook that tells which slide is whose, as STAMP's with ``PATIENT`` and ``FILENAME``; it
+    goes before the cases that bags state.
+    """
+    cases: Sequence[str] = store.case_ids
+    remarks: tuple[str, ...] = ()
+    if slide_table is not None:
+        cases, remarks = cases_by_table(slide_table, store.slide_ids, store.case_ids)
     reasons = {record.slide_id: record.empty_reason or "no tiles" for record in store.records}
     # Bags without a case of their own are given their slide's name by the store, so the table may override them.
     table = load_labels(
         labels,
         store.slide_ids,
-        store.case_ids,
+        cases,
         lengths=store.lengths,
         by=by,
         label_column=label_column,
         classes=classes,
         empty_reasons=reasons,
     )
-    return Cohort(store, table)
+    return Cohort(store, table, remarks)

@@ -15,7 +15,7 @@ from lrmil.model import MILModel
 from lrmil.splits import SPLITS_NAME, SplitTable, read_splits
 from lrmil.store import FeatureStore, ResidentStore
 from lrmil.trainer import TrainResult, choose_device, choose_precision, train
-from wsi_pipe.encoders.base import encoder_slug
+from wsi_pipe.encoders.elsewhere import slug_asked_for
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.seen import NOBODY, Seen
 
@@ -73,7 +73,7 @@ def check_store(card: ModelCard, store: FeatureStore, model: Path) -> None:
     same_encoder = (
         meta.weights_sha256 == card.weights_sha256
         if card.weights_sha256 and meta.weights_sha256
-        else encoder_slug(meta.encoder) == encoder_slug(card.encoder)
+        else slug_asked_for(meta.encoder) == slug_asked_for(card.encoder)
     )
     facts = [
         ("encoder", same_encoder, f"{meta.encoder or 'unnamed'} ({meta.weights_sha256[:12]})"),

@@ -22,6 +22,7 @@ from lrmil.store import BagInfo, inspect_bag
 from lrmil.store.formats import read_features, read_places
 from lrmil.trainer import choose_device
 from wsi_pipe.encoders.base import encoder_slug
+from wsi_pipe.encoders.elsewhere import slug_asked_for
 from wsi_pipe.errors import WsiPipeError
 
 __all__ = ["Predictor", "SlidePrediction", "TopTile"]
@@ -125,7 +126,7 @@ class Predictor:
         if card.weights_sha256:
             facts.append(("encoder weights", info.weights_sha256[:12], card.weights_sha256[:12]))
         elif card.encoder:
-            facts.append(("encoder", encoder_slug(info.encoder), encoder_slug(card.encoder)))
+            facts.append(("encoder", slug_asked_for(info.encoder), slug_asked_for(card.encoder)))
         if card.level:
             facts.append(("level", info.level, card.level))
         if card.tile_px is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lrmil.store.finding import find_bags
 from lrmil.store.flat import BagRecord, FeatureStore, StoreMeta
-from lrmil.store.formats import BagInfo, find_bags
+from lrmil.store.formats import BagInfo
 from lrmil.store.guarded import check_readable, inspect_bag
 from lrmil.store.pack import pack_bags
 

@@ -139,6 +139,12 @@ class FeatureStore:
         """Coordinates of one bag's rows, float64 (N, 2)."""
         return np.asarray(self.coords[self.offsets[index] : self.offsets[index + 1]])
 
+    @property
+    def placeless(self) -> int:
+        """How many bags have rows and no coordinates, as those of tensors alone: no heat map can be drawn of them."""
+        starts = self.offsets[:-1][self.lengths > 0]
+        return int(np.isnan(self.coords[starts, 0]).sum())
+
     def verify(self) -> None:
         """Read all of the store and compare with the stored hashes, the cheap ones first.
 

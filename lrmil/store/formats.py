@@ -1,4 +1,4 @@
-"""Feature bags as they lie on disk: this project's schema, TRIDENT's, CLAM's and STAMP's.
+"""Feature bags as they lie on disk: this project's schema, TRIDENT's, CLAM's, STAMP's, and tensors alone.
 
 What a file states about itself is believed before what the user says; where both speak and differ, that is an error.
 """
@@ -6,7 +6,7 @@ What a file states about itself is believed before what the user says; where bot
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrmil.errors import BagMismatchError, StoreError
+from lrmil.store.tensors import read_tensor, tensor_facts, tensor_places, tensor_shape
 from wsi_pipe.bag import content_digest, refuse_unsafe, unreachable
-from wsi_pipe.encoders.base import encoder_slug
+from wsi_pipe.encoders.elsewhere import same_encoder, slug_asked_for
 from wsi_pipe.errors import BagError, WsiPipeError
 from wsi_pipe.geometry import level_label
 
-__all__ = ["BagFormat", "BagInfo", "find_bags", "inspect_here", "read_features", "read_places"]
+__all__ = ["BagFormat", "BagInfo", "inspect_here", "inspect_tensor", "read_features", "read_places"]
 
-BagFormat = Literal["wsi-pipe", "trident", "clam", "stamp", "memory"]
+BagFormat = Literal["wsi-pipe", "trident", "clam", "stamp", "pt", "memory"]
 
 
 @dataclass(frozen=True)
@@ -60,26 +61,6 @@ class BagInfo:
     bounds_l0: tuple[int, int, int, int] | None = None
     slide_fingerprint: str = ""
     encoder_saw: str = ""
-
-
-def find_bags(where: Iterable[str | Path] | str | Path) -> list[Path]:
-    """Bag files, sorted by name: files as they are given, folders by their ``*.h5`` and ``*.hdf5``.
-
-    Raises StoreError for a path that does not exist or a folder without bags.
-    """
-    given = [where] if isinstance(where, (str, Path)) else list(where)
-    found: list[Path] = []
-    for item in map(Path, given):
-        if item.is_dir():
-            inside = [p for p in item.iterdir() if p.suffix in (".h5", ".hdf5") and not p.name.startswith(".")]
-            if not inside:
-                raise StoreError(f"{item} holds no bags", remedy="give the folder with the .h5 files, such as JOB/bags")
-            found.extend(inside)
-        elif item.is_file():
-            found.append(item)
-        else:
-            raise StoreError(f"{item} does not exist", remedy="give bag files or the folder that holds them")
-    return sorted(set(found), key=lambda p: (p.name, str(p)))
 
 
 @contextmanager
@@ -177,7 +158,11 @@ def _own_paths(path: Path, file: h5py.File, level: str | None, encoder: str | No
         return label, same[0]
     names = {slug: _text(data.attrs.get("encoder", slug)) for slug, data in features.items()}
     # A name on the command line may be the encoder's own or the one in paths.
-    wanted = next((slug for slug, name in names.items() if encoder in (slug, name)), encoder and encoder_slug(encoder))
+    exact = next((slug for slug, name in names.items() if encoder in (slug, name)), None)
+    wanted = exact or (encoder and slug_asked_for(encoder))
+    if wanted and wanted not in names:
+        # Named by an alias when the bag was made, under a slug of its own.
+        wanted = next((slug for slug, name in names.items() if same_encoder(name, wanted)), wanted)
     primary = _text(file.attrs.get("primary_encoder", ""))
     return label, _choose(path, f"encoder at {label}", wanted, list(names), primary)
 
@@ -186,7 +171,7 @@ def _inspect_own(path: Path, file: h5py.File, level: str | None, encoder: str | 
     label, slug = _own_paths(path, file, level, encoder, weights)
     group = file["levels"][label]
     features, cells = group["features"][slug], group["cells"].attrs
-    rows, dim = _shape(path, features)
+    rows, dim = _shape(path, features.shape)
     status = _text(file.attrs.get("status", "done"))
     case = _text(file.attrs.get("case_id", ""))
     size = np.atleast_1d(np.asarray(cells["tile_size_l0"], float))
@@ -221,12 +206,12 @@ def _bounds(value: Any) -> tuple[int, int, int, int] | None:
     return (x, y, width, height)
 
 
-def _shape(path: Path, data: h5py.Dataset) -> tuple[int, int]:
-    shape = data.shape
+def _shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
+    given = shape
     if len(shape) == 3 and shape[0] == 1:  # some versions of TRIDENT keep a batch axis
         shape = shape[1:]
     if len(shape) != 2:
-        raise StoreError(f"{path}: features must be (N, D), not {data.shape}", remedy="make the bag again")
+        raise StoreError(f"{path}: features must be (N, D), not {given}", remedy="make the bag again")
     return int(shape[0]), int(shape[1])
 
 
@@ -245,58 +230,102 @@ def _agreed_level(path: Path, level: str | None, mpp: float | None) -> str:
 def _agreed_encoder(path: Path, encoder: str | None, stated: str) -> str:
     if not stated:
         return encoder or ""
-    if encoder is not None and encoder_slug(encoder) != encoder_slug(stated):
+    if encoder is not None and not same_encoder(encoder, stated):
         raise BagMismatchError(f"{path} holds features of {stated}, not of {encoder}", remedy=f"ask for {stated}")
     return stated
 
 
 def _inspect_stamp(path: Path, file: h5py.File, level: str | None, encoder: str | None) -> BagInfo:
-    rows, dim = _shape(path, file["feats"])
+    rows, dim = _shape(path, file["feats"].shape)
     attrs = file.attrs
     tile_um, tile_px = attrs.get("tile_size_um"), attrs.get("tile_size_px")
     mpp = float(tile_um) / int(tile_px) if tile_um is not None and tile_px is not None else None
+    own = {name.removeprefix(OWN): value for name, value in attrs.items() if name.startswith(OWN)}
+    # Exported by this project: STAMP's own words hold what was cut, which may differ a little from what was asked for.
+    mpp = float(own["mpp"]) if "mpp" in own else mpp
     return BagInfo(
         path=str(path),
         format="stamp",
         slide_id=path.stem,
-        case_id=None,
+        case_id=_case(own),
         rows=rows,
         dim=dim,
         slug="feats",
-        encoder=_agreed_encoder(path, encoder, _text(attrs.get("extractor", attrs.get("encoder", "")))),
-        weights_sha256="",
+        encoder=_agreed_encoder(
+            path, encoder, _text(own.get("encoder", attrs.get("extractor", attrs.get("encoder", ""))))
+        ),
+        weights_sha256=_text(own.get("weights_sha256", "")),
         level=_agreed_level(path, level, mpp),
         mpp=mpp,
         tile_px=None if tile_px is None else int(tile_px),
         tile_size_l0=None,
         coords_unit="um" if _text(attrs.get("unit", "um")) == "um" else "px_l0",
         fingerprint=_file_fingerprint(path, "feats"),
+        slide_fingerprint=_text(own.get("slide_fingerprint", "")),
+    )
+
+
+OWN = "wsi_pipe_"
+"""What this project's exports add to STAMP's attributes begins with it."""
+
+
+def _case(own: Mapping[str, Any]) -> str | None:
+    return _text(own["case_id"]) if own.get("case_id") else None
+
+
+def inspect_tensor(path: Path, level: str | None, encoder: str | None) -> BagInfo:
+    """Facts about a bag that is one tensor. Raises StoreError as ``inspect_here`` does."""
+    rows, dim = _shape(path, tensor_shape(path))
+    told = tensor_facts(path)
+    own = told["wsi_pipe"] if isinstance(told.get("wsi_pipe"), dict) else {}
+    spacing, tile_px = told.get("requested_spacing_um"), told.get("requested_tile_size_px")
+    mpp = None if spacing is None else float(spacing)
+    size = told.get("tile_size_lv0")
+    return BagInfo(
+        path=str(path),
+        format="pt",
+        slide_id=path.stem,
+        case_id=_case(own),
+        rows=rows,
+        dim=dim,
+        slug="features",
+        encoder=_agreed_encoder(path, encoder, _text(own.get("encoder", told.get("encoder_name", "")))),
+        weights_sha256=_text(own.get("weights_sha256", "")),
+        level=_agreed_level(path, level, mpp),
+        mpp=mpp,
+        tile_px=None if tile_px is None else int(tile_px),
+        tile_size_l0=None if size is None else (float(size), float(size)),
+        coords_unit="px_l0",
+        fingerprint=_file_fingerprint(path, "pt"),
+        slide_fingerprint=_text(own.get("slide_fingerprint", "")),
     )
 
 
 def _inspect_root(path: Path, file: h5py.File, level: str | None, encoder: str | None) -> BagInfo:
-    rows, dim = _shape(path, file["features"])
+    rows, dim = _shape(path, file["features"].shape)
     place = dict(file["coords"].attrs) if "coords" in file else {}
     trident = "target_magnification" in place
     mpp = 10.0 / float(place["target_magnification"]) if trident else None
     size = place.get("patch_size_level0")
-    stated = _text(file["features"].attrs.get("encoder", file.attrs.get("encoder", "")))
+    own = file["features"].attrs
+    stated = _text(own.get("encoder", file.attrs.get("encoder", "")))
     return BagInfo(
         path=str(path),
         format="trident" if trident else "clam",
         slide_id=path.stem,
-        case_id=None,
+        case_id=_case(own),
         rows=rows,
         dim=dim,
         slug="features",
         encoder=_agreed_encoder(path, encoder, stated),
-        weights_sha256="",
+        weights_sha256=_text(own.get("weights_sha256", "")),
         level=_agreed_level(path, level, mpp),
         mpp=mpp,
         tile_px=int(place["patch_size"]) if "patch_size" in place else None,
         tile_size_l0=None if size is None else (float(size), float(size)),
         coords_unit="px_l0",
         fingerprint=_file_fingerprint(path, "features"),
+        slide_fingerprint=_text(own.get("slide_fingerprint", "")),
     )
 
 
@@ -312,11 +341,7 @@ def read_features(info: BagInfo) -> NDArray[np.floating[Any]]:
     Raises StoreError when the file is unreadable, has changed since, is damaged (by the digest in it), or holds NaN or
     infinity.
     """
-    with _open(Path(info.path)) as file:
-        data = _features_of(file, info)
-        values: NDArray[Any] = np.asarray(data[()])
-        if info.format == "wsi-pipe" and "sha256" in data.attrs and content_digest([values]) != data.attrs["sha256"]:
-            raise StoreError(f"{info.path}: features are not what was written", remedy="run wsi-pipe verify --repair")
+    values = read_tensor(Path(info.path)) if info.format == "pt" else _stored(info)
     if values.ndim == 3:
         values = values[0]
     if values.shape != (info.rows, info.dim):
@@ -327,6 +352,15 @@ def read_features(info: BagInfo) -> NDArray[np.floating[Any]]:
         bad = int((~np.isfinite(values)).any(axis=1).sum())
         if bad:
             raise StoreError(f"{info.path}: {bad} of {info.rows} rows hold NaN or infinity", remedy="extract it again")
+    return values
+
+
+def _stored(info: BagInfo) -> NDArray[Any]:
+    with _open(Path(info.path)) as file:
+        data = _features_of(file, info)
+        values: NDArray[Any] = np.asarray(data[()])
+        if info.format == "wsi-pipe" and "sha256" in data.attrs and content_digest([values]) != data.attrs["sha256"]:
+            raise StoreError(f"{info.path}: features are not what was written", remedy="run wsi-pipe verify --repair")
     return values
 
 
@@ -349,6 +383,11 @@ def read_places(info: BagInfo, parent_level: str | None = None) -> tuple[NDArray
     Raises StoreError when the level is not coarser or the bag holds no parent index.
     """
     coords = np.full((info.rows, 2), np.nan)
+    if info.format == "pt":
+        if parent_level is not None:
+            raise StoreError(f"{info.path} is a tensor and has no parent index", remedy="give bags of wsi-pipe")
+        found = tensor_places(Path(info.path), info.rows)
+        return (coords if found is None else found), None
     with _open(Path(info.path)) as file:
         group = file["levels"][info.level] if info.format == "wsi-pipe" else file
         if "coords" in group:

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from lrmil.errors import StoreError
-from lrmil.store.formats import BagInfo, inspect_here
+from lrmil.store.finding import TENSOR_SUFFIXES
+from lrmil.store.formats import BagInfo, inspect_here, inspect_tensor
 from wsi_pipe.bag import skim_file
 from wsi_pipe.errors import BagError, FileAccessError
 
@@ -41,8 +42,13 @@ def inspect_bags(
     from wsi_pipe.job.guard import read_many_guarded
 
     look = partial(inspect_here, level=level, encoder=encoder, weights_sha256=weights_sha256)
+    files = [Path(path) for path in paths]
     try:
-        infos = list(read_many_guarded(look, [Path(path) for path in paths]))
+        # Tensors are read by torch, which the guarding process does without, and which does not hang.
+        hdf5 = iter(read_many_guarded(look, [path for path in files if path.suffix not in TENSOR_SUFFIXES]))
+        infos = [
+            inspect_tensor(path, level, encoder) if path.suffix in TENSOR_SUFFIXES else next(hdf5) for path in files
+        ]
     except BagError as error:
         raise StoreError(error.message, remedy=REMEDY) from error
     return [dataclasses.replace(info, path=str(path)) for info, path in zip(infos, paths, strict=True)]
@@ -59,6 +65,8 @@ def check_readable(path: Path) -> None:
     """
     from wsi_pipe.job.guard import read_guarded
 
+    if path.suffix in TENSOR_SUFFIXES:
+        return
     try:
         status = path.stat()
         stamp = status.st_size, status.st_mtime_ns

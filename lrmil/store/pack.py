@@ -17,9 +17,11 @@ import numpy as np
 
 from lrmil.errors import BagMismatchError, StoreError
 from lrmil.store.dtypes import STORE_DTYPES, StoreDtype, encode
+from lrmil.store.finding import find_bags
 from lrmil.store.flat import STORE_VERSION, BagRecord, FeatureStore, StoreMeta, duplicates, head_hash, places_hash
-from lrmil.store.formats import BagInfo, find_bags, read_features, read_places
+from lrmil.store.formats import BagInfo, read_features, read_places
 from lrmil.store.guarded import inspect_bags
+from wsi_pipe.encoders.elsewhere import slug_asked_for
 from wsi_pipe.files import TEMPORARY_SUFFIX, is_temporary, output_error
 from wsi_pipe.locking import hold_file
 from wsi_pipe.ownership import names_in
@@ -51,7 +53,7 @@ def pack_bags(
     out = Path(out_dir)
     if dtype not in STORE_DTYPES:
         raise StoreError(f"dtype {dtype!r} is not known", remedy=f"use {', '.join(STORE_DTYPES)}")
-    infos = inspect_bags(find_bags(bag_paths), level, encoder, weights_sha256=weights_sha256)
+    infos = inspect_bags(find_bags(bag_paths, encoder), level, encoder, weights_sha256=weights_sha256)
     if not infos:
         raise StoreError("no bags are given", remedy="give bag files or the folder that holds them")
     meta, dim = _common(infos, parent_level)
@@ -145,7 +147,7 @@ def _common(infos: Sequence[BagInfo], parent_level: str | None) -> tuple[StoreMe
         facts = [
             ("weights", info.weights_sha256[:12], first.weights_sha256[:12])
             if by_weights
-            else ("encoder", info.encoder, first.encoder),
+            else ("encoder", _plain(info.encoder), _plain(first.encoder)),
             ("level", info.level, first.level),
             ("resolution in um/px", info.mpp, first.mpp),
             ("tile size in px", info.tile_px, first.tile_px),
@@ -160,6 +162,11 @@ def _common(infos: Sequence[BagInfo], parent_level: str | None) -> tuple[StoreMe
                 )
     meta = StoreMeta(first.encoder, first.weights_sha256, first.level, first.mpp, first.tile_px, parent_level)
     return meta, first.dim
+
+
+def _plain(encoder: str) -> str:
+    """An encoder's slug: bags may name one encoder by several aliases."""
+    return slug_asked_for(encoder) if encoder else ""
 
 
 def _reusable(out: Path, records: Sequence[BagRecord], meta: StoreMeta, dtype: StoreDtype) -> FeatureStore | None:

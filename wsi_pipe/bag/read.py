@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from wsi_pipe.bag.values import (
     TileValues,
     content_digest,
 )
+from wsi_pipe.encoders.elsewhere import same_encoder
 from wsi_pipe.encoders.random_id import is_random_id
 from wsi_pipe.errors import BagError, FileAccessError
 from wsi_pipe.geometry import TileGrid, TileSpec
@@ -303,7 +304,8 @@ class BagLevelView:
 
     features: (N, D) float16 or float32. parent: int32 (N,) rows in the next coarser level, None for the coarsest;
     parent_label: the label of that level. layers: CLS of blocks, (N, D) each, when they are stored. annotation: by
-    name of the class, the fraction of each tile that its regions cover, float32 (N,).
+    name of the class, the fraction of each tile that its regions cover, float32 (N,). quality: by measure, float32
+    (N,), as far as the bag holds any.
     """
 
     attrs: BagAttrs
@@ -317,10 +319,11 @@ class BagLevelView:
     layers: dict[str, FeatureArray]
     annotation: dict[str, NDArray[np.float32]]
     weights: str = ""
+    quality: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bool = False) -> BagLevelView:
-    """One level of a bag with one encoder's features; ``encoder`` is a name or slug, None where there is only one.
+    """One level of a bag with one encoder's features; ``encoder`` is a name, an alias or a slug, None for the only one.
 
     Raises BagError naming what the bag has when it lacks the level or the encoder.
     """
@@ -332,6 +335,8 @@ def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bo
         slugs = list(group["features"]) if "features" in group else []
         names = {slug: str(group["features"][slug].attrs["encoder"]) for slug in slugs}
         wanted = [slug for slug in slugs if encoder in (None, slug, names[slug])]
+        if encoder and not wanted:
+            wanted = [slug for slug in slugs if same_encoder(names[slug], encoder)]
         if len(wanted) != 1:
             have = ", ".join(names.values()) or "none"
             what = f"no features of {encoder}" if encoder else f"features of {len(slugs)} encoders"
@@ -340,6 +345,7 @@ def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bo
         found = _features_of(group, slug) if layers else None
         data = group["features"][slug]
         position = labels.index(label)
+        per_tile = _tile_values(group)
         return BagLevelView(
             attrs=_attrs(path, file),
             grid=grid_of(group),
@@ -351,10 +357,10 @@ def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bo
             parent_label=labels[position - 1] if position else None,
             layers=dict(found.layers) if found else {},
             annotation={
-                str(item.attrs.get("class", slug)): item.values
-                for slug, item in _tile_values(group).get("annotation", {}).items()
+                str(item.attrs.get("class", slug)): item.values for slug, item in per_tile.get("annotation", {}).items()
             },
             weights=weights_of(slug, data.attrs),
+            quality={name: item.values for name, item in per_tile.get("quality", {}).items()},
         )
 
 

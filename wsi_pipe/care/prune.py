@@ -279,4 +279,7 @@ def _settings_left(settings: JobSettings, wish: Wish) -> JobSettings:
     alike = len(set(encoders.values())) == 1
     named = {"*": next(iter(encoders.values()))} if alike else {label: own for label, own in encoders.items() if own}
     tile = dataclasses.replace(settings.tile, resolutions=tuple(sorted(spec.mpp for spec in specs)))
-    return dataclasses.replace(settings, tile=tile, extract=dataclasses.replace(settings.extract, encoders=named))
+    primary = None if settings.primary in wish.resolutions else settings.primary
+    return dataclasses.replace(
+        settings, primary=primary, tile=tile, extract=dataclasses.replace(settings.extract, encoders=named)
+    )

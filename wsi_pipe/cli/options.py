@@ -46,6 +46,7 @@ __all__ = [
     "job_option",
     "parse_mpp",
     "part_options",
+    "primary_option",
     "segment_options",
     "settings_from",
     "slide_options",
@@ -360,6 +361,14 @@ def _encoder_names(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
     head, sign, name = incomplete.rpartition("=")
     return [f"{head}{sign}{known}" for known in ("texture", *load_registry()) if known.startswith(name)]
+def primary_option(function: F) -> F:
+    """Which level other programs find in bags."""
+    return click.option(
+        "--primary",
+        type=RESOLUTION,
+        metavar="RES",
+        help="Resolution that /coords and /features of bags lead to, where other programs look.  [the coarsest]",
+    )(function)
 
 
 def extract_options(function: F) -> F:
@@ -448,6 +457,7 @@ def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | No
             reader=values.get("reader") or base.reader,
             cache=_cache(base.cache, values),
             anonymise=_anonymise(values.get("anonymise"), base, job),
+            primary=_primary(values, base),
             redo=bool(values.get("redo")),
         )
     except TypeError as error:
@@ -479,6 +489,20 @@ def _anonymise(asked: bool | None, base: JobSettings, job: Path | None) -> bool:
         )
         raise ConfigError(f"{job}: was made {why}", remedy="make a new job with --out")
     return wanted
+
+
+def _primary(values: Mapping[str, Any], base: JobSettings) -> str | None:
+    """The label of ``--primary``, else as before. Raises ConfigError for a resolution that no bag would have."""
+    asked = values.get("primary")
+    if asked is None:
+        return base.primary
+    known = {level_label(mpp) for mpp in (*(values.get("resolutions") or ()), *base.tile.resolutions)}
+    if level_label(asked) not in known:
+        raise ConfigError(
+            f"--primary {level_label(asked)} is none of the resolutions {', '.join(sorted(known))}",
+            remedy=f"add -r {level_label(asked)}",
+        )
+    return level_label(asked)
 
 
 def _cache(base: CacheSettings, values: Mapping[str, Any]) -> CacheSettings:

@@ -17,6 +17,7 @@ from wsi_pipe.cli.options import (
     collect_entries,
     extract_options,
     job_option,
+    primary_option,
     segment_options,
     settings_from,
     slide_options,
@@ -30,7 +31,7 @@ from wsi_pipe.errors import ConfigError, EncoderError, JobError, OutputError, Wo
 from wsi_pipe.files import remove_partial_files
 from wsi_pipe.job import JobPaths, open_job, read_outcomes, utc_now, write_failures
 from wsi_pipe.job.left_out import note_passed_over
-from wsi_pipe.job.private import job_salt
+from wsi_pipe.job.private import job_salt, told
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.masking import has_secret
 from wsi_pipe.outcome import SlideOutcome, Stage
@@ -53,11 +54,12 @@ TELL_S = 1.0
 def _run_until(
     until: Stage,
     values: dict[str, Any],
-    after: Callable[[JobPaths, JobSettings, list[SlideEntry]], None] | None = None,
+    after: Callable[[JobPaths, JobSettings, list[SlideEntry]], int] | None = None,
     *,
     report: bool = False,
 ) -> int:
-    """Parse, process, print; the exit code. after: what a run that was not stopped does at its end."""
+    """Parse, process, print; the exit code. after: what a run that was not stopped does at its end; how many slides
+    failed in it."""
     from wsi_pipe.job.changes import call_of, note_changes, refuse_stale
     from wsi_pipe.job.dispatch import check_folder, dispatch
     from wsi_pipe.job.index import compact
@@ -94,7 +96,7 @@ def _run_until(
     start = time.perf_counter()
     stopped: WsiPipeError | None = None
     unwritten: OutputError | None = None
-    unchanged, told = 0, start
+    unchanged, told_at, failed_after = 0, start, 0
     about = {"started_utc": utc_now(), "slides": len(entries), "until": until}
     with hold_job(job, about) as tell, LogLines(values["log_json"]) as log:
         paths = open_job(job, call.stored, entries, salt=salt)
@@ -126,8 +128,8 @@ def _run_until(
                     outcomes.append(outcome)
                     display.finished(outcome)
                     unchanged += outcome.nothing_new
-                    if outcome.nothing_new and time.perf_counter() - told > TELL_S:
-                        told = time.perf_counter()
+                    if outcome.nothing_new and time.perf_counter() - told_at > TELL_S:
+                        told_at = time.perf_counter()
                         tell(unchanged=unchanged)
                     log.event("slide", **outcome.to_json())
                 tell(unchanged=unchanged)
@@ -160,7 +162,7 @@ def _run_until(
                 unwritten = error
             if after:
                 done = {outcome.slide_id for outcome in outcomes if outcome.status == "done"}
-                after(paths, settings, [entry for entry in entries if entry.slide_id in done])
+                failed_after = after(paths, settings, [entry for entry in entries if entry.slide_id in done])
         log.event("end", seconds=time.perf_counter() - start, stopped=str(stopped) if stopped else None)
     if stopped and not outcomes and isinstance(stopped, (EncoderError, WorkerError)):
         # No encoder, or no scheduler: nothing could be done.
@@ -173,7 +175,8 @@ def _run_until(
         messages.error(
             "wsi-pipe", f"the slides are through, but {unwritten}; then write it with: wsi-pipe report {job}"
         )
-    return EXIT_FAILED if stopped or unwritten or any(outcome.status == "failed" for outcome in outcomes) else 0
+    failed = failed_after or any(outcome.status == "failed" for outcome in outcomes)
+    return EXIT_FAILED if stopped or unwritten or failed else 0
 
 
 def _look_at_folder(job: Path) -> None:
@@ -277,21 +280,59 @@ def segment(**values: Any) -> int:
 @where_options
 @segment_options
 @tile_options
-@click.option("--save-tiles", type=click.Choice(["png", "jpg"]), help="Write tiles as images too, to look at.")
-@click.option("--save-most", type=click.IntRange(1), default=200, show_default=True, help="At most so many a grid.")
-def tile(save_tiles: str | None, save_most: int, **values: Any) -> int:
+@primary_option
+@click.option(
+    "--save-tiles",
+    type=click.Choice(["jpg", "png", "webp", "shards"]),
+    help="Write tiles as images too, a file each, or in tar shards that WebDataset reads.",
+)
+@click.option("--save-most", type=click.IntRange(1), metavar="N", help="With --save-tiles: at most N a grid.  [all]")
+@click.option("--shard-size", type=click.IntRange(1), metavar="N", help="Tiles a shard.  [10000]")
+@click.option("--shard-images", type=click.Choice(["jpg", "png", "webp"]), help="Form of the images in shards.  [jpg]")
+@click.option("--image-quality", type=click.IntRange(1, 100), help="Of JPEG and WebP.  [90]")
+def tile(
+    save_tiles: str | None,
+    save_most: int | None,
+    shard_size: int | None,
+    shard_images: str | None,
+    image_quality: int | None,
+    **values: Any,
+) -> int:
     """Lay aligned tile grids on SLIDES at every resolution asked for; write them and a picture into JOB.
 
     Slides that have no mask yet are segmented first.
     """
+    if save_tiles is None and (save_most or shard_size or shard_images or image_quality):
+        raise click.UsageError("--save-most, --shard-size, --shard-images and --image-quality need --save-tiles")
+    if save_tiles != "shards" and (shard_size or shard_images):
+        raise click.UsageError("--shard-size and --shard-images need --save-tiles shards")
     if not save_tiles:
         return _run_until("tile", values)
 
-    def save(paths: JobPaths, settings: JobSettings, done: list[SlideEntry]) -> None:
-        from wsi_pipe.job.images import save_tile_images
+    def save(paths: JobPaths, settings: JobSettings, done: list[SlideEntry]) -> int:
+        from wsi_pipe.job.images import TileImages, save_tile_images
 
+        shards = save_tiles == "shards"
+        how = TileImages(
+            (shard_images or "jpg") if shards else str(save_tiles),
+            image_quality or 90,
+            save_most,
+            (shard_size or 10_000) if shards else None,
+        )
+        failed = 0
         for entry in done:
-            save_tile_images(entry, settings, paths, save_tiles, save_most)
+            raise_if_interrupted()
+            try:
+                counts = save_tile_images(entry, settings, paths, how, check=raise_if_interrupted)
+            except OutputError:
+                raise
+            except WsiPipeError as error:
+                click.echo(f"{entry.slide_id}: its tiles are not saved: {told(entry, str(error))}", err=True)
+                failed += 1
+                continue
+            saved = ", ".join(f"{count:,} at {label}" for label, count in counts.items() if count)
+            click.echo(f"{entry.slide_id}: tiles saved: {saved or 'all were there'}", err=True)
+        return failed
 
     return _run_until("tile", values, save)
 
@@ -302,6 +343,7 @@ def tile(save_tiles: str | None, save_most: int, **values: Any) -> int:
 @where_options
 @segment_options
 @tile_options
+@primary_option
 @extract_options
 def extract(**values: Any) -> int:
     """Compute the features of all tiles of SLIDES into JOB/features.
@@ -317,6 +359,7 @@ def extract(**values: Any) -> int:
 @where_options
 @segment_options
 @tile_options
+@primary_option
 @extract_options
 @click.option("--keep-features", is_flag=True, help="Keep JOB/features once the bags hold them.")
 def assemble(**values: Any) -> int:
@@ -333,6 +376,7 @@ def assemble(**values: Any) -> int:
 @where_options
 @segment_options
 @tile_options
+@primary_option
 @extract_options
 @click.option("--keep-features", is_flag=True, help="Keep JOB/features once the bags hold them.")
 @click.option("--report/--no-report", default=True, show_default=True, help="Write JOB/report.html.")

@@ -33,7 +33,8 @@ class RegistryEntry:
     keys: how names become the network's, "timm", "hf-vit" or "own" (as they are). ignore: patterns of entries of no
     use. architecture, args, dim, pooling: see Recipe. input_px, resize_px, mean, std, interpolation: see
     Preprocessing. mpp: recommended um/px, where its authors state one. precision: the half precision that its authors
-    run it in, "auto" where they name none. licence, gated, paper: as on its page. sources: where these facts were
+    run it in, "auto" where they name none. elsewhere: tool to its name for the same features; these are aliases too.
+    licence, gated, paper: as on its page. sources: where these facts were
     read. verified: False where one of them could not be checked; ``note`` says which.
     """
 
@@ -62,6 +63,7 @@ class RegistryEntry:
     gated: bool = False
     paper: str = ""
     aliases: tuple[str, ...] = ()
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     verified: bool = True
     note: str = ""
@@ -161,10 +163,14 @@ def load_registry(files: Sequence[Path] | None = None) -> dict[str, RegistryEntr
     return entries
 
 
+def _names(entry: RegistryEntry) -> tuple[str, ...]:
+    return (*entry.elsewhere.values(), *entry.aliases, entry.name)
+
+
 def find_entry(name: str) -> RegistryEntry:
     """The encoder of that name or alias, in any case. Raises UnknownEncoderError with the nearest names."""
     entries = load_registry()
-    by_name = {alias.lower(): entry for entry in entries.values() for alias in (*entry.aliases, entry.name)}
+    by_name = {alias.lower(): entry for entry in entries.values() for alias in _names(entry)}
     entry = by_name.get(name.lower())
     if entry is None:
         near = difflib.get_close_matches(name.lower(), by_name, n=3)

@@ -134,7 +134,7 @@ _CHANGES_RESULTS = {"extract": ("layers", "dtype", "precision")}
 
 def _matter(settings: JobSettings) -> dict[str, Any]:
     """Settings that matter to results, by name; resolutions and encoders, to which calls only add, are none of them."""
-    found: dict[str, Any] = {"reader": settings.reader}
+    found: dict[str, Any] = {"reader": settings.reader, "primary": settings.primary}
     for stage, group in (("segment", settings.segment), ("tile", settings.tile)):
         found |= {f"{stage}.{f.name}": getattr(group, f.name) for f in dataclasses.fields(group)}
     found |= {f"extract.{name}": getattr(settings.extract, name) for name in _CHANGES_RESULTS["extract"]}

@@ -11,7 +11,7 @@ import numpy as np
 
 from wsi_pipe import __version__
 from wsi_pipe.bag import Bag, BagAttrs, BagHeader, BagLevel, TileValues, write_bag
-from wsi_pipe.config import TileSettings
+from wsi_pipe.config import JobSettings, TileSettings
 from wsi_pipe.errors import ResolutionError, StaleWorkError
 from wsi_pipe.geometry import FloatPair, TileGrid, TissueMask
 from wsi_pipe.job.annotate import annotate, read_annotations, stored_annotation
@@ -40,7 +40,7 @@ def make_grids(
     mask: SlideMask,
     before: BagHeader | None,
     settings: TileSettings,
-    redo: bool,
+    job: JobSettings,
     paths: JobPaths,
     clock: StageClock,
 ) -> Prepared:
@@ -49,12 +49,15 @@ def make_grids(
     before: what the slide has. Raises StaleWorkError where they were laid otherwise, unless ``redo``; ResolutionError,
     MaskError for annotations, OutputError.
     """
+    redo = job.redo
     content = mask_content(mask.mask)
     path = paths.tiles(entry.slide_id)
     counts = {"tissue_mm2": mask.mask.area_um2(_mpp(slide)) / 1e6}
     asked = tuple(spec.label for spec in settings.specs)
     bounds = slide.info.bounds_l0 or (0, 0, *slide.pyramid.size_l0)
     grids, attrs = _kept_grids(entry, before, mask, content, settings, redo)
+    if attrs is not None and job.primary is not None:
+        attrs = _with_primary(attrs, grids, job.primary)
     if attrs is None or before is None:
         if before is not None:
             # Resolutions that this call does not ask for stay; those that it asks for are added.
@@ -64,6 +67,7 @@ def make_grids(
         if settings.min_sharpness:
             grids, left_out = drop_blurred(slide, grids, settings.min_sharpness)
         attrs = dataclasses.replace(_attrs(entry, slide, grids, mask, settings, bounds), left_out=left_out)
+        attrs = _with_primary(attrs, grids, job.primary)
         if before is not None and not redo:
             _refuse_moved_tiles(entry, before, grids)
             attrs = dataclasses.replace(attrs, slide_fingerprint=before.attrs.slide_fingerprint)
@@ -163,6 +167,11 @@ def _attrs(
         z=entry.z,
         bounds_l0=bounds,
     )
+
+
+def _with_primary(attrs: BagAttrs, grids: Sequence[TileGrid], label: str | None) -> BagAttrs:
+    """The attributes with the level called ``label`` as the primary one, where there is such a level."""
+    return dataclasses.replace(attrs, primary_level=label) if label in {g.label for g in grids} and label else attrs
 
 
 def _empty_reason(mask: TissueMask, grids: Sequence[TileGrid], settings: TileSettings) -> str:

@@ -114,7 +114,9 @@ def wanted_of(settings: JobSettings, encoders: Mapping[str, EncoderInfo], *, kee
     versions = (INDEX_VERSION, SCHEMA_VERSION, SEGMENT_VERSION, TILE_VERSION, EXTRACT_VERSION)
     extract = {item.name: getattr(settings.extract, item.name) for item in fields(settings.extract)}
     what = (settings.reader, settings.segment, settings.tile, {k: v for k, v in extract.items() if k not in PACE})
-    return fingerprint("index", versions, *what, infos, keep_features)
+    # Named only where it was chosen, so that what is known of earlier jobs stays known.
+    chosen = () if settings.primary is None else (settings.primary,)
+    return fingerprint("index", versions, *what, infos, keep_features, *chosen)
 
 
 def _of_slide(run: str, entry: SlideEntry) -> str:

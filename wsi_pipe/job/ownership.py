@@ -28,6 +28,7 @@ __all__ = [
 HEAD_BYTES = 1 << 16
 """The root attributes come first in the HDF5 files of this program, the schema before all others."""
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+SAVED_TILES = (".png", ".jpg", ".webp", ".tar", ".json")
 PICTURES = (".jpg", ".raw.jpg", ".grid.jpg")
 REPORTS = {
     "report.html": (b"wsi-pipe</title>", b'name="generator" content="wsi-pipe'),
@@ -135,7 +136,7 @@ def _is_of_slide(kind: str, path: Path, noted: Container[str]) -> bool:
     if kind == "tissue":
         # One that another program edited is the user's, and named where its slide's turn comes.
         return path.suffix == ".geojson" and path.stem in noted
-    return kind == "tiles" and path.parent.parent.parent.name == "tiles" and path.suffix in (".png", ".jpg")
+    return kind == "tiles" and path.parent.parent.parent.name == "tiles" and path.suffix in SAVED_TILES
 
 
 def is_ours(path: Path) -> bool:

@@ -54,7 +54,7 @@ def prepare(
             clock.cached = ("segment",)
         with clock("tile" if tile else "segment"):
             if tile:
-                prepared = make_grids(entry, slide, identity, found, before, tile_settings, settings.redo, paths, clock)
+                prepared = make_grids(entry, slide, identity, found, before, tile_settings, settings, paths, clock)
             else:
                 prepared = as_it_would_be(entry, slide, found, tile_settings)
         if not found.cached:
