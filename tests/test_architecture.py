@@ -42,6 +42,7 @@ WSI_PIPE = [
     # engines
     "extract",
     "ids",
+    "shards",
     "tables",
     "manifest",
     "execute",
@@ -101,7 +102,7 @@ ONLY_IN = {
 TORCH_FREE = {
     "masking", "errors", "cores", "stopping", "geometry", "files", "ownership", "locking", "seen", "config", "outcome",
     "slides", "synthetic", "tissue", "tiling", "quality", "overview", "tiles", "bag", "ids", "tables", "manifest",
-    "execute", "pictures", "pages", "plan", "care",
+    "execute", "shards", "pictures", "pages", "plan", "care",
 }  # fmt: skip
 PURE = {"tissue", "tiling", "quality"}
 IMPURE_IMPORTS = {"pathlib", "os", "io", "subprocess", "wsi_pipe.slides", "wsi_pipe.files"}
