@@ -80,15 +80,18 @@ def _command(command: click.Command, context: click.Context) -> list[str]:
     lines = ["```", usage, "```", "", _prose(command.help), ""]
     rows = list(option_rows(command, context))
     if rows:
+        # In a box of its own, so that options are not broken in the middle.
+        lines += ['<div class="options" markdown>', ""]
         lines += ["| option | takes | default | what it does |", "|---|---|---|---|"]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += ["", "</div>"]
     return lines
 
 
 def option_rows(command: click.Command, context: click.Context) -> Iterator[tuple[str, str, str, str]]:
     """Spelling, what it takes, default and help of each option of a command, those too that ``--help`` leaves out."""
     for param in command.get_params(context):
-        if not isinstance(param, click.Option) or param.name in ("help", "help_all"):
+        if not isinstance(param, click.Option) or {"--help", "--help-all"} & {*param.opts}:
             continue
         text = " ".join((param.help or "").split())
         default, text = _default(param, text)
