@@ -44,6 +44,7 @@ WSI_PIPE = [
     # engines
     "extract",
     "ids",
+    "shards",
     "tables",
     "naming",
     "manifest",
@@ -107,7 +108,7 @@ ONLY_IN = {
 TORCH_FREE = {
     "masking", "errors", "cores", "stopping", "geometry", "files", "ownership", "locking", "seen", "config", "outcome",
     "slides", "synthetic", "tissue", "tiling", "quality", "overview", "tiles", "bag", "ids", "tables", "naming",
-    "manifest", "execute", "override", "template", "pictures", "pages", "plan", "care",
+    "manifest", "execute", "override", "template", "shards", "pictures", "pages", "plan", "care",
 }  # fmt: skip
 PURE = {"tissue", "tiling", "quality"}
 IMPURE_IMPORTS = {"pathlib", "os", "io", "subprocess", "wsi_pipe.slides", "wsi_pipe.files"}

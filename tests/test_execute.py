@@ -222,6 +222,15 @@ def test_workers_below_one_are_refused() -> None:
         run(EVAL, [], Where(workers=0))
 
 
+def test_dask_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("dask", "distributed")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(WorkerError, match=r"Dask cannot be imported .*'wsi-pipe\[cluster\]'"):
+        list(run(EVAL, ["1"], Where(scheduler="tcp://127.0.0.1:1", connect_s=1.0)))
+    for where in (Where(), Where(workers=2)):
+        assert values(list(run(EVAL, ["1 + 1"], where))) == {"1 + 1": 2}
+
+
 def test_no_scheduler_there() -> None:
     with pytest.raises(WorkerError, match=r"no Dask scheduler answers at tcp://127.0.0.1:1 .*dask scheduler"):
         list(run(EVAL, ["1"], Where(scheduler="tcp://127.0.0.1:1", connect_s=1.0)))

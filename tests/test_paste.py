@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from wsi_pipe.compiled import load_compiled
+from wsi_pipe.compiled import compiled_state, load_compiled
 from wsi_pipe.tiles import paste as module
 from wsi_pipe.tiles.paste import hold, paste_blocks
 
@@ -117,3 +120,14 @@ def test_a_library_of_another_version_is_not_used() -> None:
     assert load_compiled(module.__file__, "paste", 1) is not None
     assert load_compiled(module.__file__, "paste", 2) is None
     assert load_compiled(module.__file__, "glue", 1) is None
+    assert compiled_state(module.__file__, "paste", 1) == "in use"
+    assert compiled_state(module.__file__, "paste", 2) == "built from another version (1, not 2): install again"
+    assert compiled_state(module.__file__, "glue", 1) == "not built: there was no C compiler on installation"
+
+
+def test_a_library_that_is_none_is_told_of(tmp_path: Path) -> None:
+    """Of another processor, say: a file that the system does not load."""
+    (tmp_path / "_glue.so").write_bytes(b"\x7fELF")
+    if ".so" in EXTENSION_SUFFIXES:
+        assert load_compiled(str(tmp_path / "glue.py"), "glue", 1) is None
+        assert compiled_state(str(tmp_path / "glue.py"), "glue", 1).startswith("cannot be loaded: ")

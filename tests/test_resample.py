@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -128,3 +134,29 @@ def test_nothing_beyond_the_arrays_is_touched() -> None:
     wide = AxisFilter(np.zeros(40, np.int32), np.zeros((40, len(patch) + 1), np.float32), (0, 40))
     with pytest.raises(ValueError, match="beyond its patch"):
         resampler._in_c(patch, wide, axis, out)
+
+
+def test_plain_c_gives_the_very_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ARM64 and others run, built here: sums in the same order, rounded as often."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    function = resample._function()
+    if compiler is None or function is None:
+        pytest.skip("no C compiler, or nothing built to compare with")
+    source = Path(resample.__file__).with_name("_resample.c")
+    built = tmp_path / "plain.so"
+    command = [compiler, "-O2", "-std=gnu11", "-shared", "-fPIC", "-DWSI_PLAIN", str(source), "-o", str(built)]
+    subprocess.run([*command, *(["-mfma"] if platform.machine() == "x86_64" else [])], check=True)
+    library = ctypes.CDLL(str(built))
+    assert library.wsi_resample_abi() == 1
+    plain = library.wsi_resample
+    plain.restype, plain.argtypes = function.restype, function.argtypes
+    for ratio, at, size in [((1.3, 1.3), (20.2, 10.7), 64), ((2.163, 0.7), (-3.4, 180.9), 37), ((9.1, 5.3), (0, 0), 8)]:
+        resampler = Resampler(ratio, (2.0, 2.0), size, (400, 400))
+        filters = resampler.axis_filter(at[0], 0), resampler.axis_filter(at[1], 1)
+        patch, wanted, got = patch_for(resampler), *(np.zeros((size, size, 3), np.uint8) for _ in range(2))
+        assert resampler._in_c(patch, *filters, wanted)
+        with monkeypatch.context() as patched:
+            patched.setattr(resample, "_function", lambda: plain)
+            assert resampler._in_c(patch, *filters, got)
+        assert wanted.std() > 10
+        np.testing.assert_array_equal(got, wanted)

@@ -279,7 +279,8 @@ def read_manifest(path: Path, *, own: bool = False, notes: list[str] | None = No
         values = {name: cells[places[name]] for name in names}
         entries.append(_entry(path, row, values, base, table.separator, own))
         numbers.append(row)
-    if not entries:
+    # A job of a shard may hold none.
+    if not entries and not own:
         raise ManifestError(f"{path}: lists no slides")
     unnamed = [i for i, entry in enumerate(entries) if not entry.slide_id]
     named = {entry.slide_id for entry in entries if entry.slide_id}

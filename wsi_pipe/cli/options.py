@@ -33,6 +33,7 @@ from wsi_pipe.job.private import anonymised, check_told, revealed
 from wsi_pipe.job.record import load_settings, load_slides, read_outcomes
 from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, collect_slides
 from wsi_pipe.override import changed, parse_changes, refuse_twice
+from wsi_pipe.shards import Shard, parse_shard
 from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = [
@@ -195,6 +196,12 @@ def job_option(function: F) -> F:
             help="With --anonymise: the salt, made if it is not there; jobs of one salt give a patient one id.",
         ),
         part_options,
+        click.option(
+            "--shard",
+            metavar="K/N",
+            help="Just the K-th of N parts of the slides, told apart by a hash of their ids: for N machines that are "
+            "given the same slides, each with a JOB of its own.",
+        ),
         click.option(
             "--redo", is_flag=True, help="Make finished work anew where it is stale, or of an earlier version."
         ),
@@ -636,7 +643,16 @@ def collect_entries(
         if unknown:
             raise ManifestError(f"no slide has the id {', '.join(sorted(unknown))}", remedy="see wsi-pipe info for ids")
         entries = [entry for entry in entries if entry.slide_id in wanted]
+    if values.get("shard"):
+        entries = _of_shard(entries, parse_shard(values["shard"]))
     if values.get("retry_failed") and job:
         ends = read_outcomes(job)
         entries = [e for e in entries if e.slide_id in ends and ends[e.slide_id].status == "failed"]
     return entries[: values["limit"]] if values.get("limit") else entries
+
+
+def _of_shard(entries: list[SlideEntry], shard: Shard) -> list[SlideEntry]:
+    """Those of one shard, by the ids that they have where nothing is hidden: each job hides them in its own way."""
+    own = [entry for entry in entries if shard.holds(entry.hides[0] if entry.hides else entry.slide_id)]
+    click.echo(f"note: shard {shard} holds {len(own):,} of {len(entries):,} slides", err=True)
+    return own

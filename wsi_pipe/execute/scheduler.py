@@ -34,6 +34,18 @@ AHEAD = 2
 """Tasks in flight for each worker on a scheduler: one runs, one waits beside it; the rest stay here."""
 
 
+def _dask() -> Any:
+    """Dask's ``distributed``, which states no types. Raises WorkerError where it is not installed."""
+    try:
+        import distributed
+    except ImportError as error:
+        raise WorkerError(
+            f"a scheduler is given, and Dask cannot be imported ({error})",
+            remedy="pip install 'wsi-pipe[cluster]', here and where the workers run",
+        ) from error
+    return distributed
+
+
 def on_scheduler(
     fn: Callable[[T], R],
     items: Iterable[T | Done[T, R] | None],
@@ -44,10 +56,7 @@ def on_scheduler(
     ready: Callable[[], object] | None,
 ) -> Generator[Done[T, R] | Failed[T], None, None]:
     """``run`` on the scheduler at ``where.scheduler``; the arguments are its."""
-    import distributed as dask_distributed
-
-    # Dask states no types.
-    distributed: Any = dask_distributed
+    distributed = _dask()
     assert where.scheduler is not None
     if (
         where.scheduler.startswith("tls:")

@@ -1,6 +1,10 @@
 /* Cuts a tile from a patch of pixels by a separable filter: down first, as rows come, then across, eight rows at a time.
- * For processors with AVX2 and FMA. Sums are taken in one order, so that all of them give the same pixels. */
+ * With AVX2 and FMA on x86-64; four numbers at a time where the processor multiplies and adds with one rounding
+ * (ARM64 and others). Sums are taken in one order, so that all of them give the same pixels.
+ *
+ * Elsewhere (an x86-64 of before 2013, MSVC) nothing is ever done, and matrix products do it. */
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,19 +15,24 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-#if defined(__GNUC__) && defined(__x86_64__)
+/* WSI_PLAIN: what others than x86-64 run, there too, for tests. */
+#if defined(__GNUC__) && defined(__x86_64__) && !defined(WSI_PLAIN)
+#define AVX2 1
 #define SUPPORTED (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+#elif defined(__aarch64__) || defined(__FP_FAST_FMAF)
+#define PLAIN 1
+#define SUPPORTED 1
 #else
 #define SUPPORTED 0
+#if defined(_MSC_VER)
+#pragma message("_resample.c: made for GCC and Clang; tiles will be resampled by matrix products")
+#endif
 #endif
 
 EXPORT int wsi_resample_abi(void) { return SUPPORTED ? 1 : 0; }
 
-#if defined(__GNUC__) && defined(__x86_64__)
+#if defined(AVX2) || defined(PLAIN)
 
-#include <immintrin.h>
-
-#define FAST static __attribute__((target("avx2,fma")))
 #define LANES 8  /* rows that are filtered across together, numbers to a vector */
 #define CHUNK 64 /* samples of a row that are filtered down together */
 #define MAX_SIDE (1 << 20)
@@ -44,6 +53,12 @@ static int fits(const struct axis *axis, int64_t size, int64_t length)
 }
 
 static int64_t up_to(int64_t length, int64_t step) { return (length + step - 1) / step * step; }
+
+#if defined(AVX2)
+
+#include <immintrin.h>
+
+#define FAST static __attribute__((target("avx2,fma")))
 
 /* Samples as numbers, and zeros up to the end of the row. */
 FAST void to_numbers(const uint8_t *samples, int64_t count, float *to, int64_t row)
@@ -137,6 +152,100 @@ FAST void to_samples(const float *numbers, int64_t count, uint8_t *to)
         }
     }
 }
+
+#else
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#elif defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+/* Samples as numbers, and zeros up to the end of the row. */
+static void to_numbers(const uint8_t *samples, int64_t count, float *to, int64_t row)
+{
+    for (int64_t i = 0; i < count; i++) to[i] = (float)samples[i];
+    for (int64_t i = count; i < row; i++) to[i] = 0;
+}
+
+/* Four numbers that lie anywhere. */
+typedef float four __attribute__((vector_size(16), may_alias, aligned(4)));
+
+/* a * b + c, rounded once. */
+static inline four sum_of(four a, four b, four c)
+{
+#if defined(__aarch64__)
+    return (four)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#elif defined(__FMA__)
+    return (four)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
+#else
+    for (int k = 0; k < 4; k++) c[k] = fmaf(a[k], b[k], c[k]);
+    return c;
+#endif
+}
+
+static inline four all(float number) { return (four){number, number, number, number}; }
+
+/* A row of weighted sums over rows first, first + 1, ... of a ring. */
+static void filter_down(const float *ring, int64_t mask, int64_t row, int64_t first, const float *weights, int64_t taps,
+                        float *to)
+{
+    for (int64_t i = 0; i < row; i += CHUNK / 2) {
+        four sum[CHUNK / 8];
+        for (int k = 0; k < CHUNK / 8; k++) sum[k] = all(0);
+        for (int64_t t = 0; t < taps; t++) {
+            const four *from = (const four *)(ring + ((first + t) & mask) * row + i);
+            const four weight = all(weights[t]);
+            for (int k = 0; k < CHUNK / 8; k++) sum[k] = sum_of(weight, from[k], sum[k]);
+        }
+        for (int k = 0; k < CHUNK / 8; k++) ((four *)(to + i))[k] = sum[k];
+    }
+}
+
+/* Three channels of an output pixel in eight rows, of columns of eight. Two taps in turn, as with AVX2. */
+static void filter_across(const float *from, const float *weights, int64_t taps, float *to)
+{
+    four even[6], odd[6];
+    for (int k = 0; k < 6; k++) even[k] = odd[k] = all(0);
+    const four *in = (const four *)from;
+    int64_t t = 0;
+    for (; t + 2 <= taps; t += 2, in += 12) {
+        const four one = all(weights[t]), other = all(weights[t + 1]);
+        for (int k = 0; k < 6; k++) {
+            even[k] = sum_of(one, in[k], even[k]);
+            odd[k] = sum_of(other, in[k + 6], odd[k]);
+        }
+    }
+    if (t < taps) {
+        const four one = all(weights[t]);
+        for (int k = 0; k < 6; k++) even[k] = sum_of(one, in[k], even[k]);
+    }
+    for (int k = 0; k < 6; k++) ((four *)to)[k] = even[k] + odd[k];
+}
+
+/* Eight rows of `length` numbers, a multiple of eight, turned: number i of row j, at rows[j * from + i], goes to
+ * to[i * apart + j]. */
+static void turn(const float *rows, int64_t from, int64_t length, float *to, int64_t apart)
+{
+    for (int64_t i = 0; i < length; i += 4)
+        for (int64_t j = 0; j < LANES; j += 4) {
+            const four a = *(const four *)(rows + j * from + i), b = *(const four *)(rows + (j + 1) * from + i);
+            const four c = *(const four *)(rows + (j + 2) * from + i), d = *(const four *)(rows + (j + 3) * from + i);
+            for (int k = 0; k < 4; k++) *(four *)(to + (i + k) * apart + j) = (four){a[k], b[k], c[k], d[k]};
+        }
+}
+
+/* Numbers as samples: limited, and rounded to the nearest, the even one of two. */
+static void to_samples(const float *numbers, int64_t count, uint8_t *to)
+{
+    for (int64_t i = 0; i < count; i++) {
+        const float above = numbers[i] > 0 ? numbers[i] : 0, limited = above < 255 ? above : 255;
+        /* At 1.5 * 2^23 and above a float holds whole numbers only. */
+        to[i] = (uint8_t)((limited + 12582912.0f) - 12582912.0f);
+    }
+}
+
+#endif
 
 /* Makes a tile of `size` x `size` RGB pixels from a patch of `width` x `height`, all of them side by side. For each axis:
  * the first pixel of the patch, the weights of it and of those after it (`size` x taps), and their number. Returns 0; -1

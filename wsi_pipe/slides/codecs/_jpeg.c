@@ -37,6 +37,9 @@
 #define SUPPORTED 1
 #else
 #define SUPPORTED 0
+#if defined(_MSC_VER)
+#pragma message("_jpeg.c: made for GCC and Clang; libjpeg-turbo will decode all tiles")
+#endif
 #endif
 
 #define ABI 2
