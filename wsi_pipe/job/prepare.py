@@ -65,6 +65,8 @@ from wsi_pipe.tissue.frame import MEMBER
 __all__ = [
     "Prepared",
     "StageClock",
+    "how_found",
+    "laid_attrs",
     "missing_mpp",
     "mpp_notes",
     "open_entry",
@@ -263,9 +265,7 @@ def _segment(
     if mpp is None:
         raise missing_mpp(entry, paths)
     given = read_given(entry)
-    how = dict(how_given(entry, slide, given[1]) if given else {"settings": _plain_settings(settings)})
-    # Which of several pictures of a file is meant, where that is stated.
-    how |= {name: value for name in ("scene", "z") if (value := getattr(entry, name)) is not None}
+    how = how_found(entry, slide, settings, given[1] if given else None)
     path = paths.tissue(entry.slide_id)
     data, own = _stored_mask(path)
     if data is not None:
@@ -300,6 +300,17 @@ def _segment(
     _write_mask(path, mask, slide, own | ({"notes": list(notes)} if notes else {}))
     clock.notes += notes
     return _Mask(mask, stage)
+
+
+def how_found(entry: SlideEntry, slide: Slide, settings: SegmentSettings, given_sha256: str | None) -> dict[str, Any]:
+    """What a mask depends on beside the slide's file: the settings, or the file that it is given in."""
+    how = dict(
+        how_given(entry, slide, given_sha256)
+        if given_sha256 is not None
+        else {"settings": {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}}
+    )
+    # Which of several pictures of a file is meant, where that is stated.
+    return how | {name: value for name in ("scene", "z") if (value := getattr(entry, name)) is not None}
 
 
 def _write_mask(path: Path, mask: TissueMask, slide: Slide, own: Mapping[str, Any]) -> None:
@@ -351,10 +362,6 @@ def slide_mask(entry: SlideEntry, slide: Slide, settings: SegmentSettings) -> Ti
         return given.mask
     overview = read_overview(slide, settings.mpp)
     return find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, settings)
-
-
-def _plain_settings(settings: SegmentSettings) -> dict[str, Any]:
-    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
 
 
 def _stored_mask(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -435,15 +442,10 @@ def _tile(
         left_out = ""
         if settings.min_sharpness:
             grids, left_out = drop_blurred(slide, grids, settings.min_sharpness)
-        attrs = dataclasses.replace(_attrs(entry, slide, grids, mask, settings, bounds), left_out=left_out)
+        attrs = laid_attrs(entry, slide, identity, grids, mask.mask, mask.fingerprint, settings, left_out)
         if before is not None and not redo:
             _refuse_moved_tiles(entry, before, grids)
             attrs = dataclasses.replace(attrs, slide_fingerprint=before.attrs.slide_fingerprint)
-        attrs = dataclasses.replace(
-            attrs,
-            fingerprint_tile=tile_fingerprint(mask.fingerprint, content, settings),
-            made_with=grids_record(content, settings, identity, __version__),
-        )
         annotations = read_annotations(entry, slide, attrs.fingerprint_tile)
     else:
         if attrs.bounds_l0 is None and qupath_origin(bounds) != (0, 0):
@@ -500,6 +502,30 @@ def _kept_grids(
     if fits and {grid.spec.mpp for grid in before.grids} >= set(settings.resolutions):
         return before.grids, _relabelled(before.attrs, entry)
     return (), None
+
+
+def laid_attrs(
+    entry: SlideEntry,
+    slide: Slide,
+    identity: Identity,
+    grids: Sequence[TileGrid],
+    mask: TissueMask,
+    mask_fingerprint: str,
+    settings: TileSettings,
+    left_out: str = "",
+) -> BagAttrs:
+    """The root attributes of a bag with grids that were laid just now, by ``settings`` on ``mask``.
+
+    left_out: JSON text on tiles that were left out as blurred, see ``BagAttrs``.
+    """
+    content = _content_of(mask)
+    bounds = slide.info.bounds_l0 or (0, 0, *slide.pyramid.size_l0)
+    return dataclasses.replace(
+        _attrs(entry, slide, grids, _Mask(mask, mask_fingerprint), settings, bounds),
+        left_out=left_out,
+        fingerprint_tile=tile_fingerprint(mask_fingerprint, content, settings),
+        made_with=grids_record(content, settings, identity, __version__),
+    )
 
 
 def _attrs(
