@@ -170,7 +170,8 @@ def files_imported(module: str, path: Path, known: set[str]) -> set[str]:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
                 found.add(whole if whole in known else node.module)
-    return (found & known) - {module}
+    # A package's root is run before anything in it, and imports nothing of it until it is asked for a name.
+    return (found & known) - {module, module.split(".")[0]}
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
@@ -203,6 +204,15 @@ def test_no_file_takes_part_in_a_circle() -> None:
 def test_a_circle_is_found() -> None:
     assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_nothing_but_its_version_is_imported_of_a_package_s_root() -> None:
+    known = {module for module, _ in modules()}
+    for module, path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in ORDER:
+                taken = {alias.name for alias in node.names if f"{node.module}.{alias.name}" not in known}
+                assert taken <= {"__version__"}, f"{module} imports {taken} of the root of {node.module}"
 
 
 def test_pipelines_are_imported_by_no_package() -> None:

@@ -29,7 +29,16 @@ from wsi_pipe.job.record import load_settings, load_slides, read_outcomes
 from wsi_pipe.manifest import SlideEntry, collect_slides
 from wsi_pipe.slides.passed_over import PassedOver
 
-__all__ = ["Say", "collect_entries", "parse_encoders", "parse_mpp", "settings_from", "where_from", "with_regions"]
+__all__ = [
+    "Say",
+    "absolute_file",
+    "collect_entries",
+    "parse_encoders",
+    "parse_mpp",
+    "settings_from",
+    "where_from",
+    "with_regions",
+]
 
 Say = Callable[[str], object]
 """Takes a line that is to be told to the user."""
@@ -126,11 +135,11 @@ def parse_encoders(given: tuple[str, ...] | list[str]) -> dict[str, tuple[str, .
             name = text
         if not name.strip():
             raise ConfigError(f"--encoder {text!r} names no encoder", remedy="write NAME or 5x=NAME")
-        found.setdefault(label, []).append(_absolute_file(name.strip()))
+        found.setdefault(label, []).append(absolute_file(name.strip()))
     return {label: tuple(dict.fromkeys(names)) for label, names in found.items()}
 
 
-def _absolute_file(name: str) -> str:
+def absolute_file(name: str) -> str:
     """An encoder whose weights are a file by its whole path: bags and settings name it, and are read elsewhere."""
     if is_lr_file(name):
         return str(Path(name).absolute())
