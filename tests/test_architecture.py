@@ -78,6 +78,7 @@ LRMIL = [
     "predictor",
     "pictures",
     "experiment",
+    "api",
     "cli",
     "__main__",
 ]
