@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,17 +26,15 @@ def train_settings(
 ) -> TrainSettings:
     """Settings with single ones over them. Raises ConfigError for an unknown one, or one that is refused."""
     plain = to_mapping(base or TrainSettings())
-    groups = {"model": ModelSettings, "loss": LossSettings}
+    names = {cls: {f.name for f in dataclasses.fields(cls)} for cls in (TrainSettings, ModelSettings, LossSettings)}
+    groups = {"model": names[ModelSettings], "loss": names[LossSettings]}
     if model is not None:
         plain["model"] = plain["model"] | {"name": model}
     for name, value in values.items():
-        owner = next((group for group, cls in groups.items() if name in cls.__dataclass_fields__), None)
-        if owner is None and name not in TrainSettings.__dataclass_fields__:
-            known = [
-                *TrainSettings.__dataclass_fields__,
-                *(n for cls in groups.values() for n in cls.__dataclass_fields__),
-            ]
-            raise ConfigError(f"there is no setting {name!r}", remedy=f"known ones are {', '.join(sorted(set(known)))}")
+        owner = next((group for group, own in groups.items() if name in own), None)
+        if owner is None and name not in names[TrainSettings]:
+            known = sorted(set().union(*names.values()))
+            raise ConfigError(f"there is no setting {name!r}", remedy=f"known ones are {', '.join(known)}")
         if owner is None:
             plain[name] = value
         else:

@@ -92,7 +92,7 @@ def train(
         if there.is_file() and read_splits(there) != table:
             raise ConfigError(f"{there} holds other folds", remedy=f"give splits={str(there)!r}, or another folder")
     else:
-        table = splits if isinstance(splits, SplitTable) else read_splits(splits)
+        table = splits if isinstance(splits, SplitTable) else read_splits(Path(splits))
     for note in cohort.notes(table):
         (say or _nobody)(note)
     name = table.fold_name(fold)
@@ -178,7 +178,7 @@ def evaluate(
         weights_sha256=judged.card.weights_sha256,
     )
     cohort = load_cohort(features, label_file(labels, folder), label_column=label_column, classes=judged.card.classes)
-    table = None if splits is None else splits if isinstance(splits, SplitTable) else read_splits(splits)
+    table = None if splits is None else splits if isinstance(splits, SplitTable) else read_splits(Path(splits))
     for note in cohort.notes(table):
         (say or _nobody)(note)
     name = "" if table is None or fold is None else table.fold_name(fold)

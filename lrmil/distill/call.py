@@ -87,7 +87,7 @@ def distill(
         places = {entry.slide_id: entry.path for entry in entries}
     # A slide list without cases makes each slide a case of its own, which is no news.
     known = {entry.slide_id: entry.case_id for entry in entries if entry.case_id != entry.slide_id}
-    table = read_splits(splits) if isinstance(splits, (str, os.PathLike)) else splits
+    table = read_splits(Path(splits)) if isinstance(splits, (str, os.PathLike)) else splits
     request = DistillRequest(
         bags=folder,
         teacher=teacher,

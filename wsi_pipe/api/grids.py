@@ -104,7 +104,7 @@ class Grid(Layout):
         if not -len(self) <= row < len(self):
             raise IndexError(f"{self.label} has no tile {row}: it has {len(self)}")
         (batch,) = self.tiles(1, rows=[row])
-        return batch.pixels[0]
+        return np.asarray(batch.pixels[0], np.uint8)
 
     def encode(
         self,

@@ -113,6 +113,9 @@ def frame_of(level: Layout, values: Mapping[str, ArrayLike] | None = None) -> pd
     }
     for name, given in (values or {}).items():
         array = np.asarray(given)
+        if array.dtype == np.float16:
+            # pandas cannot show it, nor compute with it.
+            array = array.astype(np.float32)
         if array.ndim == 2:
             columns |= {f"{name}_{i}": array[:, i] for i in range(array.shape[1])}
         else:

@@ -16,14 +16,15 @@ from wsi_pipe.api.show import card, number, shown_path
 from wsi_pipe.api.source import Source
 from wsi_pipe.api.tissue import Tissue
 from wsi_pipe.config import CacheSettings, SegmentSettings, TileSettings, from_mapping
-from wsi_pipe.errors import ConfigError, MissingMppError, SlideOpenError
+from wsi_pipe.errors import ConfigError, ManifestError, MissingMppError, SlideOpenError
 from wsi_pipe.geometry import FloatPair, IntPair, Level, level_label
 from wsi_pipe.job.alone import find_mask, lay_grids
-from wsi_pipe.manifest import SlideEntry, collect_slides
+from wsi_pipe.manifest import SlideEntry, collect_slides, is_url
 from wsi_pipe.overview import read_thumbnail
 from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.base import SlideInfo
 from wsi_pipe.slides.metadata import missing_mpp_error
+from wsi_pipe.tables import TABLE_SUFFIXES
 
 __all__ = ["Slide", "entry_of", "open", "segment_settings", "tile_settings"]
 
@@ -73,20 +74,29 @@ def entry_of(
     """The slide as a job lists it. Raises SlideOpenError where the path holds no slide, or several."""
     if not str(path):
         raise SlideOpenError("no slide is given", remedy="give its path or URL")
-    found = collect_slides([str(path)]) if "://" in str(path) or Path(path).exists() else []
-    if not found:
+    found = _named(path)
+    if found is None:
         # Says what is wrong with the path.
         open_slide(path).close()
-    if len(found) != 1:
-        raise SlideOpenError(
-            f"{path}: holds {len(found)} slides", remedy="open one of them, or give all to wp.Job(...).run(...)"
-        )
+        raise SlideOpenError(f"{path}: is no slide", remedy="give many, or a list of them, to wp.Job(...).run(...)")
     pair = (float(mpp), float(mpp)) if isinstance(mpp, (int, float)) else mpp
     drawn = str(Path(annotations).absolute()) if annotations is not None else None
     stated: dict[str, Any] = {"mpp": pair, "scene": scene, "z": z, "annotations": drawn, "frame": frame}
-    own = slide_id or found[0].slide_id
-    entry = dataclasses.replace(found[0], slide_id=own, case_id=case_id or own)
+    own = slide_id or found.slide_id
+    entry = dataclasses.replace(found, slide_id=own, case_id=case_id or own)
     return entry.stating(**{name: value for name, value in stated.items() if value is not None})
+
+
+def _named(path: str | Path) -> SlideEntry | None:
+    """The slide under the name that a job gives it; None for what is none, or stands for others, as a list does."""
+    if not is_url(str(path)) and Path(path).suffix.lower() in TABLE_SUFFIXES:
+        return None
+    try:
+        found = collect_slides([str(path)])
+    except ManifestError:
+        return None
+    inside = not is_url(str(path)) and Path(path).is_dir() and Path(found[0].path) != Path(path).absolute()
+    return None if len(found) != 1 or inside else found[0]
 
 
 def segment_settings(given: SegmentSettings | None, values: Mapping[str, Any]) -> SegmentSettings:
