@@ -53,6 +53,7 @@ WSI_PIPE = [
     "pictures",
     "pages",
     "job",
+    "asked",
     "plan",
     "care",
     "interop",
@@ -61,6 +62,8 @@ WSI_PIPE = [
     "view",
     "demo",
     "doctor",
+    "running",
+    "api",
     # commands
     "cli",
     "__main__",
@@ -82,6 +85,7 @@ LRMIL = [
     "predictor",
     "pictures",
     "experiment",
+    "api",
     "cli",
     "__main__",
 ]
@@ -174,7 +178,8 @@ def files_imported(module: str, path: Path, known: set[str]) -> set[str]:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
                 found.add(whole if whole in known else node.module)
-    return (found & known) - {module}
+    # A package's root is run before anything in it, and imports nothing of it until it is asked for a name.
+    return (found & known) - {module, module.split(".")[0]}
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
@@ -207,6 +212,15 @@ def test_no_file_takes_part_in_a_circle() -> None:
 def test_a_circle_is_found() -> None:
     assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_nothing_but_its_version_is_imported_of_a_package_s_root() -> None:
+    known = {module for module, _ in modules()}
+    for module, path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in ORDER:
+                taken = {alias.name for alias in node.names if f"{node.module}.{alias.name}" not in known}
+                assert taken <= {"__version__"}, f"{module} imports {taken} of the root of {node.module}"
 
 
 def test_pipelines_are_imported_by_no_package() -> None:

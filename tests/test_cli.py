@@ -339,7 +339,7 @@ def test_where_nothing_can_be_done_the_exit_code_is_2(
     options: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr("wsi_pipe.cli.options.Where", partial(Where, connect_s=1.0))
+    monkeypatch.setattr("wsi_pipe.asked.Where", partial(Where, connect_s=1.0))
     slide = make_slide(tmp_path / "s.svs")
     assert cli("run", slide, "-o", tmp_path / "job", *options) == 2
     error = capsys.readouterr().err

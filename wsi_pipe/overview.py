@@ -18,7 +18,7 @@ from wsi_pipe.errors import MissingMppError, ResolutionError
 from wsi_pipe.geometry import FloatPair, IntPair
 from wsi_pipe.slides.base import WHITE, Plane, RGBArray, Slide
 
-__all__ = ["Overview", "overview_scale", "read_overview"]
+__all__ = ["Overview", "overview_scale", "read_overview", "read_thumbnail"]
 
 BLOCKS_PER_JOB = 16
 """Blocks that are fetched at once and decoded by one thread."""
@@ -79,6 +79,28 @@ def read_overview(slide: Slide, mpp: float = 8.0, *, threads: int | None = None)
     scale = _within_limit(slide, slide_mpp, mpp)
     rgb = _average(slide, scale, threads or available_cores())
     return Overview(rgb, scale, (scale[0] * slide_mpp[0], scale[1] * slide_mpp[1]))
+
+
+def read_thumbnail(slide: Slide, max_px: int = 1024, *, threads: int | None = None) -> RGBArray:
+    """The whole slide, uint8 (H, W, 3), its longer side ``max_px`` or that of level 0 where that is less.
+
+    Streamed as ``read_overview`` does, and needs no resolution. Raises ValueError for a side below 1, SlideReadError.
+    """
+    if max_px < 1:
+        raise ValueError(f"a thumbnail of {max_px} px shows nothing")
+    width, height = slide.pyramid.size_l0
+    wanted = max(max(width, height) / max_px, 1.0)
+    scale = overview_scale(wanted)
+    if scale > wanted:
+        # At least as fine, so that it is shrunk and never blown up.
+        scale = max(scale - (1 << max(math.floor(math.log2(wanted)) - 2, 0)), 1)
+    rgb = _average(slide, (float(scale), float(scale)), threads or available_cores())
+    size = (max(round(width / wanted), 1), max(round(height / wanted), 1))
+    if (rgb.shape[1], rgb.shape[0]) == size:
+        return rgb
+    import cv2
+
+    return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _within_limit(slide: Slide, slide_mpp: FloatPair, mpp: float) -> FloatPair:

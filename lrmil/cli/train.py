@@ -188,31 +188,22 @@ def settings_from(values: Mapping[str, Any]) -> TrainSettings:
 
 def _teacher(values: Mapping[str, Any], folds: list[str], out: Path, level: str) -> tuple[Any, Any]:
     """The teacher's models and its HR features, packed with the rows of their LR tiles."""
-    from lrmil.experiment import TeacherSource
-    from lrmil.experiment.cohort import open_features
+    from lrmil.experiment import open_teacher
 
     if not values["teacher"]:
         return None, None
-    teacher = TeacherSource(values["teacher"])
-    card = teacher.any_card(folds)
-    asked = level_of(values["teacher_level"])
-    if asked and card.level and asked != card.level:
-        raise ConfigError(f"the teacher is of {card.level}, not {asked}", remedy="leave out --teacher-level")
-    bags = values["teacher_bags"] or values["bags"]
-    if (bags / "store.json").is_file() and not values["teacher_bags"]:
-        raise ConfigError("--bags is a store of one level", remedy="give bags with the teacher's level: --teacher-bags")
-    store = open_features(
-        bags,
-        level=card.level or asked,
-        encoder=card.encoder or None,
-        store_dir=out / "store-teacher",
-        dtype=values["dtype"],
+    return open_teacher(
+        values["teacher"],
+        folds,
+        values["bags"],
         parent_level=level,
-        weights_sha256=card.weights_sha256,
+        store_dir=out / "store-teacher",
+        level=level_of(values["teacher_level"]),
+        other_bags=values["teacher_bags"],
+        dtype=values["dtype"],
         allow_random=values["allow_random"],
         progress=pack_progress(),
     )
-    return teacher, store
 
 
 def _progress(settings: TrainSettings) -> Any:

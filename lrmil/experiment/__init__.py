@@ -7,6 +7,7 @@ from lrmil.experiment.compare import Comparison, compare_runs
 from lrmil.experiment.figures import FoldFigures, RunFigures, evaluate_model, evaluate_run, read_predictions
 from lrmil.experiment.folds import TeacherSource, train_folds
 from lrmil.experiment.slide_files import write_slide_files
+from lrmil.experiment.teacher import open_teacher
 
 __all__ = [
     "Cohort",
@@ -18,6 +19,7 @@ __all__ = [
     "evaluate_model",
     "evaluate_run",
     "load_cohort",
+    "open_teacher",
     "read_predictions",
     "train_folds",
     "write_slide_files",

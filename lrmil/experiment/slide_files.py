@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lrmil.pictures import draw_attention
+from lrmil.pictures.heatmap import attention_picture, write_png
 from lrmil.predictor import Predictor, SlidePrediction, attention_geojson, write_attention
 from lrmil.store import BagInfo
 from wsi_pipe.errors import WsiPipeError
 from wsi_pipe.files import write_text_atomically
 
-__all__ = ["write_slide_files"]
+__all__ = ["attention_of", "write_slide_files"]
 
 
 def write_slide_files(
@@ -42,25 +42,30 @@ def write_slide_files(
         if geojson:
             text = json.dumps(attention_geojson(prediction, predictor.name), separators=(",", ":"))
             write_text_atomically(out / "geojson" / f"{prediction.slide_id}.geojson", text)
-        if heatmaps and prediction.attention is not None:
-            _draw(prediction, out / "heatmaps" / f"{prediction.slide_id}.png")
+        if heatmaps and (picture := attention_of(prediction)) is not None:
+            write_png(out / "heatmaps" / f"{prediction.slide_id}.png", picture)
     except WsiPipeError as error:
         return dataclasses.replace(light, status="failed", reason=error.message, remedy=error.remedy)
     return light
 
 
-def _draw(prediction: SlidePrediction, path: Path) -> None:
+def attention_of(
+    prediction: SlidePrediction,
+    overview: NDArray[np.uint8] | None = None,
+    extent: tuple[float, float] | None = None,
+) -> NDArray[np.uint8] | None:
+    """The heatmap of a slide's attention, uint8 (H, W, 3); None where there is none, or no tile has a place.
+
+    overview, extent: picture of the slide and the slide's size in level-0 px, by default as the bag's job keeps them.
+    """
     info, coords, attention = prediction.bag, prediction.coords, prediction.attention
-    assert info is not None
-    assert coords is not None
-    assert attention is not None
-    if not np.isfinite(coords).all():
-        return
+    if info is None or coords is None or attention is None or not np.isfinite(coords).all():
+        return None
     if info.tile_size_l0 is not None and info.coords_unit == "px_l0":
-        overview, extent = _overview(info)
-        draw_attention(path, coords, info.tile_size_l0, attention, overview=overview, extent=extent)
-        return
-    draw_attention(path, coords, _spacing(coords), attention)
+        if overview is None or extent is None:
+            overview, extent = _overview(info)
+        return attention_picture(coords, info.tile_size_l0, attention, overview=overview, extent=extent)
+    return attention_picture(coords, _spacing(coords), attention)
 
 
 def _overview(info: BagInfo) -> tuple[NDArray[np.uint8] | None, tuple[float, float] | None]:

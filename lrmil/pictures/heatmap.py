@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.files import atomic_path
 
-__all__ = ["attention_layer", "draw_attention"]
+__all__ = ["attention_layer", "attention_picture", "draw_attention", "write_png"]
 
 LONGEST_PX = 1600
 LEAST_PX = 800
@@ -45,24 +45,22 @@ def attention_layer(
     return layer
 
 
-def draw_attention(
-    path: Path,
+def attention_picture(
     coords: NDArray[np.float64],
     tile_size: tuple[float, float],
     attention: NDArray[np.float32],
     *,
     overview: NDArray[np.uint8] | None = None,
     extent: tuple[float, float] | None = None,
-) -> None:
-    """Write a heatmap of a slide: its overview in grey where there is one, attention percentiles in colour over it.
+) -> NDArray[np.uint8]:
+    """A heatmap of a slide, uint8 (H, W, 3): its overview in grey where there is one, attention percentiles in colour
+    over it.
 
     coords, tile_size, attention: as for ``attention_layer``. overview: uint8 (H, W, 3) of the whole slide, which is
     ``extent`` (width, height) in the unit of the coordinates. Without an overview the tiles' own bounding box is shown.
-    Raises OutputError when it cannot be written.
     """
     import cv2
     from matplotlib import colormaps
-    from matplotlib.image import imsave
 
     size = np.asarray(tile_size, np.float64)
     if overview is None or extent is None:
@@ -85,5 +83,25 @@ def draw_attention(
     there = np.isfinite(layer)
     colours = palette[np.rint(layer[there] * 255).astype(np.uint8)]
     picture[there] = np.rint((1 - OPACITY) * picture[there] + OPACITY * colours).astype(np.uint8)
+    return picture
+
+
+def draw_attention(
+    path: Path,
+    coords: NDArray[np.float64],
+    tile_size: tuple[float, float],
+    attention: NDArray[np.float32],
+    *,
+    overview: NDArray[np.uint8] | None = None,
+    extent: tuple[float, float] | None = None,
+) -> None:
+    """Write ``attention_picture`` as PNG. Raises OutputError when it cannot be written."""
+    write_png(path, attention_picture(coords, tile_size, attention, overview=overview, extent=extent))
+
+
+def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
+    """Write a picture uint8 (H, W, 3). Raises OutputError when it cannot be written."""
+    from matplotlib.image import imsave
+
     with atomic_path(path) as temporary:
         imsave(temporary, picture, format="png")

@@ -45,7 +45,8 @@ class JobStatus:
     finished_in_run: slides that it made something of; unchanged_in_run: those that it found valid, which say nothing of
     its pace. slides_per_hour, hours_left: of that run, None where none is or nothing is finished yet; until the run has
     come by them, slides that are valid count as still to do. noted: slides that something is to be said of. half_done:
-    slides of which a run that was stopped kept features, which the next one continues.
+    slides of which a run that was stopped kept features, which the next one continues. states: by slide id, in the
+    order of the list, "done", "empty", "failed", "waiting" or "stale".
     """
 
     slides: int
@@ -68,6 +69,7 @@ class JobStatus:
     why_stale: Mapping[str, str] = field(default_factory=dict)
     made_by: Mapping[str, str] = field(default_factory=dict)
     half_done: int = 0
+    states: Mapping[str, str] = field(default_factory=dict)
 
 
 def job_status(root: Path, now: datetime | None = None) -> JobStatus:
@@ -108,6 +110,10 @@ def job_status(root: Path, now: datetime | None = None) -> JobStatus:
         resolutions=resolutions,
         mpp_outliers=tuple(mpp_outliers({item.slide_id: item.mpp for item in resolutions})),
         why_stale=stale,
+        states={
+            entry.slide_id: "stale" if entry.slide_id in stale else "waiting" if end is None else end.status
+            for entry, end in zip(entries, fits, strict=True)
+        },
         made_by={slide_id: age.older for slide_id, age in ages.items() if age.older},
     )
 

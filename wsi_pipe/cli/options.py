@@ -13,27 +13,15 @@ from typing import Any, TypeVar
 
 import click
 
+from wsi_pipe import asked
+from wsi_pipe.asked import parse_encoders, parse_mpp
 from wsi_pipe.cli import messages
 from wsi_pipe.cli.environment import from_environment
-from wsi_pipe.cli.regions import region_options, with_regions
-from wsi_pipe.config import (
-    CacheSettings,
-    ExtractSettings,
-    JobSettings,
-    SegmentSettings,
-    TileSettings,
-    call_only_in,
-    load_toml,
-)
-from wsi_pipe.encoders.naming import is_lr_file
-from wsi_pipe.errors import ConfigError, ManifestError
-from wsi_pipe.execute import Where
-from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds, level_label, parse_resolution
-from wsi_pipe.job.private import anonymised, check_told, revealed
-from wsi_pipe.job.record import load_settings, load_slides, read_outcomes
-from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry, collect_slides
-from wsi_pipe.override import changed, parse_changes, refuse_twice
-from wsi_pipe.shards import Shard, parse_shard
+from wsi_pipe.cli.regions import region_options
+from wsi_pipe.config import JobSettings, SegmentSettings
+from wsi_pipe.errors import ConfigError
+from wsi_pipe.geometry import parse_resolution
+from wsi_pipe.manifest import SETTING_COLUMNS, SlideEntry
 from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = [
@@ -45,14 +33,16 @@ __all__ = [
     "extract_options",
     "flat",
     "job_option",
+    "parse_encoders",
     "parse_mpp",
     "part_options",
     "primary_option",
     "segment_options",
     "settings_from",
+    "settled",
     "slide_options",
+    "tell",
     "tile_options",
-    "where_from",
     "where_options",
 ]
 
@@ -255,35 +245,12 @@ def where_options(function: F) -> F:
     )(function)
 
 
-def where_from(values: Mapping[str, Any]) -> Where:
-    """Where work runs. Raises ConfigError when the options do not fit together."""
-    resources = None
-    if values["resources"]:
-        name, sign, amount = values["resources"].partition("=")
-        try:
-            resources = {name: float(amount)}
-        except ValueError:
-            sign = ""
-        if not (sign and name):
-            raise ConfigError(
-                f"--resources {values['resources']!r} is not understood", remedy="write for example GPU=1"
-            )
+def settled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a call's options, less what the environment says of schedulers and workers to calls that have
+    none, or the other."""
     if not values["scheduler"]:
-        # What the environment says of a scheduler is for the calls that have one.
-        values = {**values, **{name: None for name in ("resources", "wait_workers") if _of_environment(name)}}
-        resources = resources if values["resources"] else None
-    elif _of_environment("workers"):
-        values = {**values, "workers": 1}
-    if resources and not values["scheduler"]:
-        raise ConfigError("--resources needs --scheduler", remedy="give the address of a Dask scheduler")
-    if values["scheduler"] and values["workers"] > 1:
-        raise ConfigError(
-            "--workers and --scheduler are given", remedy="the scheduler knows its workers: leave out --workers"
-        )
-    wait_s = values.get("wait_workers")
-    if wait_s is not None and not values["scheduler"]:
-        raise ConfigError("--wait-workers needs --scheduler", remedy="give the address of a Dask scheduler")
-    return Where(values["workers"], values["scheduler"], values["timeout"], resources=resources, wait_workers_s=wait_s)
+        return {**values, **{name: None for name in ("resources", "wait_workers") if _of_environment(name)}}
+    return {**values, "workers": 1} if _of_environment("workers") else dict(values)
 
 
 def _of_environment(name: str) -> bool:
@@ -368,6 +335,8 @@ def _encoder_names(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
     head, sign, name = incomplete.rpartition("=")
     return [f"{head}{sign}{known}" for known in ("texture", *load_registry()) if known.startswith(name)]
+
+
 def primary_option(function: F) -> F:
     """Which level other programs find in bags."""
     return click.option(
@@ -421,171 +390,18 @@ def extract_options(function: F) -> F:
     )(function)
 
 
+def tell(line: str) -> None:
+    """A line for the user, on standard error; notes not with -q."""
+    head, mark, text = line.partition("note: ")
+    if mark and not head:
+        messages.note(text)
+    else:
+        click.echo(line, err=True)
+
+
 def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | None) -> JobSettings:
-    """Settings from options, over the settings file, over the job's own, over the defaults.
-
-    Raises ConfigError when one is refused.
-    """
-    base = load_toml(JobSettings, config) if config else (job and load_settings(job)) or JobSettings()
-    source = config or (job / "config.toml" if job else None)
-    for name in call_only_in(JobSettings, source) if source else ():
-        option = "--" + name.rpartition(".")[2].replace("_", "-")
-        messages.note(f"{name} in {config or 'the job'} is ignored: {option} is said in each call")
-    changes = tuple(values.get("changes") or ())
-    base = changed(base, changes, example="segment.stain_min=0.02")
-    if any(keys[:2] == ("extract", "encoders") for keys, _ in parse_changes(changes)):
-        named = {label: tuple(map(_absolute_file, names)) for label, names in base.extract.encoders.items()}
-        base = dataclasses.replace(base, extract=dataclasses.replace(base.extract, encoders=named))
-    parts: dict[str, dict[str, Any]] = {"segment": {}, "tile": {}, "extract": {}}
-    for name, value in values.items():
-        stage, _, item = name.partition("_")
-        if stage in parts and item and value is not None:
-            parts[stage][item] = value
-    if values.get("resolutions"):
-        parts["tile"]["resolutions"] = tuple(values["resolutions"])
-    if values.get("encoders"):
-        parts["extract"]["encoders"] = parse_encoders(values["encoders"])
-    elif values.get("resolutions"):
-        # Encoders of resolutions that are not asked for now are none of this call's.
-        labels = {"*", *map(level_label, values["resolutions"])}
-        own = {label: names for label, names in base.extract.encoders.items() if label in labels}
-        parts["extract"] |= {"encoders": own} if own else {}
-    if values.get("devices"):
-        parts["extract"]["devices"] = tuple(part.strip() for part in values["devices"].split(","))
-    if values.get("layers"):
-        parts["extract"]["layers"] = _layers(values["layers"])
-    _refuse_twice(changes, parts, values)
-    try:
-        settings = dataclasses.replace(
-            base,
-            segment=_replaced(base.segment, parts["segment"]),
-            tile=_replaced(base.tile, parts["tile"]),
-            extract=_replaced(base.extract, parts["extract"]),
-            reader=values.get("reader") or base.reader,
-            cache=_cache(base.cache, values),
-            anonymise=_anonymise(values.get("anonymise"), base, job),
-            primary=_primary(values, base),
-            redo=bool(values.get("redo")),
-        )
-    except TypeError as error:
-        raise ConfigError(f"options: {error}") from error
-    _check_encoder_levels(settings)
-    return settings
-
-
-def _refuse_twice(changes: tuple[str, ...], parts: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) -> None:
-    """Raises ConfigError where --set and an option of its own say the same setting."""
-    own = {f"{stage}.{name}" for stage, names in parts.items() for name in names}
-    if not values.get("encoders"):
-        # Those that are left of the job's, not said in this call.
-        own.discard("extract.encoders")
-    others = {"reader": "reader", "anonymise": "anonymise", "cache_dir": "cache.folder", "cache_size": "cache.gib"}
-    own |= {key for name, key in others.items() if values.get(name) is not None}
-    refuse_twice(changes, own)
-
-
-def _anonymise(asked: bool | None, base: JobSettings, job: Path | None) -> bool:
-    """Whether the job is anonymised. Raises ConfigError where it was made the other way."""
-    own = load_settings(job) if job else None
-    wanted = asked if asked is not None else base.anonymise or bool(own and own.anonymise)
-    if own is not None and wanted != own.anonymise:
-        why = (
-            "with --anonymise: without it, names would stand beside the ids that hide them"
-            if own.anonymise
-            else "without --anonymise: what it holds already names its slides"
-        )
-        raise ConfigError(f"{job}: was made {why}", remedy="make a new job with --out")
-    return wanted
-
-
-def _primary(values: Mapping[str, Any], base: JobSettings) -> str | None:
-    """The label of ``--primary``, else as before. Raises ConfigError for a resolution that no bag would have."""
-    asked = values.get("primary")
-    if asked is None:
-        return base.primary
-    known = {level_label(mpp) for mpp in (*(values.get("resolutions") or ()), *base.tile.resolutions)}
-    if level_label(asked) not in known:
-        raise ConfigError(
-            f"--primary {level_label(asked)} is none of the resolutions {', '.join(sorted(known))}",
-            remedy=f"add -r {level_label(asked)}",
-        )
-    return level_label(asked)
-
-
-def _cache(base: CacheSettings, values: Mapping[str, Any]) -> CacheSettings:
-    folder = values.get("cache_dir")
-    return CacheSettings(str(folder.absolute()) if folder else base.folder, values.get("cache_size") or base.gib)
-
-
-T = TypeVar("T", SegmentSettings, TileSettings, ExtractSettings)
-
-
-def _replaced(base: T, changes: Mapping[str, Any]) -> T:
-    return dataclasses.replace(base, **changes) if changes else base
-
-
-def parse_encoders(given: tuple[str, ...] | list[str]) -> dict[str, tuple[str, ...]]:
-    """``("a", "5x=b")`` as ``{"*": ("a",), "5x": ("b",)}``; a resolution may be written 20x or 0.5um."""
-    found: dict[str, list[str]] = {}
-    for text in given:
-        head, sign, name = text.partition("=")
-        label = "*"
-        if sign:
-            try:
-                label = level_label(parse_resolution(head))
-            except ConfigError:
-                # A model's own name or path may hold an equals sign.
-                name = text
-        else:
-            name = text
-        if not name.strip():
-            raise ConfigError(f"--encoder {text!r} names no encoder", remedy="write NAME or 5x=NAME")
-        found.setdefault(label, []).append(_absolute_file(name.strip()))
-    return {label: tuple(dict.fromkeys(names)) for label, names in found.items()}
-
-
-def _absolute_file(name: str) -> str:
-    """An encoder whose weights are a file by its whole path: bags and settings name it, and are read elsewhere."""
-    if is_lr_file(name):
-        return str(Path(name).absolute())
-    base, _, checkpoint = name.partition("@")
-    return f"{base}@{Path(checkpoint).absolute()}" if checkpoint and Path(checkpoint).is_file() else name
-
-
-def _check_encoder_levels(settings: JobSettings) -> None:
-    labels = [spec.label for spec in settings.tile.specs]
-    for label in settings.extract.encoders:
-        if label != "*" and label not in labels:
-            raise ConfigError(
-                f"an encoder is given for {label}, but the grids are {', '.join(labels)}",
-                remedy=f"add -r {label}, or name one of the grids",
-            )
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    if text == "none":
-        return ()
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigError(
-            f"--layers {text!r} is not a list of numbers", remedy="write for example --layers 0,1,10"
-        ) from error
-
-
-def parse_mpp(text: str | None) -> tuple[float, float] | None:
-    """``--slide-mpp`` as (x, y) um/px. Raises ConfigError when it is not one or two numbers that a microscope has."""
-    if text is None:
-        return None
-    try:
-        values = [float(part) for part in text.lower().split("x")]
-    except ValueError:
-        values = []
-    if len(values) not in (1, 2) or not in_mpp_bounds(values[0], values[-1]):
-        bounds = f"{MPP_BOUNDS[0]:g} to {MPP_BOUNDS[1]:g} um/px"
-        cause = f"is outside {bounds}" if len(values) in (1, 2) else "is not a resolution"
-        raise ConfigError(f"--slide-mpp {text!r} {cause}", remedy="write um/px such as 0.2527, or 0.25x0.26")
-    return (values[0], values[-1])
+    """See ``wsi_pipe.asked``; what is to be known is told on standard error."""
+    return asked.settings_from(values, job, config, tell)
 
 
 def collect_entries(
@@ -595,64 +411,5 @@ def collect_entries(
     *,
     salt: bytes | None = None,
 ) -> list[SlideEntry]:
-    """The slides that a command is to work on: those named, or those that the job holds already.
-
-    What folders hold that looks like a slide and is not among them is told on standard error, and put into
-    ``passed_over``; so is what was assumed of slide lists. salt: of an anonymised job, whose slides get ids hashed with
-    it. Raises ManifestError or ConfigError.
-    """
-    sources, manifest = values["sources"], values["manifest"]
-    listed = load_slides(job) if job else []
-    if sources or manifest:
-        passed = PassedOver() if passed_over is None else passed_over
-        notes: list[str] = []
-        named = revealed(listed)
-        entries = collect_slides(sources, manifest, job=named, passed_over=passed, notes=notes)
-        for text in notes:
-            messages.note(text)
-        for line in passed.lines():
-            click.echo(line, err=True)
-    else:
-        entries = listed
-        if not entries:
-            raise ManifestError("no slides are given", remedy="name slide files, folders, URLs or a CSV")
-    mpp = parse_mpp(values.get("slide_mpp"))
-    if mpp is None and values.get("override_mpp"):
-        raise ConfigError("--override-mpp needs --slide-mpp", remedy="give the resolution with --slide-mpp")
-    if mpp and values.get("override_mpp"):
-        entries = [e if e.mpp and "mpp" in e.stated else e.stating(mpp=mpp) for e in entries]
-    elif mpp:
-        entries = [entry.stating(mpp_if_missing=mpp) for entry in entries]
-    for name in ("scene", "z"):
-        given = values.get(name)
-        if given is not None:
-            # What a list says of one slide goes first.
-            entries = [e if name in e.stated else e.stating(**{name: given}) for e in entries]
-    entries = with_regions(entries, values)
-    if salt is not None:
-        entries = anonymised(entries, salt)
-    if job:
-        for entry in entries:
-            check_told(entry)
-    if values.get("only"):
-        wanted = set(values["only"])
-        # Who made an anonymised job may call its slides by their own names.
-        wanted |= {entry.slide_id for entry in entries if entry.hides and entry.hides[0] in wanted}
-        wanted -= {entry.hides[0] for entry in entries if entry.hides}
-        unknown = wanted - {entry.slide_id for entry in entries}
-        if unknown:
-            raise ManifestError(f"no slide has the id {', '.join(sorted(unknown))}", remedy="see wsi-pipe info for ids")
-        entries = [entry for entry in entries if entry.slide_id in wanted]
-    if values.get("shard"):
-        entries = _of_shard(entries, parse_shard(values["shard"]))
-    if values.get("retry_failed") and job:
-        ends = read_outcomes(job)
-        entries = [e for e in entries if e.slide_id in ends and ends[e.slide_id].status == "failed"]
-    return entries[: values["limit"]] if values.get("limit") else entries
-
-
-def _of_shard(entries: list[SlideEntry], shard: Shard) -> list[SlideEntry]:
-    """Those of one shard, by the ids that they have where nothing is hidden: each job hides them in its own way."""
-    own = [entry for entry in entries if shard.holds(entry.hides[0] if entry.hides else entry.slide_id)]
-    click.echo(f"note: shard {shard} holds {len(own):,} of {len(entries):,} slides", err=True)
-    return own
+    """See ``wsi_pipe.asked``; what is to be known is told on standard error."""
+    return asked.collect_entries(values, job, passed_over, salt=salt, say=tell)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,41 +13,34 @@ from wsi_pipe import __version__
 from wsi_pipe.cli import EXIT_FAILED, messages, raise_if_interrupted
 from wsi_pipe.cli.display import LogLines, RunDisplay, print_json, print_outcomes
 from wsi_pipe.cli.options import (
-    collect_entries,
     extract_options,
     job_option,
     primary_option,
     segment_options,
-    settings_from,
+    settled,
     slide_options,
+    tell,
     tile_options,
-    where_from,
     where_options,
 )
 from wsi_pipe.config import JobSettings, to_mapping
 from wsi_pipe.cores import available_cores
-from wsi_pipe.errors import ConfigError, EncoderError, JobError, OutputError, WorkerError, WsiPipeError
-from wsi_pipe.files import remove_partial_files
-from wsi_pipe.job import JobPaths, open_job, read_outcomes, utc_now, write_failures
-from wsi_pipe.job.left_out import note_passed_over
-from wsi_pipe.job.private import job_salt, told
+from wsi_pipe.errors import OutputError, WsiPipeError
+from wsi_pipe.job import JobPaths
+from wsi_pipe.job.private import told
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.masking import has_secret
 from wsi_pipe.outcome import SlideOutcome, Stage
 from wsi_pipe.override import flattened
-from wsi_pipe.slides.passed_over import PassedOver
 
 if TYPE_CHECKING:
     from wsi_pipe.execute import Where
-    from wsi_pipe.job.changes import Change
+    from wsi_pipe.job.changes import Call, Change
+    from wsi_pipe.running import Watch
 
 __all__ = ["assemble", "extract", "run", "segment", "tile"]
 
 REPORT = "report.html"
-REPORTED_AT_ONCE = 1000
-"""Slides of a job whose report is brought up to date where the run is interrupted."""
-TELL_S = 1.0
-"""How often at most a run that resumes says how many slides it found valid."""
 
 
 def _run_until(
@@ -60,136 +52,59 @@ def _run_until(
 ) -> int:
     """Parse, process, print; the exit code. after: what a run that was not stopped does at its end; how many slides
     failed in it."""
-    from wsi_pipe.job.changes import call_of, note_changes, refuse_stale
-    from wsi_pipe.job.dispatch import check_folder, dispatch
-    from wsi_pipe.job.index import compact
-    from wsi_pipe.job.lock import hold_job
-    from wsi_pipe.job.replaced import file_weights, other_weights, refuse_unfit
-    from wsi_pipe.job.run import load_encoders
-    from wsi_pipe.plan import bytes_per_tile, refuse_bad_encoders, refuse_lack_of_room
+    from wsi_pipe.running import run_stages
 
     job: Path = values["job"]
-    _look_at_folder(job)
-    settings = settings_from(values, job, values["config"])
-    where = where_from(values)
-    if values["salt"] and not settings.anonymise:
-        raise ConfigError("--salt needs --anonymise", remedy="give both, or leave out --salt")
-    salt = job_salt(job, values["salt"]) if settings.anonymise else None
-    passed_over = PassedOver()
-    entries = collect_entries(values, job, passed_over, salt=salt)
-    call = call_of(job, settings, entries, part=bool(values["only"] or values["limit"]))
-    if not settings.redo:
-        refuse_unfit(job, call)
-    settings, entries = call.settings, call.entries
-    encoders = None
-    if until in ("extract", "assemble"):
-        # What is wrong with encoders or room stops here, before any work; other processes load their own encoders.
-        refuse_bad_encoders(settings, fetch=where.scheduler is None and not where.here)
-        if where.here:
-            encoders = load_encoders(settings)
-        if not settings.redo:
-            hashes = {name: encoder.info.weights_sha256 for name, encoder in (encoders or {}).items()}
-            refuse_stale(job, other_weights(job, call, hashes.get if encoders else file_weights()))
-        dims = {name: encoder.info.dim for name, encoder in encoders.items()} if encoders else None
-        refuse_lack_of_room(entries, settings, job, bytes_per_tile(settings, dims) if dims else None)
-    outcomes: list[SlideOutcome] = []
-    start = time.perf_counter()
-    stopped: WsiPipeError | None = None
-    unwritten: OutputError | None = None
-    unchanged, told_at, failed_after = 0, start, 0
-    about = {"started_utc": utc_now(), "slides": len(entries), "until": until}
-    with hold_job(job, about) as tell, LogLines(values["log_json"]) as log:
-        paths = open_job(job, call.stored, entries, salt=salt)
-        note_changes(paths, call.changes)
-        _show_changes(call.changes, paths)
-        _tell_settings(settings, paths, where)
-        if values["sources"] and not settings.anonymise:
-            # The names of files that were passed over name people as slides' do.
-            note_passed_over(paths, passed_over)
-        _tell_secrets(entries, paths)
-        compact(paths)
-        # Of a run that was killed: nobody else writes here now.
-        remove_partial_files(job, paths.written)
-        log.event("start", **about)
-        with RunDisplay(len(entries), quiet=values["as_json"] or values["log_json"] == "-") as display:
-            results = dispatch(
-                entries,
-                settings,
-                paths,
-                where,
-                until=until,
-                encoders=encoders,
-                keep_features=values.get("keep_features", True),
-                progress=display.progress,
-            )
-            try:
-                for outcome in results:
-                    raise_if_interrupted()
-                    outcomes.append(outcome)
-                    display.finished(outcome)
-                    unchanged += outcome.nothing_new
-                    if outcome.nothing_new and time.perf_counter() - told_at > TELL_S:
-                        told_at = time.perf_counter()
-                        tell(unchanged=unchanged)
-                    log.event("slide", **outcome.to_json())
-                tell(unchanged=unchanged)
-            except (JobError, EncoderError) as error:
-                stopped = error
-            except KeyboardInterrupt:
-                # Ends workers and reading threads now, not when the garbage collector comes by.
-                results.close()
-                remove_partial_files(job, paths.written)
-                with contextlib.suppress(OutputError):
-                    check_folder(paths)
-                    # The report of a large job takes longer than who ends a run waits.
-                    _write_end(paths, call.stored, report and len(entries) <= REPORTED_AT_ONCE)
-                raise
-            finally:
-                results.close()
-        if any(outcome.error in ("TaskTimeoutError", "WorkerError") for outcome in outcomes):
-            # Processes that were ended may have left files half-written.
-            remove_partial_files(job, paths.written)
-        if stopped:
-            # Where the folder cannot be written, the error that says so is already on its way.
-            with contextlib.suppress(OutputError):
-                check_folder(paths)
-                _write_end(paths, call.stored, report)
-        else:
-            try:
-                _write_end(paths, call.stored, report)
-            except OutputError as error:
-                # The slides are done all the same, and are told of.
-                unwritten = error
-            if after:
-                done = {outcome.slide_id for outcome in outcomes if outcome.status == "done"}
-                failed_after = after(paths, settings, [entry for entry in entries if entry.slide_id in done])
-        log.event("end", seconds=time.perf_counter() - start, stopped=str(stopped) if stopped else None)
-    if stopped and not outcomes and isinstance(stopped, (EncoderError, WorkerError)):
-        # No encoder, or no scheduler: nothing could be done.
-        raise stopped
-    written = {"report": paths.root / REPORT} if report and not unwritten else {}
-    _print(values["as_json"], settings, entries, outcomes, time.perf_counter() - start, stopped, written)
-    if stopped:
-        messages.error("wsi-pipe", str(stopped))
-    if unwritten:
+    values = settled(values)
+    with contextlib.ExitStack() as stack:
+        watch = _shown(values, stack)
+        end = run_stages(job, values, until=until, report=report, after=after, watch=watch)
+    written = {"report": job / REPORT} if report and not end.unwritten else {}
+    _print(values["as_json"], end.settings, end.entries, end.outcomes, end.seconds, end.stopped, written)
+    if end.stopped:
+        messages.error("wsi-pipe", str(end.stopped))
+    if end.unwritten:
         messages.error(
-            "wsi-pipe", f"the slides are through, but {unwritten}; then write it with: wsi-pipe report {job}"
+            "wsi-pipe", f"the slides are through, but {end.unwritten}; then write it with: wsi-pipe report {job}"
         )
-    failed = failed_after or any(outcome.status == "failed" for outcome in outcomes)
-    return EXIT_FAILED if stopped or unwritten or failed else 0
+    failed = end.failed_after or any(outcome.status == "failed" for outcome in end.outcomes)
+    return EXIT_FAILED if end.stopped or end.unwritten or failed else 0
 
 
-def _look_at_folder(job: Path) -> None:
-    """Refuse a folder that holds files and is no job, before anything is read or written in it."""
-    from wsi_pipe.job.ownership import claim_job
+def _shown(values: dict[str, Any], stack: contextlib.ExitStack) -> Watch:
+    """Shows a run on the terminal and in the log; what it opens is closed by ``stack``."""
+    from wsi_pipe.running import Watch
 
-    foreign = claim_job(job, make=False)
-    if foreign:
-        shown = ", ".join(str(path) for path in foreign[:5]) + (f" and {len(foreign) - 5} more" if foreign[5:] else "")
-        messages.note(
-            f"{job} was made by an earlier version and is marked as a job now; of what lies in it, this program did "
-            f"not make {shown}: left as it is"
-        )
+    quiet = values["as_json"] or values["log_json"] == "-"
+
+    class Shown(Watch):
+        log = LogLines(None)
+        display = RunDisplay(0, quiet=True)
+
+        def say(self, line: str) -> None:
+            tell(line)
+
+        def begun(self, call: Call, paths: JobPaths, where: Where, about: Mapping[str, Any]) -> None:
+            self.log = stack.enter_context(LogLines(values["log_json"]))
+            _show_changes(call.changes, paths)
+            _tell_settings(call.settings, paths, where)
+            _tell_secrets(call.entries, paths)
+            self.log.event("start", **about)
+
+        @contextlib.contextmanager
+        def working(self, slides: int) -> Iterator[Callable[[str, str, int], None]]:
+            with RunDisplay(slides, quiet=quiet) as self.display:
+                yield self.display.progress
+
+        def finished(self, outcome: SlideOutcome) -> None:
+            raise_if_interrupted()
+            self.display.finished(outcome)
+            self.log.event("slide", **outcome.to_json())
+
+        def ended(self, seconds: float, stopped: WsiPipeError | None) -> None:
+            self.log.event("end", seconds=seconds, stopped=str(stopped) if stopped else None)
+
+    return Shown()
 
 
 def _tell_settings(settings: JobSettings, paths: JobPaths, where: Where) -> None:
@@ -226,15 +141,6 @@ def _show_changes(changes: Sequence[Change], paths: JobPaths) -> None:
         click.echo(f"changed: {len(others) - MOST_SHOWN:,} more values, see {paths.changes}", err=True)
     if moved:
         click.echo(f"moved: {len(moved):,} slides, such as {moved[0]}", err=True)
-
-
-def _write_end(paths: JobPaths, settings: JobSettings, report: bool) -> None:
-    """What is written at the end of a run, also of one that was stopped: failures.csv, and the report."""
-    write_failures(paths)
-    if report:
-        from wsi_pipe.report import write_report
-
-        write_report(paths.root, list(read_outcomes(paths.root).values()), settings)
 
 
 def _print(

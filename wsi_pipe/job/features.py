@@ -44,6 +44,9 @@ from wsi_pipe.quality import QUALITY_METHODS, QUALITY_VERSION
 __all__ = [
     "Wanted",
     "assemble",
+    "attrs_of_bag",
+    "computed_features",
+    "computed_quality",
     "missing_features",
     "refuse_foreign_features",
     "store_features",
@@ -236,7 +239,7 @@ def assemble(
     path = paths.bag(slide_id)
     lacking = {item.place for item in missing}
     header = _header(prepared, paths)
-    attrs = _attrs_of_bag(prepared, wanted, header)
+    attrs = attrs_of_bag(prepared, wanted, header)
     if header is not None and not _lacks(header, attrs, prepared, wanted, lacking):
         _clean(slide_id, wanted, paths, keep_features)
         return False, ()
@@ -275,7 +278,7 @@ def assemble(
             or _stored_quality(prepared, wanted, grid, paths)
         )
         levels.append(BagLevel(grid, own, attention, labels.get(grid.label, {}), quality))
-    attrs = _attrs_of_bag(prepared, wanted, header, levels)
+    attrs = attrs_of_bag(prepared, wanted, header, levels)
     write_bag(path, Bag(dataclasses.replace(attrs, created_utc=utc_now()), tuple(levels)))
     _clean(slide_id, wanted, paths, keep_features)
     gone = f"features of tiles that are no more left its bag: {', '.join(lost)}"
@@ -303,7 +306,7 @@ def _under_own_names(features: Mapping[str, Features]) -> dict[str, Features]:
     return found
 
 
-def _attrs_of_bag(
+def attrs_of_bag(
     prepared: Prepared, wanted: Sequence[Wanted], header: BagHeader | None, levels: Sequence[BagLevel] = ()
 ) -> BagAttrs:
     """The root attributes. What ``/features`` links to stays, as long as it is there."""

@@ -30,7 +30,7 @@ from wsi_pipe.slides.base import Slide
 from wsi_pipe.tiling import plan_grids
 from wsi_pipe.tissue import Bounds, Region, qupath_origin
 
-__all__ = ["as_it_would_be", "make_grids"]
+__all__ = ["as_it_would_be", "laid_attrs", "make_grids"]
 
 
 def make_grids(
@@ -66,16 +66,11 @@ def make_grids(
         left_out = ""
         if settings.min_sharpness:
             grids, left_out = drop_blurred(slide, grids, settings.min_sharpness)
-        attrs = dataclasses.replace(_attrs(entry, slide, grids, mask, settings, bounds), left_out=left_out)
+        attrs = laid_attrs(entry, slide, identity, grids, mask.mask, mask.fingerprint, settings, left_out)
         attrs = _with_primary(attrs, grids, job.primary)
         if before is not None and not redo:
             _refuse_moved_tiles(entry, before, grids)
             attrs = dataclasses.replace(attrs, slide_fingerprint=before.attrs.slide_fingerprint)
-        attrs = dataclasses.replace(
-            attrs,
-            fingerprint_tile=tile_fingerprint(mask.fingerprint, content, settings),
-            made_with=grids_record(content, settings, identity, __version__),
-        )
         annotations = read_annotations(entry, slide, attrs.fingerprint_tile)
     else:
         if attrs.bounds_l0 is None and qupath_origin(bounds) != (0, 0):
@@ -132,6 +127,30 @@ def _kept_grids(
     if fits and {grid.spec.mpp for grid in before.grids} >= set(settings.resolutions):
         return before.grids, _relabelled(before.attrs, entry)
     return (), None
+
+
+def laid_attrs(
+    entry: SlideEntry,
+    slide: Slide,
+    identity: Identity,
+    grids: Sequence[TileGrid],
+    mask: TissueMask,
+    mask_fingerprint: str,
+    settings: TileSettings,
+    left_out: str = "",
+) -> BagAttrs:
+    """The root attributes of a bag with grids that were laid just now, by ``settings`` on ``mask``.
+
+    left_out: JSON text on tiles that were left out as blurred, see ``BagAttrs``.
+    """
+    content = mask_content(mask)
+    bounds = slide.info.bounds_l0 or (0, 0, *slide.pyramid.size_l0)
+    return dataclasses.replace(
+        _attrs(entry, slide, grids, SlideMask(mask, mask_fingerprint), settings, bounds),
+        left_out=left_out,
+        fingerprint_tile=tile_fingerprint(mask_fingerprint, content, settings),
+        made_with=grids_record(content, settings, identity, __version__),
+    )
 
 
 def _attrs(

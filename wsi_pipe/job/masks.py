@@ -32,7 +32,7 @@ from wsi_pipe.slides.base import Slide
 from wsi_pipe.tissue import GivenMask, find_tissue, mask_from_geojson, mask_to_geojson, qupath_origin
 from wsi_pipe.tissue.frame import MEMBER
 
-__all__ = ["SlideMask", "make_mask", "mask_content", "slide_mask", "stored_mask_content"]
+__all__ = ["SlideMask", "how_found", "make_mask", "mask_content", "slide_mask", "stored_mask_content"]
 
 PICTURE_PX = 1024
 """Longest side of the pictures in ``thumbnails/``."""
@@ -68,9 +68,7 @@ def make_mask(
     if mpp is None:
         raise missing_mpp(entry, paths)
     given = read_given(entry)
-    how = dict(how_given(entry, slide, given[1]) if given else {"settings": _plain_settings(settings)})
-    # Which of several pictures of a file is meant, where that is stated.
-    how |= {name: value for name in ("scene", "z") if (value := getattr(entry, name)) is not None}
+    how = how_found(entry, slide, settings, given[1] if given else None)
     path = paths.tissue(entry.slide_id)
     data, own = stored_mask(path)
     if data is not None:
@@ -107,6 +105,17 @@ def make_mask(
     return SlideMask(mask, stage)
 
 
+def how_found(entry: SlideEntry, slide: Slide, settings: SegmentSettings, given_sha256: str | None) -> dict[str, Any]:
+    """What a mask depends on beside the slide's file: the settings, or the file that it is given in."""
+    how = dict(
+        how_given(entry, slide, given_sha256)
+        if given_sha256 is not None
+        else {"settings": {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}}
+    )
+    # Which of several pictures of a file is meant, where that is stated.
+    return how | {name: value for name in ("scene", "z") if (value := getattr(entry, name)) is not None}
+
+
 def _write_mask(path: Path, mask: TissueMask, slide: Slide, own: Mapping[str, Any]) -> None:
     """The mask as GeoJSON in QuPath's frame, with what the job says of it."""
     data = mask_to_geojson(mask, origin_l0=qupath_origin(slide.info.bounds_l0))
@@ -124,10 +133,6 @@ def slide_mask(entry: SlideEntry, slide: Slide, settings: SegmentSettings) -> Ti
         return given.mask
     overview = read_overview(slide, settings.mpp)
     return find_tissue(overview.rgb, overview.um_per_px, overview.scale_l0, settings)
-
-
-def _plain_settings(settings: SegmentSettings) -> dict[str, Any]:
-    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
 
 
 def stored_mask(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:

@@ -17,7 +17,7 @@ from wsi_pipe.bag import read_grids, read_level
 from wsi_pipe.errors import BagError, MaskError, MissingMppError, WsiPipeError
 from wsi_pipe.files import output_error
 from wsi_pipe.geometry import TileGrid
-from wsi_pipe.job.prepare import open_entry
+from wsi_pipe.job.opening import open_entry
 from wsi_pipe.overview import Overview, read_overview
 from wsi_pipe.slides.base import Slide
 from wsi_pipe.tissue import mask_from_geojson

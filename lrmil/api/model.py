@@ -1,0 +1,166 @@
+"""A trained model, asked about slides and bags."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrmil.api.given import PathLike
+from lrmil.checkpoint import ModelCard, read_card
+from lrmil.experiment import RunFigures
+from lrmil.experiment.slide_files import attention_of
+from lrmil.predictor import Predictor, SlidePrediction, find_encoder, predict_slides
+from wsi_pipe.api.grids import as_label
+from wsi_pipe.api.show import card, number
+from wsi_pipe.api.slide import Slide
+from wsi_pipe.config import JobSettings
+from wsi_pipe.errors import SlideError
+from wsi_pipe.job.record import load_settings, load_slides
+from wsi_pipe.manifest import SlideEntry, collect_slides
+
+__all__ = ["Model", "load"]
+
+BAG_SUFFIXES = (".h5", ".hdf5")
+SHOWN = ("auc", "balanced_accuracy", "accuracy")
+
+
+class Model:
+    """A trained model: asked about slides or bags. ``figures``: of its test cases, where it was trained just now."""
+
+    def __init__(self, path: PathLike, *, device: str = "auto", figures: RunFigures | None = None) -> None:
+        self.path = Path(path)
+        self.device = device
+        self.figures = figures
+        self.card: ModelCard = read_card(self.path)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The network, loaded when it is first asked."""
+        return Predictor.load(self.path, device=self.device)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Its classes, in the order of the logits."""
+        return self.card.classes
+
+    def predict(
+        self,
+        what: PathLike | Slide | Sequence[PathLike | Slide],
+        *,
+        encoder: str | None = None,
+        resolution: str | float | None = None,
+        job: PathLike | None = None,
+        settings: JobSettings | None = None,
+        reader: str | None = None,
+        top_tiles: int = 10,
+    ) -> SlidePrediction | list[SlidePrediction]:
+        """What the model says of a slide or a bag, or of several, in their order; bags end in .h5 or .hdf5.
+
+        A slide is read at the model's own resolution with the model's own encoder, and at no other. encoder: its name
+        or file, where the model does not say it or it lies elsewhere; of a bag that does not state it, too. resolution:
+        of such a bag. job: folder where masks and bags of slides go and are found again, by default one that is removed
+        afterwards. settings: of segmentation. reader: of slides.
+
+        Of one slide, what is wrong is raised: SlideError, ModelMismatchError for an encoder, resolution or weights that
+        are not the model's, StoreError. Of several, a slide that fails has status "failed" and the reason.
+        """
+        one = isinstance(what, (str, os.PathLike, Slide))
+        given: list[PathLike | Slide] = [what] if isinstance(what, (str, os.PathLike, Slide)) else list(what)
+        places = {i: Path(item) for i, item in enumerate(given) if not isinstance(item, Slide) and _is_bag(item)}
+        slides = [item for i, item in enumerate(given) if i not in places]
+        level = None if resolution is None else as_label(resolution)
+        found: dict[int, SlidePrediction] = {}
+        if one and places:
+            return self.predictor.predict_bag(places[0], level=level, encoder=encoder, top_tiles=top_tiles)
+        bags = self.predictor.predict_bags(places.values(), level=level, encoder=encoder, top_tiles=top_tiles)
+        found |= dict(zip(places, bags, strict=True))
+        if slides:
+            rest = [i for i in range(len(given)) if i not in places]
+            with _folder(job) as folder:
+                entries = _entries(slides, folder)
+                of_slides = {
+                    prediction.slide_id: prediction
+                    for prediction in predict_slides(
+                        self.predictor,
+                        entries,
+                        folder,
+                        encoder=find_encoder(self.card, self.path, encoder),
+                        base=settings or load_settings(folder) or JobSettings(),
+                        reader=reader,
+                        top_tiles=top_tiles,
+                    )
+                }
+            found |= {i: of_slides[entry.slide_id] for i, entry in zip(rest, entries, strict=True)}
+        if one:
+            (prediction,) = found.values()
+            if prediction.status == "failed":
+                raise SlideError(prediction.reason or f"{prediction.slide_id} failed", remedy=prediction.remedy)
+            return prediction
+        return [found[i] for i in range(len(given))]
+
+    def heatmap(self, prediction: SlidePrediction, slide: Slide | None = None) -> NDArray[np.uint8] | None:
+        """A slide's attention, as percentiles in colour, over its picture in grey, uint8 (H, W, 3).
+
+        slide: for the picture, by default that which the job of the bag keeps, else none. None for a model without an
+        attention per tile, and a slide without tiles.
+        """
+        overview = None if slide is None else slide.thumbnail(1024)
+        extent = None if slide is None else (float(slide.size[0]), float(slide.size[1]))
+        return attention_of(prediction, overview, extent)
+
+    def __repr__(self) -> str:
+        return f"<Model {self.card.model.name} of {', '.join(self.classes)}, {self.card.level or 'unstated level'}>"
+
+    def _repr_html_(self) -> str:
+        facts: list[tuple[str, object]] = [
+            ("file", self.path),
+            ("architecture", self.card.model.name),
+            ("classes", ", ".join(self.classes)),
+            ("features", f"{self.card.encoder or 'unnamed'} at {self.card.level or 'an unstated level'}"),
+            ("calibration", self.card.calibration),
+        ]
+        if self.figures is not None:
+            fold = self.figures.folds[0]
+            facts.append(("judged on", f"{fold.slides} slides of {fold.cases} cases, {self.figures.part}"))
+            for name in SHOWN:
+                value = fold.estimates[name]
+                text = value.reason or f"{number(value.value)} ({number(value.low)} to {number(value.high)})"
+                facts.append((name, text))
+        return card(f"lrmil model {self.card.model.name}", facts)
+
+
+def load(path: PathLike, *, device: str = "auto") -> Model:
+    """A model from its file, ``model.safetensors`` of a run. Raises ModelFileError when it is missing or broken."""
+    return Model(path, device=device)
+
+
+def _is_bag(what: PathLike) -> bool:
+    return str(os.fspath(what)).lower().endswith(BAG_SUFFIXES)
+
+
+@contextmanager
+def _folder(job: PathLike | None) -> Iterator[Path]:
+    """The job's folder, or one that is removed afterwards."""
+    if job is not None:
+        yield Path(job)
+        return
+    with tempfile.TemporaryDirectory(prefix="lrmil-predict-") as made:
+        yield Path(made)
+
+
+def _entries(slides: Sequence[PathLike | Slide], job: Path) -> list[SlideEntry]:
+    """The slides as a job lists them, in their order. Raises SlideError for a path that holds several."""
+    held = load_slides(job)
+    paths = [os.fspath(item) for item in slides if not isinstance(item, Slide)]
+    listed: Iterator[SlideEntry] = iter(collect_slides(paths, job=held) if paths else ())
+    entries = [item.source.entry if isinstance(item, Slide) else next(listed, None) for item in slides]
+    if next(listed, None) is not None or None in entries:
+        raise SlideError("a slide is given twice, or a folder or list among slides", remedy="give each slide once")
+    return [entry for entry in entries if entry is not None]

@@ -1,0 +1,212 @@
+"""A model trained on labelled bags, and figures of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lrmil.api.given import Labels, PathLike, label_file, train_settings
+from lrmil.api.model import Model
+from lrmil.config import TrainSettings
+from lrmil.errors import FiguresError
+from lrmil.experiment import (
+    RunFigures,
+    evaluate_model,
+    evaluate_run,
+    load_cohort,
+    open_teacher,
+    read_predictions,
+    train_folds,
+)
+from lrmil.experiment.cohort import open_features
+from lrmil.experiment.figures import PREDICTIONS_NAME
+from lrmil.experiment.folds import MODEL_NAME, SPLITS_NAME
+from lrmil.splits import SplitTable, make_splits, read_splits
+from lrmil.store.dtypes import StoreDtype
+from wsi_pipe.api.grids import as_label
+from wsi_pipe.errors import ConfigError
+
+__all__ = ["evaluate", "train"]
+
+Say = Callable[[str], object]
+
+
+def train(
+    bags: PathLike | Sequence[PathLike],
+    labels: Labels,
+    out: PathLike,
+    *,
+    resolution: str | float | None = None,
+    encoder: str | None = None,
+    splits: PathLike | SplitTable | None = None,
+    fold: str | int = 1,
+    folds: int = 5,
+    val_fraction: float = 0.2,
+    split_seed: int = 0,
+    by: str = "auto",
+    label_column: str | None = None,
+    teacher: PathLike | Model | None = None,
+    teacher_bags: PathLike | None = None,
+    teacher_resolution: str | float | None = None,
+    settings: TrainSettings | None = None,
+    model: str | None = None,
+    store: PathLike | None = None,
+    dtype: StoreDtype = "float16",
+    positive: str | None = None,
+    replicates: int = 2000,
+    allow_seen: bool = False,
+    allow_random: bool = False,
+    progress: Callable[[Mapping[str, float | None]], object] | None = None,
+    say: Say | None = None,
+    **values: Any,
+) -> Model:
+    """Train a model on one fold of labelled bags, calibrate it on validation cases, and look at the test cases once.
+
+    bags: a folder such as ``JOB/bags``, or bags. labels: a CSV; a mapping from slide ids to classes; or a pandas
+    DataFrame with the columns of such a CSV. out: folder of the run; called again with the same, training goes on, and
+    with another ``fold`` it adds that one. splits: a CSV or table of folds; by default ``folds`` folds are made.
+    teacher: a model, or the folder of a run on the same splits, to distil from. settings: a ``TrainSettings``; single
+    ones of them, of the model and of the loss by name: ``model="abmil"``, ``epochs=20``, ``hidden=128``, ``soft=0.5``.
+    The others: as of ``lrmil train``. progress: called with the figures of each epoch. say: told what is left out.
+
+    Raises LabelError, SplitError, StoreError, ConfigError for settings that do not fit together, LeakageError where
+    encoder or teacher saw cases that the model is judged by, RandomFeaturesError.
+    """
+    out = Path(out)
+    chosen = train_settings(settings, model, values, teacher is not None)
+    where: Any = Path(bags) if isinstance(bags, (str, os.PathLike)) else [Path(item) for item in bags]
+    features = open_features(
+        where,
+        level=None if resolution is None else as_label(resolution),
+        encoder=encoder,
+        store_dir=Path(store) if store is not None else out / "store",
+        dtype=dtype,
+        allow_random=allow_random,
+    )
+    cohort = load_cohort(features, label_file(labels, out), by=by, label_column=label_column)
+    if splits is None:
+        table = make_splits(cohort.table.case_labels(), folds, split_seed, val_fraction)
+        there = out / SPLITS_NAME
+        if there.is_file() and read_splits(there) != table:
+            raise ConfigError(f"{there} holds other folds", remedy=f"give splits={str(there)!r}, or another folder")
+    else:
+        table = splits if isinstance(splits, SplitTable) else read_splits(Path(splits))
+    for note in cohort.notes(table):
+        (say or _nobody)(note)
+    name = table.fold_name(fold)
+    source, hr_store = None, None
+    if teacher is not None:
+        source, hr_store = open_teacher(
+            teacher.path if isinstance(teacher, Model) else Path(teacher),
+            [name],
+            where,
+            parent_level=features.meta.level,
+            store_dir=out / "store-teacher",
+            level=None if teacher_resolution is None else as_label(teacher_resolution),
+            other_bags=None if teacher_bags is None else Path(teacher_bags),
+            dtype=dtype,
+            allow_random=allow_random,
+        )
+    train_folds(
+        cohort,
+        table,
+        [name],
+        chosen,
+        out,
+        teacher=source,
+        hr_store=hr_store,
+        progress=None if progress is None else lambda folder, row: progress(row),
+        allow_seen=allow_seen,
+        say=say,
+    )
+    figures = _figures(out / name, positive, replicates)
+    return Model(out / name / MODEL_NAME, device=chosen.device, figures=figures)
+
+
+def evaluate(
+    what: PathLike | Model,
+    bags: PathLike | Sequence[PathLike] | None = None,
+    labels: Labels = None,
+    out: PathLike | None = None,
+    *,
+    part: str = "test",
+    splits: PathLike | SplitTable | None = None,
+    fold: str | int | None = None,
+    resolution: str | float | None = None,
+    encoder: str | None = None,
+    label_column: str | None = None,
+    positive: str | None = None,
+    at_sensitivity: Sequence[float] = (),
+    replicates: int = 2000,
+    seed: int = 0,
+    allow_seen: bool = False,
+    say: Say | None = None,
+) -> RunFigures:
+    """Figures with 95 % intervals by case: of a run's predictions, or of a model on other labelled bags.
+
+    what: the folder of a run; or a model or its file, with bags, labels, and ``out`` for predictions and figures. part:
+    of a run, "test" or "val". splits, fold: of a model, only the test part of that fold. The others: as of ``lrmil
+    evaluate``. Raises FiguresError where nothing is to be judged, LeakageError where the model or the encoder has seen
+    cases that it would be judged by, ModelMismatchError.
+    """
+    if not isinstance(what, Model) and Path(what).is_dir():
+        if bags is not None or labels is not None:
+            raise ConfigError("bags or labels are given with a run", remedy="give a model, or the run alone")
+        return evaluate_run(
+            Path(what),
+            part=part,
+            positive=positive,
+            at_sensitivity=at_sensitivity,
+            replicates=replicates,
+            seed=seed,
+        )
+    if bags is None or labels is None or out is None:
+        raise ConfigError("a model is judged on labelled bags", remedy="give bags, labels and out")
+    if at_sensitivity:
+        raise ConfigError("at_sensitivity needs validation slides of the model's own run", remedy="give the run")
+    if (splits is None) != (fold is None):
+        raise ConfigError("splits and fold go together", remedy="give both, or neither")
+    judged = what if isinstance(what, Model) else Model(what)
+    folder = Path(out)
+    features = open_features(
+        Path(bags) if isinstance(bags, (str, os.PathLike)) else [Path(item) for item in bags],
+        level=as_label(resolution) if resolution is not None else judged.card.level or None,
+        encoder=encoder or judged.card.encoder or None,
+        store_dir=folder / "store",
+        weights_sha256=judged.card.weights_sha256,
+    )
+    cohort = load_cohort(features, label_file(labels, folder), label_column=label_column, classes=judged.card.classes)
+    table = None if splits is None else splits if isinstance(splits, SplitTable) else read_splits(Path(splits))
+    for note in cohort.notes(table):
+        (say or _nobody)(note)
+    name = "" if table is None or fold is None else table.fold_name(fold)
+    return evaluate_model(
+        judged.path,
+        cohort,
+        folder,
+        indices=None if table is None else cohort.fold(table, name).test,
+        splits=None if table is None else (table, name),
+        positive=positive,
+        allow_seen=allow_seen,
+        say=say,
+        device=judged.device,
+        replicates=replicates,
+        seed=seed,
+    )
+
+
+def _nobody(line: str) -> None:
+    """Tells nobody."""
+
+
+def _figures(folder: Path, positive: str | None, replicates: int) -> RunFigures | None:
+    """Of the test cases, else of the validation cases; None where the fold has neither."""
+    for part in ("test", "val"):
+        try:
+            read_predictions(folder / PREDICTIONS_NAME, part)
+        except FiguresError:
+            continue
+        return evaluate_run(folder, part=part, positive=positive, replicates=replicates)
+    return None
