@@ -15,14 +15,19 @@ __all__ = [
     "ATTENTION_MODELS",
     "MODELS",
     "MONITORS",
+    "POOLINGS",
+    "QUANTILES",
     "LossSettings",
     "ModelSettings",
     "TrainSettings",
     "load_settings",
 ]
 
-MODELS = ("mean", "max", "abmil", "gated-abmil", "clam-sb", "dsmil", "transmil")
+MODELS = ("linear", "mean", "max", "abmil", "gated-abmil", "clam-sb", "dsmil", "transmil")
 ATTENTION_MODELS = ("abmil", "gated-abmil", "clam-sb", "dsmil", "transmil")
+# What a linear model sees of a bag, and the quantiles of the last.
+POOLINGS = ("mean", "mean+spread", "quantiles")
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # Figures on the validation cases that early stopping can watch.
 MONITORS = (
     "loss",
@@ -50,7 +55,8 @@ class ModelSettings:
     before the projection. heads, landmarks: of TransMIL, whose attention is exact up to ``landmarks`` tokens and
     Nyström's above. auxiliary_weight: share of the model's own second loss (CLAM's instance clustering, DSMIL's
     max-pooling stream) in the cross-entropy term; None takes the publication's (0.3, 0.5), and the other models have no
-    second loss, so they take None only. cluster_k: tiles on each side that CLAM clusters.
+    second loss, so they take None only. cluster_k: tiles on each side that CLAM clusters. pooling: of a linear model,
+    one of ``POOLINGS``, or "auto", which training replaces by the best in inner cross-validation.
     """
 
     name: str = "gated-abmil"
@@ -64,10 +70,15 @@ class ModelSettings:
     landmarks: int = 256
     auxiliary_weight: float | None = None
     cluster_k: int = 8
+    pooling: str = "auto"
 
     def __post_init__(self) -> None:
         if self.name not in MODELS:
             raise ConfigError(f"no model is called {self.name!r}", remedy=f"known ones are {', '.join(MODELS)}")
+        if self.pooling not in ("auto", *POOLINGS):
+            raise ConfigError(
+                f"no pooling is called {self.pooling!r}", remedy=f"known ones are auto, {', '.join(POOLINGS)}"
+            )
         for name in ("in_dim", "hidden", "attention_dim", "heads", "landmarks", "cluster_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")

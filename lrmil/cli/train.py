@@ -21,7 +21,7 @@ from lrmil.cli.options import (
     print_notes,
     seen_option,
 )
-from lrmil.config import MODELS, MONITORS, LossSettings, TrainSettings, load_settings
+from lrmil.config import MODELS, MONITORS, POOLINGS, LossSettings, TrainSettings, load_settings
 from wsi_pipe.cli.options import RESOLUTION
 from wsi_pipe.errors import ConfigError
 
@@ -39,6 +39,7 @@ __all__ = ["train"]
 @click.option("--split-seed", type=int, default=0, show_default=True, help="Of made folds.")
 @click.option("--config", type=EXISTING, metavar="TOML", help="Settings, such as RUN/fold_1/config.toml.")
 @click.option("--model", "model_name", type=click.Choice(MODELS), help="Architecture.  [gated-abmil]")
+@click.option("--pooling", "model_pooling", type=click.Choice(["auto", *POOLINGS]), help="Of a linear model.  [auto]")
 @click.option("--hidden", "model_hidden", type=click.IntRange(1), help="Width of the projection.  [512]")
 @click.option("--dropout", "model_dropout", type=float, help="In the projection.  [0.25]")
 @click.option("--epochs", type=click.IntRange(1), help="At most.  [50]")

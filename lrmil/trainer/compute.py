@@ -16,7 +16,10 @@ from lrmil.errors import SettingsError
 from lrmil.model import MILModel
 from lrmil.store import FeatureStore, ResidentStore
 
-__all__ = ["bag_logits", "choose_device", "choose_precision", "deterministic", "place", "rounding"]
+__all__ = ["bag_logits", "choose_device", "choose_precision", "deterministic", "place", "rounding", "threads_for"]
+
+WORTH_THREADS = 2e8
+"""Operations in one step below which threads cost more than they save: they spin for longer than they compute."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -92,3 +95,20 @@ def deterministic(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def threads_for(operations: float) -> Iterator[None]:
+    """One thread for steps of few floating-point operations, in torch and in numpy; as it was before for others."""
+    if operations >= WORTH_THREADS:
+        yield
+        return
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1, user_api="blas"):
+            yield
+    finally:
+        torch.set_num_threads(before)
