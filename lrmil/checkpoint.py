@@ -41,8 +41,8 @@ class ModelCard:
     temperature, bias: probabilities are the softmax of logits / temperature + bias (no bias: none is added).
     calibration: where these two come from, in words. training: the settings, as they were asked for. choice: what was
     chosen inside the training cases, "said" in words, with the figures that it rests on. metrics: figures, NaN allowed;
-    fold: which one. features_sha256: content hash of the training store. teacher: name and hash of a student's teacher, for the
-    record only, since predicting needs no teacher. seen: cases and slides of training and validation, as marks.
+    fold: which one. features_sha256: content hash of the training store. teacher: name and hash of a student's teacher,
+    for the record only, since predicting needs no teacher. seen: cases and slides of training and validation, as marks.
     allowed: overlaps that a user has let pass, in words.
     """
 

@@ -86,11 +86,14 @@ def bag_logits(
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """Refuse operations that may differ between runs, if wanted; the setting before is restored."""
+    if not wanted:
+        # Setting what is set already would import torch's compiler, which takes seconds.
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        # cuBLAS sums in a fixed order only with a workspace of its own; it reads this when it is first used.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    # cuBLAS sums in a fixed order only with a workspace of its own; it reads this when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from lrmil.splits import FoldIndices
 from lrmil.store import FeatureStore, ResidentStore
 from lrmil.trainer.compute import bag_logits, choose_device, choose_precision, deterministic, place
 from lrmil.trainer.fitting import Fitted, fit_model
-from lrmil.trainer.loop import STATE_NAME, EpochFigures, Run
+from lrmil.trainer.loop import HISTORY_NAME, STATE_NAME, EpochFigures, Run, write_history
 from lrmil.trainer.optimise import class_weights
 from lrmil.trainer.state import STATE_KIND, check_state, run_fingerprint
 from lrmil.trainer.steps import Step, plain_step, student_step
@@ -220,7 +220,8 @@ def _train(
         weights = loss_weights.tolist()
         prior = tuple(-math.log(weight) for weight in weights)
         run = Run(resident, table, split, settings, precision, out, fingerprint, progress, prior)
-        fitted = fit_model(run, step, cases, loss_weights)
+        taught = teacher is not None and settings.loss.needs_teacher
+        fitted = fit_model(run, step, cases, loss_weights, taught=taught)
         predictions = _predict(fitted.model, run, cases)
     if say is not None and fitted.choice:
         say(str(fitted.choice["said"]))
@@ -231,6 +232,8 @@ def _train(
     if out is None:
         return result
     write_text_atomically(out / PREDICTIONS_NAME, predictions_csv(predictions, card))
+    if fitted.history:
+        write_history(out / HISTORY_NAME, fitted.history)
     save_model(out / MODEL_NAME, fitted.model, card)
     return replace(result, model_path=out / MODEL_NAME)
 
@@ -288,7 +291,7 @@ def _check_teacher(settings: TrainSettings, teacher: MILModel | None, hr_store: 
             "a linear model is fitted to labels alone and learns nothing from a teacher",
             remedy=f"choose one of {', '.join(ATTENTION_MODELS)}, or train it without a teacher",
         )
-    if settings.loss.soft > 0 and settings.model.name not in ATTENTION_MODELS:
+    if settings.loss.soft > 0 and settings.model.name not in ("auto", *ATTENTION_MODELS):
         raise SettingsError(
             f"a {settings.model.name} model has no attention to distil into",
             remedy=f"choose one of {', '.join(ATTENTION_MODELS)}, or set the soft weight to 0",
