@@ -50,6 +50,7 @@ SETTINGS = TrainSettings(
     precision="float32",
     standardise=False,  # done here, with the training folds alone
     device="cpu",
+    small_cohorts="off",  # one network, the epochs as given
 )
 
 

@@ -44,6 +44,7 @@ SETTINGS = TrainSettings(
     precision="float32",
     standardise=False,  # pixels, all of one scale
     device="cpu",
+    small_cohorts="off",  # one network, the epochs as given
 )
 
 

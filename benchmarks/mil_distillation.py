@@ -43,6 +43,7 @@ SETTINGS = TrainSettings(
     precision="float32",
     standardise=False,  # the generator makes features of one scale
     device="cpu",
+    small_cohorts="off",  # one network, the epochs as given
 )
 STUDENT = LossSettings(ce=1.0, bag=0.5, soft=1.0, hard=0.1, temperature=2.0, attention_temperature=1.0, instances=2)
 ALONE = LossSettings(ce=1.0, bag=0.0, soft=0.0, hard=0.0)

@@ -54,7 +54,7 @@ ENOUGH = 4
 PASS = 0.9
 """AUC under the turned rule from which a test counts as passed; below 0.5 a model has learned the wrong rule."""
 SETTINGS = TrainSettings(
-    model=ModelSettings(in_dim=DIM, hidden=64, attention_dim=32, dropout=0.1),
+    model=ModelSettings("gated-abmil", in_dim=DIM, hidden=64, attention_dim=32, dropout=0.1),
     epochs=25,
     learning_rate=2e-3,
     weight_decay=0.01,
@@ -64,6 +64,7 @@ SETTINGS = TrainSettings(
     precision="float32",
     standardise=False,  # the generator makes features of one scale
     device="cpu",
+    small_cohorts="off",  # one network, the epochs as given
 )
 # All may weigh a tile against the bag, and so they do; max pooling alone cannot see how often a concept occurs.
 EXPECTED_FAILURES = {(name, test) for name in MODELS for test in ("single-concept", "threshold", "false-frequency")}
@@ -167,7 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--models", nargs="+", default=[*MODELS, "monotone"])
+    parser.add_argument("--models", nargs="+", default=[*(m for m in MODELS if m != "linear"), "monotone"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()

@@ -18,7 +18,7 @@ from torch import Tensor
 from lrmil.config import ModelSettings
 from lrmil.errors import ModelFileError
 from lrmil.metrics import softmax
-from lrmil.model import MILModel, build_model
+from lrmil.model import MILModel, build_model, widest_weight
 from wsi_pipe.config import from_mapping, to_mapping
 from wsi_pipe.encoders.tensor_file import tensors_sha256, write_tensor_file
 from wsi_pipe.errors import ConfigError
@@ -39,9 +39,10 @@ class ModelCard:
     was trained on. weights: "random" where those features were made with random weights, so that nothing the model says
     means anything, else "". level, mpp, tile_px: of their tiles; empty or None where the bags stated nothing.
     temperature, bias: probabilities are the softmax of logits / temperature + bias (no bias: none is added).
-    calibration: where these two come from, in words. training: the settings; metrics: figures, NaN allowed; fold: which
-    one. features_sha256: content hash of the training store. teacher: name and hash of a student's teacher, for the
-    record only, since predicting needs no teacher. seen: cases and slides of training and validation, as marks.
+    calibration: where these two come from, in words. training: the settings, as they were asked for. choice: what was
+    chosen inside the training cases, "said" in words, with the figures that it rests on. metrics: figures, NaN allowed;
+    fold: which one. features_sha256: content hash of the training store. teacher: name and hash of a student's teacher,
+    for the record only, since predicting needs no teacher. seen: cases and slides of training and validation, as marks.
     allowed: overlaps that a user has let pass, in words.
     """
 
@@ -56,6 +57,7 @@ class ModelCard:
     bias: tuple[float, ...] = ()
     calibration: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
+    choice: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     fold: str | None = None
     features_sha256: str = ""
@@ -124,11 +126,14 @@ def load_model(path: Path) -> tuple[MILModel, ModelCard]:
     """
     tensors, values = read_tensors(path, MODEL_KIND)
     card = _card(path, values)
-    projection = tensors.get("projection.weight", torch.empty(0)).shape
-    if projection != (card.model.hidden, card.model.in_dim):
+    try:
+        name, wanted_shape = widest_weight(card.model)
+    except ConfigError as error:
+        raise ModelFileError(f"{path}: its card is wrong: {error.message}", remedy=_REMEDY) from error
+    found_shape = tuple(tensors.get(name, torch.empty(0)).shape)
+    if found_shape != wanted_shape:
         # Before anything is allocated, however large the header claims the model to be.
-        shapes = f"{tuple(projection)} instead of {(card.model.hidden, card.model.in_dim)}"
-        raise ModelFileError(f"{path}: projection.weight has the shape {shapes}", remedy=_REMEDY)
+        raise ModelFileError(f"{path}: {name} has the shape {found_shape} instead of {wanted_shape}", remedy=_REMEDY)
     with torch.random.fork_rng(devices=[]):
         module = build_model(card.model)
     wanted = module.state_dict()

@@ -13,16 +13,30 @@ from wsi_pipe.errors import ConfigError
 
 __all__ = [
     "ATTENTION_MODELS",
+    "AUTO_ATTENTION",
+    "CHOICES",
     "MODELS",
     "MONITORS",
+    "POOLINGS",
+    "QUANTILES",
+    "SMALL_MODELS",
     "LossSettings",
     "ModelSettings",
     "TrainSettings",
     "load_settings",
 ]
 
-MODELS = ("mean", "max", "abmil", "gated-abmil", "clam-sb", "dsmil", "transmil")
+MODELS = ("linear", "mean", "max", "abmil", "gated-abmil", "clam-sb", "dsmil", "transmil")
+# Which a training can be asked for: one of these, or "auto", which chooses.
+CHOICES = ("auto", *MODELS)
+# What "auto" takes where attention is wanted, and what is trained in another way on small cohorts.
+AUTO_ATTENTION = "gated-abmil"
+SMALL_MODELS = ("abmil", "gated-abmil")
 ATTENTION_MODELS = ("abmil", "gated-abmil", "clam-sb", "dsmil", "transmil")
+# What a linear model sees of a bag, and the quantiles of the last.
+POOLINGS = ("mean", "mean+spread", "quantiles")
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+MOST_MEMBERS = 100
 # Figures on the validation cases that early stopping can watch.
 MONITORS = (
     "loss",
@@ -44,16 +58,20 @@ MONITORS = (
 class ModelSettings:
     """The architecture of a MIL model; enough to build it again.
 
-    name: one of ``MODELS``. in_dim: features per tile. classes: number of classes. hidden: width of the projection that
+    name: one of ``MODELS``, or "auto", which training replaces by what inner cross-validation prefers.
+    in_dim: features per tile. classes: number of classes. hidden: width of the projection that
     all models begin with, and of the bag's representation. attention_dim: width of the attention branch (ABMIL, CLAM)
     or of the queries (DSMIL). dropout: in the projection and the attention branch. input_dropout: of single features
     before the projection. heads, landmarks: of TransMIL, whose attention is exact up to ``landmarks`` tokens and
     Nyström's above. auxiliary_weight: share of the model's own second loss (CLAM's instance clustering, DSMIL's
     max-pooling stream) in the cross-entropy term; None takes the publication's (0.3, 0.5), and the other models have no
-    second loss, so they take None only. cluster_k: tiles on each side that CLAM clusters.
+    second loss, so they take None only. cluster_k: tiles on each side that CLAM clusters. pooling: of a linear model,
+    one of ``POOLINGS``, or "auto", which training replaces by the best in inner cross-validation.
+    members: networks whose logits are averaged, trained with other random numbers. linear_share: of a linear model in
+    these logits.
     """
 
-    name: str = "gated-abmil"
+    name: str = "auto"
     in_dim: int = 1024
     classes: int = 2
     hidden: int = 512
@@ -64,10 +82,25 @@ class ModelSettings:
     landmarks: int = 256
     auxiliary_weight: float | None = None
     cluster_k: int = 8
+    pooling: str = "auto"
+    members: int = 1
+    linear_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in MODELS:
-            raise ConfigError(f"no model is called {self.name!r}", remedy=f"known ones are {', '.join(MODELS)}")
+        if self.name not in CHOICES:
+            raise ConfigError(f"no model is called {self.name!r}", remedy=f"known ones are {', '.join(CHOICES)}")
+        if not 1 <= self.members <= MOST_MEMBERS:
+            raise ConfigError(f"members {self.members} must lie between 1 and {MOST_MEMBERS}")
+        if not 0 <= self.linear_share < 1:
+            raise ConfigError(f"linear_share {self.linear_share} must be at least 0 and below 1")
+        if self.name == "linear" and (self.members > 1 or self.linear_share > 0):
+            raise ConfigError(
+                "a linear model is one, and linear all of it", remedy="leave out members and linear_share"
+            )
+        if self.pooling not in ("auto", *POOLINGS):
+            raise ConfigError(
+                f"no pooling is called {self.pooling!r}", remedy=f"known ones are auto, {', '.join(POOLINGS)}"
+            )
         for name in ("in_dim", "hidden", "attention_dim", "heads", "landmarks", "cluster_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
@@ -138,7 +171,8 @@ class TrainSettings:
     are kept either way where there are validation cases. min_epochs: not stopped earlier. standardise: features by
     their mean and deviation over the training tiles, which the model keeps. deterministic: refuse
     operations that may differ between runs on a GPU. save_every: epochs between saved states, 0 for none.
-    device: "auto", "cpu", "cuda", "cuda:1". tensorboard: event files in the run's folder.
+    device: "auto", "cpu", "cuda", "cuda:1". tensorboard: event files in the run's folder. small_cohorts: "auto" trains
+    ``SMALL_MODELS`` on few cases as ``lrmil.trainer.small`` says, "off" as on many.
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -163,6 +197,7 @@ class TrainSettings:
     save_every: int = 1
     device: str = "auto"
     tensorboard: bool = False
+    small_cohorts: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "token_budget", "max_bags"):
@@ -180,6 +215,7 @@ class TrainSettings:
             ("precision", ("auto", "float32", "bfloat16")),
             ("class_weights", ("balanced", "none")),
             ("monitor", MONITORS),
+            ("small_cohorts", ("auto", "off")),
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} {getattr(self, name)!r} must be one of {', '.join(known)}")

@@ -222,6 +222,8 @@ def test_what_lrmil_writes_of_an_anonymised_job_names_nobody_either(
     labels.write_text("\n".join(["slide_id,label", *rows]))
     out = tmp_path / "out"
     train = ["train", "--bags", job / "bags", "--labels", labels, "-r", "20x", "-e", "texture", "--epochs", "1"]
+    # An attention model, so that all kinds of files are written.
+    train += ["--model", "gated-abmil"]
     assert run_group(lrmil, "lrmil", [*map(str, train), "--folds", "2", "-o", str(out)]) == 0
     model = next(out.glob("fold_1/model.safetensors"))
     predict = [

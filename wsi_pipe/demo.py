@@ -77,7 +77,10 @@ def demo_steps(folder: Path) -> list[DemoStep]:
         DemoStep(
             "Train the teacher: a classifier of the 20x tiles.",
             "lrmil",
-            ("train", "--bags", bags, "--labels", labels, "-r", "20x", "--encoder", "texture", *fold, "-o", teacher),
+            (
+                *("train", "--bags", bags, "--labels", labels, "-r", "20x", "--encoder", "texture"),
+                *("--model", "gated-abmil", *fold, "-o", teacher),
+            ),
         ),
         DemoStep(
             "Distil an encoder that gives, from 5x tiles alone, what the 20x encoder says of them.",

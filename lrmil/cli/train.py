@@ -21,7 +21,7 @@ from lrmil.cli.options import (
     print_notes,
     seen_option,
 )
-from lrmil.config import MODELS, MONITORS, LossSettings, TrainSettings, load_settings
+from lrmil.config import CHOICES, MONITORS, POOLINGS, LossSettings, TrainSettings, load_settings
 from wsi_pipe.cli import messages
 from wsi_pipe.cli.options import RESOLUTION, changes_option_of
 from wsi_pipe.errors import ConfigError
@@ -41,7 +41,13 @@ __all__ = ["train"]
 @click.option("--split-seed", type=int, default=0, show_default=True, help="Of made folds.")
 @click.option("--config", type=EXISTING, metavar="TOML", help="Settings, such as RUN/fold_1/config.toml.")
 @changes_option_of("model.landmarks=128")
-@click.option("--model", "model_name", type=click.Choice(MODELS), help="Architecture.  [gated-abmil]")
+@click.option(
+    "--model",
+    "model_name",
+    type=click.Choice(CHOICES),
+    help="Architecture.  [auto: the best inside the training cases]",
+)
+@click.option("--pooling", "model_pooling", type=click.Choice(["auto", *POOLINGS]), help="Of a linear model.  [auto]")
 @click.option("--hidden", "model_hidden", type=click.IntRange(1), help="Width of the projection.  [512]")
 @click.option("--dropout", "model_dropout", type=float, help="In the projection.  [0.25]")
 @click.option("--epochs", type=click.IntRange(1), help="At most.  [50]")
@@ -53,6 +59,11 @@ __all__ = ["train"]
 @click.option("--monitor", type=click.Choice(MONITORS), help="Validation figure that chooses the epoch.  [loss]")
 @click.option("--patience", type=click.IntRange(0), help="Epochs without improvement, 0 for no early end.  [10]")
 @click.option("--standardise/--no-standardise", default=None, help="Each feature, over the training tiles.  [on]")
+@click.option(
+    "--small-cohorts",
+    type=click.Choice(["auto", "off"]),
+    help="Few cases: small networks, averaged, stopped by inner folds.  [auto]",
+)
 @click.option("--token-budget", type=click.IntRange(1), help="Tiles a step.  [16384]")
 @click.option("--max-bags", type=click.IntRange(1), help="Bags a step.  [8]")
 @click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, help="Of weights and order; repeatable.  [0]")

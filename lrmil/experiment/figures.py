@@ -286,6 +286,9 @@ def _monitor(folder: Path, history: Sequence[Mapping[str, float | None]]) -> tup
     """The monitored figure and the epoch that it chose."""
     from lrmil.config import load_settings
 
+    inner = [(value, row["epoch"]) for row in history if (value := row.get("inner_loss")) is not None]
+    if inner:
+        return "loss", int(min(inner)[1] or 0)
     monitor = load_settings(folder / "config.toml").monitor if (folder / "config.toml").is_file() else "loss"
     values = [row.get(f"val_{monitor}") for row in history]
     defined = [(v, i) for i, v in enumerate(values, start=1) if v is not None]

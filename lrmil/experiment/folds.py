@@ -149,6 +149,10 @@ def train_folds(
                 if progress is not None:
                     progress(folder, row)
 
+            def tell(text: str, folder: str = folder) -> None:
+                if say is not None:
+                    say(f"{folder}: {text}")
+
             results[folder] = train(
                 resident,
                 cohort.table,
@@ -161,6 +165,7 @@ def train_folds(
                 progress=report,
                 allowed=allowed[name],
                 teacher_saw=saw,
+                say=tell,
             )
     return results
 

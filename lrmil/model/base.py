@@ -55,22 +55,25 @@ class MILModel(nn.Module, ABC):
     Subclasses add their pooling. All parts begin with the same projection and the instance head sits on its result, so
     a loss on single tiles trains what the bag branch sees. The projection sees features standardised by ``input_mean``
     and ``input_scale`` (in_dim,), which ``standardise`` sets and the model's file keeps; they are 0 and 1 in a new one.
+    A model that is not ``projected`` has neither projection nor instance head, and pools the features themselves.
     """
 
     input_mean: Tensor
     input_scale: Tensor
 
-    def __init__(self, settings: ModelSettings, bag_width: int | None = None) -> None:
+    def __init__(self, settings: ModelSettings, bag_width: int | None = None, *, projected: bool = True) -> None:
         super().__init__()
         self.settings = settings
         self.input_dropout = Dropout(settings.input_dropout)
         self.register_buffer("input_mean", torch.zeros(settings.in_dim))
         self.register_buffer("input_scale", torch.ones(settings.in_dim))
-        self.projection = nn.Linear(settings.in_dim, settings.hidden)
+        if projected:
+            self.projection = nn.Linear(settings.in_dim, settings.hidden)
         self.dropout = Dropout(settings.dropout)
         self.classifier = nn.Linear(bag_width or settings.hidden, settings.classes)
-        # Always there, so that a model with the instance loss switched off starts from the same random numbers.
-        self.instance_head = nn.Linear(settings.hidden, 2)
+        if projected:
+            # Always there, so that a model with the instance loss switched off starts from the same random numbers.
+            self.instance_head = nn.Linear(settings.hidden, 2)
 
     def forward(self, features: Tensor, offsets: Tensor) -> MILOutput:
         """Classify packed bags: features (T, D) of any float type, offsets (B + 1,) int64 -> ``MILOutput``.

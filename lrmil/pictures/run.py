@@ -109,7 +109,7 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, float | None]], best_
 
     names = [name for name in history[0] if name.startswith("train_")] if history else []
     with canvas(path, (8.0, 3.6), columns=2) as (left, right):
-        for i, name in enumerate([*names, "val_loss"]):
+        for i, name in enumerate([*names, "inner_loss", "val_loss"]):
             if any(name in row for row in history):
                 left.plot(
                     epochs, series(name), label=name.replace("_", " "), color=COLOURS[i % len(COLOURS)], marker="."

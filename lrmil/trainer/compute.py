@@ -16,7 +16,10 @@ from lrmil.errors import SettingsError
 from lrmil.model import MILModel
 from lrmil.store import FeatureStore, ResidentStore
 
-__all__ = ["bag_logits", "choose_device", "choose_precision", "deterministic", "place", "rounding"]
+__all__ = ["bag_logits", "choose_device", "choose_precision", "deterministic", "place", "rounding", "threads_for"]
+
+WORTH_THREADS = 2e8
+"""Operations in one step below which threads cost more than they save: they spin for longer than they compute."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -83,12 +86,32 @@ def bag_logits(
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """Refuse operations that may differ between runs, if wanted; the setting before is restored."""
+    if not wanted:
+        # Setting what is set already would import torch's compiler, which takes seconds.
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        # cuBLAS sums in a fixed order only with a workspace of its own; it reads this when it is first used.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    # cuBLAS sums in a fixed order only with a workspace of its own; it reads this when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def threads_for(operations: float) -> Iterator[None]:
+    """One thread for steps of few floating-point operations, in torch and in numpy; as it was before for others."""
+    if operations >= WORTH_THREADS:
+        yield
+        return
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1, user_api="blas"):
+            yield
+    finally:
+        torch.set_num_threads(before)

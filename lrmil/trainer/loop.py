@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +25,16 @@ from lrmil.model import MILModel
 from lrmil.splits import FoldIndices
 from lrmil.store import ResidentStore
 from lrmil.trainer.compute import bag_logits, rounding
-from lrmil.trainer.optimise import learning_rate, make_optimizer, set_learning_rate
+from lrmil.trainer.optimise import AdamW, learning_rate, make_optimizer, set_learning_rate
 from lrmil.trainer.state import Progress, load_state, save_state
 from lrmil.trainer.steps import Step
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import write_text_atomically
 
-__all__ = ["STATE_NAME", "Run", "fit"]
+__all__ = ["HISTORY_NAME", "STATE_NAME", "Run", "fit", "write_history"]
 
 STATE_NAME = "state.safetensors"
+HISTORY_NAME = "metrics.csv"
 EpochFigures = Mapping[str, float | None]
 
 
@@ -80,7 +81,7 @@ def fit(model: MILModel, step: Step, run: Run) -> Progress:
             _keep_best(model, progress, row, run)
             progress.finished = epoch >= settings.epochs or _is_stale(progress, settings)
             if run.out_dir is not None:
-                _write_history(run.out_dir / "metrics.csv", progress.history)
+                write_history(run.out_dir / HISTORY_NAME, progress.history)
                 if settings.save_every and (epoch % settings.save_every == 0 or progress.finished):
                     assert state is not None
                     save_state(state, model, optimizer, progress, run.fingerprint, device)
@@ -95,9 +96,7 @@ def fit(model: MILModel, step: Step, run: Run) -> Progress:
     return progress
 
 
-def _train_epoch(
-    model: MILModel, step: Step, optimizer: torch.optim.Optimizer, run: Run, epoch: int
-) -> dict[str, float | None]:
+def _train_epoch(model: MILModel, step: Step, optimizer: AdamW, run: Run, epoch: int) -> dict[str, float | None]:
     settings, store, train = run.settings, run.store, run.split.train
     model.train()
     # The order is a function of seed and epoch alone, so resuming needs no state of a shuffler.
@@ -158,7 +157,8 @@ def _is_stale(progress: Progress, settings: TrainSettings) -> bool:
     return bool(settings.patience) and waited >= settings.patience and progress.epoch >= settings.min_epochs
 
 
-def _write_history(path: Path, history: list[dict[str, float | None]]) -> None:
+def write_history(path: Path, history: Sequence[EpochFigures]) -> None:
+    """Write the figures of every epoch as CSV. Raises OutputError when it cannot be written."""
     out = io.StringIO()
     # A run that an earlier version began may lack figures in its first epochs.
     names = list(dict.fromkeys(name for row in history for name in row))

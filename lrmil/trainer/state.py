@@ -20,6 +20,7 @@ from lrmil.config import TrainSettings
 from lrmil.errors import ModelFileError, ResumeError
 from lrmil.model import MILModel
 from lrmil.splits import FoldIndices
+from lrmil.trainer.optimise import AdamW
 from wsi_pipe.config import fingerprint, to_mapping
 
 __all__ = ["STATE_KIND", "Progress", "check_state", "load_state", "run_fingerprint", "save_state"]
@@ -50,7 +51,7 @@ def run_fingerprint(
 
 
 def save_state(
-    path: Path, model: MILModel, optimizer: torch.optim.Optimizer, progress: Progress, run: str, device: torch.device
+    path: Path, model: MILModel, optimizer: AdamW, progress: Progress, run: str, device: torch.device
 ) -> None:
     """Write the state so that ``path`` holds all of it or the one before."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
@@ -73,9 +74,7 @@ def save_state(
     write_tensors(path, tensors, STATE_KIND, header)
 
 
-def load_state(
-    path: Path, model: MILModel, optimizer: torch.optim.Optimizer, run: str, device: torch.device
-) -> Progress:
+def load_state(path: Path, model: MILModel, optimizer: AdamW, run: str, device: torch.device) -> Progress:
     """Put a state back into model, optimizer and random generators, and say where the run stands.
 
     Raises ResumeError when the state is of another run (settings, split, labels, features, teacher) or kind of device,
@@ -122,7 +121,7 @@ def check_state(path: Path, run: str, device: torch.device) -> tuple[dict[str, T
     return tensors, header
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _parameters(optimizer: AdamW) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 

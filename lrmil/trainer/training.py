@@ -24,11 +24,12 @@ from lrmil.data import LabelTable
 from lrmil.errors import ModelFileError, ResumeError, SettingsError, SplitError, TrainingError
 from lrmil.leaks import seen_of
 from lrmil.metrics import calibrate, figures
-from lrmil.model import MILModel, build_model
+from lrmil.model import MILModel
 from lrmil.splits import FoldIndices
 from lrmil.store import FeatureStore, ResidentStore
 from lrmil.trainer.compute import bag_logits, choose_device, choose_precision, deterministic, place
-from lrmil.trainer.loop import STATE_NAME, EpochFigures, Run, fit
+from lrmil.trainer.fitting import Fitted, fit_model
+from lrmil.trainer.loop import HISTORY_NAME, STATE_NAME, EpochFigures, Run, write_history
 from lrmil.trainer.optimise import class_weights
 from lrmil.trainer.state import STATE_KIND, check_state, run_fingerprint
 from lrmil.trainer.steps import Step, plain_step, student_step
@@ -90,6 +91,7 @@ def train(
     progress: Callable[[EpochFigures], object] | None = None,
     allowed: Sequence[str] = (),
     teacher_saw: Seen = NOBODY,
+    say: Callable[[str], object] | None = None,
 ) -> TrainResult:
     """Train a model on one fold, calibrate it on the validation bags, and then look at the test bags once.
 
@@ -100,7 +102,7 @@ def train(
     ``settings.loss`` weighs; the teacher is frozen. classes: names, by default those of the LabelTable. fold: for the
     record. progress: called with the figures of each epoch.
     allowed: overlaps of seen and judged cases that were let pass. teacher_saw: the record of the teacher's file, which
-    the student's takes over.
+    the student's takes over. say: told what was chosen inside the training cases, in words.
 
     Without validation bags the last epoch is kept, and only the weights of the classes are corrected for. The caller's
     random state and the models given are left as they are, apart from moving the teacher to the device.
@@ -133,6 +135,7 @@ def train(
         return _train(
             settings, split, table, cases, names, resident, precision, out, fingerprint, hashes,
             teacher=teacher, hr_store=hr_store, fold=fold, progress=progress, allowed=allowed, teacher_saw=teacher_saw,
+            say=say,
         )  # fmt: skip
 
 
@@ -205,31 +208,33 @@ def _train(
     progress: Callable[[EpochFigures], object] | None,
     allowed: Sequence[str],
     teacher_saw: Seen,
+    say: Callable[[str], object] | None,
 ) -> TrainResult:
     device = resident.device
     devices = [device] if device.type == "cuda" else []
     with deterministic(settings.deterministic), torch.random.fork_rng(devices):
         torch.manual_seed(settings.seed)
-        model = build_model(settings.model).to(device)
-        if settings.standardise:
-            model.standardise(*resident.moments(split.train))
         balanced = settings.class_weights == "balanced"
         loss_weights = class_weights(table, split.train, names, balanced=balanced)
         step = _step(settings, split, loss_weights.to(resident.device), resident, teacher, hr_store)
         weights = loss_weights.tolist()
         prior = tuple(-math.log(weight) for weight in weights)
         run = Run(resident, table, split, settings, precision, out, fingerprint, progress, prior)
-        state = fit(model, step, run)
-        model.eval()
-        predictions = _predict(model, run, cases)
+        taught = teacher is not None and settings.loss.needs_teacher
+        fitted = fit_model(run, step, cases, loss_weights, taught=taught)
+        predictions = _predict(fitted.model, run, cases)
+    if say is not None and fitted.choice:
+        say(str(fitted.choice["said"]))
     seen = seen_of(resident.store.records, cases, {"train": split.train, "val": split.val}) | teacher_saw
-    card = _card(settings, names, resident.store, predictions, fold, hashes, teacher, weights)
+    card = _card(settings, fitted, names, resident.store, predictions, fold, hashes, teacher, weights)
     card = replace(card, seen=seen, allowed=tuple(allowed))
-    result = TrainResult(model, card, tuple(state.history), state.best_epoch, predictions)
+    result = TrainResult(fitted.model, card, fitted.history, fitted.best_epoch, predictions)
     if out is None:
         return result
     write_text_atomically(out / PREDICTIONS_NAME, predictions_csv(predictions, card))
-    save_model(out / MODEL_NAME, model, card)
+    if fitted.history:
+        write_history(out / HISTORY_NAME, fitted.history)
+    save_model(out / MODEL_NAME, fitted.model, card)
     return replace(result, model_path=out / MODEL_NAME)
 
 
@@ -281,7 +286,12 @@ def _check_teacher(settings: TrainSettings, teacher: MILModel | None, hr_store: 
             f"the teacher has {teacher.settings.classes} classes, the labels {settings.model.classes}",
             remedy="train the teacher on the same labels",
         )
-    if settings.loss.soft > 0 and settings.model.name not in ATTENTION_MODELS:
+    if settings.model.name == "linear":
+        raise SettingsError(
+            "a linear model is fitted to labels alone and learns nothing from a teacher",
+            remedy=f"choose one of {', '.join(ATTENTION_MODELS)}, or train it without a teacher",
+        )
+    if settings.loss.soft > 0 and settings.model.name not in ("auto", *ATTENTION_MODELS):
         raise SettingsError(
             f"a {settings.model.name} model has no attention to distil into",
             remedy=f"choose one of {', '.join(ATTENTION_MODELS)}, or set the soft weight to 0",
@@ -330,6 +340,7 @@ def _predict(model: MILModel, run: Run, cases: Sequence[str]) -> tuple[Predictio
 
 def _card(
     settings: TrainSettings,
+    fitted: Fitted,
     names: tuple[str, ...],
     store: FeatureStore,
     predictions: Sequence[Prediction],
@@ -354,7 +365,7 @@ def _card(
             metrics |= {f"{part}_{name}": value for name, value in found.items()}
     meta = store.meta
     return ModelCard(
-        settings.model,
+        fitted.model.settings,
         names,
         encoder=meta.encoder,
         weights_sha256=meta.weights_sha256,
@@ -366,6 +377,7 @@ def _card(
         bias=calibration.bias,
         calibration=f"{calibration.method}: {calibration.note}" if calibration.note else calibration.method,
         training=to_mapping(settings),
+        choice=fitted.choice,
         metrics=metrics,
         fold=fold,
         features_sha256=hashes.get("features", ""),

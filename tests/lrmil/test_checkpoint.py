@@ -18,7 +18,9 @@ from lrmil.errors import ModelFileError
 from lrmil.model import build_model
 from wsi_pipe.errors import ConfigError, OutputError
 
-SETTINGS = ModelSettings(name="gated-abmil", in_dim=12, classes=2, hidden=8, attention_dim=4, heads=4)
+SETTINGS = ModelSettings(
+    name="gated-abmil", in_dim=12, classes=2, hidden=8, attention_dim=4, heads=4, pooling="quantiles"
+)
 CARD = ModelCard(
     SETTINGS,
     ("benign", "tumour"),

@@ -25,7 +25,22 @@ from wsi_pipe.cli import run_group
 from wsi_pipe.errors import in_words
 
 MakeBag = Callable[..., Path]
-SMALL = ["--epochs", "3", "--hidden", "16", "--replicates", "50", "--learning-rate", "0.01", "--device", "cpu"]
+SMALL = [
+    "--model",
+    "gated-abmil",
+    "--small-cohorts",
+    "off",
+    "--epochs",
+    "3",
+    "--hidden",
+    "16",
+    "--replicates",
+    "50",
+    "--learning-rate",
+    "0.01",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="session")
@@ -323,7 +338,7 @@ def test_features_of_random_weights_are_refused(
 def test_a_failed_prediction_leaves_no_empty_folder(
     make_slide: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ModelSettings(in_dim=8, classes=2, hidden=8, attention_dim=4)
+    settings = ModelSettings("gated-abmil", in_dim=8, classes=2, hidden=8, attention_dim=4)
     card = ModelCard(settings, ("a", "b"), encoder=str(tmp_path / "lost.safetensors"), mpp=2.0, tile_px=256)
     save_model(tmp_path / "model.safetensors", build_model(settings), card)
     slide = make_slide(tmp_path / "s.svs")

@@ -311,7 +311,7 @@ def test_bags_with_features_but_without_layers_say_how_to_get_them(cohort: Path,
 
 
 def mil_teacher(path: Path, fold: str, dim: int, seen: tuple[str, ...] = ("somebody",)) -> Path:
-    settings = ModelSettings(in_dim=dim, hidden=8, attention_dim=4)
+    settings = ModelSettings("gated-abmil", in_dim=dim, hidden=8, attention_dim=4)
     torch.manual_seed(0)
     card = ModelCard(
         model=settings,

@@ -28,7 +28,13 @@ from wsi_pipe.encoders.tensor_file import write_tensor_file
 from wsi_pipe.errors import NotOursError, OutputError
 
 SETTINGS = TrainSettings(
-    model=ModelSettings(hidden=8, attention_dim=4), epochs=2, max_bags=4, patience=0, precision="float32", device="cpu"
+    model=ModelSettings(name="gated-abmil", hidden=8, attention_dim=4),
+    epochs=2,
+    max_bags=4,
+    patience=0,
+    precision="float32",
+    device="cpu",
+    small_cohorts="off",
 )
 SPLIT = FoldIndices(np.arange(0, 8), np.arange(8, 12), np.arange(12, 16))
 LABELS = np.arange(16) % 2

@@ -32,14 +32,17 @@ from lrmil.trainer import (
 from lrmil.trainer.optimise import class_weights, learning_rate, make_optimizer
 
 DIM = 10
+# The linear model is fitted, not trained, and has tests of its own.
+TRAINED = tuple(name for name in MODELS if name != "linear")
 SETTINGS = TrainSettings(
-    model=ModelSettings(hidden=16, attention_dim=8, heads=4, dropout=0.25),
+    model=ModelSettings(name="gated-abmil", hidden=16, attention_dim=8, heads=4, dropout=0.25),
     epochs=6,
     learning_rate=3e-3,
     max_bags=4,
     patience=0,
     precision="float32",
     device="cpu",
+    small_cohorts="off",  # the loop of large cohorts, on few bags
 )
 SPLIT = FoldIndices(np.arange(0, 30), np.arange(30, 40), np.arange(40, 50))
 
@@ -68,7 +71,7 @@ def same_weights(a: MILModel, b: MILModel) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_model_learns_a_plain_task(name: str) -> None:
     settings = replace(SETTINGS, model=replace(SETTINGS.model, name=name), epochs=25)
     result = run(settings)
@@ -87,7 +90,7 @@ def scaled(factor: float, shift: float) -> tuple[FeatureStore, FeatureStore]:
     return tuple(FeatureStore.from_arrays(a, ids, meta=STORE.meta, dtype="float32") for a in (moved, plain))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_model_does_not_mind_the_units_of_its_features(name: str) -> None:
     settings = replace(SETTINGS, model=replace(SETTINGS.model, name=name, input_dropout=0.2), epochs=3)
     moved, plain = scaled(100.0, 5.0)

@@ -1,0 +1,190 @@
+"""Fitting the linear model: logistic regression with an L2 penalty, everything chosen inside the training cases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lrmil.config import POOLINGS, ModelSettings
+from lrmil.data import plan_batches
+from lrmil.model.linear import LinearModel
+from lrmil.store import ResidentStore
+from lrmil.trainer.inner import inner_folds
+
+__all__ = ["LinearFit", "bag_summaries", "fit_linear", "logistic_path"]
+
+Array = NDArray[np.float64]
+ROWS_AT_ONCE = 4096
+PENALTIES = (1.0, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+"""Of the mean loss, for features that are scaled so that a bag's have a mean square of 1 together."""
+UNCHOSEN_PENALTY, UNCHOSEN_POOLING = 1e-2, "mean"
+"""Where there are too few cases to choose by cross-validation."""
+CLEARLY_BETTER = 0.5
+"""Standard errors by which more numbers a bag must beat fewer, so that chance alone does not choose them."""
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """A fitted linear model.
+
+    held_out: logits (N, C) of the training bags from inner folds that left their case out, at the pooling and penalty
+    chosen; None where there are too few cases for folds. losses: the mean inner loss of the best penalty by pooling.
+    """
+
+    model: LinearModel
+    penalty: float
+    held_out: Array | None
+    losses: Mapping[str, float]
+
+    @property
+    def said(self) -> str:
+        """What was chosen and why, in words."""
+        chosen = f"linear, {self.model.settings.pooling} of the tiles, penalty {self.penalty:g}"
+        if self.held_out is None:
+            return f"{chosen}: not chosen, since a class has fewer than two training cases that inner folds could use"
+        found = ", ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
+        return f"{chosen} (loss of training cases left out in turn: {found})"
+
+
+def fit_linear(
+    store: ResidentStore,
+    train: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    cases: Sequence[str],
+    settings: ModelSettings,
+    class_weights: Array,
+    *,
+    standardise: bool = True,
+    seed: int = 0,
+) -> LinearFit:
+    """Fit a linear model to the bags ``train``; labels and cases are those of these bags.
+
+    class_weights: (C,), of the loss. The penalty is that of the least loss of bags whose case was left out, over at
+    most five folds of cases; the pooling, where the settings leave it open, is the simplest that no other beats by
+    ``CLEARLY_BETTER`` standard errors. seed: of the folds.
+    """
+    classes = settings.classes
+    mean, std = store.moments(train)
+    poolings = POOLINGS if settings.pooling == "auto" else (settings.pooling,)
+    folds = inner_folds(labels, cases, classes, seed=seed)
+    if folds is None and settings.pooling == "auto":
+        poolings = (UNCHOSEN_POOLING,)
+    weights = class_weights[labels]
+    values: dict[str, Array] = {}
+    chosen: dict[str, tuple[float, Array | None, float]] = {}
+    for pooling in poolings:
+        values[pooling] = bag_summaries(store, train, pooling, mean.cpu().numpy(), std.cpu().numpy(), standardise)
+        chosen[pooling] = _choose_penalty(_rotated(values[pooling])[0], labels, weights, classes, folds)
+    best = _simplest({name: found[1] for name, found in chosen.items()}, labels, weights)
+    penalty, held_out, _ = chosen[best]
+    reduced, back, centre = _rotated(values[best])
+    path = PENALTIES[: PENALTIES.index(penalty) + 1]
+    weight, bias = list(logistic_path(reduced, labels, weights, classes, path))[-1]
+    weight = weight @ back
+    module = LinearModel(replace(settings, pooling=best))
+    if standardise:
+        module.standardise(mean.cpu(), std.cpu())
+    module.set_weights(torch.from_numpy(weight), torch.from_numpy(bias - weight @ centre))
+    return LinearFit(module, penalty, held_out, {name: found[2] for name, found in chosen.items()})
+
+
+def bag_summaries(
+    store: ResidentStore, indices: NDArray[np.int64], pooling: str, mean: Array, std: Array, standardise: bool
+) -> Array:
+    """What ``LinearModel`` sees of bags, float64 (N, W), some bags at a time so that memory does not grow with them."""
+    dim = store.dim
+    module = LinearModel(ModelSettings(name="linear", in_dim=dim, pooling=pooling)).double()
+    if standardise:
+        module.standardise(torch.from_numpy(np.asarray(mean)), torch.from_numpy(np.asarray(std)))
+    plan = plan_batches(store.lengths, indices, token_budget=ROWS_AT_ONCE, shuffle_seed=None)
+    parts = (store.gather(chosen) for chosen in plan)
+    return np.concatenate([module.pool(p.features.cpu().double(), p.offsets.cpu()).bag.numpy() for p in parts])
+
+
+def _rotated(values: Array) -> tuple[Array, Array, Array]:
+    """Values (N, W) as coordinates (N, R) in the directions in which the bags differ, R < N; (R, W) back; (W,) centre.
+
+    Each value is divided by its deviation over the bags, so that the penalty treats all alike. The penalty does not
+    mind a rotation, so few bags of many features are fitted as if they had no more features than bags. No label is
+    looked at, so this is done once for all inner folds.
+    """
+    centre, spread = values.mean(axis=0), values.std(axis=0)
+    # What differs only by rounding says nothing.
+    constant = spread <= 1e-6 * np.maximum(np.abs(values).max(axis=0), 1e-30)
+    scale = np.where(constant, 0.0, 1 / np.where(constant, 1.0, spread)) / np.sqrt(max(int((~constant).sum()), 1))
+    left, size, right = np.linalg.svd((values - centre) * scale, full_matrices=False)
+    kept = size > 1e-7 * max(float(size.max(initial=0.0)), 1e-30)
+    return left[:, kept] * size[kept], right[kept] * scale, centre
+
+
+def _simplest(held_out: Mapping[str, Array | None], labels: NDArray[np.int64], weights: Array) -> str:
+    """The first of the poolings, which come from simple to rich, whose loss none of the others clearly beats."""
+    rows = {name: log_losses(z, labels) * weights / weights.mean() for name, z in held_out.items() if z is not None}
+    if not rows:
+        return next(iter(held_out))
+    best = min(rows, key=lambda name: float(rows[name].mean()))
+    for name, losses in rows.items():
+        worse = losses - rows[best]
+        if worse.mean() <= CLEARLY_BETTER * worse.std(ddof=1) / np.sqrt(len(worse)):
+            return name
+    return best
+
+
+def _choose_penalty(
+    values: Array, labels: NDArray[np.int64], weights: Array, classes: int, folds: NDArray[np.int64] | None
+) -> tuple[float, Array | None, float]:
+    """The penalty of the least held-out loss, the held-out logits (N, C) at it, and that loss."""
+    if folds is None:
+        return UNCHOSEN_PENALTY, None, float("nan")
+    held_out = np.empty((len(PENALTIES), len(labels), classes))
+    for fold in range(int(folds.max()) + 1):
+        out = folds == fold
+        fits = logistic_path(values[~out], labels[~out], weights[~out], classes, PENALTIES)
+        for i, (weight, bias) in enumerate(fits):
+            held_out[i, out] = values[out] @ weight.T + bias
+    losses = [float(np.average(log_losses(logits, labels), weights=weights)) for logits in held_out]
+    best = int(np.argmin(losses))
+    return PENALTIES[best], held_out[best], losses[best]
+
+
+def log_losses(logits: Array, labels: NDArray[np.int64]) -> Array:
+    """Negative log-likelihood of each row, (N,)."""
+    peak = logits.max(axis=1)
+    total = np.log(np.exp(logits - peak[:, None]).sum(axis=1)) + peak
+    return np.asarray(total - logits[np.arange(len(labels)), labels])
+
+
+def logistic_path(
+    values: Array, labels: NDArray[np.int64], weights: Array, classes: int, penalties: Sequence[float]
+) -> list[tuple[Array, Array]]:
+    """Multinomial logistic regression for each of falling penalties: weights (C, R) and biases (C,).
+
+    Minimises the weighted mean of the negative log-likelihood + penalty / 2 * |weights|^2; the biases are free. Each
+    begins where the one before ended.
+    """
+    from scipy.optimize import minimize
+
+    width = values.shape[1]
+    truth = np.eye(classes)[labels]
+    share = (weights / weights.sum())[:, None]
+
+    def loss(flat: Array, penalty: float) -> tuple[float, Array]:
+        weight, bias = flat[: classes * width].reshape(classes, width), flat[classes * width :]
+        z = values @ weight.T + bias
+        z -= z.max(axis=1, keepdims=True)
+        e = np.exp(z)
+        total = e.sum(axis=1, keepdims=True)
+        value = float((share * truth * (np.log(total) - z)).sum() + penalty / 2 * (weight * weight).sum())
+        off = share * (e / total - truth)
+        return value, np.concatenate([(off.T @ values + penalty * weight).ravel(), off.sum(axis=0)])
+
+    at = np.zeros(classes * (width + 1))
+    found = []
+    for penalty in penalties:
+        at = minimize(loss, at, (penalty,), jac=True, method="L-BFGS-B", options={"maxiter": 300, "gtol": 1e-6}).x
+        found.append((at[: classes * width].reshape(classes, width).copy(), at[classes * width :].copy()))
+    return found
