@@ -37,6 +37,7 @@ __all__ = ["train"]
 @click.option("--folds", "count", type=click.IntRange(1), default=5, show_default=True, help="How many to make.")
 @click.option("--val-fraction", type=float, default=0.2, show_default=True, help="Of made folds.")
 @click.option("--split-seed", type=int, default=0, show_default=True, help="Of made folds.")
+@click.option("--site-column", metavar="NAME", help="Column of the labels that holds the site.  [site, hospital, ...]")
 @click.option("--config", type=EXISTING, metavar="TOML", help="Settings, such as RUN/fold_1/config.toml.")
 @click.option("--model", "model_name", type=click.Choice(MODELS), help="Architecture.  [gated-abmil]")
 @click.option("--hidden", "model_hidden", type=click.IntRange(1), help="Width of the projection.  [512]")
@@ -99,7 +100,13 @@ def train(**values: Any) -> int:
         allow_random=values["allow_random"],
         progress=pack_progress(),
     )
-    cohort = load_cohort(store, values["labels"], by=values["by"], label_column=values["label_column"])
+    cohort = load_cohort(
+        store,
+        values["labels"],
+        by=values["by"],
+        label_column=values["label_column"],
+        site_column=values["site_column"],
+    )
     if values["splits"]:
         splits = read_splits(values["splits"])
     else:

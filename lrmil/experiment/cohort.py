@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from lrmil.data import LabelTable, load_labels
 from lrmil.errors import RandomFeaturesError
+from lrmil.sites import Confounding, Sites, confounding, read_sites
 from lrmil.splits import FoldIndices, SplitTable
 from lrmil.store import FeatureStore, find_bags, inspect_bag, pack_bags
 from lrmil.store.dtypes import StoreDtype
@@ -20,10 +21,11 @@ __all__ = ["Cohort", "load_cohort", "open_features"]
 
 @dataclass(frozen=True)
 class Cohort:
-    """A store and the labels of its bags."""
+    """A store, the labels of its bags, and the sites of their cases as far as they are known."""
 
     store: FeatureStore
     table: LabelTable
+    sites: Sites = field(default_factory=Sites)
 
     def fold(self, splits: SplitTable, name: str) -> FoldIndices:
         """A fold's usable bags: labelled, and with tiles. Raises SplitError or LeakageError as SplitTable does."""
@@ -35,8 +37,13 @@ class Cohort:
         )
         return FoldIndices(*kept)
 
+    def confounding(self, splits: SplitTable | None = None) -> Confounding | None:
+        """How labels and sites hang together; None where no site is known."""
+        return confounding(self.table.case_labels(), self.sites, splits)
+
     def notes(self, splits: SplitTable | None = None) -> list[str]:
-        """One line for each kind of slide that is left out, with all names, and one where no cases are known."""
+        """One line for each kind of slide that is left out, with all names, one where no cases are known, and what
+        labels and sites have to do with each other."""
         notes = [f"left out: {note}" for note in self.table.notes()]
         if splits is not None:
             usable = self.table.usable.tolist()
@@ -46,7 +53,10 @@ class Cohort:
                 notes.append(f"left out: {len(stray)} not in the splits: {', '.join(stray)}")
         if self.table.case_ids == self.store.slide_ids:
             notes.append("no case ids are known: every slide counts as a case of its own")
-        return notes
+        if self.sites.torn:
+            notes.append(f"without a site, since they are given two: {', '.join(self.sites.torn)}")
+        told = self.confounding(splits)
+        return [*notes, *(told.notes() if told else [])]
 
 
 def open_features(
@@ -102,8 +112,11 @@ def load_cohort(
     by: str = "auto",
     label_column: str | None = None,
     classes: Sequence[str] | None = None,
+    site_column: str | None = None,
 ) -> Cohort:
-    """Join a label CSV to a store. Raises LabelError as ``load_labels`` does."""
+    """Join a label CSV to a store. site_column: that says where cases come from, see ``lrmil.sites.read_sites``.
+
+    Raises LabelError as ``load_labels`` and ``read_sites`` do."""
     reasons = {record.slide_id: record.empty_reason or "no tiles" for record in store.records}
     # Bags without a case of their own are given their slide's name by the store, so the table may override them.
     table = load_labels(
@@ -116,4 +129,4 @@ def load_cohort(
         classes=classes,
         empty_reasons=reasons,
     )
-    return Cohort(store, table)
+    return Cohort(store, table, read_sites(labels, store.slide_ids, table.case_ids, column=site_column))

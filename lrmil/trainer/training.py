@@ -90,6 +90,7 @@ def train(
     progress: Callable[[EpochFigures], object] | None = None,
     allowed: Sequence[str] = (),
     teacher_saw: Seen = NOBODY,
+    sites: Mapping[str, object] | None = None,
 ) -> TrainResult:
     """Train a model on one fold, calibrate it on the validation bags, and then look at the test bags once.
 
@@ -100,7 +101,7 @@ def train(
     ``settings.loss`` weighs; the teacher is frozen. classes: names, by default those of the LabelTable. fold: for the
     record. progress: called with the figures of each epoch.
     allowed: overlaps of seen and judged cases that were let pass. teacher_saw: the record of the teacher's file, which
-    the student's takes over.
+    the student's takes over. sites: how labels and sites hang together, for the record.
 
     Without validation bags the last epoch is kept, and only the weights of the classes are corrected for. The caller's
     random state and the models given are left as they are, apart from moving the teacher to the device.
@@ -133,6 +134,7 @@ def train(
         return _train(
             settings, split, table, cases, names, resident, precision, out, fingerprint, hashes,
             teacher=teacher, hr_store=hr_store, fold=fold, progress=progress, allowed=allowed, teacher_saw=teacher_saw,
+            sites=sites or {},
         )  # fmt: skip
 
 
@@ -205,6 +207,7 @@ def _train(
     progress: Callable[[EpochFigures], object] | None,
     allowed: Sequence[str],
     teacher_saw: Seen,
+    sites: Mapping[str, object],
 ) -> TrainResult:
     device = resident.device
     devices = [device] if device.type == "cuda" else []
@@ -224,7 +227,7 @@ def _train(
         predictions = _predict(model, run, cases)
     seen = seen_of(resident.store.records, cases, {"train": split.train, "val": split.val}) | teacher_saw
     card = _card(settings, names, resident.store, predictions, fold, hashes, teacher, weights)
-    card = replace(card, seen=seen, allowed=tuple(allowed))
+    card = replace(card, seen=seen, allowed=tuple(allowed), sites=sites)
     result = TrainResult(model, card, tuple(state.history), state.best_epoch, predictions)
     if out is None:
         return result
