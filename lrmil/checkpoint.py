@@ -43,7 +43,8 @@ class ModelCard:
     chosen inside the training cases, "said" in words, with the figures that it rests on. metrics: figures, NaN allowed;
     fold: which one. features_sha256: content hash of the training store. teacher: name and hash of a student's teacher,
     for the record only, since predicting needs no teacher. seen: cases and slides of training and validation, as marks.
-    allowed: overlaps that a user has let pass, in words.
+    allowed: overlaps that a user has let pass, in words. sites: how labels and sites of the cohort hang together, see
+    ``lrmil.sites.Confounding``.
     """
 
     model: ModelSettings
@@ -67,6 +68,7 @@ class ModelCard:
     lrmil_version: str = ""
     created_utc: str = ""
     weights: str = ""
+    sites: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.classes) != self.model.classes:

@@ -22,7 +22,14 @@ __all__ = ["distill"]
 @click.command()
 @click.option("--bags", type=EXISTING, required=True, metavar="DIR", help="Bags with both resolutions.")
 @click.option("--slides", type=EXISTING, metavar="CSV", help="Where the slides lie, if not where the bags say.")
-@click.option("--teacher", required=True, metavar="NAME", help="Encoder of the HR tiles; any of wsi-pipe encoders.")
+@click.option(
+    "--teacher",
+    "teachers",
+    required=True,
+    multiple=True,
+    metavar="NAME",
+    help="Encoder of the HR tiles; any of wsi-pipe encoders. Several are learned from at once.",
+)
 @click.option(
     "--student", default="copy", show_default=True, metavar="NAME", help="copy (of the teacher), or another network."
 )
@@ -143,7 +150,8 @@ def distill(**values: Any) -> int:
         )
     request = DistillRequest(
         bags=values["bags"],
-        teacher=values["teacher"],
+        teacher=values["teachers"][0],
+        more_teachers=values["teachers"][1:],
         student=values["student"],
         lr=level_label(resolutions[1]),
         hr=level_label(resolutions[0]),

@@ -9,6 +9,7 @@ import click
 
 from lrmil.cli.options import EXISTING, PATH, bag_options, level_of, pack_progress
 from wsi_pipe.cli.display import print_table
+from wsi_pipe.errors import ConfigError
 
 __all__ = ["pack", "split"]
 
@@ -21,6 +22,16 @@ __all__ = ["pack", "split"]
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the folds.")
 @click.option("--val-fraction", type=float, default=0.2, show_default=True, help="Of a fold's cases that do not test.")
 @click.option("--test-fraction", type=float, help="With --folds 1 only.  [0.2]")
+@click.option(
+    "--by",
+    type=click.Choice(["case", "site"]),
+    default="case",
+    show_default=True,
+    help="What is never in two parts: a case, or a hospital with all its cases.",
+)
+@click.option(
+    "--site-column", metavar="NAME", help="Column that holds the site.  [site, hospital, ..., or TCGA barcodes]"
+)
 def split(
     labels: Path,
     label_column: str | None,
@@ -29,25 +40,46 @@ def split(
     seed: int,
     val_fraction: float,
     test_fraction: float | None,
+    by: str,
+    site_column: str | None,
 ) -> None:
     """Divide the cases of a label table into stratified folds; a case is never in two parts.
 
-    Each case tests in one fold. The CSV has a row a case and columns fold_1 to fold_k with train, val and test.
+    Each case tests in one fold. The CSV has a row a case and columns fold_1 to fold_k with train, val and test. With
+    --by site all cases of a hospital stand in one part, so that each fold tests on hospitals that it never saw.
     """
     from lrmil.data import read_case_labels
+    from lrmil.site_splits import make_site_splits, missing_classes
+    from lrmil.sites import read_case_sites
     from lrmil.splits import PARTS, make_splits
 
+    if site_column and by != "site":
+        raise ConfigError("--site-column is given, but cases are divided", remedy="add --by site")
     cases = read_case_labels(labels, label_column=label_column)
-    table = make_splits(cases, folds, seed, val_fraction, test_fraction)
+    notes: list[str] = []
+    if by == "site":
+        sites = read_case_sites(labels, column=site_column)
+        table = make_site_splits(cases, sites.of_case, folds, seed, val_fraction, test_fraction)
+        notes = [f"note: {line}" for line in missing_classes(table, cases)]
+    else:
+        table = make_splits(cases, folds, seed, val_fraction, test_fraction)
     table.write(out)
     classes = sorted(set(cases.values()))
     rows = []
     for name, parts in table.folds.items():
         for part in PARTS:
             found = Counter(cases[case] for case, p in zip(table.ids, parts, strict=True) if p == part)
-            rows.append([name, part, *(str(found[c]) for c in classes)])
-    print_table({"fold": "left", "part": "left"} | dict.fromkeys(classes, "right"), rows)
-    click.echo(f"{len(table.ids)} cases in {folds} fold(s), seed {seed}: {out}")
+            row = [name, part, *(str(found[c]) for c in classes)]
+            if by == "site":
+                there = {sites.of_case[case] for case, p in zip(table.ids, parts, strict=True) if p == part}
+                row.append(str(len(there)))
+            rows.append(row)
+    columns = {"fold": "left", "part": "left"} | dict.fromkeys(classes, "right")
+    print_table(columns | ({"sites": "right"} if by == "site" else {}), rows)
+    for note in notes:
+        click.echo(note, err=True)
+    of_sites = f" of {len(set(sites.of_case.values()))} sites ({sites.source})" if by == "site" else ""
+    click.echo(f"{len(table.ids)} cases{of_sites} in {folds} fold(s), seed {seed}: {out}")
 
 
 @click.command()

@@ -39,6 +39,7 @@ __all__ = ["train"]
 @click.option("--folds", "count", type=click.IntRange(1), default=5, show_default=True, help="How many to make.")
 @click.option("--val-fraction", type=float, default=0.2, show_default=True, help="Of made folds.")
 @click.option("--split-seed", type=int, default=0, show_default=True, help="Of made folds.")
+@click.option("--site-column", metavar="NAME", help="Column of the labels that holds the site.  [site, hospital, ...]")
 @click.option("--config", type=EXISTING, metavar="TOML", help="Settings, such as RUN/fold_1/config.toml.")
 @changes_option_of("model.landmarks=128")
 @click.option(
@@ -125,6 +126,7 @@ def train(**values: Any) -> int:
         by=values["by"],
         label_column=values["label_column"],
         slide_table=values["slide_table"],
+        site_column=values["site_column"],
     )
     if values["splits"]:
         splits = read_splits(values["splits"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from lrmil.distill.ahead import run_ahead
 from lrmil.distill.children import turn
 from lrmil.distill.pixels import PixelBatch, PixelSource
-from lrmil.distill.targets import TargetStats
+from lrmil.distill.targets import Lesson, TargetStats
 
 __all__ = ["Feed", "ReadyBatch", "TargetBatch"]
 
@@ -33,15 +33,22 @@ class TargetBatch(NamedTuple):
 
 
 class ReadyBatch(NamedTuple):
-    """source: which tiles these are. pixels: uint8 (B, S, S, 3). Tensors lie on the device."""
+    """source: which tiles these are. pixels: uint8 (B, S, S, 3). targets: of the first teacher; more: of the others.
+    Tensors lie on the device."""
 
     source: PixelBatch
     pixels: Tensor
     targets: TargetBatch
+    more: tuple[TargetBatch, ...] = ()
+
+    def of(self, teacher: int) -> ReadyBatch:
+        """With the targets of one teacher, counted from 0."""
+        return self._replace(targets=(self.targets, *self.more)[teacher], more=())
 
 
 class _Gathered(NamedTuple):
-    """A batch in memory, pinned where a GPU follows. values: layers and then final, as stored, not scaled yet."""
+    """A batch in memory, pinned where a GPU follows. values: layers and then final, as stored, not scaled yet, teacher
+    after teacher."""
 
     source: PixelBatch
     pixels: Tensor
@@ -60,27 +67,40 @@ class _Scale(NamedTuple):
 class Feed:
     """The batches of a source with their targets.
 
+    stats, name: of the source's slides with their first teacher; more: lessons of other teachers on the same slides.
     device: where they go. ahead: how many are made ahead in a thread, by default what suits the device; the batches are
     the same whatever it is. What is still on its way from pinned memory when a batch is handed out arrives before the
     device comes to work on it.
     """
 
     def __init__(
-        self, source: PixelSource, stats: TargetStats, device: torch.device, *, ahead: int | None = None
+        self,
+        source: PixelSource,
+        stats: TargetStats,
+        device: torch.device,
+        *,
+        ahead: int | None = None,
+        more: Sequence[Lesson] = (),
+        name: str = "",
     ) -> None:
-        self.source, self.stats, self.device = source, stats, device
+        self.source, self.device = source, device
         self.slides = source.slides
+        self.lessons = (Lesson(name, self.slides, stats), *more)
         self.ahead = (CUDA_AHEAD if device.type == "cuda" else 0) if ahead is None else ahead
         k = self.slides[0].children.k
         # Places of a child map after each of the eight symmetries.
         self._turned = np.stack([turn(np.arange(k * k), k, symmetry) for symmetry in range(8)])
-        layers = range(len(stats.layer_mean))
-        self._stored: list[Sequence[NDArray[np.floating[Any]]]] = [
-            *([slide.layers[i] for slide in self.slides] for i in layers),
-            [slide.final for slide in self.slides],
-        ]
-        means, stds = [*stats.layer_mean, stats.final_mean], [*stats.layer_std, stats.final_std]
-        self._scales = [_scale(mean, std, device) for mean, std in zip(means, stds, strict=True)]
+        self._stored: list[Sequence[NDArray[np.floating[Any]]]] = []
+        self._scales: list[_Scale | None] = []
+        for lesson in self.lessons:
+            own = lesson.stats
+            layers = range(len(own.layer_mean))
+            self._stored += [[slide.layers[i] for slide in lesson.slides] for i in layers]
+            self._stored.append([slide.final for slide in lesson.slides])
+            means, stds = [*own.layer_mean, own.final_mean], [*own.layer_std, own.final_std]
+            self._scales += [_scale(mean, std, device) for mean, std in zip(means, stds, strict=True)]
+        # A teacher without blocks has its final features as the only layer: they are gathered once.
+        self._first = [_first_of(self._stored, i) for i in range(len(self._stored))]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -113,9 +133,8 @@ class Feed:
         mask = children >= 0
         values: list[Tensor] = []
         for i, stored in enumerate(self._stored):
-            if i and all(one is other for one, other in zip(stored, self._stored[0], strict=True)):
-                # A teacher without blocks has its final features as the only layer.
-                values.append(values[0])
+            if self._first[i] < i:
+                values.append(values[self._first[i]])
                 continue
             dtype = np.result_type(*{stored[number].dtype for number, _ in parts})
             out = np.zeros((*shape, stored[parts[0][0]].shape[1]), dtype)
@@ -143,11 +162,20 @@ class Feed:
         for values, scale in zip(batch.values, self._scales, strict=True):
             full = self._move(values).float()
             found.append(full if scale is None else ((full - scale.mean) / scale.std).masked_fill_(absent, 0.0))
-        targets = TargetBatch(found[:-1], found[-1], mask, self._move(batch.weights))
-        return ReadyBatch(batch.source, self._move(batch.pixels), targets)
+        weights, own = self._move(batch.weights), iter(found)
+        targets = [
+            TargetBatch([next(own) for _ in lesson.stats.layer_mean], next(own), mask, weights)
+            for lesson in self.lessons
+        ]
+        return ReadyBatch(batch.source, self._move(batch.pixels), targets[0], tuple(targets[1:]))
 
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=self.device.type == "cuda")
+
+
+def _first_of(stored: Sequence[Sequence[NDArray[np.floating[Any]]]], number: int) -> int:
+    """The first kind of target that is the same arrays as that of a ``number``."""
+    return next(i for i, kind in enumerate(stored) if all(a is b for a, b in zip(kind, stored[number], strict=True)))
 
 
 def _scale(mean: NDArray[np.float32], std: NDArray[np.float32], device: torch.device) -> _Scale | None:

@@ -9,8 +9,9 @@ from typing import cast
 import torch
 
 from lrmil.distill.request import COPY, DistillRequest
-from lrmil.distill.student import Student, relative_blocks
+from lrmil.distill.student import Head, Student, relative_blocks
 from lrmil.distill.targets import DistillSlide
+from lrmil.distill.teachers import Teacher
 from lrmil.errors import SettingsError
 from wsi_pipe.encoders import load_encoder
 from wsi_pipe.encoders.architectures import PooledNetwork
@@ -23,10 +24,14 @@ __all__ = ["fresh_student"]
 
 
 def fresh_student(
-    request: DistillRequest, teacher: Encoder, slide: DistillSlide, layers: Sequence[int], depth: int
+    request: DistillRequest, teachers: Sequence[Teacher], slides: Sequence[DistillSlide]
 ) -> tuple[Student, Recipe, str]:
-    """A fresh student, the recipe to export it by, and the licence of its weights."""
+    """A fresh student, the recipe to export it by, and the licence of its weights.
+
+    slides: one of each teacher, which shows the widths of its targets.
+    """
     side = request.student_px
+    teacher, slide = teachers[0].encoder, slides[0]
     if request.student == COPY:
         if not isinstance(teacher, TorchEncoder):
             raise SettingsError(
@@ -43,20 +48,29 @@ def fresh_student(
         # The network interpolates its position embeddings to another input than it was built for.
         recipe = dataclasses.replace(recipe, args={**recipe.args, "dynamic_img_size": True})
     network: PooledNetwork = encoder.network
-    # A ConvNet has no blocks to match the teacher's with: its last map learns every layer.
-    blocks = relative_blocks(layers, depth, network.depth) if layers and network.depth else []
+    first, *others = (
+        Head(_blocks(one, network), [layer.shape[1] for layer in own.layers], own.final.shape[1])
+        for one, own in zip(teachers, slides, strict=True)
+    )
     torch.manual_seed(request.settings.seed)
     pixels = recipe.preprocessing.input_px or slide.lr.spec.size_px
     student = Student(
         network,
-        blocks=blocks,
-        layer_dims=[layer.shape[1] for layer in slide.layers],
-        final_dim=slide.final.shape[1],
+        blocks=first.blocks,
+        layer_dims=first.layer_dims,
+        final_dim=first.final_dim,
         k=slide.children.k,
         side_px=pixels,
+        more=others,
     )
-    licence = f"{teacher.info.licence} (distilled from {teacher.info.name})"
+    infos = [one.encoder.info for one in teachers]
+    licence = " and ".join(f"{info.licence} (distilled from {info.name})" for info in infos)
     return student, recipe, licence
+
+
+def _blocks(teacher: Teacher, network: PooledNetwork) -> list[int]:
+    """The student's blocks for a teacher's. A ConvNet has none to match them with: its last map learns every layer."""
+    return relative_blocks(teacher.layers, teacher.depth, network.depth) if teacher.layers and network.depth else []
 
 
 def _load_student(request: DistillRequest, side: int) -> Encoder:

@@ -20,13 +20,14 @@ class DistillRequest:
     """What to distil.
 
     bags: folder of bags with both levels. slides: slide id -> file, where a bag's own path no longer holds. cases:
-    slide id -> case, where the bags do not know it. teacher, student: encoder names; "copy" for the student. splits,
-    fold: the student sees the fold's training cases alone; without splits it sees every slide, or those of
-    ``only_cases``, and no labels are needed. mil_teacher: model file whose attention weighs the children, or None for
-    equal weights. out: the LR encoder to write. compute: run the teacher now rather than read its features and layers
-    from the bags; into targets_dir, which folds may share, by default one beside ``out``. random_teacher,
-    random_student: weights drawn anew instead of loaded. student_px: side that tiles are resized to for the student,
-    None for its own (a timm ViT: the tiles' own).
+    slide id -> case, where the bags do not know it. teacher, student: encoder names; "copy" for the student.
+    more_teachers: others that the student learns from at the same time, each through projections of its own, with the
+    same weight as ``teacher``. splits, fold: the student sees the fold's training cases alone; without splits it sees
+    every slide, or those of ``only_cases``, and no labels are needed. mil_teacher: model file whose attention weighs
+    the children, or None for equal weights. out: the LR encoder to write. compute: run the teachers now rather than
+    read their features and layers from the bags; into targets_dir, which folds may share, by default one beside
+    ``out``. random_teacher, random_student: weights drawn anew instead of loaded. student_px: side that tiles are
+    resized to for the student, None for its own (a timm ViT: the tiles' own).
     """
 
     bags: Path
@@ -47,3 +48,9 @@ class DistillRequest:
     random_teacher: bool = False
     random_student: bool = False
     student_px: int | None = None
+    more_teachers: tuple[str, ...] = ()
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """All teachers, the first of them the one that a student copies."""
+        return (self.teacher, *self.more_teachers)

@@ -14,27 +14,24 @@ from typing import Any
 
 import torch
 
-from lrmil.checkpoint import load_model, read_card
+from lrmil.distill.attention import Attention, open_attention
 from lrmil.distill.evaluate import Agreement, linear_baseline, mean_baseline
-from lrmil.distill.lessons import taught_slides, teacher_layers, weighted
+from lrmil.distill.lessons import taught_slides
 from lrmil.distill.pupil import fresh_student
 from lrmil.distill.request import DistillRequest
-from lrmil.distill.selection import select
+from lrmil.distill.selection import Selection, select
 from lrmil.distill.settings import DistillSettings
 from lrmil.distill.shelf import Shelf
 from lrmil.distill.student import Student
-from lrmil.distill.targets import (
-    DistillSlide,
-    TargetStats,
-    target_stats,
-)
+from lrmil.distill.targets import DistillSlide, Lesson, TargetStats, target_stats
+from lrmil.distill.teachers import Teacher, load_teachers
 from lrmil.distill.train import DistillHistory, distill
+from lrmil.distill.validation import named
 from wsi_pipe.config import fingerprint, to_mapping
-from wsi_pipe.encoders import load_encoder
-from wsi_pipe.encoders.base import Encoder
 from wsi_pipe.encoders.lr_file import write_lr_encoder
 from wsi_pipe.encoders.random_id import RANDOM
 from wsi_pipe.files import write_text_atomically
+from wsi_pipe.seen import Seen
 
 __all__ = ["DistillResult", "run_distillation"]
 
@@ -42,7 +39,10 @@ __all__ = ["DistillResult", "run_distillation"]
 @dataclass(frozen=True)
 class DistillResult:
     """The written file, the history, figures of the best epoch on the inner validation cases, and what a linear map
-    from undistilled LR features (baseline) and the mean HR feature (mean) reach there."""
+    from undistilled LR features (baseline) and the mean HR feature (mean) reach there.
+
+    Figures of several teachers begin with their names.
+    """
 
     path: Path
     history: DistillHistory
@@ -65,26 +65,21 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
     settings = request.settings
     device = _device(settings.device)
     selection = select(request)
-    teacher = load_encoder(request.teacher, device=str(device), precision="auto", random_weights=request.random_teacher)
-    layers, depth = teacher_layers(teacher, settings)
+    teachers = load_teachers(request, str(device))
+    attention = open_attention(request, selection, teachers)
     with closing(Shelf(request.out.parent, settings.targets_mib << 20)) as shelf:
-        train, val = taught_slides(request, selection, teacher, layers, depth, shelf, say)
+        taught = [taught_slides(request, selection, teacher, shelf, say) for teacher in teachers]
     if shelf.file_bytes:
         say(f"targets: {shelf.memory_bytes >> 20:,} MiB in memory, {shelf.file_bytes >> 20:,} MiB in scratch files")
+    trains, vals = ([part[n] for part in taught] for n in (0, 1))
+    if attention is not None:
+        trains, vals = attention.weigh(trains), attention.weigh(vals)
+    lessons = [_lessons(one, *own, settings) for one, own in zip(teachers, zip(trains, vals, strict=True), strict=True)]
+    first, train, val = lessons[0][0], trains[0], vals[0]
     # More grids of a slide stand under its id.
     names = tuple(dict.fromkeys(s.slide_id for s in train)), tuple(s.slide_id for s in val)
-    if request.mil_teacher is not None:
-        train, val = (weighted(part, request, teacher, selection) for part in (train, val))
-    saw = selection.seen(with_labels=request.mil_teacher is not None)
-    if request.mil_teacher is not None:
-        # Whom it was stopped by counts in its own fold alone; whom it learned from is learned from through it.
-        saw |= read_card(request.mil_teacher).seen.only("train")
-    saw |= teacher.info.seen
-    stats = target_stats(
-        train, standardise=settings.standardise == "yes" or (settings.standardise == "auto" and not layers)
-    )
-    student, recipe, licence = fresh_student(request, teacher, train[0], layers, depth)
-    run = _fingerprint(request, teacher, [*train, *val], stats, student)
+    student, recipe, licence = fresh_student(request, teachers, [slides[0] for slides in trains])
+    run = _fingerprint(request, teachers, [*train, *val], [own.stats for own, _ in lessons], student, attention)
     say(f"{len(names[0])} slides to train, {len(names[1])} to stop by; {sum(map(len, train)):,} LR tiles")
 
     def epoch_done(figures: Mapping[str, float], epoch: int) -> None:
@@ -93,37 +88,71 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
 
     precision = torch.bfloat16 if _half(settings, device) else torch.float32
     history = distill(
-        student, recipe.preprocessing, train, val, stats, settings,
+        student, recipe.preprocessing, train, val, first.stats, settings,
         device=device, precision=precision, state=_state_path(request.out), run=run, progress=epoch_done,
+        name=first.name, more=lessons[1:],
     )  # fmt: skip
     best = history.epochs[history.best - 1] if history.best else {}
-    lr_grid = train[0].lr
     write_lr_encoder(
         request.out,
         student.network.cpu(),
         recipe=recipe,
-        tile=dataclasses.replace(lr_grid.spec, overlap_px=0),
+        tile=dataclasses.replace(train[0].lr.spec, overlap_px=0),
         licence=licence,
         training={
             "method": "LRMIL stage 1",
-            "teacher": teacher.info.name,
-            "teacher_weights_sha256": teacher.info.weights_sha256,
-            **({"teacher_weights": RANDOM} if teacher.info.random else {}),
-            "layers": list(layers),
+            **_teachers_stated(teachers),
             "fold": selection.name if request.splits is None else request.fold,
             "train_slides": list(names[0]),
             "val_slides": list(names[1]),
             "settings": _stated(settings),
             "best_epoch": history.best,
             "figures": _finite(best),
-            "seen": saw.to_json(),
+            "seen": _saw(selection, teachers, attention).to_json(),
         },
     )
     # After the encoder is safe: with many tiles and wide layers this takes a while.
-    baseline = linear_baseline(train, val, stats, settings.seed) if val else {}
-    mean = mean_baseline(val, stats) if val else {}
+    baseline: dict[str, Agreement] = {}
+    mean: dict[str, Agreement] = {}
+    for own, held in lessons if val else ():
+        found = linear_baseline(own.slides, held.slides, own.stats, settings.seed)
+        baseline |= {named(own.name, key): value for key, value in found.items()}
+        mean |= {named(own.name, key): value for key, value in mean_baseline(held.slides, own.stats).items()}
     _write_history(request.out, history, best, baseline, mean)
     return DistillResult(request.out, history, best, baseline, mean, *names)
+
+
+def _lessons(
+    teacher: Teacher, train: Sequence[DistillSlide], val: Sequence[DistillSlide], settings: DistillSettings
+) -> tuple[Lesson, Lesson]:
+    """To train and to stop by, scaled by what the training slides show."""
+    stats = target_stats(train, standardise=teacher.standardises(settings))
+    return Lesson(teacher.name, train, stats), Lesson(teacher.name, val, stats)
+
+
+def _saw(selection: Selection, teachers: Sequence[Teacher], attention: Attention | None) -> Seen:
+    """Whom the student saw: the slides that it learned from, and whom its teachers learned from."""
+    saw = selection.seen(with_labels=attention is not None)
+    if attention is not None:
+        saw |= attention.saw
+    for teacher in teachers:
+        saw |= teacher.encoder.info.seen
+    return saw
+
+
+def _teachers_stated(teachers: Sequence[Teacher]) -> dict[str, Any]:
+    """The teachers as the file states them: the first one as the only one is, and a list where there are several."""
+    stated = [
+        {
+            "teacher": teacher.encoder.info.name,
+            "teacher_weights_sha256": teacher.encoder.info.weights_sha256,
+            **({"teacher_weights": RANDOM} if teacher.encoder.info.random else {}),
+            "layers": list(teacher.layers),
+        }
+        for teacher in teachers
+    ]
+    several = {"teachers": [one | {"figures": f"{t.name}."} for one, t in zip(stated, teachers, strict=True)]}
+    return stated[0] | (several if len(stated) > 1 else {})
 
 
 def _device(name: str) -> torch.device:
@@ -139,24 +168,31 @@ def _half(settings: DistillSettings, device: torch.device) -> bool:
 
 
 def _fingerprint(
-    request: DistillRequest, teacher: Encoder, slides: Sequence[DistillSlide], stats: TargetStats, student: Student
+    request: DistillRequest,
+    teachers: Sequence[Teacher],
+    slides: Sequence[DistillSlide],
+    stats: Sequence[TargetStats],
+    student: Student,
+    attention: Attention | None,
 ) -> str:
     digest = hashlib.sha256()
     # The student as it starts says what it is, how large its input is and where its weights come from. The children's
     # weights are named by the model they come from: as numbers they differ in the last digit from one processor, or
     # number of threads, to another, and a run may well be resumed elsewhere.
     networks: list[torch.nn.Module] = [student]
-    if request.mil_teacher is not None:
-        networks.append(load_model(request.mil_teacher)[0])
+    if attention is not None:
+        networks.append(attention.model)
     for network in networks:
         for name, tensor in sorted(network.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    variance = [float(f"{value:.4g}") for value in [*stats.variance.tolist(), stats.final_variance]]
+    weights = [teacher.encoder.info.weights_sha256 for teacher in teachers]
+    variances = [[f"{value:.4g}" for value in [*own.variance.tolist(), own.final_variance]] for own in stats]
     deciding = dataclasses.replace(request.settings, device="", cache_mib=0, threads=1)
+    further = [*zip(weights[1:], variances[1:], strict=True)]
     return fingerprint(
-        _stated(deciding), teacher.info.weights_sha256, request.student, request.lr, request.hr, request.fold,
-        [slide.slide_id for slide in slides], [len(slide) for slide in slides], variance,
-        request.student_px, digest.hexdigest(),
+        _stated(deciding), weights[0], request.student, request.lr, request.hr, request.fold,
+        [slide.slide_id for slide in slides], [len(slide) for slide in slides], list(map(float, variances[0])),
+        request.student_px, digest.hexdigest(), *([further] if further else []),
     )  # fmt: skip
 
 

@@ -12,15 +12,39 @@ from torch import Tensor, nn
 from lrmil.errors import SettingsError
 from wsi_pipe.encoders.architectures import PooledNetwork
 
-__all__ = ["Student", "StudentOutput", "relative_blocks"]
+__all__ = ["Head", "Student", "StudentOutput", "relative_blocks"]
+
+
+class Answer(NamedTuple):
+    """What a student says to one more teacher. final: (B, D_teacher). patches: one (B, k*k, C_l) a layer."""
+
+    final: Tensor
+    patches: tuple[Tensor, ...]
 
 
 class StudentOutput(NamedTuple):
-    """feature: (B, D), what the exported encoder gives. final: (B, D_teacher). patches: one (B, k*k, C_l) a layer."""
+    """feature: (B, D), what the exported encoder gives. final: (B, D_teacher). patches: one (B, k*k, C_l) a layer.
+
+    more: final and patches for each teacher after the first.
+    """
 
     feature: Tensor
     final: Tensor
     patches: tuple[Tensor, ...]
+    more: tuple[Answer, ...] = ()
+
+    def of(self, teacher: int) -> StudentOutput:
+        """What is for one teacher, counted from 0."""
+        return self._replace(more=()) if teacher == 0 else StudentOutput(self.feature, *self.more[teacher - 1])
+
+
+class Head(NamedTuple):
+    """What a teacher asks of a student: blocks of the student and widths of the teacher's layers, one each, and the
+    width of its final features. See ``Student``."""
+
+    blocks: Sequence[int]
+    layer_dims: Sequence[int]
+    final_dim: int
 
 
 def relative_blocks(teacher_blocks: Sequence[int], teacher_depth: int, student_depth: int) -> list[int]:
@@ -36,6 +60,8 @@ def relative_blocks(teacher_blocks: Sequence[int], teacher_depth: int, student_d
 
 class Student(nn.Module):
     """A network with a projection to the teacher's width for each layer that is learnt, and one for the final feature.
+
+    more: the same of further teachers, each with projections of its own.
 
     network: the encoder that is exported. blocks: its blocks for the layers, one each, or empty for all layers taken
     from its last map (the last block of a ViT, the last feature map of a ConvNet that is not coarser than k x k).
@@ -54,11 +80,14 @@ class Student(nn.Module):
         final_dim: int,
         k: int,
         side_px: int,
+        more: Sequence[Head] = (),
     ) -> None:
         super().__init__()
         self.network = network
         self.k = k
-        self.blocks = tuple(blocks) if blocks else (network.depth - 1,)
+        heads = (Head(blocks, layer_dims, final_dim), *more)
+        self._own = [tuple(head.blocks) or (network.depth - 1,) for head in heads]
+        self.blocks = tuple(block for own in self._own for block in own)
         with torch.inference_mode():
             feature, maps = self._maps(torch.zeros(1, 3, side_px, side_px))
         self.dim = int(feature.shape[-1])
@@ -68,22 +97,30 @@ class Student(nn.Module):
                 f"the student's map at {side_px} px, {smallest} x {smallest}, is coarser than {k} x {k} HR tiles",
                 remedy="give the student larger inputs or a smaller patch",
             )
-        self._shared = len(maps) == 1 and len(layer_dims) > 1
-        widths = [int(m.shape[-1]) for m in (maps * len(layer_dims) if self._shared else maps)]
-        self.layer_projections = nn.ModuleList(
-            nn.Linear(width, dim) if self._shared else _projection(width, dim)
-            for width, dim in zip(widths, layer_dims, strict=True)
-        )
+        widths = [[int(m.shape[-1]) for m in own] for own in self._dealt(maps)]
+        self.layer_projections = _projections(widths[0], layer_dims)
         self.final_projection = _projection(self.dim, final_dim)
+        self.more_projections = nn.ModuleList(
+            _projections(w, h.layer_dims) for w, h in zip(widths[1:], more, strict=True)
+        )
+        self.more_finals = nn.ModuleList(_projection(self.dim, head.final_dim) for head in more)
 
     def forward(self, images: Tensor) -> StudentOutput:
         """Features and projected token maps of normalised images (B, 3, S, S)."""
         feature, maps = self._maps(images)
-        pooled = [pool_to(m, self.k) for m in maps]
-        if self._shared:
-            pooled *= len(self.layer_projections)
-        patches = tuple(projection(p) for projection, p in zip(self.layer_projections, pooled, strict=True))
-        return StudentOutput(feature, self.final_projection(feature), patches)
+        first, *others = self._dealt([pool_to(m, self.k) for m in maps])
+        more = tuple(
+            Answer(final(feature), _projected(projections, pooled))
+            for final, projections, pooled in zip(self.more_finals, self.more_projections, others, strict=True)
+        )
+        return StudentOutput(feature, self.final_projection(feature), _projected(self.layer_projections, first), more)
+
+    def _dealt(self, maps: list[Tensor]) -> list[list[Tensor]]:
+        """The maps of each teacher's blocks; a ConvNet's one map for each."""
+        if not self.network.depth:
+            return [maps] * len(self._own)
+        rest = iter(maps)
+        return [[next(rest) for _ in own] for own in self._own]
 
     def _maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The pooled feature, and token maps (B, h, w, C): of each block, or the one of a ConvNet."""
@@ -96,6 +133,20 @@ class Student(nn.Module):
         # The last map is the best, if it is not coarser than the children.
         fine = [m for m in maps if min(m.shape[2:]) >= self.k] or maps[:1]
         return self.network.pool(features), [fine[-1].permute(0, 2, 3, 1)]
+
+
+def _projections(widths: Sequence[int], wanted: Sequence[int]) -> nn.ModuleList:
+    """For each layer; from one map for all of them where there is only one."""
+    shared = len(widths) == 1 and len(wanted) > 1
+    return nn.ModuleList(
+        nn.Linear(width, dim) if shared else _projection(width, dim)
+        for width, dim in zip(widths * len(wanted) if shared else widths, wanted, strict=True)
+    )
+
+
+def _projected(projections: nn.ModuleList, pooled: list[Tensor]) -> tuple[Tensor, ...]:
+    maps = pooled * len(projections) if len(pooled) == 1 else pooled
+    return tuple(projection(p) for projection, p in zip(projections, maps, strict=True))
 
 
 def _projection(width: int, wanted: int) -> nn.Module:

@@ -35,6 +35,7 @@ from wsi_pipe.slides.base import Slide
 
 __all__ = [
     "DistillSlide",
+    "Lesson",
     "TargetItem",
     "TargetStats",
     "compute_targets",
@@ -227,6 +228,19 @@ class TargetStats:
     layer_centre: tuple[NDArray[np.float32], ...]
     final_centre: NDArray[np.float32]
     final_variance: float = 1.0
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one teacher says of some slides.
+
+    name: the teacher's in figures, "" for an only one. slides: with this teacher's targets; lessons of several teachers
+    have the same slides with the same tiles and children. stats: what its targets are scaled by.
+    """
+
+    name: str
+    slides: Sequence[DistillSlide]
+    stats: TargetStats
 
 
 def target_stats(slides: Sequence[DistillSlide], *, standardise: bool) -> TargetStats:

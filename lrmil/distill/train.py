@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lrmil.checkpoint import read_tensors, write_tensors
-from lrmil.distill.feed import Feed, TargetBatch
+from lrmil.distill.feed import Feed, ReadyBatch, TargetBatch
 from lrmil.distill.pixels import PixelSource
 from lrmil.distill.settings import DistillSettings
 from lrmil.distill.student import Student, StudentOutput
-from lrmil.distill.targets import DistillSlide, TargetStats
-from lrmil.distill.validation import judge_for
+from lrmil.distill.targets import DistillSlide, Lesson, TargetStats
+from lrmil.distill.validation import judges_for
 from lrmil.errors import DivergedError, ModelFileError, ResumeError
 from lrmil.losses import final_distillation_loss, patch_distillation_loss
 from wsi_pipe.encoders.pixels import Normaliser
@@ -95,12 +95,16 @@ def distill(
     precision: torch.dtype,
     state: Path | None = None,
     run: str = "",
+    name: str = "",
+    more: Sequence[tuple[Lesson, Lesson]] = (),
     progress: Callable[[Mapping[str, float], int], object] | None = None,
 ) -> DistillHistory:
     """Train ``student`` in place; it ends with its best weights by validation loss (by training loss without ``val``).
 
     state: file that holds the run after every epoch; a run that finds one goes on as if it had never stopped. run:
-    fingerprint of everything that decides the result. progress: called with the figures and the number of each epoch.
+    fingerprint of everything that decides the result. name: of the teacher in figures, where there are several. more:
+    lessons of other teachers on the same training and validation slides, as the student has heads for. progress:
+    called with the figures and the number of each epoch.
     Raises ResumeError when the state belongs to another run, DivergedError when the loss is not finite.
     """
     student.to(device)
@@ -111,8 +115,9 @@ def distill(
     if state is not None and state.is_file():
         history, best_value, best = _resume(state, student, optimizer, run)
     run_student = Runner(student, preprocessing, device, precision)
-    feed = Feed(PixelSource(train, settings), stats, device)
-    val_feed = Feed(PixelSource(val, settings), stats, device) if val else None
+    others = [lesson for lesson, _ in more], [lesson for _, lesson in more]
+    feed = Feed(PixelSource(train, settings), stats, device, name=name, more=others[0])
+    val_feed = Feed(PixelSource(val, settings), stats, device, name=name, more=others[1]) if val else None
     steps = max(math.ceil(len(feed) / settings.batch_size), 1)
     while not history.finished:
         epoch = len(history.epochs)
@@ -176,10 +181,20 @@ def losses_of(
     return loss
 
 
-def _variance(feed: Feed, settings: DistillSettings) -> Tensor:
-    values = np.append(feed.stats.variance, np.float32(feed.stats.final_variance))
-    values = values if settings.layer_variance else np.ones_like(values)
-    return torch.from_numpy(values).to(feed.device)
+def _variances(feed: Feed, settings: DistillSettings) -> list[Tensor]:
+    """See ``losses_of``, for each teacher."""
+    found = []
+    for lesson in feed.lessons:
+        values = np.append(lesson.stats.variance, np.float32(lesson.stats.final_variance))
+        values = values if settings.layer_variance else np.ones_like(values)
+        found.append(torch.from_numpy(values).to(feed.device))
+    return found
+
+
+def _loss(output: StudentOutput, batch: ReadyBatch, variances: Sequence[Tensor], settings: DistillSettings) -> Tensor:
+    """The mean of the losses over teachers."""
+    losses = [losses_of(output.of(n), batch.of(n).targets, variance, settings) for n, variance in enumerate(variances)]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
 def _epoch(
@@ -187,14 +202,14 @@ def _epoch(
 ) -> float:
     student = run.student
     student.train()
-    variance = _variance(feed, settings)
+    variances = _variances(feed, settings)
     losses = _LossSum(feed.device)
     recent: deque[NDArray[np.uint8]] = deque(maxlen=max(NORM_TILES // settings.batch_size, 1))
     with closing(feed.shuffled([settings.seed, epoch])) as batches:
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = _rate(settings, min((epoch + (step + 1) / steps) / settings.epochs, 1.0))
-            loss = losses_of(run(batch.pixels), batch.targets, variance, settings)
+            loss = _loss(run(batch.pixels), batch, variances, settings)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
@@ -231,14 +246,18 @@ def _settle_norms(run: Runner, recent: Iterable[NDArray[np.uint8]]) -> None:
 @torch.inference_mode()
 def _validate(run: Runner, feed: Feed, settings: DistillSettings) -> dict[str, float]:
     run.student.eval()
-    variance = _variance(feed, settings)
-    losses, judge = _LossSum(feed.device), judge_for(feed)
+    variances = _variances(feed, settings)
+    losses, judges = _LossSum(feed.device), judges_for(feed)
     with closing(feed.in_order()) as batches:
         for batch in batches:
             output = run(batch.pixels)
-            losses.add(losses_of(output, batch.targets, variance, settings), len(batch.source.tile))
-            judge.add(output, batch)
-    return {"val_loss": losses.mean()} | judge.figures()
+            losses.add(_loss(output, batch, variances, settings), len(batch.source.tile))
+            for n, judge in enumerate(judges):
+                judge.add(output.of(n), batch.of(n))
+    figures = {"val_loss": losses.mean()}
+    for judge in judges:
+        figures |= judge.figures()
+    return figures
 
 
 def _save(

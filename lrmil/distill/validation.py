@@ -12,12 +12,13 @@ from torch import Tensor
 from lrmil.distill.evaluate import Agreement, RunningAgreement, child_targets, final_target
 from lrmil.distill.feed import Feed, ReadyBatch
 from lrmil.distill.student import StudentOutput
+from lrmil.distill.targets import Lesson
 
-__all__ = ["Judge", "judge_for"]
+__all__ = ["Judge", "judges_for", "named"]
 
 
 class Judge(Protocol):
-    """Takes a student's outputs on the batches of a feed in their order, and says how far they agree."""
+    """Takes a student's outputs on the batches of a feed in their order, and says how far they agree with a teacher."""
 
     def add(self, output: StudentOutput, batch: ReadyBatch) -> None:
         """Count one batch, of tiles of one slide."""
@@ -26,14 +27,22 @@ class Judge(Protocol):
         """Explained variance and cosine by layer and of the final feature."""
 
 
-def judge_for(feed: Feed) -> Judge:
-    """The one that suits the feed's device."""
-    return DeviceJudge(feed) if feed.device.type == "cuda" else HostJudge(feed)
+def judges_for(feed: Feed) -> list[Judge]:
+    """One a teacher, of the kind that suits the feed's device."""
+    if feed.device.type == "cuda":
+        return [DeviceJudge(lesson, feed.device) for lesson in feed.lessons]
+    return [HostJudge(lesson) for lesson in feed.lessons]
 
 
-def _named(layers: list[Agreement], final: Agreement) -> dict[str, float]:
+def named(teacher: str, figure: str) -> str:
+    """The name of a teacher's figure: with the teacher's where there are several."""
+    return f"{teacher}.{figure}" if teacher else figure
+
+
+def _named(teacher: str, layers: list[Agreement], final: Agreement) -> dict[str, float]:
     figures = {}
-    for name, agreement in [*((f"layer{n}", found) for n, found in enumerate(layers)), ("final", final)]:
+    for own, agreement in [*((f"layer{n}", found) for n, found in enumerate(layers)), ("final", final)]:
+        name = named(teacher, own)
         figures[f"{name}_explained_variance"] = agreement.explained_variance
         figures[f"{name}_cosine"] = agreement.cosine
     return figures
@@ -42,9 +51,9 @@ def _named(layers: list[Agreement], final: Agreement) -> dict[str, float]:
 class HostJudge:
     """In numpy, from the targets as stored."""
 
-    def __init__(self, feed: Feed) -> None:
-        stats = feed.stats
-        self._stats, self._slides = stats, feed.slides
+    def __init__(self, lesson: Lesson) -> None:
+        stats = lesson.stats
+        self._teacher, self._stats, self._slides = lesson.name, stats, lesson.slides
         self._layers = [RunningAgreement(m, s) for m, s in zip(stats.layer_centre, stats.layer_std, strict=True)]
         self._final = RunningAgreement(stats.final_centre, stats.final_std)
         self._slide, self._wanted = -1, np.zeros((0, 0), np.float32)
@@ -64,7 +73,7 @@ class HostJudge:
 
     def figures(self) -> dict[str, float]:
         """See ``Judge``."""
-        return _named([running.result() for running in self._layers], self._final.result())
+        return _named(self._teacher, [running.result() for running in self._layers], self._final.result())
 
 
 class DeviceJudge:
@@ -74,8 +83,9 @@ class DeviceJudge:
     float64.
     """
 
-    def __init__(self, feed: Feed) -> None:
-        stats, device = feed.stats, feed.device
+    def __init__(self, lesson: Lesson, device: torch.device) -> None:
+        stats = lesson.stats
+        self._teacher = lesson.name
         scales = zip(stats.layer_mean, stats.layer_std, stats.layer_centre, strict=True)
         self._layers = [_DeviceAgreement(*scale, device) for scale in scales]
         self._final = _DeviceAgreement(stats.final_mean, stats.final_std, stats.final_centre, device)
@@ -90,7 +100,7 @@ class DeviceJudge:
 
     def figures(self) -> dict[str, float]:
         """See ``Judge``."""
-        return _named([running.result() for running in self._layers], self._final.result())
+        return _named(self._teacher, [running.result() for running in self._layers], self._final.result())
 
 
 class _DeviceAgreement:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from lrmil.data import LabelTable, cases_by_table, load_labels
 from lrmil.errors import RandomFeaturesError
+from lrmil.sites import Confounding, Sites, confounding, read_sites
 from lrmil.splits import FoldIndices, SplitTable
 from lrmil.store import FeatureStore, find_bags, inspect_bag, pack_bags
 from lrmil.store.dtypes import StoreDtype
@@ -20,10 +21,12 @@ __all__ = ["Cohort", "load_cohort", "open_features"]
 
 @dataclass(frozen=True)
 class Cohort:
-    """A store and the labels of its bags. remarks: on the table that told the bags' cases, where one did."""
+    """A store, the labels of its bags, and the sites of their cases as far as they are known. remarks: on the table
+    that told the bags' cases, where one did."""
 
     store: FeatureStore
     table: LabelTable
+    sites: Sites = field(default_factory=Sites)
     remarks: tuple[str, ...] = ()
 
     def fold(self, splits: SplitTable, name: str) -> FoldIndices:
@@ -36,8 +39,13 @@ class Cohort:
         )
         return FoldIndices(*kept)
 
+    def confounding(self, splits: SplitTable | None = None) -> Confounding | None:
+        """How labels and sites hang together; None where no site is known."""
+        return confounding(self.table.case_labels(), self.sites, splits)
+
     def notes(self, splits: SplitTable | None = None) -> list[str]:
-        """One line for each kind of slide that is left out, with all names, and one where no cases are known."""
+        """One line for each kind of slide that is left out, with all names, one where no cases are known, and what
+        labels and sites have to do with each other."""
         notes = [*self.remarks, *(f"left out: {note}" for note in self.table.notes())]
         if splits is not None:
             usable = self.table.usable.tolist()
@@ -49,7 +57,10 @@ class Cohort:
             notes.append("no case ids are known: every slide counts as a case of its own")
         if self.store.placeless:
             notes.append(f"{self.store.placeless} bags hold no coordinates: no heat map can be drawn of them")
-        return notes
+        if self.sites.torn:
+            notes.append(f"without a site, since they are given two: {', '.join(self.sites.torn)}")
+        told = self.confounding(splits)
+        return [*notes, *(told.notes() if told else [])]
 
 
 def open_features(
@@ -106,11 +117,12 @@ def load_cohort(
     label_column: str | None = None,
     classes: Sequence[str] | None = None,
     slide_table: Path | None = None,
+    site_column: str | None = None,
 ) -> Cohort:
-    """Join a label CSV to a store. Raises LabelError as ``load_labels`` does.
+    """Join a label CSV to a store. Raises LabelError as ``load_labels`` and ``read_sites`` do.
 
     slide_table: a CSV or workbook that tells which slide is whose, as STAMP's with ``PATIENT`` and ``FILENAME``; it
-    goes before the cases that bags state.
+    goes before the cases that bags state. site_column: that says where cases come from, see ``lrmil.sites.read_sites``.
     """
     cases: Sequence[str] = store.case_ids
     remarks: tuple[str, ...] = ()
@@ -128,4 +140,5 @@ def load_cohort(
         classes=classes,
         empty_reasons=reasons,
     )
-    return Cohort(store, table, remarks)
+    sites = read_sites(labels, store.slide_ids, table.case_ids, column=site_column)
+    return Cohort(store, table, sites, remarks)

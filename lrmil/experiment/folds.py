@@ -140,6 +140,7 @@ def train_folds(
     resident = ResidentStore.of(cohort.store, device, choose_precision(settings.precision, device))
     hr_resident: ResidentStore | None = None if hr_store is None else ResidentStore.of(hr_store, device)
     results = {}
+    confounded = cohort.confounding(splits)
     for name in names:
         master, saw = (None, NOBODY) if teacher is None else _master(teacher.model_path(name), cohort)
         for seed in seeds or (settings.seed,):
@@ -166,6 +167,7 @@ def train_folds(
                 allowed=allowed[name],
                 teacher_saw=saw,
                 say=tell,
+                sites=confounded.to_json() if confounded else {},
             )
     return results
 

@@ -92,6 +92,7 @@ def train(
     allowed: Sequence[str] = (),
     teacher_saw: Seen = NOBODY,
     say: Callable[[str], object] | None = None,
+    sites: Mapping[str, object] | None = None,
 ) -> TrainResult:
     """Train a model on one fold, calibrate it on the validation bags, and then look at the test bags once.
 
@@ -102,7 +103,8 @@ def train(
     ``settings.loss`` weighs; the teacher is frozen. classes: names, by default those of the LabelTable. fold: for the
     record. progress: called with the figures of each epoch.
     allowed: overlaps of seen and judged cases that were let pass. teacher_saw: the record of the teacher's file, which
-    the student's takes over. say: told what was chosen inside the training cases, in words.
+    the student's takes over. say: told what was chosen inside the training cases, in words. sites: how labels and sites
+    hang together, for the record.
 
     Without validation bags the last epoch is kept, and only the weights of the classes are corrected for. The caller's
     random state and the models given are left as they are, apart from moving the teacher to the device.
@@ -136,6 +138,7 @@ def train(
             settings, split, table, cases, names, resident, precision, out, fingerprint, hashes,
             teacher=teacher, hr_store=hr_store, fold=fold, progress=progress, allowed=allowed, teacher_saw=teacher_saw,
             say=say,
+            sites=sites or {},
         )  # fmt: skip
 
 
@@ -209,6 +212,7 @@ def _train(
     allowed: Sequence[str],
     teacher_saw: Seen,
     say: Callable[[str], object] | None,
+    sites: Mapping[str, object],
 ) -> TrainResult:
     device = resident.device
     devices = [device] if device.type == "cuda" else []
@@ -227,7 +231,7 @@ def _train(
         say(str(fitted.choice["said"]))
     seen = seen_of(resident.store.records, cases, {"train": split.train, "val": split.val}) | teacher_saw
     card = _card(settings, fitted, names, resident.store, predictions, fold, hashes, teacher, weights)
-    card = replace(card, seen=seen, allowed=tuple(allowed))
+    card = replace(card, seen=seen, allowed=tuple(allowed), sites=sites)
     result = TrainResult(fitted.model, card, fitted.history, fitted.best_epoch, predictions)
     if out is None:
         return result

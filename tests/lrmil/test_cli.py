@@ -369,3 +369,23 @@ def test_a_package_that_is_not_there_is_one_line(
     assert lrmil("train", "--bags", cohort / "bags", "--labels", cohort / "labels.csv", "-o", cohort / "out") == 2
     said = capsys.readouterr().err
     assert said.strip() == "lrmil: error: the package s3fs is not installed; install it: pip install 'wsi-pipe[s3]'"
+
+
+def test_training_says_that_sites_give_labels_away_and_the_card_states_it(
+    cohort_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (cohort_files / "labels.csv").read_text().splitlines()
+    # Each class from a hospital of its own, but for every sixth case.
+    rows = [f"{line},{'AB'[('tumour' in line) ^ (int(line.split(',')[1][1:]) % 6 == 0)]}" for line in lines[1:]]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("\n".join([f"{lines[0]},clinic", *rows]) + "\n")
+    base = ["--bags", cohort_files / "bags", "-r", "5x", "--labels", labels, "-o", tmp_path / "run", "--folds", 2]
+    assert lrmil("train", *base, "--fold", 1, *SMALL, "--site-column", "clinic") == 0
+    told = capsys.readouterr().err
+    assert "labels and sites are confounded: 2 sites (clinic)" in told
+    card = read_card(tmp_path / "run" / "fold_1" / "model.safetensors")
+    assert card.sites["sites"] == 2
+    # 18 cases, 3 of them at the other hospital.
+    assert card.sites["accuracy"] == pytest.approx(15 / 18)
+    assert 0.5 < card.sites["v"] < 0.8
+    assert card.sites["torn"]["fold_1"] == 2

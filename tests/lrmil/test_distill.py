@@ -15,7 +15,7 @@ from lrmil.checkpoint import ModelCard, load_model, save_model
 from lrmil.cli import group
 from lrmil.config import ModelSettings
 from lrmil.data import read_cases
-from lrmil.distill import DistillRequest, DistillSettings, lessons, run_distillation
+from lrmil.distill import DistillRequest, DistillSettings, attention, run_distillation
 from lrmil.distill import run as run_module
 from lrmil.distill import train as train_module
 from lrmil.errors import BagMismatchError, LeakageError, ResumeError, SettingsError, SplitError
@@ -494,8 +494,8 @@ def test_a_run_goes_on_where_attention_differs_in_the_last_digit(
     teacher = mil_teacher(tmp_path / "hr.safetensors", "fold_1", load_encoder("texture").info.dim)
     request = request_of(cohort, tmp_path / "lr.safetensors", mil_teacher=teacher)
     first = run_distillation(request)
-    original = lessons.attention_weights
-    monkeypatch.setattr(lessons, "attention_weights", lambda *args: original(*args) * np.float32(1 + 1e-6))
+    original = attention.attention_weights
+    monkeypatch.setattr(attention, "attention_weights", lambda *args: original(*args) * np.float32(1 + 1e-6))
     assert run_distillation(request).history.epochs == first.history.epochs
     other = mil_teacher(tmp_path / "other.safetensors", "fold_1", load_encoder("texture").info.dim)
     model, card = load_model(other)

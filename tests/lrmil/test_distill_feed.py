@@ -23,7 +23,7 @@ from lrmil.distill.pixels import PixelBatch
 from lrmil.distill.student import Student, StudentOutput
 from lrmil.distill.targets import DistillSlide, TargetStats, target_stats, uniform_weights
 from lrmil.distill.train import distill
-from lrmil.distill.validation import DeviceJudge, HostJudge, Judge, judge_for
+from lrmil.distill.validation import DeviceJudge, HostJudge, Judge, judges_for
 from wsi_pipe.encoders.loading import build_random
 from wsi_pipe.encoders.recipe import Preprocessing, Recipe
 from wsi_pipe.geometry import TileGrid, TileSpec
@@ -230,8 +230,8 @@ def test_agreement_on_the_device_is_that_of_numpy(standardise: bool) -> None:
     slides = [dataclasses.replace(one, weights=w) for one, w in zip(slides, weights, strict=True)]
     stats = target_stats(slides, standardise=standardise)
     feed = Feed(Source(slides, DistillSettings()), stats, CPU)  # type: ignore[arg-type]
-    judges: list[Judge] = [HostJudge(feed), DeviceJudge(feed)]
-    assert isinstance(judge_for(feed), HostJudge)
+    judges: list[Judge] = [HostJudge(feed.lessons[0]), DeviceJudge(feed.lessons[0], CPU)]
+    assert [type(judge) for judge in judges_for(feed)] == [HostJudge]
     assert np.isnan([*judges[1].figures().values()]).all()
     torch.manual_seed(0)
     for batch in feed.in_order():
