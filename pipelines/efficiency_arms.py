@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,18 +14,36 @@ from numpy.typing import NDArray
 from lrmil.config import TrainSettings
 from lrmil.metrics import softmax
 from lrmil.splits import FoldIndices
-from lrmil.store import FeatureStore
+from lrmil.store import FeatureStore, ResidentStore
 from lrmil.trainer import TrainResult, train
+from lrmil.trainer.targets import teacher_targets
 from pipelines.efficiency_features import CohortFeatures, thinned
 from pipelines.efficiency_settings import EfficiencySettings
 from pipelines.end_to_end import train_end_to_end
 
-__all__ = ["ARMS", "Parts", "linear_model", "run_arms"]
+__all__ = ["ARMS", "CONTROLS", "Parts", "linear_model", "run_arms"]
 
 HR, HR_FEW, HR_LINEAR = "HR", "HR, LR's number of tiles", "HR, linear"
 LR_LINEAR, LR, END_TO_END = "LR, linear", "LR", "LR, end to end"
 STAGE2, STAGE1, STAGE1_LINEAR, BOTH = "LR, stage 2 alone", "LR, stage 1", "LR, stage 1, linear", "LR, stages 1 and 2"
-ARMS = (HR, HR_LINEAR, HR_FEW, LR_LINEAR, LR, END_TO_END, STAGE2, STAGE1, STAGE1_LINEAR, BOTH)
+TUNED, TAUGHT, TUNED_BOTH = "LR, stage 1, fine-tuned", "LR, stage 2, end to end", "LR, stages 1 and 2, fine-tuned"
+CONTROLS = (TUNED, TAUGHT)
+"""Run at ``controls_at`` labelled cases alone."""
+ARMS = (
+    HR,
+    HR_LINEAR,
+    HR_FEW,
+    LR_LINEAR,
+    LR,
+    END_TO_END,
+    STAGE2,
+    STAGE1,
+    STAGE1_LINEAR,
+    BOTH,
+    TUNED,
+    TAUGHT,
+    TUNED_BOTH,
+)
 
 
 @dataclass(frozen=True)
@@ -101,8 +121,6 @@ def run_arms(
     def mil(
         store: FeatureStore, fold: FoldIndices, how: TrainSettings, table: NDArray[np.int64], **teacher: Any
     ) -> TrainResult:
-        import dataclasses
-
         return train(store, table, fold, dataclasses.replace(how, seed=seed), classes=names, **teacher)
 
     def keep(arm: str, probabilities: NDArray[np.float64], **facts: Any) -> None:
@@ -133,24 +151,39 @@ def run_arms(
         keep(LR, _probabilities(results[side]), tile_px=side)
     if STAGE1 in arms:
         keep(STAGE1, _probabilities(mil(features.distilled, parts.fold(), plain, known)))
-    import dataclasses
-
     taught = dataclasses.replace(settings.mil, loss=settings.student_loss)
     fold = parts.fold()
     if settings.stage2_unlabelled:
         fold = FoldIndices(np.concatenate([parts.train, parts.hidden]), parts.val, parts.test)
-        # A class that the teacher sees nowhere is no hindrance: the labelled cases have it.
-    for arm, store in ((STAGE2, features.lr[settings.tile_px]), (BOTH, features.distilled)):
+    undistilled = features.lr[settings.tile_px]
+    for arm, store in ((STAGE2, undistilled), (BOTH, features.distilled)):
         if arm in arms:
             result = mil(store, fold, taught, pseudo, teacher=master.model, hr_store=features.hr)
             keep(arm, _probabilities(result))
-    if END_TO_END in arms:
-        probabilities, loss = train_end_to_end(
-            features.tiles, known, parts.train.tolist(), parts.val.tolist(), parts.test.tolist(),
-            classes=len(names), student=settings.student, head=settings.mil.model, settings=settings.end_to_end,
-            seed=seed,
+
+    def end_to_end(arm: str, student: str | Path, taught: bool) -> None:
+        if arm not in arms:
+            return
+        # No choice is made by validation, so its cases are learned from as well.
+        hidden = taught and settings.stage2_unlabelled
+        learned = np.concatenate([parts.labelled, parts.hidden]) if hidden else parts.labelled
+        targets = None
+        if taught:
+            stores = (ResidentStore.of(features.hr, "cpu"), ResidentStore.of(undistilled, "cpu"))
+            targets = teacher_targets(
+                master.model, *stores, learned, attention=True, token_budget=settings.mil.token_budget
+            )
+        probabilities = train_end_to_end(
+            features.tiles, pseudo if taught else known, learned.tolist(), parts.test.tolist(), classes=len(names),
+            student=student, head=settings.mil.model, settings=settings.end_to_end, seed=seed, targets=targets,
+            loss=settings.student_loss if taught else None,
         )  # fmt: skip
-        keep(END_TO_END, probabilities, val_loss=loss)
+        keep(arm, probabilities)
+
+    end_to_end(END_TO_END, settings.student, False)
+    end_to_end(TUNED_BOTH, features.student, True)
+    end_to_end(TUNED, features.student, False)
+    end_to_end(TAUGHT, settings.student, True)
     return found
 
 

@@ -16,7 +16,6 @@ from lrmil.store import FeatureStore, StoreMeta
 from pipelines.efficiency_settings import EfficiencySettings
 from wsi_pipe.bag import read_attrs, read_grids
 from wsi_pipe.config import ExtractSettings, JobSettings, TileSettings
-from wsi_pipe.encoders import load_encoder
 from wsi_pipe.encoders.base import Encoder
 from wsi_pipe.errors import JobError
 from wsi_pipe.execute import Where
@@ -30,20 +29,30 @@ from wsi_pipe.tiles import stream_tiles
 from wsi_pipe.tiling import plan_grids
 from wsi_pipe.tissue import find_tissue
 
-__all__ = ["CohortFeatures", "distil", "distilled_store", "extract", "lr_tiles", "other_tiles", "teacher_store", "thinned"]
+__all__ = [
+    "CohortFeatures",
+    "distil",
+    "distilled_store",
+    "extract",
+    "lr_tiles",
+    "other_tiles",
+    "teacher_store",
+    "thinned",
+]
 
 
 @dataclass(frozen=True)
 class CohortFeatures:
     """Stores of a cohort, all with the same slides in the same order.
 
-    hr: the teacher's features, with parents in the LR grid. lr: by side of the tiles. distilled: of the student. tiles:
-    uint8 (N, S, S, 3) of each slide's LR grid.
+    hr: the teacher's features, with parents in the LR grid. lr: by side of the tiles. distilled: of the student, whose
+    file is ``student``. tiles: uint8 (N, S, S, 3) of each slide's LR grid.
     """
 
     hr: FeatureStore
     lr: Mapping[int, FeatureStore]
     distilled: FeatureStore
+    student: Path
     tiles: Sequence[NDArray[np.uint8]]
 
     def __post_init__(self) -> None:
@@ -71,7 +80,9 @@ def extract(settings: EfficiencySettings, slides: Path, out: Path, teacher: Enco
     return out / "bags"
 
 
-def other_tiles(settings: EfficiencySettings, bags: Path, like: FeatureStore, side: int, teacher: Encoder) -> FeatureStore:
+def other_tiles(
+    settings: EfficiencySettings, bags: Path, like: FeatureStore, side: int, teacher: Encoder
+) -> FeatureStore:
     """The teacher's features on LR tiles of another side, on the same tissue by the same rules as a job's."""
     wanted = TileSettings(resolutions=(settings.lr_mpp,), tile_px=side)
     arrays = []

@@ -11,10 +11,11 @@ from lrmil.pictures.canvas import COLOURS, canvas
 __all__ = ["draw_curves"]
 
 PANELS = (
-    ("HR", "LR, stages 1 and 2", "LR, stage 1", "LR, end to end", "LR"),
-    ("HR, linear", "LR, stage 1, linear", "LR, linear", "LR, stage 2 alone", "HR, LR's number of tiles"),
+    ("HR", "LR, stages 1 and 2, fine-tuned", "LR, end to end", "LR, stage 1, fine-tuned", "LR, stage 2, end to end"),
+    ("HR, linear", "LR, stages 1 and 2", "LR, stage 1", "LR, stage 1, linear", "LR, linear"),
+    ("HR, LR's number of tiles", "LR", "LR, stage 2 alone"),
 )
-TITLES = ("attention models and end to end", "linear models and other controls")
+TITLES = ("HR, and networks that learn", "frozen features", "undistilled features and fewer tiles")
 MARKERS = "osD^v"
 BLUE, RED, GREEN, PINK, ORANGE = COLOURS[:5]
 SHADES = (BLUE, GREEN, ORANGE, RED, PINK)
@@ -29,16 +30,17 @@ class Point(Protocol):
 
 
 def draw_curves(path: Path, title: str, aucs: Mapping[int, Mapping[str, Any]]) -> None:
-    """AUC with intervals against the number of labelled cases, all arms over two panels of one scale."""
+    """AUC with intervals against the number of labelled cases, all arms over three panels of one scale."""
     counts = sorted(aucs)
     least = min(point.low for own in aucs.values() for point in own.values())
-    with canvas(path, (11.0, 4.8), columns=2) as axes:
+    with canvas(path, (14.0, 4.8), columns=3) as axes:
         for ax, arms, heading in zip(axes, PANELS, TITLES, strict=True):
-            there = [arm for arm in arms if all(arm in aucs[n] for n in counts)]
+            there = [arm for arm in arms if any(arm in aucs[n] for n in counts)]
             for number, arm in enumerate(there):
                 # Side by side, so that no interval hides another.
-                x = [n * 1.035 ** (number - (len(there) - 1) / 2) for n in counts]
-                points = [aucs[n][arm] for n in counts]
+                own = [n for n in counts if arm in aucs[n]]
+                x = [n * 1.035 ** (number - (len(there) - 1) / 2) for n in own]
+                points = [aucs[n][arm] for n in own]
                 y = [p.value for p in points]
                 reach = [[p.value - p.low for p in points], [p.high - p.value for p in points]]
                 ax.errorbar(

@@ -92,7 +92,7 @@ def summarise(settings: EfficiencySettings, draws: Sequence[Mapping[str, Any]]) 
     """Everything that is shown, from the files of all draws."""
     classes = len(settings.cohort.classes)
     total = settings.cohort.test * len(settings.seeds)
-    arms = tuple(arm for arm in ARMS if all(arm in draw["arms"] for draw in draws))
+    arms = tuple(arm for arm in ARMS if any(arm in draw["arms"] for draw in draws))
 
     def runs(arm: str, count: int) -> Runs:
         found = []
@@ -106,11 +106,11 @@ def summarise(settings: EfficiencySettings, draws: Sequence[Mapping[str, Any]]) 
 
     aucs, differences = {}, {}
     for count in settings.labelled:
-        by_arm = {arm: runs(arm, count) for arm in arms}
-        aucs[count] = {arm: pooled_auc(by_arm[arm]) for arm in arms}
-        differences[count] = {
-            a: {b: pooled_difference(by_arm[a], by_arm[b]) for b in arms if b != a} for a in arms
-        }
+        # Some arms are run at some numbers of labelled cases alone.
+        there = [arm for arm in arms if all(arm in draw["arms"] for draw in draws if draw["labelled"] == count)]
+        by_arm = {arm: runs(arm, count) for arm in there}
+        aucs[count] = {arm: pooled_auc(by_arm[arm]) for arm in there}
+        differences[count] = {a: {b: pooled_difference(by_arm[a], by_arm[b]) for b in there if b != a} for a in there}
     return Summary(settings, arms, aucs, differences, draws)
 
 
@@ -140,7 +140,7 @@ def write_summary(out: Path, summary: Summary) -> None:
                 "draw": draw["draw"],
                 "chosen": {
                     arm: {key: value for key, value in draw["arms"][arm].items() if key != "probabilities"}
-                    for arm in summary.arms
+                    for arm in draw["arms"]
                 },
             }
             for draw in summary.draws
@@ -157,18 +157,20 @@ def tables(summary: Summary) -> str:
     lines = [f"| AUC, {summary.settings.name} | " + " | ".join(f"{n} labelled" for n in counts) + " |"]
     lines.append("|---" * (len(counts) + 1) + "|")
     for arm in summary.arms:
-        lines.append(f"| {arm} | " + " | ".join(_shown(summary.aucs[n][arm]) for n in counts) + " |")
+        cells = [_shown(summary.aucs[n].get(arm)) for n in counts]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     for n in counts:
-        lines += ["", f"| {n} labelled: row less column | " + " | ".join(summary.arms[:-1]) + " |"]
-        lines.append("|---" * len(summary.arms) + "|")
-        for i, a in enumerate(summary.arms[1:], start=1):
-            cells = [_signed(summary.differences[n][a][b]) for b in summary.arms[:i]]
-            lines.append(f"| {a} | " + " | ".join(cells + [""] * (len(summary.arms) - 1 - i)) + " |")
+        there = list(summary.aucs[n])
+        lines += ["", f"| {n} labelled: row less column | " + " | ".join(there[:-1]) + " |"]
+        lines.append("|---" * len(there) + "|")
+        for i, a in enumerate(there[1:], start=1):
+            cells = [_signed(summary.differences[n][a][b]) for b in there[:i]]
+            lines.append(f"| {a} | " + " | ".join(cells + [""] * (len(there) - 1 - i)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _shown(p: Pooled) -> str:
-    return f"{p.value:.3f} ({p.low:.3f} to {p.high:.3f})"
+def _shown(p: Pooled | None) -> str:
+    return "" if p is None else f"{p.value:.3f} ({p.low:.3f} to {p.high:.3f})"
 
 
 def _signed(p: Pooled) -> str:

@@ -3,9 +3,9 @@
     python -m pipelines.label_efficiency pipelines/presets/labels-middle.toml -o out
     python -m pipelines.label_efficiency pipelines/presets/labels-middle.toml -o out --seed 101
 
-The seeds of the cohorts stand in the preset, which is committed before the run; result files name the commit. ``--seed``
-runs one cohort alone, so that several may run side by side; the summary is written as soon as all are there. Run again,
-it goes on where it stopped.
+The seeds of the cohorts stand in the preset, which is committed before the run; result files name the commit.
+``--seed`` runs one cohort alone, so that several may run side by side; the summary is written as soon as all are there.
+Run again, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.efficiency_arms import ARMS, Parts, run_arms
+from pipelines.efficiency_arms import ARMS, CONTROLS, Parts, run_arms
 from pipelines.efficiency_cohort import PlannedSlide, labelled_cases, make_slides, validation_cases
 from pipelines.efficiency_features import (
     CohortFeatures,
@@ -48,7 +48,12 @@ def say(text: str) -> None:
 
 
 def draw_parts(
-    slides: Mapping[str, PlannedSlide], ids: Sequence[str], settings: EfficiencySettings, seed: int, draw: int, count: int
+    slides: Mapping[str, PlannedSlide],
+    ids: Sequence[str],
+    settings: EfficiencySettings,
+    seed: int,
+    draw: int,
+    count: int,
 ) -> Parts:
     """The parts of one draw of ``count`` labelled cases; ids: of the stores' rows."""
     labels = {name: slide.label for name, slide in slides.items() if slide.part == "train"}
@@ -68,7 +73,12 @@ def draw_parts(
 
 
 def run_cohort(
-    settings: EfficiencySettings, seed: int, out: Path, *, arms: Sequence[str] = ARMS, progress: Callable[[str], object] = say
+    settings: EfficiencySettings,
+    seed: int,
+    out: Path,
+    *,
+    arms: Sequence[str] = ARMS,
+    progress: Callable[[str], object] = say,
 ) -> None:
     """Every draw of one cohort into ``out``, a file each; what is there is kept.
 
@@ -104,12 +114,13 @@ def run_cohort(
     student = distil(settings, bags, cases, out / "student.safetensors", progress)
     tiles = lr_tiles(settings, bags, hr.slide_ids)
     encoder = load_encoder(str(student), device="cpu", precision="float32")
-    features = CohortFeatures(hr, lr, distilled_store(encoder, tiles, hr, test), tiles)
+    features = CohortFeatures(hr, lr, distilled_store(encoder, tiles, lr[settings.tile_px], test), student, tiles)
     labels = np.array([slides[name].label for name in hr.slide_ids], np.int64)
     for count, draw in todo:
         progress(f"cohort {seed}: {count} labelled cases, draw {draw + 1}")
         parts = draw_parts(slides, hr.slide_ids, settings, seed, draw, count)
-        found = run_arms(features, labels, parts, settings, draw, arms=arms)
+        own = [arm for arm in arms if arm not in CONTROLS or count in settings.controls_at]
+        found = run_arms(features, labels, parts, settings, draw, arms=own)
         write_text_atomically(
             draw_file(out, count, draw),
             json.dumps(
