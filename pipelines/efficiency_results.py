@@ -72,7 +72,8 @@ def pooled_difference(a: Runs, b: Runs) -> Pooled:
         for one, other in zip(a, b, strict=True)
     ]
     flat = [[auc for cohort in runs for draw in cohort for auc in draw] for runs in (a, b)]
-    return _widened(auc_difference(*flat), values)
+    pooled = _widened(auc_difference(*flat), values)
+    return Pooled(pooled.value, max(pooled.low, -1.0), min(pooled.high, 1.0), pooled.by_cohort)
 
 
 def _widened(found: AucInterval, values: Sequence[Sequence[float]]) -> Pooled:
