@@ -46,9 +46,13 @@ ARMS = (
 )
 
 
+NOBODY = np.zeros(0, np.int64)
+
+
 @dataclass(frozen=True)
 class Parts:
-    """Rows of the stores. train, val: labelled. hidden: training cases whose labels are not seen. test: never seen."""
+    """Rows of the stores. train, val: labelled, parted to choose a tile size alone. hidden: training cases whose
+    labels are not seen. test: never seen."""
 
     train: NDArray[np.int64]
     val: NDArray[np.int64]
@@ -60,10 +64,14 @@ class Parts:
         """Rows of ``train`` and ``val``."""
         return np.sort(np.concatenate([self.train, self.val]))
 
-    def fold(self, *, more: NDArray[np.int64] | None = None) -> FoldIndices:
-        """For the trainer; ``more``: rows to predict beside those of the test part."""
+    def fold(self, *, more: NDArray[np.int64] | None = None, hidden: bool = False) -> FoldIndices:
+        """For the trainer, which learns from all labelled cases: so few choose an epoch worse than a fixed number does.
+
+        more: rows to predict beside those of the test part. hidden: learn from the hidden cases as well.
+        """
         test = self.test if more is None else np.concatenate([self.test, more])
-        return FoldIndices(self.train, self.val, test)
+        train = np.concatenate([self.labelled, self.hidden]) if hidden else self.labelled
+        return FoldIndices(train, NOBODY, test)
 
 
 def linear_model(
@@ -146,15 +154,14 @@ def run_arms(
         few = thinned(features.hr, features.lr[settings.tile_px].lengths, seed)
         keep(HR_FEW, _probabilities(mil(few, parts.fold(), plain, known)))
     if LR in arms:
-        results = {side: mil(store, parts.fold(), plain, known) for side, store in features.lr.items()}
-        side = min(results, key=lambda s: _val_loss(results[s], known))
-        keep(LR, _probabilities(results[side]), tile_px=side)
+        choice = FoldIndices(parts.train, NOBODY, parts.val)
+        tried_losses = {side: _loss(mil(store, choice, plain, known)) for side, store in features.lr.items()}
+        side = min(tried_losses, key=lambda s: tried_losses[s])
+        keep(LR, _probabilities(mil(features.lr[side], parts.fold(), plain, known)), tile_px=side)
     if STAGE1 in arms:
         keep(STAGE1, _probabilities(mil(features.distilled, parts.fold(), plain, known)))
     taught = dataclasses.replace(settings.mil, loss=settings.student_loss)
-    fold = parts.fold()
-    if settings.stage2_unlabelled:
-        fold = FoldIndices(np.concatenate([parts.train, parts.hidden]), parts.val, parts.test)
+    fold = parts.fold(hidden=settings.stage2_unlabelled)
     undistilled = features.lr[settings.tile_px]
     for arm, store in ((STAGE2, undistilled), (BOTH, features.distilled)):
         if arm in arms:
@@ -164,9 +171,7 @@ def run_arms(
     def end_to_end(arm: str, student: str | Path, taught: bool) -> None:
         if arm not in arms:
             return
-        # No choice is made by validation, so its cases are learned from as well.
-        hidden = taught and settings.stage2_unlabelled
-        learned = np.concatenate([parts.labelled, parts.hidden]) if hidden else parts.labelled
+        learned = fold.train if taught else parts.labelled
         targets = None
         if taught:
             stores = (ResidentStore.of(features.hr, "cpu"), ResidentStore.of(undistilled, "cpu"))
@@ -192,7 +197,8 @@ def _probabilities(result: TrainResult) -> NDArray[np.float64]:
     return np.asarray(softmax(np.array([p.logits for p in result.predictions if p.part == "test"])), np.float64)
 
 
-def _val_loss(result: TrainResult, labels: NDArray[np.int64]) -> float:
-    own = [p for p in result.predictions if p.part == "val"]
+def _loss(result: TrainResult) -> float:
+    """Mean cross-entropy of the bags that were predicted."""
+    own = [p for p in result.predictions if p.part == "test"]
     p = softmax(np.array([x.logits for x in own]))
     return float(-np.log(np.maximum(p[np.arange(len(own)), [x.label for x in own]], 1e-12)).mean())
