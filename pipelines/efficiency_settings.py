@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,6 +147,6 @@ class EfficiencySettings:
         return dataclasses.replace(self.mil, loss=LossSettings(ce=1.0, bag=0.0, soft=0.0, hard=0.0))
 
 
-def load_efficiency(preset: Path, changes: Sequence[str] = ()) -> EfficiencySettings:
-    """Settings of a preset with ``changes`` over it, each "KEY=VALUE". Raises ConfigError naming what is wrong."""
+def load_efficiency(preset: Path) -> EfficiencySettings:
+    """Settings of a preset. Raises ConfigError naming the file and the key when one is wrong."""
     return load_toml(EfficiencySettings, preset)

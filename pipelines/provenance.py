@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -17,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def provenance(root: Path = ROOT) -> dict[str, Any]:
-    """JSON-able facts: "commit" of ``root`` (None where it is no repository), "dirty" files, versions, processor."""
+    """JSON-able facts: "commit" of ``root`` (None where it is no repository), "dirty" files, versions, processor.
+
+    cores: that this process may use; machine_cores: that there are.
+    """
     commit = _git(root, "rev-parse", "HEAD")
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     return {
@@ -28,6 +32,7 @@ def provenance(root: Path = ROOT) -> dict[str, Any]:
         "system": platform.platform(),
         "processor": _processor(),
         "cores": available_cores(),
+        "machine_cores": os.cpu_count(),
     }
 
 

@@ -11,14 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lrmil.config import ModelSettings, TrainSettings
 from lrmil.errors import LeakageError
 from lrmil.metrics.auc import auc_difference, one_auc
-from lrmil.store import FeatureStore
-from pipelines.efficiency_arms import ARMS, HR, Parts, linear_model
+from lrmil.store import FeatureStore, StoreMeta
+from pipelines.efficiency_arms import ARMS, END_TO_END, HR, TAUGHT, Parts, linear_model, run_arms
 from pipelines.efficiency_cohort import labelled_cases, plan_slides, shifted, validation_cases
-from pipelines.efficiency_features import distilled_store, thinned
+from pipelines.efficiency_features import CohortFeatures, distilled_store, thinned
 from pipelines.efficiency_results import pooled_auc, pooled_difference
-from pipelines.efficiency_settings import EfficiencySettings, PlannedCohort, ShiftSettings, load_efficiency
+from pipelines.efficiency_settings import (
+    EfficiencySettings,
+    EndToEndSettings,
+    PlannedCohort,
+    ShiftSettings,
+    load_efficiency,
+)
+from pipelines.end_to_end import train_end_to_end
 from pipelines.label_efficiency import draw_file, draw_parts, main, run_cohort
 from pipelines.provenance import provenance
 from wsi_pipe.encoders.base import EncoderInfo
@@ -187,6 +195,80 @@ def test_linear_models_see_labelled_cases_alone() -> None:
     again, _ = linear_model(store, other, parts, settings, 0)
     assert np.array_equal(found, again)
     assert ((found[:, 1] > 0.5) == (labels[40:] == 1)).mean() > 0.8
+
+
+@pytest.fixture(scope="module")
+def little_cohort() -> tuple[CohortFeatures, np.ndarray, Parts]:
+    """24 slides of two LR tiles of 32 px with four HR tiles each; class 1 is darker in one tile."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(24) % 2
+    names = [f"s{i:02d}" for i in range(24)]
+    tiles = [rng.integers(150, 250, (2, 32, 32, 3)).astype(np.uint8) for _ in names]
+    for i in np.flatnonzero(labels):
+        tiles[i][0] //= 2
+    hr_rows = [np.repeat(t.reshape(2, -1).mean(1) / 100, 4)[:, None] + rng.normal(0, 0.1, (8, 3)) for t in tiles]
+    lr_rows = [rng.normal(0, 1, (2, 3)) for _ in names]
+    parents = [np.repeat([0, 1], 4)] * 24
+    hr = FeatureStore.from_arrays(
+        hr_rows, names, case_ids=names, parents=parents, meta=StoreMeta("t", "0", "20x", parent_level="5x")
+    )
+    lr = FeatureStore.from_arrays(lr_rows, names, case_ids=names, meta=StoreMeta("t", "0", "5x"))
+    parts = Parts(np.arange(6), np.array([6, 7]), np.arange(8, 16), np.arange(16, 24))
+    return CohortFeatures(hr, {64: lr}, lr, Path("none"), tiles), labels, parts
+
+
+def quick_settings() -> EfficiencySettings:
+    mil = TrainSettings(ModelSettings(hidden=8, attention_dim=4), epochs=2, precision="float32")
+    return EfficiencySettings(lr_tiles=(64,), mil=mil, end_to_end=EndToEndSettings(steps=2, bags=4), c_grid=(0.1, 1.0))
+
+
+def test_no_arm_reads_the_labels_of_hidden_and_test_cases(
+    little_cohort: tuple[CohortFeatures, np.ndarray, Parts],
+) -> None:
+    features, labels, parts = little_cohort
+    # Those that need no distilled student.
+    arms = [arm for arm in ARMS if "stage 1" not in arm and "stages 1" not in arm]
+    found = run_arms(features, labels, parts, quick_settings(), 0, arms=arms)
+    other = labels.copy()
+    other[8:] = 1 - other[8:]
+    assert run_arms(features, other, parts, quick_settings(), 0, arms=arms) == found
+    assert set(found) == set(arms)
+    for own in found.values():
+        assert np.array(own["probabilities"]).shape == (8, 2)
+        assert np.array(own["probabilities"]).sum(1) == pytest.approx(1, abs=1e-5)
+    known = labels.copy()
+    known[:8] = 1 - known[:8]
+    assert run_arms(features, known, parts, quick_settings(), 0, arms=[END_TO_END]) != {
+        arm: found[arm] for arm in (HR, END_TO_END)
+    }
+
+
+def test_a_teacher_reaches_slides_whose_labels_are_hidden(
+    little_cohort: tuple[CohortFeatures, np.ndarray, Parts],
+) -> None:
+    features, labels, parts = little_cohort
+    with_all = run_arms(features, labels, parts, quick_settings(), 0, arms=[TAUGHT])
+    labelled_alone = dataclasses.replace(quick_settings(), stage2_unlabelled=False)
+    assert run_arms(features, labels, parts, labelled_alone, 0, arms=[TAUGHT])[TAUGHT] != with_all[TAUGHT]
+
+
+def test_a_network_learns_end_to_end_and_the_same_from_the_same_seed(
+    little_cohort: tuple[CohortFeatures, np.ndarray, Parts],
+) -> None:
+    features, labels, _ = little_cohort
+    settings = EndToEndSettings(steps=12, bags=8, lr=3e-3, dropout=0.0)
+
+    def trained(seed: int) -> np.ndarray:
+        return train_end_to_end(
+            features.tiles, labels, range(16), range(16, 24), classes=2, student="timm:test_resnet",
+            head=ModelSettings(hidden=8, attention_dim=4), settings=settings, seed=seed,
+        )  # fmt: skip
+
+    first = trained(0)
+    assert np.array_equal(first, trained(0))
+    assert not np.array_equal(first, trained(1))
+    positive = labels[16:] == 1
+    assert first[positive, 1].min() > first[~positive, 1].max()
 
 
 def test_provenance_names_commit_and_what_differs_from_it(tmp_path: Path) -> None:
