@@ -372,6 +372,25 @@ def test_trident_keeps_encoders_apart_and_coordinates_once(bags: Path, tmp_path:
     assert {path.name for path in places.parents[1].iterdir()} == {"features_uni_v1", "features_conch_v1", "patches"}
 
 
+def test_files_of_slides_that_are_gone_are_named_and_stay(bags: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(bags, "stamp", out)
+    (bags / "s2.h5").unlink()
+    results = export(bags, "stamp", out)
+    assert results["s2.h5"].status == "kept"
+    assert (out / "feats/s2.h5").is_file()
+    assert "s2.h5" not in (out / "slide.csv").read_text()
+    assert cli("export", bags, "--to", "stamp", "-o", out) == 0
+
+
+def test_a_second_call_does_not_read_features(bags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(bags, "clam", tmp_path / "out")
+    read = []
+    monkeypatch.setattr("wsi_pipe.interop.export.read_level", lambda path, *more: read.append(path))
+    assert {r.status for r in export(bags, "clam", tmp_path / "out").values()} == {"unchanged", "empty"}
+    assert read == []
+
+
 def test_random_weights_are_refused_and_marked(tmp_path: Path) -> None:
     bags = tmp_path / "bags"
     make_bag(bags, "s1", encoder="uni-random", slug="uni-random", weights="random")

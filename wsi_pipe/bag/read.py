@@ -181,7 +181,7 @@ def weights_of(slug: str, attrs: Any) -> str:
 @dataclass(frozen=True)
 class FeatureHeader:
     """What one encoder's features say of themselves; dim: D; layers: the blocks whose CLS is stored too; weights:
-    "random" where they were drawn."""
+    "random" where they were drawn; sha256: of the values, "" in bags of earlier versions."""
 
     encoder: str
     weights_sha256: str
@@ -191,6 +191,7 @@ class FeatureHeader:
     dim: int
     layers: tuple[int, ...] = ()
     weights: str = ""
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,7 @@ def _feature_headers(group: Any) -> dict[str, FeatureHeader]:
             dim=int(data.shape[1]),
             layers=_blocks_of(group, slug),
             weights=weights_of(slug, data.attrs),
+            sha256=str(data.attrs.get("sha256", "")),
         )
         for slug, data in (group["features"].items() if "features" in group else ())
     }

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipe.bag import BagHeader, content_digest, read_header, read_level, skim_file
+from wsi_pipe.bag import content_digest, read_header, read_level, skim_file
 from wsi_pipe.config import fingerprint
 from wsi_pipe.encoders.elsewhere import same_encoder, slug_asked_for
 from wsi_pipe.encoders.random_id import RANDOM
@@ -41,11 +41,12 @@ class Exported:
     """What became of one slide.
 
     status: "written"; "unchanged", it was right already; "empty", a slide without tiles, which the tool cannot read;
-    "left out", it lacks these features; "failed". reason: why, of the last three.
+    "left out", it lacks these features; "failed"; or "kept", a file of an earlier export whose slide is not exported
+    now. reason: why, of the last four.
     """
 
     slide_id: str
-    status: Literal["written", "unchanged", "empty", "left out", "failed"]
+    status: Literal["written", "unchanged", "empty", "left out", "failed", "kept"]
     reason: str = ""
     tiles: int = 0
 
@@ -80,38 +81,57 @@ def plan_export(
     """
     exporter = EXPORTERS[to]
     paths, absent = _bags_of(root)
-    headers: dict[str, BagHeader] = {}
+    contents: dict[str, _Contents] = {}
     for slide_id, path in paths.items():
         try:
-            header = read_guarded(read_header, path)
-            if header.attrs.slide_id != slide_id:
-                absent[slide_id] = f"{path} is the bag of another slide, {header.attrs.slide_id}"
+            found = read_guarded(_contents, path)
+            if found.slide_id != slide_id:
+                absent[slide_id] = f"{path} is the bag of another slide, {found.slide_id}"
                 continue
-            headers[slide_id] = header
+            contents[slide_id] = found
         except WsiPipeError as error:
             absent[slide_id] = error.message
     held = {
-        (label, slug): item.encoder
-        for header in headers.values()
-        for label, features in header.features.items()
-        for slug, item in features.items()
+        (label, slug): encoder
+        for found in contents.values()
+        for label, features in found.features.items()
+        for slug, (encoder, _) in features.items()
     }
     label, slug = _choice(root, held, level, encoder)
     chosen: dict[str, Path] = {}
-    for slide_id, header in headers.items():
-        item = header.features.get(label, {}).get(slug)
+    for slide_id, found in contents.items():
+        item = found.features.get(label, {}).get(slug)
         if item is None:
-            absent[slide_id] = _lacking(header, label, slug)
+            absent[slide_id] = _lacking(found, label, slug)
             continue
-        if item.weights == RANDOM and not allow_random:
+        if item[1] == RANDOM and not allow_random:
             raise ConfigError(
-                f"{slide_id}: features of {item.encoder} were made with random weights: no tool should learn from them",
+                f"{slide_id}: features of {item[0]} were made with random weights: no tool should learn from them",
                 remedy="name another encoder (--encoder), or say --allow-random for a test",
             )
         chosen[slide_id] = paths[slide_id]
     order = list(paths) + [slide_id for slide_id in absent if slide_id not in paths]
     named = {slide_id: absent[slide_id] for slide_id in order if slide_id in absent}
     return Plan(root, exporter, label, slug, held[label, slug], chosen, named)
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What of a bag's header is kept while all are looked at: features by level and slug, (encoder, weights)."""
+
+    slide_id: str
+    features: dict[str, dict[str, tuple[str, str]]]
+
+
+def _contents(path: Path) -> _Contents:
+    header = read_header(path)
+    return _Contents(
+        header.attrs.slide_id,
+        {
+            label: {slug: (item.encoder, item.weights) for slug, item in features.items()}
+            for label, features in header.features.items()
+        },
+    )
 
 
 def _bags_of(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
@@ -156,10 +176,10 @@ def _choice(root: Path, held: dict[tuple[str, str], str], level: str | None, enc
     )
 
 
-def _lacking(header: BagHeader, label: str, slug: str) -> str:
-    if label not in header.features:
-        return f"its bag has no level {label}, only {', '.join(header.features) or 'none'}"
-    held = ", ".join(header.features[label]) or "none"
+def _lacking(found: _Contents, label: str, slug: str) -> str:
+    if label not in found.features:
+        return f"its bag has no level {label}, only {', '.join(found.features) or 'none'}"
+    held = ", ".join(found.features[label]) or "none"
     return f"its bag has no features of {slug} at {label}, only {held}"
 
 
@@ -192,9 +212,7 @@ def export_job(plan: Plan, out: Path, *, progress: Callable[[int, int], object] 
             seen.add(str(place))
             _put(record, place, plan.key, fingerprint(exporter.version, text), out, _writer_of(text))
         for name in sorted(record.files_of(plan.key) - seen):
-            yield Exported(
-                Path(name).name, "left out", f"{out / name} is of a slide that is not exported now; it stays"
-            )
+            yield Exported(Path(name).name, "kept", f"{out / name} is of a slide that is not exported now")
 
 
 def _writer_of(text: str) -> Callable[[Path], object]:
@@ -223,22 +241,27 @@ def _export_slide(
     given: list[Given],
 ) -> Exported:
     try:
-        slide = _read(path, plan)
-        tiles = len(slide.features)
-        places = plan.exporter.files(slide)
+        exporter = plan.exporter
+        slide, digest = _outline(path, plan)
+        tiles, dim = slide.features.shape
+        places = exporter.files(slide)
         seen |= {str(place) for place in places}
-        if not tiles and not plan.exporter.takes_empty:
+        if not tiles and not exporter.takes_empty:
             reason = slide.attrs.empty_reason or f"no tile at {plan.level}"
-            return Exported(slide_id, "empty", f"{reason}: {plan.exporter.title} takes no slide without tiles")
-        of_grid, source = _sources(plan, slide)
-        new = []
-        for place in places:
-            common = plan.exporter.of_grid(place)
-            key = plan.key.rpartition("/")[0] if common else plan.key
-            write = _bound(plan.exporter, slide, place)
-            new.append(_put(record, place, key, of_grid if common else source, out, write))
-        given.append(Given(slide_id, slide.case_id, tiles, slide.features.shape[1]))
-        return Exported(slide_id, "written" if any(new) else "unchanged", tiles=tiles)
+            return Exported(slide_id, "empty", f"{reason}: {exporter.title} takes no slide without tiles")
+        of_grid, of_features = _sources(plan, slide, digest)
+        wanted = [
+            (place, plan.key.rpartition("/")[0], of_grid) if exporter.of_grid(place) else (place, plan.key, of_features)
+            for place in places
+        ]
+        lacking = [item for item in wanted if not record.is_right(*item)]
+        if lacking:
+            # Read in full only where something is to be written.
+            slide = _read(path, plan)
+        for place, key, source in lacking:
+            _put(record, place, key, source, out, _bound(exporter, slide, place))
+        given.append(Given(slide_id, slide.case_id, tiles, dim))
+        return Exported(slide_id, "written" if lacking else "unchanged", tiles=tiles)
     except OutputError:
         raise
     except WsiPipeError as error:
@@ -247,6 +270,24 @@ def _export_slide(
 
 def _bound(exporter: Exporter, slide: SlideFeatures, place: Path) -> Callable[[Path], object]:
     return lambda path: exporter.write(slide, path, place)
+
+
+def _outline(path: Path, plan: Plan) -> tuple[SlideFeatures, str]:
+    """All of a slide but its features, which are zeros of their shape that take no memory; and what tells them from
+    others: fingerprint and digest. Raises BagError."""
+    header = read_guarded(read_header, path)
+    item = header.features[plan.level][plan.slug]
+    grid = next(grid for grid in header.grids if grid.label == plan.level)
+    slide = SlideFeatures(
+        attrs=header.attrs,
+        grid=grid,
+        encoder=item.encoder,
+        slug=plan.slug,
+        weights_sha256=item.weights_sha256,
+        features=np.broadcast_to(np.float32(0), (len(grid), item.dim)),
+        weights=item.weights,
+    )
+    return slide, f"{item.fingerprint} {item.sha256}"
 
 
 def _read(path: Path, plan: Plan) -> SlideFeatures:
@@ -271,18 +312,16 @@ def _read(path: Path, plan: Plan) -> SlideFeatures:
     )
 
 
-def _sources(plan: Plan, slide: SlideFeatures) -> tuple[str, str]:
+def _sources(plan: Plan, slide: SlideFeatures, digest: str) -> tuple[str, str]:
     """What a slide's tiles and what its features are: files of others are written anew."""
     attrs, grid = slide.attrs, slide.grid
     tiles = fingerprint(
         plan.exporter.version, attrs.slide_id, attrs.mpp_l0, (attrs.width_l0, attrs.height_l0), grid.spec,
         grid.origin_l0, grid.stride_l0, grid.tile_size_l0, grid.min_tissue, _digest(grid.cells), _digest(grid.tissue),
     )  # fmt: skip
-    per_tile = {name: _digest(values) for name, values in (*slide.annotation.items(), *slide.quality.items())}
     features = fingerprint(
-        tiles, plan.key, slide.origins, attrs.slide_path, attrs.status, attrs.empty_reason, _digest(slide.features),
-        per_tile,
-    )  # fmt: skip
+        tiles, plan.key, slide.origins, digest, attrs.slide_path, attrs.status, attrs.empty_reason, attrs.annotation
+    )
     return tiles, features
 
 
