@@ -25,6 +25,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 import tifffile
 
 from wsi_pipe.cli import group, run_group
@@ -33,8 +34,11 @@ from wsi_pipe.slides.writing.write import write_pyramid
 
 BATCH = 15
 """Mutants of slides in one folder: most of a command's time is not theirs."""
-LIMIT_S = 300.0
-"""Far more than any mutant takes, also on a busy machine; the commands have a time-out for slides of their own."""
+LIMIT_CPU_S = 200.0
+"""Far more processor seconds than any mutant takes. HDF5 loops for ever on some files; the commands end that after ten
+processor seconds each time, which on a busy machine are many minutes."""
+IDLE_S = 300.0
+"""A process that did not compute for so long waits for something that does not come."""
 OPTIONS = ["-r", "5x", "--slide-mpp", "0.5"]
 Mutate = Callable[[bytes, np.random.Generator], tuple[str, bytes]]
 SLIDES = ("svs", "deflate.tif", "lzw.tif", "jp2k.svs", "png", "jpg")
@@ -167,6 +171,16 @@ def worker(folder: Path) -> None:
         print(json.dumps(faults_of(kind, mutants, place, sound)), file=channel)
 
 
+def _processor_s(process: psutil.Process) -> float:
+    """Processor seconds of a process, of its children, and of those that have ended."""
+    total = 0.0
+    for one in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            times = one.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
 class Worker:
     """A child process that takes mutants, begun anew where it died or hung."""
 
@@ -183,7 +197,7 @@ class Worker:
         assert self.child.stdout is not None
         self.child.stdin.write(json.dumps([kind, list(map(str, mutants))]) + "\n")
         self.child.stdin.flush()
-        ready = select.select([self.child.stdout], [], [], LIMIT_S * len(mutants))[0]
+        ready = self._answers(len(mutants))
         line = self.child.stdout.readline() if ready else ""
         if line:
             found: list[str] = json.loads(line)
@@ -192,6 +206,18 @@ class Worker:
         self.child.wait()
         self.child = None
         return [f"the process {'died' if ready else 'hangs'}"]
+
+    def _answers(self, count: int) -> bool:
+        """Wait for a line, or the end, of the child; False where it hangs."""
+        assert self.child is not None
+        process, before = psutil.Process(self.child.pid), -1.0
+        start = _processor_s(process)
+        while not select.select([self.child.stdout], [], [], IDLE_S)[0]:
+            spent = _processor_s(process) - start
+            if spent > LIMIT_CPU_S * count or spent <= before + 0.1:
+                return False
+            before = spent
+        return True
 
     def close(self) -> None:
         if self.child is not None and self.child.stdin is not None:
