@@ -73,7 +73,9 @@ def _versions() -> Iterator[Finding]:
     python = f"{platform.python_version()} ({platform.python_implementation()}), {platform.platform(terse=True)}"
     old = sys.version_info[:2] < LEAST_PYTHON
     least = ".".join(map(str, LEAST_PYTHON))
-    yield Finding("versions", "Python", "failed" if old else "ok", python, f"install Python {least} or later" * old)
+    yield Finding(
+        "versions", "Python", "failed" if old else "ok", python, f"install Python {least} or later" if old else ""
+    )
     try:
         needs = metadata.requires("wsi-pipe") or []
     except metadata.PackageNotFoundError:
@@ -139,7 +141,7 @@ def _machine() -> Iterator[Finding]:
     yield Finding("machine", "cores", "ok", f"{cores} of {os.cpu_count()}")
     low = memory.available < 2 << 30
     told = f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}"
-    yield Finding("machine", "memory", "note" if low else "ok", told, "give --memory 512, or free some" * low)
+    yield Finding("machine", "memory", "note" if low else "ok", told, "give --memory 512, or free some" if low else "")
     import torch
 
     from wsi_pipe.encoders.devices import cpu_has_bfloat16, resolve_devices, resolve_precision
@@ -154,7 +156,9 @@ def _machine() -> Iterator[Finding]:
         there = shutil.which("nvidia-smi") is not None
         told = "none that torch sees" + (", though a driver is installed" if there else "")
         half = "" if cpu_has_bfloat16() else "; this processor has no hardware for bfloat16"
-        remedy = "install a torch build for this driver's CUDA: https://pytorch.org/get-started/locally" * there
+        remedy = (
+            "install a torch build for this driver's CUDA: https://pytorch.org/get-started/locally" if there else ""
+        )
         yield Finding("machine", "GPU", "note", told + half, remedy)
 
 
@@ -179,7 +183,7 @@ def _folder(topic: str, name: str, folder: Path, remedy: str, *, needed: bool) -
         return Finding(topic, name, bad, f"{_shown(folder)}: {error.strerror or error}", remedy)
     told = f"{_shown(folder)}{'' if there == folder else ' (not made yet)'}, {free_gb:,.0f} GB free"
     low = free_gb < SPACE_GB
-    return Finding(topic, name, "note" if low else "ok", told, f"free some space, or {remedy}" * low)
+    return Finding(topic, name, "note" if low else "ok", told, f"free some space, or {remedy}" if low else "")
 
 
 def _hub(timeout_s: float) -> Iterator[Finding]:
