@@ -877,3 +877,21 @@ def test_segment_and_run_agree_on_what_is_empty(tmp_path: Path, make_slide: Make
         name: (o["status"], o["reason"]) for name, o in found["run"].items()
     }
     assert {o["status"] for o in found["run"].values()} == {"empty"}
+
+
+def test_defaults_of_stages_that_were_not_reached_are_not_asked_for(template: Path, tmp_path: Path) -> None:
+    """Stage by stage at one resolution, the job once wanted the default ones and the default encoder as well."""
+    job, slides = tmp_path / "job", template / "in"
+    assert cli("segment", slides, "-o", job) == 0
+    assert cli("tile", slides, "-o", job, "-r", "10x") == 0
+    held = load_settings(job)
+    assert held is not None
+    assert held.tile.resolutions == (1.0,)
+    assert cli("assemble", slides, "-o", job, "-r", "10x", "-e", "texture") == 0
+    assert set(features(job)) == {"10x/texture"}
+    assert cli("verify", job) == 0
+    # What was made is kept and asked for, as ever.
+    assert cli("run", slides, "-o", job, "-r", "5x", "--no-report") == 0
+    held = load_settings(job)
+    assert held is not None
+    assert held.tile.resolutions == (1.0, 2.0)

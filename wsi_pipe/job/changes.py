@@ -101,11 +101,11 @@ def call_of(root: Path, given: JobSettings, entries: Sequence[SlideEntry], *, pa
         work = dataclasses.replace(given, segment=held.segment, tile=tile)
         stored = held
     else:
-        stored = merged_settings(held, _without_drawn(given, held))
+        stored = merged_settings(root, held, _without_drawn(given, held))
         work = given
     if given.redo:
         # What is made anew takes all features with it that stand on it: they are made anew as well.
-        both = merged_settings(held, work)
+        both = merged_settings(root, held, work)
         work = dataclasses.replace(both, redo=True, extract=_random_as(both.extract, work.extract))
     changes = [*_setting_changes(held, stored), *_slide_changes(entries, listed)]
     return Call(work, stored, entries, tuple(changes))

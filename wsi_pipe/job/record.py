@@ -52,7 +52,7 @@ def open_job(root: Path, settings: JobSettings, entries: list[SlideEntry], *, sa
     refuse_foreign(paths, (entry.slide_id for entry in entries))
     _check_anonymous(root, settings, entries)
     held = load_settings(root)
-    write_text_atomically(paths.config, dump_toml(merged_settings(held, settings) if held else settings))
+    write_text_atomically(paths.config, dump_toml(merged_settings(root, held, settings) if held else settings))
     load_identities(root, strict=True)
     before = load_slides(root)
     listed = {entry.slide_id: entry for entry in before}
@@ -79,11 +79,18 @@ def _check_anonymous(root: Path, settings: JobSettings, entries: list[SlideEntry
         )
 
 
-def merged_settings(held: JobSettings, given: JobSettings) -> JobSettings:
-    """The settings of a job after a call: those given, with the resolutions and encoders of both."""
-    resolutions = tuple(sorted({*held.tile.resolutions, *given.tile.resolutions}))
+def merged_settings(root: Path, held: JobSettings, given: JobSettings) -> JobSettings:
+    """The settings of the job at ``root`` after a call: those given, with the resolutions and encoders of both.
+
+    Of what the job holds those count that something was made with: where only tissue was found, say, the resolutions
+    in its settings are defaults that nobody asked for.
+    """
+    encoded = any(_holds(root / name) for name in ("bags", "features", "partial"))
+    laid = encoded or _holds(root / "tiles")
+    resolutions = tuple(sorted({*(held.tile.resolutions if laid else ()), *given.tile.resolutions}))
     tile = dataclasses.replace(given.tile, resolutions=resolutions)
-    ours, theirs = ({spec.label for spec in s.tile.specs} for s in (held, given))
+    theirs = {spec.label for spec in given.tile.specs}
+    ours = {spec.label for spec in held.tile.specs} if encoded else set()
     by_label: dict[str, tuple[str, ...]] = {}
     for label in (spec.label for spec in tile.specs):
         names: dict[str, str] = {}
@@ -94,6 +101,15 @@ def merged_settings(held: JobSettings, given: JobSettings) -> JobSettings:
     alike = len(set(by_label.values())) == 1
     encoders = {"*": next(iter(by_label.values()))} if alike else {k: v for k, v in by_label.items() if v}
     return dataclasses.replace(given, tile=tile, extract=dataclasses.replace(given.extract, encoders=encoders))
+
+
+def _holds(folder: Path) -> bool:
+    """Whether anything lies in a folder."""
+    try:
+        with os.scandir(folder) as inside:
+            return next(inside, None) is not None
+    except OSError:
+        return False
 
 
 def load_settings(root: Path) -> JobSettings | None:
