@@ -27,11 +27,12 @@ from wsi_pipe.job.ownership import claim_job
 from wsi_pipe.job.private import job_salt
 from wsi_pipe.job.run import Progress, load_encoders
 from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.masking import has_secret
 from wsi_pipe.outcome import SlideOutcome, Stage
 from wsi_pipe.plan import bytes_per_tile, refuse_bad_encoders, refuse_lack_of_room
 from wsi_pipe.slides.passed_over import PassedOver
 
-__all__ = ["After", "RunEnd", "Watch", "run_stages"]
+__all__ = ["After", "RunEnd", "Watch", "begin_lines", "run_stages"]
 
 After = Callable[[JobPaths, JobSettings, list[SlideEntry]], None]
 """What a run that was not stopped does at its end, with the slides that are done."""
@@ -73,6 +74,26 @@ class RunEnd:
     seconds: float = 0.0
     stopped: WsiPipeError | None = None
     unwritten: OutputError | None = None
+
+
+MOST_SHOWN = 20
+
+
+def begin_lines(call: Call, paths: JobPaths) -> Iterator[str]:
+    """What becomes another by a call, old -> new, and which secrets are kept: to be told before the work."""
+    moved = [change for change in call.changes if change.what == "path"]
+    others = [change for change in call.changes if change.what != "path"]
+    yield from (f"changed: {change}" for change in others[:MOST_SHOWN])
+    if len(others) > MOST_SHOWN:
+        yield f"changed: {len(others) - MOST_SHOWN:,} more values, see {paths.changes}"
+    if moved:
+        yield f"moved: {len(moved):,} slides, such as {moved[0]}"
+    count = sum(has_secret(entry.path) for entry in call.entries)
+    if count:
+        yield (
+            f"warning: {count} URLs hold a password or a token: they are kept in {paths.identities}, for you alone, to "
+            "go on with; everywhere else they are masked"
+        )
 
 
 def look_at_folder(job: Path, say: Say) -> None:
