@@ -34,8 +34,8 @@ from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = ["After", "RunEnd", "Watch", "begin_lines", "run_stages"]
 
-After = Callable[[JobPaths, JobSettings, list[SlideEntry]], None]
-"""What a run that was not stopped does at its end, with the slides that are done."""
+After = Callable[[JobPaths, JobSettings, list[SlideEntry]], int | None]
+"""What a run that was not stopped does at its end, with the slides that are done; for how many of them it failed."""
 
 REPORTED_AT_ONCE = 1000
 """Slides of a job whose report is brought up to date where the run is interrupted."""
@@ -66,7 +66,11 @@ class Watch:
 
 @dataclass
 class RunEnd:
-    """What became of a run. stopped: what ended it early; unwritten: what kept it from writing failures and report."""
+    """What became of a run.
+
+    stopped: what ended it early. unwritten: what kept it from writing failures and report. failed_after: slides for
+    which what was to be done at the end failed.
+    """
 
     settings: JobSettings
     entries: list[SlideEntry]
@@ -74,6 +78,7 @@ class RunEnd:
     seconds: float = 0.0
     stopped: WsiPipeError | None = None
     unwritten: OutputError | None = None
+    failed_after: int = 0
 
 
 MOST_SHOWN = 20
@@ -208,7 +213,7 @@ def run_stages(
                 end.unwritten = error
             if after:
                 done = {outcome.slide_id for outcome in outcomes if outcome.status == "done"}
-                after(paths, settings, [entry for entry in entries if entry.slide_id in done])
+                end.failed_after = after(paths, settings, [e for e in entries if e.slide_id in done]) or 0
         end.seconds = time.perf_counter() - start
         watch.ended(end.seconds, end.stopped)
     if end.stopped and not outcomes and isinstance(end.stopped, (EncoderError, WorkerError)):

@@ -35,7 +35,7 @@ __all__ = ["assemble", "extract", "run", "segment", "tile"]
 def _run_until(
     until: Stage,
     values: dict[str, Any],
-    after: Callable[[JobPaths, JobSettings, list[SlideEntry]], None] | None = None,
+    after: Callable[[JobPaths, JobSettings, list[SlideEntry]], int | None] | None = None,
     *,
     report: bool = False,
 ) -> int:
@@ -54,7 +54,7 @@ def _run_until(
             f"wsi-pipe: error: the slides are through, but {end.unwritten}; then write it with: wsi-pipe report {job}",
             err=True,
         )
-    failed = any(outcome.status == "failed" for outcome in end.outcomes)
+    failed = end.failed_after or any(outcome.status == "failed" for outcome in end.outcomes)
     return EXIT_FAILED if end.stopped or end.unwritten or failed else 0
 
 
