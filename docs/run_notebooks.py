@@ -17,7 +17,6 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
-from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).resolve().parent / "notebooks"
 TIMEOUT_S = 1800
@@ -28,11 +27,10 @@ def run(path: Path, out: Path) -> None:
     """Run one notebook and save it in ``out``."""
     notebook: Any = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as own:
-        # What the kernel keeps of itself does not go into the user's home, and it listens to no network.
+        # What the kernel keeps of itself does not go into the user's home.
         os.environ |= dict.fromkeys(("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"), own)
         where = {"metadata": {"path": folder}}
-        config = Config({"KernelManager": {"transport": "ipc"}})
-        client = NotebookClient(notebook, timeout=TIMEOUT_S, startup_timeout=START_S, resources=where, config=config)
+        client = NotebookClient(notebook, timeout=TIMEOUT_S, startup_timeout=START_S, resources=where)
         client.execute()
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)

@@ -35,6 +35,7 @@ __all__ = [
     "load_toml",
     "to_mapping",
     "told_of",
+    "typed_setting",
 ]
 
 S = TypeVar("S")
@@ -322,6 +323,11 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "settings
         return cls(**arguments)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error.message}", remedy=error.remedy) from error
+
+
+def typed_setting(cls: type[Any], name: str, value: Any, where: str) -> Any:
+    """A value as the type of one setting of a settings class. Raises ConfigError for another type."""
+    return _typed(typing.get_type_hints(cls)[name], value, f"{where}.{name}")
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:

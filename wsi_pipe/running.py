@@ -29,14 +29,15 @@ from wsi_pipe.job.private import job_salt
 from wsi_pipe.job.replaced import file_weights, other_weights, refuse_unfit
 from wsi_pipe.job.run import Progress, load_encoders
 from wsi_pipe.manifest import SlideEntry
+from wsi_pipe.masking import has_secret
 from wsi_pipe.outcome import SlideOutcome, Stage
 from wsi_pipe.plan import bytes_per_tile, refuse_bad_encoders, refuse_lack_of_room
 from wsi_pipe.slides.passed_over import PassedOver
 
-__all__ = ["After", "RunEnd", "Watch", "run_stages"]
+__all__ = ["After", "RunEnd", "Watch", "begin_lines", "run_stages"]
 
-After = Callable[[JobPaths, JobSettings, list[SlideEntry]], int]
-"""What a run that was not stopped does at its end, with the slides that are done; gives how many failed in it."""
+After = Callable[[JobPaths, JobSettings, list[SlideEntry]], int | None]
+"""What a run that was not stopped does at its end, with the slides that are done; for how many of them it failed."""
 
 REPORTED_AT_ONCE = 1000
 """Slides of a job whose report is brought up to date where the run is interrupted."""
@@ -67,8 +68,10 @@ class Watch:
 
 @dataclass
 class RunEnd:
-    """What became of a run. stopped: what ended it early; unwritten: what kept it from writing failures and report.
-    failed_after: slides that failed in what came after all of them.
+    """What became of a run.
+
+    stopped: what ended it early. unwritten: what kept it from writing failures and report. failed_after: slides for
+    which what was to be done at the end failed.
     """
 
     settings: JobSettings
@@ -78,6 +81,26 @@ class RunEnd:
     stopped: WsiPipeError | None = None
     unwritten: OutputError | None = None
     failed_after: int = 0
+
+
+MOST_SHOWN = 20
+
+
+def begin_lines(call: Call, paths: JobPaths) -> Iterator[str]:
+    """What becomes another by a call, old -> new, and which secrets are kept: to be told before the work."""
+    moved = [change for change in call.changes if change.what == "path"]
+    others = [change for change in call.changes if change.what != "path"]
+    yield from (f"changed: {change}" for change in others[:MOST_SHOWN])
+    if len(others) > MOST_SHOWN:
+        yield f"changed: {len(others) - MOST_SHOWN:,} more values, see {paths.changes}"
+    if moved:
+        yield f"moved: {len(moved):,} slides, such as {moved[0]}"
+    count = sum(has_secret(entry.path) for entry in call.entries)
+    if count:
+        yield (
+            f"warning: {count} URLs hold a password or a token: they are kept in {paths.identities}, for you alone, to "
+            "go on with; everywhere else they are masked"
+        )
 
 
 def look_at_folder(job: Path, say: Say) -> None:
@@ -195,7 +218,7 @@ def run_stages(
                 end.unwritten = error
             if after:
                 done = {outcome.slide_id for outcome in outcomes if outcome.status == "done"}
-                end.failed_after = after(paths, settings, [entry for entry in entries if entry.slide_id in done])
+                end.failed_after = after(paths, settings, [e for e in entries if e.slide_id in done]) or 0
         end.seconds = time.perf_counter() - start
         watch.ended(end.seconds, end.stopped)
     if end.stopped and not outcomes and isinstance(end.stopped, (EncoderError, WorkerError)):

@@ -51,7 +51,7 @@ def label_file(labels: Labels, out: Path) -> Path:
     """A CSV of labels: the one given, or one in ``out`` with what is given. Raises ConfigError."""
     if isinstance(labels, (str, os.PathLike)):
         return Path(labels)
-    path = out / "labels.csv"
+    path = out / "lrmil-labels.csv"
     if isinstance(labels, Mapping):
         columns, rows = ["slide_id", "label"], [[str(name), str(value)] for name, value in labels.items()]
     elif hasattr(labels, "columns") and hasattr(labels, "itertuples"):

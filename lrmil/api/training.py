@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ from wsi_pipe.errors import ConfigError
 __all__ = ["evaluate", "train"]
 
 Say = Callable[[str], object]
+
+_log = logging.getLogger("lrmil")
+"""What is left out is never left out in silence."""
 
 
 def train(
@@ -69,12 +73,13 @@ def train(
     with another ``fold`` it adds that one. splits: a CSV or table of folds; by default ``folds`` folds are made.
     teacher: a model, or the folder of a run on the same splits, to distil from. settings: a ``TrainSettings``; single
     ones of them, of the model and of the loss by name: ``model="abmil"``, ``epochs=20``, ``hidden=128``, ``soft=0.5``.
-    The others: as of ``lrmil train``. progress: called with the figures of each epoch. say: told what is left out.
+    The others: as of ``lrmil train``. progress: called with the figures of each epoch. say: told what is
+    left out; by default the logger "lrmil", as warnings.
 
     Raises LabelError, SplitError, StoreError, ConfigError for settings that do not fit together, LeakageError where
     encoder or teacher saw cases that the model is judged by, RandomFeaturesError.
     """
-    out = Path(out)
+    out, tell = Path(out), say or _log.warning
     chosen = train_settings(settings, model, values, teacher is not None)
     where: Any = Path(bags) if isinstance(bags, (str, os.PathLike)) else [Path(item) for item in bags]
     features = open_features(
@@ -94,7 +99,7 @@ def train(
     else:
         table = splits if isinstance(splits, SplitTable) else read_splits(Path(splits))
     for note in cohort.notes(table):
-        (say or _nobody)(note)
+        tell(note)
     name = table.fold_name(fold)
     source, hr_store = None, None
     if teacher is not None:
@@ -119,7 +124,7 @@ def train(
         hr_store=hr_store,
         progress=None if progress is None else lambda folder, row: progress(row),
         allow_seen=allow_seen,
-        say=say,
+        say=tell,
     )
     figures = _figures(out / name, positive, replicates)
     return Model(out / name / MODEL_NAME, device=chosen.device, figures=figures)
@@ -169,7 +174,7 @@ def evaluate(
     if (splits is None) != (fold is None):
         raise ConfigError("splits and fold go together", remedy="give both, or neither")
     judged = what if isinstance(what, Model) else Model(what)
-    folder = Path(out)
+    folder, tell = Path(out), say or _log.warning
     features = open_features(
         Path(bags) if isinstance(bags, (str, os.PathLike)) else [Path(item) for item in bags],
         level=as_label(resolution) if resolution is not None else judged.card.level or None,
@@ -180,7 +185,7 @@ def evaluate(
     cohort = load_cohort(features, label_file(labels, folder), label_column=label_column, classes=judged.card.classes)
     table = None if splits is None else splits if isinstance(splits, SplitTable) else read_splits(Path(splits))
     for note in cohort.notes(table):
-        (say or _nobody)(note)
+        tell(note)
     name = "" if table is None or fold is None else table.fold_name(fold)
     return evaluate_model(
         judged.path,
@@ -190,15 +195,11 @@ def evaluate(
         splits=None if table is None else (table, name),
         positive=positive,
         allow_seen=allow_seen,
-        say=say,
+        say=tell,
         device=judged.device,
         replicates=replicates,
         seed=seed,
     )
-
-
-def _nobody(line: str) -> None:
-    """Tells nobody."""
 
 
 def _figures(folder: Path, positive: str | None, replicates: int) -> RunFigures | None:

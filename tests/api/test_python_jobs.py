@@ -21,6 +21,7 @@ from wsi_pipe.errors import (
     ManifestError,
     NotOursError,
     ResolutionError,
+    SlideError,
     StaleWorkError,
     UnknownEncoderError,
 )
@@ -64,7 +65,9 @@ def test_a_job_run_from_python_is_the_job_of_the_command_line(
     assert job.status().set_index("slide_id")["status"].to_dict() == {"a": "done", "b": "waiting", "bad": "failed"}
 
 
-def test_what_the_command_line_refuses_is_raised_before_any_work(slides: list[Path], tmp_path: Path) -> None:
+def test_what_the_command_line_refuses_is_raised_before_any_work(
+    slides: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     job = wp.Job(tmp_path / "job")
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ConfigError, "there is no setting 'tile'", {"tile": 256}),
@@ -78,6 +81,14 @@ def test_what_the_command_line_refuses_is_raised_before_any_work(slides: list[Pa
         (ConfigError, "is outside", {"slide_mpp": 100.0}),
         (ConfigError, "--override-mpp needs --slide-mpp", {"override_mpp": True}),
         (ManifestError, "no slide has the id z", {"only": "z"}),
+        (ConfigError, "is not a valid int", {"tile_px": 128.5}),
+        (ConfigError, "is not a valid float", {"min_tissue": "half"}),
+        (ConfigError, "workers 0 must be at least 1", {"workers": 0}),
+        (ConfigError, "limit 0 must be at least 1", {"limit": 0}),
+        (ConfigError, "timeout_s 0 must be at least 1", {"timeout_s": 0}),
+        (ConfigError, "until 'train' is no stage", {"until": "train"}),
+        (ConfigError, "the frame 'glass' is unknown", {"frame": "glass"}),
+        (ConfigError, "holds nothing", {"cache_gib": 0.0}),
     ]
     for kind, text, options in refused:
         with pytest.raises(kind, match=text):
@@ -92,7 +103,10 @@ def test_what_the_command_line_refuses_is_raised_before_any_work(slides: list[Pa
     assert job.run(slides[0], resolutions="5x")["status"].tolist() == ["done"]
     with pytest.raises(StaleWorkError):
         job.run(slides[0], resolutions="5x", tile_px=128)
-    assert job.run(slides[0], resolutions="5x", tile_px=128, redo=True)["status"].tolist() == ["done"]
+    with caplog.at_level("WARNING"):
+        assert job.run(slides[0], resolutions="5x", tile_px=128, redo=True)["status"].tolist() == ["done"]
+    # What becomes another is told, and by default not lost.
+    assert "changed: tile_px 256 -> 128" in caplog.messages
     assert job.bag("a")["5x"].tile_px == 128
     with hold_job(job.root, {}), pytest.raises(JobLockedError):
         job.run()
@@ -188,3 +202,26 @@ def test_a_transform_gets_the_tile_and_a_resolution_finer_than_the_slide_is_refu
     assert len(wp.TileDataset(bare, "5x", mpp=0.5)) > 0
     with wp.open(slides[0]) as slide:
         assert len(wp.TileDataset([slide], "5x")) == len(dataset)
+
+
+def test_a_bad_slide_is_left_out_of_a_data_set_where_that_is_asked_for(
+    slides: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = tmp_path / "bad.svs"
+    bad.write_bytes(b"no slide")
+    with pytest.raises(SlideError, match=r"bad\.svs"):
+        wp.TileDataset([bad, slides[0]], "5x")
+    dataset = wp.TileDataset([bad, slides[0]], "5x", skip_bad=True)
+    assert dataset.slide_ids == ["a"]
+    assert "bad.svs" in dataset.failures["bad"]
+    assert "bad is left out" in caplog.text
+
+
+def test_a_data_set_keeps_few_slides_open(slides: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsi_pipe.api.dataset.MOST_OPEN", 1)
+    dataset = wp.TileDataset(slides, "5x")
+    first = int(np.bincount(dataset.slide_of_tile)[0])
+    before = dataset[0]["image"]
+    _ = dataset[first]
+    assert [part.source._slide is not None for part in dataset._parts] == [False, True]
+    assert np.array_equal(dataset[0]["image"], before)

@@ -67,7 +67,7 @@ def test_a_bag_written_from_python_is_that_of_the_command_line(slides: list[Path
     with wp.open(slides[0]) as slide:
         grids = slide.grids("5x", "20x", tissue=slide.tissue(stain_min=0.015), tile_px=128, min_tissue=0.3)
         bag = wp.write_bag(tmp_path / "own.h5", slide, grids.encode("texture"))
-    assert differing(tmp_path / "own.h5", tmp_path / "job" / "bags" / "a.h5") == ["/@created_utc"]
+    assert set(differing(tmp_path / "own.h5", tmp_path / "job" / "bags" / "a.h5")) <= {"/@created_utc"}
     assert bag.check() == []
     # What the job's next run finds there it takes for its own.
     (tmp_path / "job" / "bags" / "a.h5").write_bytes((tmp_path / "own.h5").read_bytes())
@@ -92,7 +92,7 @@ def test_a_mask_and_annotations_that_are_given_end_in_the_same_bag(slides: list[
     with wp.open(slides[0], annotations=given) as slide:
         grids = slide.grids("5x", tissue=slide.tissue(mask=given))
         bag = wp.write_bag(tmp_path / "own.h5", slide, grids["5x"].encode())
-    assert differing(tmp_path / "own.h5", tmp_path / "job" / "bags" / "a.h5") == ["/@created_utc"]
+    assert set(differing(tmp_path / "own.h5", tmp_path / "job" / "bags" / "a.h5")) <= {"/@created_utc"}
     assert 0 < bag["5x"].annotation["Tumour"].max() <= 1
 
 
@@ -145,6 +145,9 @@ def test_grids_are_those_of_the_product(slides: list[Path]) -> None:
     assert frame["parent"].tolist() == high.parent.tolist()
     with pytest.raises(IndexError, match="has no tile"):
         low.children(len(low))
+    assert "0.5um" in grids
+    assert "10x" not in grids
+    assert "often" not in grids
     with pytest.raises(KeyError, match="no grid 10x: there are 5x, 20x"):
         _ = grids["10x"]
 
@@ -250,6 +253,10 @@ def test_a_callable_gets_tiles_as_they_are(slides: list[Path], tmp_path: Path) -
             grid.encode(mean_of, mean=(0, 0, 0))
         with pytest.raises(ConfigError, match="name is given with an encoder that goes by its name"):
             grid.encode("texture", name="mine")
+        with pytest.raises(ConfigError, match="precision is given with a callable"):
+            grid.encode(mean_of, precision="float16")
+        with pytest.raises(ConfigError, match="device is given with an encoder that is ready"):
+            grid.encode(wp.load_encoder("texture"), device="cpu")
         with pytest.raises(EncoderOutputError, match=r"gave uint8 \(1, 1?\d+, "):
             grid.encode(lambda tiles: tiles[:, :, 0], name="flat")
         with pytest.raises(EncoderOutputError, match="NaN or infinity"):
@@ -324,7 +331,7 @@ def test_an_empty_slide_gives_a_valid_bag(tmp_path: Path, make_slide: Callable[.
         assert grids._repr_html_()
     assert bag.is_empty
     assert bag["5x"].features["texture"].shape[0] == 0
-    assert differing(tmp_path / "own.h5", tmp_path / "job" / "bags" / "white.h5") == ["/@created_utc"]
+    assert set(differing(tmp_path / "own.h5", tmp_path / "job" / "bags" / "white.h5")) <= {"/@created_utc"}
 
 
 def test_a_slide_pickles_as_what_it_takes_to_open_it(slides: list[Path]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.api.features import TileFeatures
-from wsi_pipe.api.grids import Grids, as_label
+from wsi_pipe.api.grids import Grids, as_label, is_among
 from wsi_pipe.api.layout import Layout, frame_of
 from wsi_pipe.api.show import card, number
 from wsi_pipe.api.slide import Slide
@@ -263,6 +263,9 @@ class Bag(Mapping[str, BagLevel]):
         if label not in self._levels:
             raise KeyError(f"{self.path}: has no level {label}: it has {', '.join(self._levels) or 'none'}")
         return self._levels[label]
+
+    def __contains__(self, level: object) -> bool:
+        return is_among(level, self._levels)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._levels)

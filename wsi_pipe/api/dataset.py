@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,16 +17,22 @@ from wsi_pipe.api.show import table
 from wsi_pipe.api.slide import Slide, segment_settings, tile_settings
 from wsi_pipe.api.source import Source
 from wsi_pipe.config import SegmentSettings, TileSettings
-from wsi_pipe.errors import ConfigError
+from wsi_pipe.errors import ConfigError, SlideError
 from wsi_pipe.geometry import TileGrid
 from wsi_pipe.job.alone import find_mask, lay_grids
 from wsi_pipe.manifest import collect_slides
+from wsi_pipe.slides.base import Slide as BaseSlide
 from wsi_pipe.tiles import stream_tiles
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["TileDataset"]
+
+_log = logging.getLogger(__name__)
+
+MOST_OPEN = 32
+"""Slides that a process keeps open: some readers take several files for one."""
 
 Slides = str | os.PathLike[str] | Slide | Sequence[str | os.PathLike[str] | Slide]
 
@@ -61,23 +68,32 @@ class TileDataset:
         reader: str = "auto",
         segment: SegmentSettings | None = None,
         threads: int = 1,
+        skip_bad: bool = False,
         **values: Any,
     ) -> None:
         """slides: files, folders, URLs, slide lists, or slides that are open. with_resolutions: further resolutions to
         lay the grid beside, as a job with several would. mpp: of slides that state none. segment: settings by which
         tissue is found; others, such as ``tile_px`` and ``min_tissue``, by name. threads: that read, in each worker.
+        skip_bad: leave out slides that cannot be opened or tiled; ``failures`` says which and why.
 
         Tissue is found, and grids are laid, here and once. Raises what ``Slide.grids`` raises, naming the slide.
         """
+        self.failures: dict[str, str] = {}
+        self._recent: dict[int, None] = {}
         self.transform = transform
         self.threads = threads
         self.label = as_label(resolution)
         settings: TileSettings = tile_settings([resolution, *with_resolutions], None, values)
         tissue = segment_settings(segment, {})
-        self._parts = [
-            _Part(source, _grid_of(source, as_mpp(resolution), settings, tissue))
-            for source in _sources(slides, mpp, reader)
-        ]
+        self._parts: list[_Part] = []
+        for source in _sources(slides, mpp, reader):
+            try:
+                self._parts.append(_Part(source, _grid_of(source, as_mpp(resolution), settings, tissue)))
+            except SlideError as error:
+                if not skip_bad:
+                    raise
+                self.failures[source.entry.slide_id] = str(error)
+                _log.warning("%s is left out: %s", source.entry.slide_id, error)
         self._ends = np.cumsum([len(part.grid) for part in self._parts], dtype=np.int64).tolist()
 
     @property
@@ -110,13 +126,22 @@ class TileDataset:
             for position, row in asked:
                 positions.setdefault(row, []).append(position)
             stream = stream_tiles(
-                part.source.slide, part.grid.take(rows), batch_size=max(len(rows), 1), threads=self.threads
+                self._opened(number), part.grid.take(rows), batch_size=max(len(rows), 1), threads=self.threads
             )
             for batch in stream:
                 for pixels, row in zip(batch.pixels, rows[batch.index].tolist(), strict=True):
                     for position in positions[row]:
                         found[position] = self._item(number, part, row, pixels)
         return found
+
+    def _opened(self, number: int) -> BaseSlide:
+        """A slide, open; of those that were read before, the ones of longest ago are closed."""
+        self._recent.pop(number, None)
+        self._recent[number] = None
+        for old in list(self._recent)[:-MOST_OPEN]:
+            del self._recent[old]
+            self._parts[old].source.rest()
+        return self._parts[number].source.slide
 
     def _item(self, number: int, part: _Part, row: int, pixels: NDArray[np.uint8]) -> dict[str, Any]:
         return {

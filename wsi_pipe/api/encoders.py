@@ -109,12 +109,18 @@ def ready_encoder(
     gets the tiles as they are. Raises ConfigError for arguments that do not go together and for a name that is taken,
     and what loading an encoder raises.
     """
+    plain = ExtractSettings()
     own = {"name": name, "version": version, "mean": mean, "std": std, "input_px": input_px}
+    for option in ("devices", "precision", "compile", "random_weights"):
+        value = getattr(settings, option)
+        own[option.removesuffix("s") if option == "devices" else option] = (
+            None if value == getattr(plain, option) else value
+        )
     if isinstance(encoder, str):
-        _refuse(own, (), "an encoder that goes by its name")
+        _refuse(own, HARDWARE, "an encoder that goes by its name")
         return encoder_of_job(absolute_file(encoder), settings)
     if _is_module(encoder):
-        _refuse(own, ("name", "version", "mean", "std", "input_px"), "a network")
+        _refuse(own, ("name", "version", "mean", "std", "input_px", *HARDWARE[:3]), "a network")
         return _of_network(encoder, settings, tile_px, name, version, mean, std, input_px)
     if isinstance(encoder, Encoder):
         _refuse(own, (), "an encoder that is ready")
@@ -125,6 +131,9 @@ def ready_encoder(
         )
     _refuse(own, ("name", "version"), "a callable")
     return CallableEncoder.of(encoder, _own_name(encoder, name), version, tile_px)
+
+
+HARDWARE = ("device", "precision", "compile", "random_weights")
 
 
 def _refuse(own: dict[str, Any], known: Sequence[str], what: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,14 @@ def as_mpp(resolution: str | float) -> float:
     if isinstance(resolution, bool) or not resolution > 0:
         raise ConfigError(f"resolution {resolution!r} is none", remedy='write "20x", "0.5um" or 0.5 (um/px)')
     return float(resolution)
+
+
+def is_among(resolution: object, labels: Container[str]) -> bool:
+    """Whether one of these names is that of a resolution; False for what is no resolution."""
+    try:
+        return isinstance(resolution, (str, int, float)) and as_label(resolution) in labels
+    except ConfigError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -132,8 +142,8 @@ class Grid(Layout):
         already, a ``torch.nn.Module`` or any callable. A network gets float32 images (B, 3, H, W) on its device,
         ``(tile / 255 - mean) / std`` with ImageNet's mean and standard deviation unless others are given, resized to
         ``input_px`` where that is given; it is copied, and runs in float32 unless ``precision`` says otherwise. A
-        callable gets uint8 (B, H, W, 3), RGB. Both give (B, D). name: what such an encoder is called in bags, by
-        default its own; version: tells apart callables of one name, of which nothing else is known.
+        callable gets uint8 (B, H, W, 3), RGB, in a thread of its own. Both give (B, D). name: what such an encoder is
+        called in bags, by default its own; version: tells apart callables of one name, of which nothing else is known.
 
         device, precision, dtype, layers, batch_size, compile, random_weights, read_threads, memory_mib: as of
         ``wsi-pipe run``. progress: called with the tiles done and all tiles, from another thread.
@@ -170,7 +180,7 @@ class Grid(Layout):
     ) -> TileFeatures:
         """The features, by the engine of the command line."""
         own, done, total = encoder.info.name, 0, len(self)
-        settings = ExtractSettings(**{**settings.__dict__, "encoders": {"*": (own,)}})
+        settings = dataclasses.replace(settings, encoders={"*": (own,)})
 
         def tell(slide_id: str, label: str, count: int) -> None:
             nonlocal done
@@ -181,18 +191,19 @@ class Grid(Layout):
         # Opened once more: the engine closes what it reads from. A closed slide says so here.
         _ = self._source.slide
         item = ExtractItem(self.prepared.entry.slide_id, self._source.new, [self.layout], {self.label: (own,)})
-        results = list(
-            extract_features(
-                [item],
-                {own: encoder},
-                batch_size=settings.batch_size,
-                read_threads=settings.read_threads,
-                memory_bytes=settings.memory_mib << 20,
-                dtype=settings.dtype,
-                layers=settings.layers,
-                progress=tell,
-            )
+        computing = extract_features(
+            [item],
+            {own: encoder},
+            batch_size=settings.batch_size,
+            read_threads=settings.read_threads,
+            memory_bytes=settings.memory_mib << 20,
+            dtype=settings.dtype,
+            layers=settings.layers,
+            progress=tell,
         )
+        # Closed here, also where the work is interrupted: its threads would go on until somebody collects it.
+        with closing(computing):
+            results = list(computing)
         for result in results:
             if isinstance(result, SlideFailure):
                 raise result.error
@@ -233,6 +244,9 @@ class Grids(Mapping[str, Grid]):
             return self._grids[label]
         except KeyError:
             raise KeyError(f"no grid {label}: there are {', '.join(self._grids)}") from None
+
+    def __contains__(self, resolution: object) -> bool:
+        return is_among(resolution, self._grids)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._grids)

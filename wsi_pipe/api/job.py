@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,20 @@ from wsi_pipe.api.grids import as_mpp
 from wsi_pipe.api.show import table
 from wsi_pipe.asked import Say
 from wsi_pipe.care import Finding, job_status, verify_job
-from wsi_pipe.config import ExtractSettings, JobSettings, SegmentSettings, TileSettings
+from wsi_pipe.config import (
+    CacheSettings,
+    ExtractSettings,
+    JobSettings,
+    SegmentSettings,
+    TileSettings,
+    typed_setting,
+)
 from wsi_pipe.errors import BagError, ConfigError
 from wsi_pipe.job import JobPaths, load_settings, load_slides, read_outcomes
-from wsi_pipe.outcome import SlideOutcome, Stage
-from wsi_pipe.running import Watch, run_stages
+from wsi_pipe.job.changes import Call
+from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
+from wsi_pipe.running import Watch, begin_lines, run_stages
+from wsi_pipe.tissue.frame import FRAMES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,12 +131,14 @@ class Job:
         segmentation, tiling and extraction by its name, as ``tile_px=256``, ``min_tissue=0.5``, ``stain_min=0.02``,
         ``dtype="float32"``, ``batch_size=32``; mask_mpp: that of the mask. What is not given is as the job has it, else
         the default. progress: called with slide id, what is going on and by how much it advanced, from any thread.
-        say: told what is to be known, a line at a time; by default nobody. The others: as of ``wsi-pipe run``.
+        say: told what is to be known, a line at a time; by default the logger "wsi_pipe", as warnings. The others: as
+        of ``wsi-pipe run``.
 
         Gives one row for each slide of this call, as ``status`` does. A slide that fails is a row, and never an error.
         Raises, before any work, ConfigError, ManifestError, StaleWorkError, EncoderError, NotOursError and OutputError
         for what the command line refuses, JobLockedError while another run is at work; and what ended a run early.
         """
+        _check(until=until, frame=frame, workers=workers, limit=limit, scene=scene, z=z, timeout_s=timeout_s)
         values = _values(settings) | {
             "sources": [] if slides is None else _paths(slides),
             "manifest": _path(slide_list),
@@ -158,7 +170,7 @@ class Job:
             "wait_workers": wait_workers_s,
             "timeout": timeout_s,
             "cache_dir": _path(cache_dir),
-            "cache_size": cache_gib,
+            "cache_size": None if cache_gib is None else CacheSettings(gib=cache_gib).gib,
             "keep_features": keep_features,
         }
         end = run_stages(
@@ -209,11 +221,16 @@ class _Told(Watch):
     """Hands on what a run tells."""
 
     def __init__(self, say: Say | None, progress: Progress | None) -> None:
-        self._say, self._progress = say, progress
+        # What is left out is never left out in silence.
+        self._say: Say = say or logging.getLogger("wsi_pipe").warning
+        self._progress = progress
 
     def say(self, line: str) -> None:
-        if self._say is not None:
-            self._say(line)
+        self._say(line)
+
+    def begun(self, call: Call, paths: JobPaths, where: Where, about: Mapping[str, Any]) -> None:
+        for line in begin_lines(call, paths):
+            self.say(line)
 
     @contextmanager
     def working(self, slides: int) -> Iterator[Callable[[str, str, int], None] | None]:
@@ -237,7 +254,22 @@ def _values(settings: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [name for name in settings if name not in groups]
     if unknown:
         raise ConfigError(f"there is no setting {unknown[0]!r}", remedy=f"known ones are {', '.join(sorted(groups))}")
-    return {f"{groups[name]}_{name}": value for name, value in settings.items()}
+    return {
+        f"{groups[name]}_{name}": typed_setting(_GROUPS[groups[name]], name, value, "run")
+        for name, value in settings.items()
+    }
+
+
+def _check(**values: Any) -> None:
+    """What the command line's options refuse by themselves. Raises ConfigError."""
+    if values["until"] not in STAGES[1:]:
+        raise ConfigError(f"until {values['until']!r} is no stage", remedy=f"write one of {', '.join(STAGES[1:])}")
+    if values["frame"] not in (None, *FRAMES):
+        raise ConfigError(f"the frame {values['frame']!r} is unknown", remedy=f"write {' or '.join(FRAMES)}")
+    for name, least in (("workers", 1), ("limit", 1), ("timeout_s", 1), ("scene", 0), ("z", 0)):
+        value = values[name]
+        if value is not None and (isinstance(value, bool) or not value >= least):
+            raise ConfigError(f"{name} {value!r} must be at least {least}")
 
 
 def _several(value: str | float | Sequence[str | float]) -> Sequence[str | float]:

@@ -62,6 +62,13 @@ class Source:
                 self._slide.close()
                 self._slide = None
 
+    def rest(self) -> None:
+        """Close the file until it is read again: a process may have a thousand or so open. Not while it is read."""
+        with self._lock:
+            if self._slide is not None and self._owner == os.getpid():
+                self._slide.close()
+                self._slide = None
+
     @property
     def closed(self) -> bool:
         """Whether it was closed."""
@@ -71,4 +78,6 @@ class Source:
         return {"entry": self.entry, "reader": self.reader, "cache": self.cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        self.entry, self.reader, self.cache = state["entry"], state["reader"], state["cache"]
+        self._closed = False
+        self._forget()

@@ -392,11 +392,12 @@ def extract_options(function: F) -> F:
 
 def tell(line: str) -> None:
     """A line for the user, on standard error; notes not with -q."""
-    head, mark, text = line.partition("note: ")
-    if mark and not head:
-        messages.note(text)
-    else:
-        click.echo(line, err=True)
+    kinds = {"note: ": messages.note, "warning: ": messages.warning}
+    for mark, say in kinds.items():
+        if line.startswith(mark):
+            say(line.removeprefix(mark))
+            return
+    click.echo(line, err=True)
 
 
 def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | None) -> JobSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +29,12 @@ from wsi_pipe.errors import OutputError, WsiPipeError
 from wsi_pipe.job import JobPaths
 from wsi_pipe.job.private import told
 from wsi_pipe.manifest import SlideEntry
-from wsi_pipe.masking import has_secret
 from wsi_pipe.outcome import SlideOutcome, Stage
 from wsi_pipe.override import flattened
 
 if TYPE_CHECKING:
     from wsi_pipe.execute import Where
-    from wsi_pipe.job.changes import Call, Change
+    from wsi_pipe.job.changes import Call
     from wsi_pipe.running import Watch
 
 __all__ = ["assemble", "extract", "run", "segment", "tile"]
@@ -46,7 +45,7 @@ REPORT = "report.html"
 def _run_until(
     until: Stage,
     values: dict[str, Any],
-    after: Callable[[JobPaths, JobSettings, list[SlideEntry]], int] | None = None,
+    after: Callable[[JobPaths, JobSettings, list[SlideEntry]], int | None] | None = None,
     *,
     report: bool = False,
 ) -> int:
@@ -73,7 +72,7 @@ def _run_until(
 
 def _shown(values: dict[str, Any], stack: contextlib.ExitStack) -> Watch:
     """Shows a run on the terminal and in the log; what it opens is closed by ``stack``."""
-    from wsi_pipe.running import Watch
+    from wsi_pipe.running import Watch, begin_lines
 
     quiet = values["as_json"] or values["log_json"] == "-"
 
@@ -86,9 +85,9 @@ def _shown(values: dict[str, Any], stack: contextlib.ExitStack) -> Watch:
 
         def begun(self, call: Call, paths: JobPaths, where: Where, about: Mapping[str, Any]) -> None:
             self.log = stack.enter_context(LogLines(values["log_json"]))
-            _show_changes(call.changes, paths)
+            for line in begin_lines(call, paths):
+                self.say(line)
             _tell_settings(call.settings, paths, where)
-            _tell_secrets(call.entries, paths)
             self.log.event("start", **about)
 
         @contextlib.contextmanager
@@ -117,30 +116,6 @@ def _tell_settings(settings: JobSettings, paths: JobPaths, where: Where) -> None
     for key, value in flattened(settings).items():
         if value != usual.get(key):
             messages.more(f"  {key} = {value}")
-
-
-def _tell_secrets(entries: list[SlideEntry], paths: JobPaths) -> None:
-    count = sum(has_secret(entry.path) for entry in entries)
-    if count:
-        messages.warning(
-            f"{count} URLs hold a password or a token: they are kept in {paths.identities}, for you alone, to go on "
-            "with; everywhere else they are masked"
-        )
-
-
-MOST_SHOWN = 20
-
-
-def _show_changes(changes: Sequence[Change], paths: JobPaths) -> None:
-    """What becomes another by this call, old -> new, before the work."""
-    moved = [change for change in changes if change.what == "path"]
-    others = [change for change in changes if change.what != "path"]
-    for change in others[:MOST_SHOWN]:
-        click.echo(f"changed: {change}", err=True)
-    if len(others) > MOST_SHOWN:
-        click.echo(f"changed: {len(others) - MOST_SHOWN:,} more values, see {paths.changes}", err=True)
-    if moved:
-        click.echo(f"moved: {len(moved):,} slides, such as {moved[0]}", err=True)
 
 
 def _print(

@@ -103,6 +103,9 @@ def level_features(
         dataclasses.replace(prepared, asked=(label,)), settings, {encoder.info.name: encoder.info}, reader
     )
     (_, features) = computed_features(computed, [wanted])[wanted.fingerprint]
+    if not len(features.values):
+        # As a job has it: nothing was run that could have had layers.
+        features = dataclasses.replace(features, layers={})
     return LevelFeatures(wanted, features, computed_quality(computed, label))
 
 
