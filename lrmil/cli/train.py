@@ -49,11 +49,11 @@ __all__ = ["train"]
     help="Architecture.  [auto: the best inside the training cases]",
 )
 @click.option("--pooling", "model_pooling", type=click.Choice(["auto", *POOLINGS]), help="Of a linear model.  [auto]")
-@click.option("--hidden", "model_hidden", type=click.IntRange(1), help="Width of the projection.  [512]")
+@click.option("--hidden", "model_hidden", type=click.IntRange(1), help="Width of the projection.  [512; few cases: 32]")
 @click.option("--dropout", "model_dropout", type=float, help="In the projection.  [0.25]")
-@click.option("--epochs", type=click.IntRange(1), help="At most.  [50]")
-@click.option("--learning-rate", type=float, help="AdamW's peak.  [2e-4]")
-@click.option("--weight-decay", type=float, help="Of AdamW.  [1e-4]")
+@click.option("--epochs", type=click.IntRange(1), help="At most.  [50; few cases: 60]")
+@click.option("--learning-rate", type=float, help="AdamW's peak.  [2e-4; few cases: 2e-3]")
+@click.option("--weight-decay", type=float, help="Of AdamW.  [1e-4; few cases: 1e-2]")
 @click.option("--schedule", type=click.Choice(["cosine", "constant"]), help="Of the learning rate.  [cosine]")
 @click.option("--clip-norm", type=float, help="Of the gradient, 0 for none.  [1]")
 @click.option("--class-weights", type=click.Choice(["balanced", "none"]), help="Of the labels' loss.  [balanced]")
@@ -96,12 +96,15 @@ __all__ = ["train"]
 def train(**values: Any) -> int:
     """Train a MIL model on labelled bags: every fold, or those named, over one resident store.
 
+    The model is chosen inside each fold's training cases, unless --model names it: a linear one, attention, or the mean
+    of both; RUN says which.
+
     Each fold's folder in RUN gets model.safetensors, predictions.csv, metrics.csv, figures.json and pictures. Test
     cases are looked at once, after training and calibration.
 
     \b
     lrmil train --bags job/bags --labels labels.csv -r 5x --encoder uni -o run
-    lrmil train --bags job/bags --labels labels.csv -r 20x -o teacher --splits splits.csv
+    lrmil train --bags job/bags --labels labels.csv -r 20x -o teacher --splits splits.csv --model gated-abmil
     lrmil train --bags job/bags --labels labels.csv -r 5x -o student --splits splits.csv --teacher teacher
     """
     from lrmil.experiment import evaluate_run, load_cohort, train_folds

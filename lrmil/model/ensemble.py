@@ -56,7 +56,7 @@ class Ensemble(MILModel):
 
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         for model in [*self.members, *([self.linear] if self.linear is not None else [])]:
-            model.standardise(mean, std)  # type: ignore[operator]
+            model.standardise(mean, std)
 
     def pool(self, instances: Tensor, offsets: Tensor) -> Pooled:
         raise TypeError("an ensemble has no pooling of its own: its members pool")

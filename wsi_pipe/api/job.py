@@ -31,6 +31,7 @@ from wsi_pipe.running import Watch, begin_lines, run_stages
 from wsi_pipe.tissue.frame import FRAMES
 
 if TYPE_CHECKING:
+    from wsi_pipe.execute import Where
     import pandas as pd
 
 __all__ = ["Job"]
