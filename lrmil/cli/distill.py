@@ -81,7 +81,7 @@ __all__ = ["distill"]
 @click.option("--seed", type=int, help="[0]")
 @click.option("--cache-mib", type=click.IntRange(0), help="Keep decoded tiles when they fit.  [2048]")
 @click.option("--targets-mib", type=click.IntRange(0), help="Targets kept in memory; the rest in files.  [4096]")
-@click.option("--threads", type=click.IntRange(1), help="Reading threads.  [2]")
+@click.option("--threads", type=click.IntRange(1), help="Reading threads.  [all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def distill(**values: Any) -> int:
     """Distil an LR encoder; the file runs in wsi-pipe extract.

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lrmil.checkpoint import read_tensors, write_tensors
@@ -204,7 +203,7 @@ def _epoch(
     student.train()
     variances = _variances(feed, settings)
     losses = _LossSum(feed.device)
-    recent: deque[NDArray[np.uint8]] = deque(maxlen=max(NORM_TILES // settings.batch_size, 1))
+    recent: deque[Tensor] = deque(maxlen=max(NORM_TILES // settings.batch_size, 1))
     with closing(feed.shuffled([settings.seed, epoch])) as batches:
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
@@ -215,13 +214,13 @@ def _epoch(
             torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
             optimizer.step()
             losses.add(loss, len(batch.source.tile))
-            recent.append(batch.source.pixels)
+            recent.append(batch.pixels)
     _settle_norms(run, recent)
     return losses.mean()
 
 
 @torch.no_grad()
-def _settle_norms(run: Runner, recent: Iterable[NDArray[np.uint8]]) -> None:
+def _settle_norms(run: Runner, recent: Iterable[Tensor]) -> None:
     """Means and variances of batch norms, anew over the last batches as the weights now are.
 
     Their running averages lag by tens of steps, which on few slides is many epochs: the network that is validated and
@@ -238,7 +237,7 @@ def _settle_norms(run: Runner, recent: Iterable[NDArray[np.uint8]]) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over batches
     for pixels in recent:
-        run(torch.from_numpy(pixels).to(run.device))
+        run(pixels)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
