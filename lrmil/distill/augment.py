@@ -24,8 +24,9 @@ def turned(pixels: Tensor, symmetry: Tensor) -> Tensor:
 
     symmetry: int64 (B,), 0 to 7, on the same device.
     """
-    for bit, one in ((1, lambda x: x.flip(2)), (2, lambda x: x.flip(1)), (4, lambda x: x.transpose(1, 2))):
-        pixels = torch.where((symmetry & bit).bool()[:, None, None, None], one(pixels), pixels)
+    for bit in (1, 2, 4):
+        changed = pixels.transpose(1, 2) if bit == 4 else pixels.flip(2 if bit == 1 else 1)
+        pixels = torch.where((symmetry & bit).bool()[:, None, None, None], changed, pixels)
     return pixels
 
 

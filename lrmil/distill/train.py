@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import json
 import math
 from collections import deque
@@ -166,9 +167,9 @@ def _shared(student: Student, device: torch.device) -> nn.Module:
 
     cuda = device.type == "cuda"
     if cuda:
-        from timm.layers import convert_sync_batchnorm
-
-        convert_sync_batchnorm(student.network)
+        # timm does not mark it as exported, though its training script uses it from here.
+        layers: Any = importlib.import_module("timm.layers")
+        layers.convert_sync_batchnorm(student.network)
         student.to(device)
     # Which weights a loss does not reach, as with one loss of the two, stays the same from step to step.
     return DistributedDataParallel(student, device_ids=[device] if cuda else None, static_graph=True)
