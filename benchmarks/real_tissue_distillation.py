@@ -1,7 +1,10 @@
 """How much of HR features can be had from LR pixels on real slides, against a linear map of LR features.
 
     python benchmarks/real_tissue_distillation.py --data FOLDER --json out.json
+    python benchmarks/real_tissue_distillation.py --data FOLDER --teacher tissue --packages FOLDER --json out.json
 
+The teacher is ``texture``, any other encoder of the registry, or one that was trained on real pictures and is fetched
+from the Python index into the folder of ``--packages``: ``tissue`` or ``natural``, see ``shipped_teachers.py``.
 One spatial half of each slide trains, the other tests, with a strip of one LR tile left out between them, so that no
 tile touches one of the other part. Crops are jittered: several grids, each moved by a part of a tile. A slide and its
 twin in another format count once.
@@ -13,14 +16,16 @@ import argparse
 import dataclasses
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from shipped_teachers import load_teacher
 
 from lrmil.distill import DistillSettings
 from lrmil.distill.children import ChildMap, child_map
-from lrmil.distill.evaluate import linear_baseline
+from lrmil.distill.evaluate import linear_baseline, mean_baseline
 from lrmil.distill.student import Student
 from lrmil.distill.targets import DistillSlide, target_stats, uniform_weights
 from lrmil.distill.train import distill
@@ -114,12 +119,14 @@ def main() -> None:
     """Distil, test on the other halves, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that holds slides/")
+    parser.add_argument("--teacher", default="texture", help="tissue, natural, or an encoder of the registry")
+    parser.add_argument("--packages", type=Path, default=Path("packages"), help="where shipped teachers are fetched to")
     parser.add_argument("--student", default="timm:test_resnet")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--jitters", type=int, default=12, help="jittered grids of the training halves")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    encoder = load_encoder("texture")
+    encoder = load_teacher(given.teacher, given.packages, 64)
     train: list[DistillSlide] = []
     test: list[DistillSlide] = []
     for name, mpp, hr_mpp in SLIDES:
@@ -128,6 +135,7 @@ def main() -> None:
             found = halves(path, mpp, hr_mpp, encoder, given.jitters)
             train += found["train"]
             test += found["test"]
+    print(f"{sum(map(len, train))} tiles to train, {sum(map(len, test))} to test", flush=True)
     stats = target_stats(train, standardise=True)
     source = load_encoder(given.student, device="cpu", precision="float32", random_weights=True)
     assert isinstance(source, TorchEncoder)
@@ -141,17 +149,26 @@ def main() -> None:
         history = distill(
             student, pre, train, test, stats, settings, device=torch.device("cpu"), precision=torch.float32,
             state=Path(folder) / "state.safetensors",
+            progress=lambda figures, epoch: print(
+                f"epoch {epoch}: loss {figures['loss']:.3f}, of the mean {figures['final_explained_variance']:.3f}, "
+                f"of each child {figures['layer0_explained_variance']:.3f}", flush=True
+            ),
         )  # fmt: skip
     last = history.epochs[-1]
+    mean = mean_baseline(test, stats)
     linear = linear_baseline(train, test, stats)
     # And at the penalty that does best on the test halves themselves, which flatters the linear map.
     tried = [linear_baseline(train, test, stats, penalty=penalty) for penalty in PENALTIES]
     best = {name: max((found[name] for found in tried), key=lambda a: a.explained_variance) for name in linear}
     result = {
+        "teacher": encoder.info.name,
         "slides": sorted({s.path.rsplit("/", 1)[-1] for s in train}),
         "train_tiles": sum(map(len, train)),
         "test_tiles": sum(map(len, test)),
         "epochs": given.epochs,
+        "jitters": given.jitters,
+        "processor_s": round(time.process_time()),
+        "mean": {name: dataclasses.asdict(a) for name, a in mean.items()},
         "student": {k: v for k, v in last.items() if k.endswith(("_variance", "_cosine"))},
         "linear": {name: dataclasses.asdict(a) for name, a in linear.items()},
         "linear, penalty chosen on the test halves": {name: dataclasses.asdict(a) for name, a in best.items()},

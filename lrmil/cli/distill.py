@@ -95,10 +95,15 @@ __all__ = ["distill"]
 @click.option("--random-student", is_flag=True, help="Draw the student's weights anew rather than load them.")
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="Of training.  [auto]")
 @click.option("--device", metavar="DEV", help="cpu, cuda:0 or auto.  [auto]")
+@click.option(
+    "--devices",
+    metavar="DEV,DEV",
+    help="Train on several at once: cuda:0,cuda:1 or auto for all GPUs; torchrun goes too.",
+)
 @click.option("--seed", type=int, help="Of weights, order and augmentation.  [0]")
 @click.option("--cache-mib", type=click.IntRange(0), help="Keep decoded tiles when they fit.  [2048]")
 @click.option("--targets-mib", type=click.IntRange(0), help="Targets kept in memory; the rest in files.  [4096]")
-@click.option("--threads", type=click.IntRange(1), help="Reading threads.  [2]")
+@click.option("--threads", type=click.IntRange(1), help="Reading threads.  [all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def distill(**values: Any) -> int:
     """Distil an LR encoder; the file runs in wsi-pipe extract.
@@ -115,12 +120,15 @@ def distill(**values: Any) -> int:
     """
     from lrmil.data import read_cases
     from lrmil.distill import DistillRequest, run_distillation
+    from lrmil.distill.ranks import speaks, training_devices
     from lrmil.pictures.distill import draw_distillation
     from lrmil.splits import read_splits
     from wsi_pipe.geometry import level_label
     from wsi_pipe.job.private import hidden_slides
     from wsi_pipe.manifest import read_manifest
 
+    if values["device"] and values["devices"]:
+        raise ConfigError("--device and --devices are given", remedy="give one of them")
     resolutions = sorted(values["resolutions"] or (0.5, 2.0))
     if len(resolutions) != 2:
         raise ConfigError(f"{len(resolutions)} resolutions are given", remedy="give HR and LR, such as -r 20x -r 5x")
@@ -168,8 +176,11 @@ def distill(**values: Any) -> int:
         random_teacher=values["random_teacher"],
         random_student=values["random_student"],
         student_px=values["student_px"],
+        devices=tuple(training_devices(values["devices"])) if values["devices"] else (),
     )
     result = run_distillation(request, None if values["as_json"] else messages.say)
+    if not speaks():
+        return 0
     picture = values["out"].with_name(f"{values['out'].stem}.png")
     draw_distillation(picture, result.history, result.baseline)
     if values["as_json"]:

@@ -54,7 +54,7 @@ def child_map(lr: TileGrid, hr: TileGrid, slide: str) -> ChildMap:
 
 
 def turn(values: NDArray[Any], k: int, symmetry: int) -> NDArray[Any]:
-    """A child map (..., k * k) after one of the eight symmetries of the square, as ``turn_tile`` does to pixels.
+    """A child map (..., k * k) after one of the eight symmetries of the square, as ``augment.turned`` does to pixels.
 
     symmetry: 0 to 7; bit 0 mirrors left and right, bit 1 top and bottom, bit 2 then swaps x and y.
     """

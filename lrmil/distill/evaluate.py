@@ -48,6 +48,16 @@ class RunningAgreement:
         self._cosine += float(np.divide((p * t).sum(1), norms, out=np.zeros_like(norms), where=norms > 0).sum())
         self._count += len(p)
 
+    @property
+    def sums(self) -> tuple[float, float, float, float]:
+        """What ``result`` is made of: sums over parts of the data add up to those of the whole."""
+        return self._error, self._total, self._cosine, float(self._count)
+
+    @sums.setter
+    def sums(self, values: tuple[float, float, float, float]) -> None:
+        self._error, self._total, self._cosine, count = values
+        self._count = round(count)
+
     def result(self) -> Agreement:
         """The figures so far; NaN where nothing was added."""
         if not self._count or self._total == 0:

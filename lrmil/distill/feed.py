@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrmil.distill.ahead import run_ahead
+from lrmil.distill.augment import stained, turned
 from lrmil.distill.children import turn
 from lrmil.distill.pixels import PixelBatch, PixelSource
 from lrmil.distill.targets import Lesson, TargetStats
@@ -33,8 +34,8 @@ class TargetBatch(NamedTuple):
 
 
 class ReadyBatch(NamedTuple):
-    """source: which tiles these are. pixels: uint8 (B, S, S, 3). targets: of the first teacher; more: of the others.
-    Tensors lie on the device."""
+    """source: which tiles these are. pixels: uint8 (B, S, S, 3), augmented. targets: of the first teacher; more: of the
+    others. Tensors lie on the device."""
 
     source: PixelBatch
     pixels: Tensor
@@ -55,6 +56,8 @@ class _Gathered(NamedTuple):
     values: list[Tensor]
     mask: Tensor
     weights: Tensor
+    symmetry: Tensor | None
+    stain: Tensor | None
 
 
 class _Scale(NamedTuple):
@@ -143,7 +146,11 @@ class Feed:
                 tile, place = np.nonzero(present)
                 out[at[tile], place] = stored[number][children[at][present]]
             values.append(self._tensor(out))
-        return _Gathered(batch, self._tensor(batch.pixels), values, self._tensor(mask), self._tensor(weights))
+        symmetry = self._tensor(batch.symmetry) if batch.symmetry.any() else None
+        stain = None if batch.stain is None else self._tensor(batch.stain)
+        return _Gathered(
+            batch, self._tensor(batch.pixels), values, self._tensor(mask), self._tensor(weights), symmetry, stain
+        )
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
@@ -155,7 +162,7 @@ class Feed:
             return tensor.pin_memory()
 
     def _moved(self, batch: _Gathered) -> ReadyBatch:
-        """The batch on the device, scaled there: half as much to move where targets are stored in float16."""
+        """The batch on the device, scaled and augmented there: half as much to move where targets are in float16."""
         mask = self._move(batch.mask)
         absent = ~mask[..., None]
         found = []
@@ -167,7 +174,12 @@ class Feed:
             TargetBatch([next(own) for _ in lesson.stats.layer_mean], next(own), mask, weights)
             for lesson in self.lessons
         ]
-        return ReadyBatch(batch.source, self._move(batch.pixels), targets[0], tuple(targets[1:]))
+        pixels = self._move(batch.pixels)
+        if batch.symmetry is not None:
+            pixels = turned(pixels, self._move(batch.symmetry))
+        if batch.stain is not None:
+            pixels = stained(pixels, self._move(batch.stain))
+        return ReadyBatch(batch.source, pixels, targets[0], tuple(targets[1:]))
 
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=self.device.type == "cuda")

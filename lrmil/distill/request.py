@@ -27,7 +27,8 @@ class DistillRequest:
     the children, or None for equal weights. out: the LR encoder to write. compute: run the teachers now rather than
     read their features and layers from the bags; into targets_dir, which folds may share, by default one beside
     ``out``. random_teacher, random_student: weights drawn anew instead of loaded. student_px: side that tiles are
-    resized to for the student, None for its own (a timm ViT: the tiles' own).
+    resized to for the student, None for its own (a timm ViT: the tiles' own). devices: train on these together, a
+    process each, instead of on the one of ``settings``.
     """
 
     bags: Path
@@ -49,6 +50,7 @@ class DistillRequest:
     random_student: bool = False
     student_px: int | None = None
     more_teachers: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
 
     @property
     def teachers(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lrmil.distill.attention import Attention, open_attention
 from lrmil.distill.evaluate import Agreement, linear_baseline, mean_baseline
 from lrmil.distill.lessons import taught_slides
 from lrmil.distill.pupil import fresh_student
+from lrmil.distill.ranks import ALONE, Ranks, launch, started_by_torchrun, torchrun_ranks
 from lrmil.distill.request import DistillRequest
 from lrmil.distill.selection import Selection, select
 from lrmil.distill.settings import DistillSettings
@@ -28,6 +29,7 @@ from lrmil.distill.teachers import Teacher, load_teachers
 from lrmil.distill.train import DistillHistory, distill
 from lrmil.distill.validation import named
 from wsi_pipe.config import fingerprint, to_mapping
+from wsi_pipe.encoders.devices import resolve_devices
 from wsi_pipe.encoders.lr_file import write_lr_encoder
 from wsi_pipe.encoders.random_id import RANDOM
 from wsi_pipe.files import write_text_atomically
@@ -56,18 +58,38 @@ class DistillResult:
 def run_distillation(request: DistillRequest, progress: Callable[[str], object] | None = None) -> DistillResult:
     """Distil an LR encoder and write it; a run that was interrupted goes on where it stopped.
 
+    With several devices this starts a process for each; as soon as one fails all end. Among processes of ``torchrun``
+    it is one of them, and only the first one writes and says anything.
+
     The student starts fresh and sees the fold's training cases only, or without splits all slides or those of the cases
     named; stopping is decided on some of these. The file states who was seen. Raises
     LeakageError or SplitError for bad folds, BagMismatchError when bags lack what is needed, SettingsError for options
     that do not fit together, and what reading a slide raises.
     """
     say = progress or (lambda text: None)
-    settings = request.settings
-    device = _device(settings.device)
+    if started_by_torchrun():
+        told = () if request.settings.device == "auto" else (request.settings.device,)
+        with torchrun_ranks(request.devices or told) as (ranks, device):
+            return _distil(request, ranks, device, say)
+    if len(request.devices) > 1:
+        return launch(_distil, request, request.devices, say)
+    only = request.devices[0] if request.devices else request.settings.device
+    return _distil(request, ALONE, str(resolve_devices(only)[0]), say)
+
+
+def _distil(request: DistillRequest, ranks: Ranks, where: str, say: Callable[[str], object]) -> DistillResult:
+    """One process of the run. The first one alone writes, and has the baselines in its result."""
+    settings, device = request.settings, torch.device(where)
+    if not ranks.first:
+        say = _nothing
     selection = select(request)
-    teachers = load_teachers(request, str(device))
+    teachers = load_teachers(request, where)
     attention = open_attention(request, selection, teachers)
-    with closing(Shelf(request.out.parent, settings.targets_mib << 20)) as shelf:
+    making = request.compute or settings.jitters > 0
+    with (
+        ranks.first_goes_ahead() if making else nullcontext(),
+        closing(Shelf(request.out.parent, settings.targets_mib << 20)) as shelf,
+    ):
         taught = [taught_slides(request, selection, teacher, shelf, say) for teacher in teachers]
     if shelf.file_bytes:
         say(f"targets: {shelf.memory_bytes >> 20:,} MiB in memory, {shelf.file_bytes >> 20:,} MiB in scratch files")
@@ -90,9 +112,11 @@ def run_distillation(request: DistillRequest, progress: Callable[[str], object] 
     history = distill(
         student, recipe.preprocessing, train, val, first.stats, settings,
         device=device, precision=precision, state=_state_path(request.out), run=run, progress=epoch_done,
-        name=first.name, more=lessons[1:],
+        name=first.name, more=lessons[1:], ranks=ranks,
     )  # fmt: skip
     best = history.epochs[history.best - 1] if history.best else {}
+    if not ranks.first:
+        return DistillResult(request.out, history, best, {}, {}, *names)
     write_lr_encoder(
         request.out,
         student.network.cpu(),
@@ -155,10 +179,8 @@ def _teachers_stated(teachers: Sequence[Teacher]) -> dict[str, Any]:
     return stated[0] | (several if len(stated) > 1 else {})
 
 
-def _device(name: str) -> torch.device:
-    from wsi_pipe.encoders.devices import resolve_devices
-
-    return resolve_devices(name)[0]
+def _nothing(text: str) -> None:
+    """In the place of ``say``, where another process speaks."""
 
 
 def _half(settings: DistillSettings, device: torch.device) -> bool:

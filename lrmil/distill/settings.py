@@ -25,7 +25,8 @@ class DistillSettings:
     precision: "auto", "float32" or "bfloat16". mix_mib: slides are mixed in groups of about this size when decoded, and
     two groups are in memory at once. cache_mib: tiles are kept decoded when all of them fit, else read anew each epoch;
     the result does not depend on it. targets_mib: the teacher's layers and features are kept in memory up to this size,
-    what exceeds it in scratch files beside the run; the result does not depend on it.
+    what exceeds it in scratch files beside the run; the result does not depend on it. threads: that read tiles, 0
+    for as many as there are cores.
     """
 
     layers: tuple[int, ...] = (0, 1, -2)
@@ -50,13 +51,13 @@ class DistillSettings:
     mix_mib: int = 1024
     cache_mib: int = 2048
     targets_mib: int = 4096
-    threads: int = 2
+    threads: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience", "mix_mib", "threads"):
+        for name in ("epochs", "batch_size", "patience", "mix_mib"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("patch", "final", "weight_decay", "stain", "jitters", "cache_mib", "targets_mib"):
+        for name in ("patch", "final", "weight_decay", "stain", "jitters", "cache_mib", "targets_mib", "threads"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 0")
         if self.patch == 0 and self.final == 0:

@@ -140,13 +140,14 @@ def _projections(widths: Sequence[int], wanted: Sequence[int]) -> nn.ModuleList:
     shared = len(widths) == 1 and len(wanted) > 1
     return nn.ModuleList(
         nn.Linear(width, dim) if shared else _projection(width, dim)
-        for width, dim in zip(widths * len(wanted) if shared else widths, wanted, strict=True)
+        for width, dim in zip([*widths] * len(wanted) if shared else widths, wanted, strict=True)
     )
 
 
-def _projected(projections: nn.ModuleList, pooled: list[Tensor]) -> tuple[Tensor, ...]:
-    maps = pooled * len(projections) if len(pooled) == 1 else pooled
-    return tuple(projection(p) for projection, p in zip(projections, maps, strict=True))
+def _projected(projections: nn.Module, pooled: list[Tensor]) -> tuple[Tensor, ...]:
+    own = list(projections.children())
+    maps = pooled * len(own) if len(pooled) == 1 else pooled
+    return tuple(projection(p) for projection, p in zip(own, maps, strict=True))
 
 
 def _projection(width: int, wanted: int) -> nn.Module:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
 import json
 import math
 from collections import deque
@@ -14,23 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lrmil.checkpoint import read_tensors, write_tensors
 from lrmil.distill.feed import Feed, ReadyBatch, TargetBatch
 from lrmil.distill.pixels import PixelSource
+from lrmil.distill.ranks import ALONE, Ranks
 from lrmil.distill.settings import DistillSettings
 from lrmil.distill.student import Student, StudentOutput
 from lrmil.distill.targets import DistillSlide, Lesson, TargetStats
-from lrmil.distill.validation import judges_for
+from lrmil.distill.validation import judged, judges_for
 from lrmil.errors import DivergedError, ModelFileError, ResumeError
 from lrmil.losses import final_distillation_loss, patch_distillation_loss
 from wsi_pipe.encoders.pixels import Normaliser
 from wsi_pipe.encoders.recipe import Preprocessing
 from wsi_pipe.files import parse_json
 
-__all__ = ["DistillHistory", "Runner", "distill", "losses_of"]
+__all__ = ["DistillHistory", "Runner", "distill", "losses_of", "make_optimizer", "train_step", "variances_of"]
 
 STATE_KIND = "lrmil.distill-state"
 
@@ -54,6 +56,8 @@ class Runner:
         self, student: Student, preprocessing: Preprocessing, device: torch.device, precision: torch.dtype
     ) -> None:
         self.student, self.device = student, device
+        self.trained: nn.Module = student
+        """What calls the student in training: of several processes, what shares the gradients."""
         self._half = precision == torch.bfloat16
         self._normalise = Normaliser(preprocessing, device)
 
@@ -61,7 +65,8 @@ class Runner:
         """Features and token maps, see ``Student``."""
         images = self._normalise(pixels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
-            output: StudentOutput = self.student(images)
+            called = self.trained if self.student.training and torch.is_grad_enabled() else self.student
+            output: StudentOutput = called(images)
         return output
 
 
@@ -71,16 +76,17 @@ class _LossSum:
     def __init__(self, device: torch.device) -> None:
         # Apple's GPUs have no float64.
         self._total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-        self._count = 0
+        self._count = 0.0
 
-    def add(self, loss: Tensor, tiles: int) -> None:
+    def add(self, loss: Tensor, tiles: float) -> None:
         """loss: the mean over ``tiles``."""
         self._total += loss.detach().to(self._total.device).double() * tiles
         self._count += tiles
 
-    def mean(self) -> float:
-        """0 where nothing was added."""
-        return float(self._total) / max(self._count, 1)
+    def mean(self, ranks: Ranks = ALONE) -> float:
+        """Over the tiles of all processes; 0 where nothing was added."""
+        total, count = ranks.summed(np.array([float(self._total), self._count])).tolist()
+        return float(total / max(count, 1))
 
 
 def distill(
@@ -97,35 +103,44 @@ def distill(
     run: str = "",
     name: str = "",
     more: Sequence[tuple[Lesson, Lesson]] = (),
+    ranks: Ranks = ALONE,
     progress: Callable[[Mapping[str, float], int], object] | None = None,
 ) -> DistillHistory:
     """Train ``student`` in place; it ends with its best weights by validation loss (by training loss without ``val``).
 
     state: file that holds the run after every epoch; a run that finds one goes on as if it had never stopped. run:
     fingerprint of everything that decides the result. name: of the teacher in figures, where there are several. more:
-    lessons of other teachers on the same training and validation slides, as the student has heads for. progress:
-    called with the figures and the number of each epoch.
+    lessons of other teachers on the same training and validation slides, as the student has heads for. ranks: this
+    process among several that call this with the same arguments but for the device; each takes its share of every
+    batch, so that all end with the weights that one alone would, but for rounding (batch norms, on a CPU, see the
+    share alone), and the first one writes ``state``. progress: called with the figures and the number of each epoch.
     Raises ResumeError when the state belongs to another run, DivergedError when the loss is not finite.
     """
     student.to(device)
     student.requires_grad_(True)
-    optimizer = _optimizer(student, settings)
+    optimizer = make_optimizer(student, settings)
     history, best_value = DistillHistory(), math.inf
     best = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
     if state is not None and state.is_file():
         history, best_value, best = _resume(state, student, optimizer, run)
     run_student = Runner(student, preprocessing, device, precision)
     others = [lesson for lesson, _ in more], [lesson for _, lesson in more]
-    feed = Feed(PixelSource(train, settings), stats, device, name=name, more=others[0])
-    val_feed = Feed(PixelSource(val, settings), stats, device, name=name, more=others[1]) if val else None
+    feed = Feed(PixelSource(train, settings, ranks=ranks), stats, device, name=name, more=others[0])
+    # Validation slides are dealt out whole.
+    held = slice(ranks.rank, None, ranks.count)
+    own_val = val[held]
+    dealt = [dataclasses.replace(lesson, slides=lesson.slides[held]) for lesson in others[1]]
+    val_feed = Feed(PixelSource(own_val, settings), stats, device, name=name, more=dealt) if own_val else None
+    if ranks.count > 1:
+        run_student.trained = _shared(student, device)
     steps = max(math.ceil(len(feed) / settings.batch_size), 1)
     while not history.finished:
         epoch = len(history.epochs)
         # Everything random in an epoch comes from its number, so a resumed run meets the same.
-        torch.manual_seed(settings.seed * 100_003 + epoch)
-        figures = {"loss": _epoch(run_student, feed, optimizer, settings, epoch, steps)}
-        if val_feed is not None:
-            figures |= _validate(run_student, val_feed, settings)
+        torch.manual_seed(settings.seed * 100_003 + epoch + 50_000_017 * ranks.rank)
+        figures = {"loss": _epoch(run_student, feed, optimizer, settings, epoch, steps, ranks)}
+        if val:
+            figures |= _validate(run_student, val_feed, feed, settings, ranks)
         watched = figures.get("val_loss", figures["loss"])
         if not math.isfinite(watched):
             raise DivergedError(f"epoch {epoch + 1}: the loss is {watched}", remedy="lower lr")
@@ -135,7 +150,7 @@ def distill(
             best = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
         done = epoch + 1
         history.finished = done >= settings.epochs or done - history.best >= settings.patience
-        if state is not None:
+        if state is not None and ranks.first:
             _save(state, student, optimizer, best, history, best_value, run)
         if progress:
             progress(figures, done)
@@ -143,7 +158,25 @@ def distill(
     return history
 
 
-def _optimizer(student: Student, settings: DistillSettings) -> torch.optim.AdamW:
+def _shared(student: Student, device: torch.device) -> nn.Module:
+    """The student as several processes train it: what it is called by adds up their gradients.
+
+    Batch norms see the tiles of all processes on GPUs; on CPUs torch has no such thing, and each sees its own.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    cuda = device.type == "cuda"
+    if cuda:
+        # timm does not mark it as exported, though its training script uses it from here.
+        layers: Any = importlib.import_module("timm.layers")
+        layers.convert_sync_batchnorm(student.network)
+        student.to(device)
+    # Which weights a loss does not reach, as with one loss of the two, stays the same from step to step.
+    return DistributedDataParallel(student, device_ids=[device] if cuda else None, static_graph=True)
+
+
+def make_optimizer(student: Student, settings: DistillSettings) -> torch.optim.AdamW:
+    """AdamW as training begins with it: weights decay, biases and norms do not."""
     decayed = [p for p in student.parameters() if p.ndim > 1]
     plain = [p for p in student.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -162,8 +195,11 @@ def losses_of(
     targets: TargetBatch,
     variance: Tensor,
     settings: DistillSettings,
+    shares: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """The weighted sum of ``L_patch`` and ``L_final``; layers may differ in width.
+
+    shares: what the first and the second are multiplied with, see ``PixelBatch``.
 
     variance: (L + 1,) float, of the layers and, last, of the final features, by which both losses are divided: where
     only one is, a ViT's copy begins with one loss hundreds of times the other.
@@ -174,14 +210,14 @@ def losses_of(
             patch_distillation_loss(p[None], t[None], targets.mask, variance[i : i + 1])
             for i, (p, t) in enumerate(zip(output.patches, targets.layers, strict=True))
         ]
-        loss = loss + settings.patch * torch.stack(per_layer).mean()
+        loss = loss + settings.patch * shares[0] * torch.stack(per_layer).mean()
     if settings.final:
         final = final_distillation_loss(output.final, targets.final, targets.weights)
-        loss = loss + settings.final * final / variance[-1].to(final.dtype)
+        loss = loss + settings.final * shares[1] * final / variance[-1].to(final.dtype)
     return loss
 
 
-def _variances(feed: Feed, settings: DistillSettings) -> list[Tensor]:
+def variances_of(feed: Feed, settings: DistillSettings) -> list[Tensor]:
     """See ``losses_of``, for each teacher."""
     found = []
     for lesson in feed.lessons:
@@ -193,35 +229,58 @@ def _variances(feed: Feed, settings: DistillSettings) -> list[Tensor]:
 
 def _loss(output: StudentOutput, batch: ReadyBatch, variances: Sequence[Tensor], settings: DistillSettings) -> Tensor:
     """The mean of the losses over teachers."""
-    losses = [losses_of(output.of(n), batch.of(n).targets, variance, settings) for n, variance in enumerate(variances)]
+    shares = batch.source.shares
+    losses = [
+        losses_of(output.of(n), batch.of(n).targets, variance, settings, shares) for n, variance in enumerate(variances)
+    ]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
+def train_step(
+    run: Runner,
+    batch: ReadyBatch,
+    variances: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    settings: DistillSettings,
+) -> Tensor:
+    """One step on a batch that is ready; its loss."""
+    loss = _loss(run(batch.pixels), batch, variances, settings)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(run.student.parameters(), settings.clip)
+    optimizer.step()
+    return loss
+
+
 def _epoch(
-    run: Runner, feed: Feed, optimizer: torch.optim.Optimizer, settings: DistillSettings, epoch: int, steps: int
+    run: Runner,
+    feed: Feed,
+    optimizer: torch.optim.Optimizer,
+    settings: DistillSettings,
+    epoch: int,
+    steps: int,
+    ranks: Ranks,
 ) -> float:
     student = run.student
     student.train()
-    variances = _variances(feed, settings)
+    variances = variances_of(feed, settings)
     losses = _LossSum(feed.device)
-    recent: deque[NDArray[np.uint8]] = deque(maxlen=max(NORM_TILES // settings.batch_size, 1))
+    recent: deque[Tensor] = deque(maxlen=max(NORM_TILES // settings.batch_size, 1))
     with closing(feed.shuffled([settings.seed, epoch])) as batches:
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = _rate(settings, min((epoch + (step + 1) / steps) / settings.epochs, 1.0))
-            loss = _loss(run(batch.pixels), batch, variances, settings)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
-            optimizer.step()
-            losses.add(loss, len(batch.source.tile))
-            recent.append(batch.source.pixels)
-    _settle_norms(run, recent)
-    return losses.mean()
+            loss = train_step(run, batch, variances, optimizer, settings)
+            # With shares, the mean over processes is the mean over the tiles of all.
+            tiles = len(batch.source.tile) if ranks.count == 1 else batch.source.tiles / ranks.count
+            losses.add(loss, tiles)
+            recent.append(batch.pixels)
+    _settle_norms(run, recent, ranks)
+    return losses.mean(ranks)
 
 
 @torch.no_grad()
-def _settle_norms(run: Runner, recent: Iterable[NDArray[np.uint8]]) -> None:
+def _settle_norms(run: Runner, recent: Iterable[Tensor], ranks: Ranks = ALONE) -> None:
     """Means and variances of batch norms, anew over the last batches as the weights now are.
 
     Their running averages lag by tens of steps, which on few slides is many epochs: the network that is validated and
@@ -238,26 +297,31 @@ def _settle_norms(run: Runner, recent: Iterable[NDArray[np.uint8]]) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over batches
     for pixels in recent:
-        run(torch.from_numpy(pixels).to(run.device))
+        run(pixels)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        for values in (norm.running_mean, norm.running_var):
+            if ranks.count > 1 and values is not None:
+                mean = ranks.summed(values.double().cpu().numpy()) / ranks.count
+                values.copy_(torch.from_numpy(mean))
 
 
 @torch.inference_mode()
-def _validate(run: Runner, feed: Feed, settings: DistillSettings) -> dict[str, float]:
+def _validate(
+    run: Runner, feed: Feed | None, trained: Feed, settings: DistillSettings, ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """feed: this process's slides, None where it has none. trained: has the same lessons, and the device."""
     run.student.eval()
-    variances = _variances(feed, settings)
-    losses, judges = _LossSum(feed.device), judges_for(feed)
-    with closing(feed.in_order()) as batches:
-        for batch in batches:
-            output = run(batch.pixels)
-            losses.add(_loss(output, batch, variances, settings), len(batch.source.tile))
-            for n, judge in enumerate(judges):
-                judge.add(output.of(n), batch.of(n))
-    figures = {"val_loss": losses.mean()}
-    for judge in judges:
-        figures |= judge.figures()
-    return figures
+    variances = variances_of(trained, settings)
+    losses, judges = _LossSum(trained.device), judges_for(trained if feed is None else feed)
+    if feed is not None:
+        with closing(feed.in_order()) as batches:
+            for batch in batches:
+                output = run(batch.pixels)
+                losses.add(_loss(output, batch, variances, settings), len(batch.source.tile))
+                for n, judge in enumerate(judges):
+                    judge.add(output.of(n), batch.of(n))
+    return {"val_loss": losses.mean(ranks)} | judged(judges, ranks)
 
 
 def _save(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,10 +12,17 @@ from torch import Tensor
 
 from lrmil.distill.evaluate import Agreement, RunningAgreement, child_targets, final_target
 from lrmil.distill.feed import Feed, ReadyBatch
+from lrmil.distill.ranks import Ranks
 from lrmil.distill.student import StudentOutput
 from lrmil.distill.targets import Lesson
 
-__all__ = ["Judge", "judges_for", "named"]
+__all__ = ["Judge", "judged", "judges_for", "named"]
+
+
+class Summed(Protocol):
+    """An agreement that is summed up: ``sums`` over parts of the data add up."""
+
+    sums: tuple[float, float, float, float]
 
 
 class Judge(Protocol):
@@ -23,8 +31,25 @@ class Judge(Protocol):
     def add(self, output: StudentOutput, batch: ReadyBatch) -> None:
         """Count one batch, of tiles of one slide."""
 
+    @property
+    def parts(self) -> list[Summed]:
+        """By layer, and of the final feature."""
+
     def figures(self) -> dict[str, float]:
         """Explained variance and cosine by layer and of the final feature."""
+
+
+def judged(judges: Sequence[Judge], ranks: Ranks) -> dict[str, float]:
+    """The figures of all teachers, over the tiles of all processes."""
+    parts = [part for judge in judges for part in judge.parts]
+    if ranks.count > 1:
+        sums = ranks.summed(np.array([part.sums for part in parts]))
+        for part, (error, total, cosine, count) in zip(parts, sums.tolist(), strict=True):
+            part.sums = (error, total, cosine, count)
+    figures: dict[str, float] = {}
+    for judge in judges:
+        figures |= judge.figures()
+    return figures
 
 
 def judges_for(feed: Feed) -> list[Judge]:
@@ -71,6 +96,11 @@ class HostJudge:
         predicted = output.final.float().cpu().numpy() * stats.final_std + stats.final_mean
         self._final.add(predicted, self._wanted[tiles])
 
+    @property
+    def parts(self) -> list[Summed]:
+        """See ``Judge``."""
+        return [*self._layers, self._final]
+
     def figures(self) -> dict[str, float]:
         """See ``Judge``."""
         return _named(self._teacher, [running.result() for running in self._layers], self._final.result())
@@ -98,6 +128,11 @@ class DeviceJudge:
         wanted = (targets.weights[..., None] * targets.final).sum(1)
         self._final.add(output.final, wanted, torch.ones_like(targets.mask[:, 0]))
 
+    @property
+    def parts(self) -> list[Summed]:
+        """See ``Judge``."""
+        return [*self._layers, self._final]
+
     def figures(self) -> dict[str, float]:
         """See ``Judge``."""
         return _named(self._teacher, [running.result() for running in self._layers], self._final.result())
@@ -120,6 +155,16 @@ class _DeviceAgreement:
         norms = p.norm(dim=-1) * t.norm(dim=-1)
         cosine = torch.where(norms > 0, (p * t).sum(-1) / norms.where(norms > 0, 1.0), 0.0)
         self._sums += torch.stack([(t - p).square().sum(), t.square().sum(), cosine.sum(), present.sum().double()])
+
+    @property
+    def sums(self) -> tuple[float, float, float, float]:
+        """See ``Summed``."""
+        error, total, cosine, count = self._sums.tolist()
+        return error, total, cosine, count
+
+    @sums.setter
+    def sums(self, values: tuple[float, float, float, float]) -> None:
+        self._sums = torch.tensor(values, dtype=torch.float64, device=self._sums.device)
 
     def result(self) -> Agreement:
         """The figures so far; NaN where nothing was added."""

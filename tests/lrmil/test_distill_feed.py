@@ -128,7 +128,7 @@ def slide(number: int, k: int, tiles: int, dims: Sequence[int], dtype: Any) -> D
 class Source:
     """In the place of a PixelSource: random tiles, no slides to read."""
 
-    def __init__(self, slides: Sequence[DistillSlide], settings: DistillSettings) -> None:
+    def __init__(self, slides: Sequence[DistillSlide], settings: DistillSettings, ranks: Any = None) -> None:
         self.slides, self.settings = list(slides), settings
 
     def __len__(self) -> int:
@@ -162,7 +162,10 @@ def test_targets_are_turned_scaled_and_0_without_a_child(dims: tuple[int, ...], 
     assert len(batches[0]) == len(expected) == 4
     scales = [*zip(stats.layer_mean, stats.layer_std, strict=True), (stats.final_mean, stats.final_std)]
     for source, batch, same in zip(expected, batches[0], batches[2], strict=True):
-        assert np.array_equal(batch.pixels.numpy(), source.pixels)
+        for got, tile, symmetry in zip(batch.pixels.numpy(), source.pixels, source.symmetry, strict=True):
+            # Each channel as a map of 64 x 64 children.
+            wanted_px = turn(tile.transpose(2, 0, 1).reshape(3, -1), 64, int(symmetry))
+            assert np.array_equal(got, wanted_px.reshape(3, 64, 64).transpose(1, 2, 0))
         found = [*batch.targets.layers, batch.targets.final]
         assert len(found) == len(dims) + (len(dims) == 1)
         for one, again in zip(found, [*same.targets.layers, same.targets.final], strict=True):

@@ -241,7 +241,8 @@ def test_no_more_than_a_slide_is_in_memory_beyond_the_limit(tmp_path: Path) -> N
         train, val = slides[: count // 2], slides[count // 2 :]
         stats = target_stats(train, standardise=False)
         run = Runner(_Student(dims), grey, CPU, torch.float32)  # type: ignore[arg-type]
-        validated = train_module._validate(run, Feed(_Source(val), stats, CPU), DistillSettings())  # type: ignore[arg-type]
+        feed = Feed(_Source(val), stats, CPU)  # type: ignore[arg-type]
+        validated = train_module._validate(run, feed, feed, DistillSettings())
         figures[limit_mib] = (validated, linear_baseline(train, val, stats), mean_baseline(val, stats))
 
     work(size)  # what is imported and kept on first use

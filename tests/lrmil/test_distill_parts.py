@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from lrmil.distill import DistillSettings
-from lrmil.distill.augment import stain_jitter, turn_tile
+from lrmil.distill.augment import stain_mixes, stained, turned
 from lrmil.distill.children import child_map, turn
 from lrmil.distill.evaluate import Agreement, RunningAgreement, linear_baseline, mean_baseline
 from lrmil.distill.feed import TargetBatch
@@ -89,9 +89,11 @@ def test_a_turn_moves_the_child_map_with_the_pixels(symmetry: int) -> None:
     # Every pixel says in which child it lies, and the children's numbers are their places before the turn.
     y, x = np.mgrid[:side, :side] // part
     tile = np.repeat((y * k + x).astype(np.uint8)[..., None], 3, axis=2)
-    turned = turn_tile(tile, symmetry)
+    # Beside a tile that is turned otherwise.
+    both = torch.from_numpy(np.stack([tile, tile]))
+    seen_as = turned(both, torch.tensor([symmetry, 7 - symmetry]))[0].numpy()
     children = turn(np.arange(k * k), k, symmetry)
-    seen = [int(turned[r * part + 3, c * part + 5, 0]) for r in range(k) for c in range(k)]
+    seen = [int(seen_as[r * part + 3, c * part + 5, 0]) for r in range(k) for c in range(k)]
     assert children.tolist() == seen
 
 
@@ -100,33 +102,60 @@ def test_turns_are_the_eight_symmetries() -> None:
     assert len(maps) == 8
 
 
-def test_stain_jitter_is_the_identity_at_zero_and_near_it() -> None:
-    rng = np.random.default_rng(0)
-    tile = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert np.array_equal(stain_jitter(tile, 0.0, rng), tile)
-    # The same arithmetic as at any strength, so that a wrong matrix would show.
-    assert np.array_equal(stain_jitter(tile, 1e-7, rng), tile)
-    assert np.abs(stain_jitter(tile, 0.1, rng).astype(int) - tile).mean() > 1
-
-
-def test_stain_jitter_scales_the_density_of_a_stain() -> None:
+def jittered(tile: NDArray[np.uint8], drawn: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
+    """One tile in other stains, pixel by pixel: to stain amounts, changed there, and back; before rounding."""
     from lrmil.distill.augment import RGB_FROM_HED
 
-    class Fixed:
-        """scale then shift."""
+    density = -np.log((tile.astype(np.float64) + 1) / 256)
+    amounts = np.linalg.solve(RGB_FROM_HED.T, density.reshape(-1, 3).T).T
+    scale, shift = (low + (high - low) * part for (low, high), part in zip(
+        ((1 - strength, 1 + strength), (-strength / 5, strength / 5)), drawn, strict=True
+    ))  # fmt: skip
+    back = (amounts * scale + shift) @ RGB_FROM_HED
+    return np.asarray((256 * np.exp(-back) - 1).reshape(tile.shape))
 
-        def __init__(self) -> None:
-            self.values = [np.array([1.5, 1.0, 1.0]), np.zeros(3)]
 
-        def uniform(self, low: float, high: float, n: int) -> NDArray[np.float64]:
-            return self.values.pop(0)
+@pytest.mark.parametrize("strength", [1e-7, 0.1, 0.6])
+def test_a_batch_is_stained_as_its_tiles_would_be(strength: float) -> None:
+    rng = np.random.default_rng(0)
+    tiles = rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    drawn = rng.random((5, 2, 3))
+    found = stained(torch.from_numpy(tiles), torch.from_numpy(stain_mixes(drawn, strength)))
+    assert found.dtype == torch.uint8
+    assert found.shape == tiles.shape
+    for got, tile, own in zip(found.numpy(), tiles, drawn, strict=True):
+        wanted = np.clip(jittered(tile, own, strength), 0, 255)
+        # Rounded, and a float32 off at most.
+        assert np.abs(got - wanted).max() <= 0.51
+    if strength == 1e-7:
+        # The same arithmetic as at any strength, so that a wrong matrix would show.
+        assert np.array_equal(found.numpy(), tiles)
+    else:
+        assert np.abs(found.numpy().astype(int) - tiles).mean() > 1
+
+
+def test_numbers_are_drawn_as_tile_by_tile() -> None:
+    one, other = np.random.default_rng(3), np.random.default_rng(3)
+    mixes = stain_mixes(one.random((4, 2, 3)), 0.2)
+    tile = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for mix in mixes:
+        scale, shift = other.uniform(0.8, 1.2, 3), other.uniform(-0.04, 0.04, 3)
+        drawn = np.stack([(scale - 0.8) / 0.4, (shift + 0.04) / 0.08])
+        got = stained(torch.from_numpy(tile)[None], torch.from_numpy(mix)[None])[0].numpy()
+        assert np.abs(got - np.clip(jittered(tile, drawn, 0.2), 0, 255)).max() <= 0.51
+
+
+def test_staining_scales_the_density_of_a_stain() -> None:
+    from lrmil.distill.augment import RGB_FROM_HED
 
     def pixel(amount: float) -> NDArray[np.float64]:
-        return 256 * np.exp(-amount * RGB_FROM_HED[0]) - 1
+        return np.asarray(256 * np.exp(-amount * RGB_FROM_HED[0]) - 1)
 
-    tile = np.rint(pixel(0.8))[None, None].astype(np.uint8)
-    out = stain_jitter(tile, 0.5, Fixed())  # type: ignore[arg-type]
-    assert np.abs(out[0, 0] - pixel(1.2)).max() <= 1.5
+    tile = np.rint(pixel(0.8)).astype(np.uint8).reshape(1, 1, 1, 3)
+    # The first stain by 1.5, the others by 1, no shift: 1 is in the middle of what is drawn.
+    drawn = np.array([[[1.0, 0.5, 0.5], [0.5, 0.5, 0.5]]])
+    out = stained(torch.from_numpy(tile), torch.from_numpy(stain_mixes(drawn, 0.5)))
+    assert np.abs(out[0, 0, 0].numpy() - pixel(1.2)).max() <= 1.5
 
 
 def test_attention_is_renormalised_over_the_children_of_each_tile() -> None:
@@ -388,7 +417,7 @@ def test_batch_norms_are_those_of_the_network_as_it_is() -> None:
     for norm in norms:
         norm.running_mean.fill_(7.0)
     rng = np.random.default_rng(0)
-    batches = [rng.integers(0, 255, (8, 64, 64, 3), np.uint8) for _ in range(3)]
+    batches = [torch.from_numpy(rng.integers(0, 255, (8, 64, 64, 3), np.uint8)) for _ in range(3)]
     seen: list[torch.Tensor] = []
     handle = norms[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
     student.train()
@@ -400,7 +429,7 @@ def test_batch_norms_are_those_of_the_network_as_it_is() -> None:
     assert [norm.momentum for norm in norms] == momenta
     # In evaluation it now gives nearly what it gave in training.
     with torch.no_grad():
-        images = normalise(torch.from_numpy(batches[0]), GREY)
+        images = normalise(batches[0], GREY)
         trained = student(images).feature
         student.eval()
         assert (student(images).feature - trained).abs().mean() < 0.25 * trained.std()

@@ -19,7 +19,7 @@ from lrmil.distill import run as run_module
 from lrmil.distill.feed import Feed, TargetBatch
 from lrmil.distill.student import Head, Student
 from lrmil.distill.targets import Lesson, target_stats
-from lrmil.distill.train import _loss, _variances, losses_of
+from lrmil.distill.train import _loss, losses_of, variances_of
 from lrmil.errors import BagMismatchError, SettingsError
 from lrmil.model import build_model
 from wsi_pipe.cli import group as wsi_pipe_group
@@ -85,7 +85,7 @@ def test_the_loss_is_the_mean_over_teachers() -> None:
     feed = Feed(Source(first, settings), target_stats(first, standardise=False), CPU, more=[lesson], name="a")  # type: ignore[arg-type]
     alone = [Feed(Source(s, settings), own.stats, CPU) for s, own in zip((first, second), feed.lessons, strict=True)]  # type: ignore[arg-type]
     net = student("test_resnet", (Head([], [7], 7),))
-    variances = _variances(feed, settings)
+    variances = variances_of(feed, settings)
     for batch, *each in zip(feed.shuffled([1]), *(one.shuffled([1]) for one in alone), strict=True):
         output = net(torch.randn(len(batch.pixels), 3, 64, 64))
         losses = []
@@ -199,15 +199,8 @@ def test_the_command_takes_a_teacher_more_than_once(
     two_encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "lr.safetensors"
-    arguments = [
-        "distill",
-        "--bags",
-        two_encoders / "job" / "bags",
-        "--teacher",
-        "texture",
-        "--teacher",
-        "timm:test_vit",
-    ]
+    arguments = ["distill", "--bags", two_encoders / "job" / "bags", "--teacher", "timm:test_vit2"]
+    arguments += ["--teacher", "timm:test_vit"]
     arguments += ["--random-teacher", "--student", "timm:test_vit", "--random-student", "--all", "--out", out]
     arguments += ["--epochs", "1", "--batch-size", "8", "--device", "cpu", "--val-fraction", "0.3"]
     assert run_group(lrmil_group, "lrmil", [str(part) for part in arguments]) == 0

@@ -31,8 +31,9 @@ from wsi_pipe.running import Watch, begin_lines, run_stages
 from wsi_pipe.tissue.frame import FRAMES
 
 if TYPE_CHECKING:
-    from wsi_pipe.execute import Where
     import pandas as pd
+
+    from wsi_pipe.execute import Where
 
 __all__ = ["Job"]
 
