@@ -123,16 +123,17 @@ def test_options_come_from_the_environment_and_are_told(
 
 
 def test_a_scheduler_in_the_call_goes_before_workers_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from wsi_pipe.cli.options import where_from
+    from wsi_pipe.asked import where_from
+    from wsi_pipe.cli.options import settled
 
     command, _, _ = loaded("wsi-pipe", "run")
     monkeypatch.setenv("WSI_PIPE_WORKERS", "3")
     monkeypatch.setenv("WSI_PIPE_RESOURCES", "GPU=1")
     with command.make_context("run", ["a.svs", "-o", "job", "--scheduler", "tcp://h:1"]) as ctx:
-        where = where_from(ctx.params)
+        where = where_from(settled(ctx.params))
         assert (where.scheduler, where.workers, where.resources) == ("tcp://h:1", 1, {"GPU": 1.0})
     with command.make_context("run", ["a.svs", "-o", "job"]) as ctx:
-        where = where_from(ctx.params)
+        where = where_from(settled(ctx.params))
         assert (where.scheduler, where.workers, where.resources) == (None, 3, None)
 
 

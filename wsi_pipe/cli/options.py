@@ -203,7 +203,7 @@ def part_options(function: F) -> F:
     """Some slides of those that are named, or of the job."""
     return _stack(
         click.option("--only", multiple=True, metavar="ID", help="Just this slide; repeatable."),
-        click.option("--limit", type=click.IntRange(1), metavar="N", help="Just the first N slides."),
+        click.option("--limit", type=click.IntRange(1), metavar="N", help="Just the first of the slides.  [all]"),
     )(function)
 
 

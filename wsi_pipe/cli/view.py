@@ -17,7 +17,11 @@ __all__ = ["view"]
 @click.command()
 @slide_options
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=0, help="Port on this machine's loopback.  [any that is free]"
+    "--port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    default=0,
+    help="Port on this machine's loopback.  [any that is free]",
 )
 @click.option("--open", "browser", is_flag=True, help="Open the page in the browser.")
 @click.option(

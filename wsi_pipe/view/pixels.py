@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 
 from wsi_pipe.geometry import IntPair, TileGrid
@@ -23,8 +23,9 @@ QUALITY = 85
 
 def jpeg(pixels: NDArray[np.uint8], quality: int = QUALITY) -> bytes:
     """A JPEG of uint8 (H, W, 3)."""
-    encoded: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=quality, colorsubsampling="420")
-    return encoded
+    done, encoded = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert done, "uint8 RGB can be encoded"
+    return encoded.tobytes()
 
 
 @dataclass(frozen=True)
