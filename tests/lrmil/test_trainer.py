@@ -29,7 +29,7 @@ from lrmil.trainer import (
     train,
     training,
 )
-from lrmil.trainer.optimise import class_weights, learning_rate, make_optimizer
+from lrmil.trainer.optimise import AdamW, class_weights, learning_rate, make_optimizer
 
 DIM = 10
 # The linear model is fitted, not trained, and has tests of its own.
@@ -359,14 +359,14 @@ def test_biases_do_not_decay() -> None:
 
 def test_clipping_bounds_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     norms: list[float] = []
-    original = torch.optim.AdamW.step
+    original = AdamW.step
 
     def recording(self: Any, *args: Any, **more: Any) -> Any:
         gradients = [p.grad.flatten() for g in self.param_groups for p in g["params"] if p.grad is not None]
         norms.append(float(torch.cat(gradients).norm()))
         return original(self, *args, **more)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", recording)
+    monkeypatch.setattr(AdamW, "step", recording)
     run(replace(SETTINGS, epochs=1, clip_norm=0.01))
     assert max(norms) <= 0.01 * 1.001
     norms.clear()
