@@ -51,6 +51,8 @@ def train(
     split_seed: int = 0,
     by: str = "auto",
     label_column: str | None = None,
+    slide_table: PathLike | None = None,
+    site_column: str | None = None,
     teacher: PathLike | Model | None = None,
     teacher_bags: PathLike | None = None,
     teacher_resolution: str | float | None = None,
@@ -90,7 +92,14 @@ def train(
         dtype=dtype,
         allow_random=allow_random,
     )
-    cohort = load_cohort(features, label_file(labels, out), by=by, label_column=label_column)
+    cohort = load_cohort(
+        features,
+        label_file(labels, out),
+        by=by,
+        label_column=label_column,
+        slide_table=None if slide_table is None else Path(slide_table),
+        site_column=site_column,
+    )
     if splits is None:
         table = make_splits(cohort.table.case_labels(), folds, split_seed, val_fraction)
         there = out / SPLITS_NAME
@@ -142,6 +151,7 @@ def evaluate(
     resolution: str | float | None = None,
     encoder: str | None = None,
     label_column: str | None = None,
+    slide_table: PathLike | None = None,
     positive: str | None = None,
     at_sensitivity: Sequence[float] = (),
     replicates: int = 2000,
@@ -182,7 +192,13 @@ def evaluate(
         store_dir=folder / "store",
         weights_sha256=judged.card.weights_sha256,
     )
-    cohort = load_cohort(features, label_file(labels, folder), label_column=label_column, classes=judged.card.classes)
+    cohort = load_cohort(
+        features,
+        label_file(labels, folder),
+        label_column=label_column,
+        classes=judged.card.classes,
+        slide_table=None if slide_table is None else Path(slide_table),
+    )
     table = None if splits is None else splits if isinstance(splits, SplitTable) else read_splits(Path(splits))
     for note in cohort.notes(table):
         tell(note)

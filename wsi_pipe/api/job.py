@@ -90,6 +90,7 @@ class Job:
         *,
         resolutions: str | float | Sequence[str | float] | None = None,
         encoder: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
+        primary: str | float | None = None,
         until: Stage = "assemble",
         slide_list: str | os.PathLike[str] | None = None,
         slide_mpp: float | tuple[float, float] | None = None,
@@ -108,6 +109,7 @@ class Job:
         mask_mpp: float | None = None,
         only: str | Sequence[str] = (),
         limit: int | None = None,
+        shard: str | None = None,
         retry_failed: bool = False,
         redo: bool = False,
         anonymise: bool | None = None,
@@ -129,6 +131,7 @@ class Job:
 
         slides: files, folders, URLs, slide lists, one or several; by default those that the job has. resolutions: such
         as "20x", "0.5um" or 0.5 (um/px). encoder: one, several, or by resolution: ``{"20x": "uni", "5x": FILE}``.
+        primary: the resolution that other programs find in bags. shard: of ``--shard``, such as "3/16".
         until: an earlier stage, "segment", "tile" or "extract". slide_list: of ``--slides``. settings: any other of
         segmentation, tiling and extraction by its name, as ``tile_px=256``, ``min_tissue=0.5``, ``stain_min=0.02``,
         ``dtype="float32"``, ``batch_size=32``; mask_mpp: that of the mask. What is not given is as the job has it, else
@@ -146,6 +149,7 @@ class Job:
             "manifest": _path(slide_list),
             "resolutions": None if resolutions is None else [as_mpp(item) for item in _several(resolutions)],
             "encoders": None if encoder is None else _encoders(encoder),
+            "primary": None if primary is None else as_mpp(primary),
             "slide_mpp": _shown_mpp(slide_mpp),
             "override_mpp": override_mpp,
             "mask": _path(mask),
@@ -162,6 +166,7 @@ class Job:
             "segment_mpp": mask_mpp,
             "only": (only,) if isinstance(only, str) else tuple(only),
             "limit": limit,
+            "shard": shard,
             "retry_failed": retry_failed,
             "redo": redo,
             "anonymise": anonymise,
