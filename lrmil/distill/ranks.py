@@ -35,6 +35,8 @@ CAUSE_S = 3.0
 """How long, in seconds, a better reason is waited for than that a process lost the others."""
 
 
+LOST, SILENT, FAILED = range(3)
+"""Why a process ended: it missed another one, it did not say, or it said."""
 CONNECTION = ("gloo", "Connection closed", "Connection reset", "NCCL")
 """Words of errors that say no more than that another process is gone."""
 
@@ -171,39 +173,45 @@ def _followed(ends: dict[Connection, int], processes: Sequence[Any], devices: Se
     """The first one's result, when all are done."""
     result: Any = None
     finished: set[int] = set()
-    failure: tuple[bool, Exception] | None = None
-    while ends:
+    told: set[int] = set()
+    # How good a reason it is, and what is raised for it.
+    failure: tuple[int, Exception] | None = None
+    while ends and (failure is None or failure[0] < FAILED):
         ready = wait(list(ends), CAUSE_S if failure else None)
         if not ready:
             break
         for end in ready:
             assert isinstance(end, Connection)
-            rank = ends[end]
+            rank, found = ends[end], None
             try:
                 kind, value = end.recv()
             except EOFError:
                 del ends[end]
                 processes[rank].join(5)
-                code = processes[rank].exitcode
-                if rank not in finished and (failure is None or not failure[0]) and code not in (None, 0, 1):
-                    # What the others then fail with is that they miss this one.
-                    text = f"the process on {devices[rank]} ended ({'signal' if code < 0 else 'status'} {abs(code)})"
-                    failure = True, TrainingError(text, remedy="check memory and device, then run again: it goes on")
-                continue
-            if kind == "say":
-                say(value)
-            elif kind == "done":
-                finished.add(rank)
-                result = value if rank == 0 else result
-            elif failure is None or (not failure[0] and kind == "failed"):
-                failure = kind == "failed", value
-        if failure is not None and failure[0]:
-            break
+                if rank not in finished | told:
+                    text = f"the process on {devices[rank]} ended ({_ending(processes[rank].exitcode)})"
+                    remedy = "check memory and device, then run again: it goes on"
+                    found = SILENT, TrainingError(text, remedy=remedy)
+            else:
+                if kind == "say":
+                    say(value)
+                elif kind == "done":
+                    finished.add(rank)
+                    result = value if rank == 0 else result
+                else:
+                    told.add(rank)
+                    found = (FAILED if kind == "failed" else LOST), value
+            if found is not None and (failure is None or found[0] > failure[0]):
+                failure = found
     if failure is not None:
         raise failure[1]
     if len(finished) < len(processes):
         raise TrainingError("a process ended without a word", remedy="run again: it goes on where it was")
     return result
+
+
+def _ending(code: int | None) -> str:
+    return f"signal {-code}" if code is not None and code < 0 else f"status {code}"
 
 
 def _run(work: Any, argument: Any, ranks: Ranks, device: str, meeting: str, inbox: Connection) -> None:

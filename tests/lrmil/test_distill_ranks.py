@@ -139,6 +139,8 @@ def told(argument: str, ranks: Ranks, device: str, say: Any) -> Any:
             raise SplitError("rank 1 has found something", remedy="mend it")
         if argument == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if argument == "silent":
+            os._exit(1)
         raise ZeroDivisionError("a mistake of ours")
     ranks.wait()
     return None
@@ -154,6 +156,9 @@ def test_what_ends_one_process_ends_all(capfd: pytest.CaptureFixture[str]) -> No
         launch(told, "error", ["cpu", "cpu"], said.append)
     with pytest.raises(TrainingError, match=r"the process on cpu ended \(signal 9\)"):
         launch(told, "kill", ["cpu", "cpu"], said.append)
+    # As where a process does not even start; the others wait for it.
+    with pytest.raises(TrainingError, match=r"the process on cpu ended \(status 1\)"):
+        launch(told, "silent", ["cpu", "cpu"], said.append)
     with pytest.raises(TrainingError, match="a mistake of ours"):
         launch(told, "bug", ["cpu", "cpu"], said.append)
     assert "ZeroDivisionError" in capfd.readouterr().err
