@@ -38,6 +38,11 @@ def test_the_first_block_is_fifteen_lines_and_gives_a_sound_bag(folder: Path) ->
     assert bag["20x"].features["texture"].shape[0] == len(bag["20x"]) > 0
 
 
+def test_the_readme_shows_the_same_lines() -> None:
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert "```python\n" + BLOCKS[0] + "```" in readme
+
+
 @pytest.mark.slow
 def test_all_blocks_run_in_their_order(folder: Path) -> None:
     names: dict[str, Any] = {}
