@@ -3,6 +3,7 @@
 
     python benchmarks/archive_trials.py kills   [--kills 50]
     python benchmarks/archive_trials.py mutants [--slides DIR] [--mutants 500] [--each 300]
+    python benchmarks/archive_trials.py files   [--each 300] [--kinds svs bag.h5]
     python benchmarks/archive_trials.py resume  [--count 5000]
     python benchmarks/archive_trials.py many    [--count 2000]
     python benchmarks/archive_trials.py plan    [--rows 100000]
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from command_mutants import try_commands
+from command_mutants import FILES, SLIDES, try_commands
 
 from wsi_pipe.bag import check_bag, read_bag
 from wsi_pipe.job import read_outcomes
@@ -221,6 +222,13 @@ def mutants(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def files(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Mutants of files through the commands alone, of every kind or of those named."""
+    commands = try_commands(folder / "commands", mutate, arguments.each, arguments.seed, arguments.kinds or ())
+    ok = verdict({"no traceback, death or wait of a command": not commands["faults of commands"]})
+    return {**commands, **ok}
+
+
 def many(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Thousands of small slides: memory over time, two workers against one, overhead a slide.
 
@@ -363,10 +371,13 @@ def plan(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trial", choices=["kills", "mutants", "many", "plan", "resume"])
+    parser.add_argument("trial", choices=["kills", "mutants", "files", "many", "plan", "resume"])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--mutants", type=int, default=500)
     parser.add_argument("--each", type=int, default=300, help="mutants of each kind of file that go through commands")
+    parser.add_argument(
+        "--kinds", nargs="+", metavar="KIND", choices=[*SLIDES, *FILES], help="of files; all by default"
+    )
     parser.add_argument("--slides", type=Path, help="slides to mutate; synthetic ones where none are given")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=100_000)

@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,8 +225,9 @@ class Worker:
             self.child.wait()
 
 
-def try_commands(folder: Path, mutate: Mutate, each: int, seed: int) -> dict[str, Any]:
-    """``each`` mutants of every kind of file through the commands that read it: how many, and what went wrong."""
+def try_commands(folder: Path, mutate: Mutate, each: int, seed: int, kinds: Sequence[str] = ()) -> dict[str, Any]:
+    """``each`` mutants of every kind of file, or of some, through the commands that read it: how many, and what went
+    wrong."""
     sound = originals(folder / "sound")
     (folder / "sound.json").write_text(json.dumps({kind: str(path) for kind, path in sound.items()}))
     rng = np.random.default_rng(seed)
@@ -234,6 +235,8 @@ def try_commands(folder: Path, mutate: Mutate, each: int, seed: int) -> dict[str
     child = Worker(folder)
     start = time.perf_counter()
     for kind, original in sound.items():
+        if kinds and kind not in kinds:
+            continue
         data = original.read_bytes()
         made: dict[Path, str] = {}
         for number in range(each):
