@@ -50,7 +50,8 @@ def draw_curves(path: Path, title: str, aucs: Mapping[int, Mapping[str, Any]]) -
             ax.set_xscale("log")
             ax.set_xticks(counts, [str(n) for n in counts])
             ax.minorticks_off()
-            ax.set_ylim(max(least - 0.02, 0.0), 1.005)
+            # Room for the legend below the lowest interval.
+            ax.set_ylim(max(least - 0.18, 0.0), 1.005)
             ax.axhline(0.5, color="#999999", linewidth=0.8, linestyle=":")
             ax.set_xlabel("labelled training cases")
             ax.set_ylabel("AUC on test cases")

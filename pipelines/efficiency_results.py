@@ -90,7 +90,7 @@ def _widened(found: AucInterval, values: Sequence[Sequence[float]]) -> Pooled:
 
 
 def summarise(settings: EfficiencySettings, draws: Sequence[Mapping[str, Any]]) -> Summary:
-    """Everything that is shown, from the files of all draws."""
+    """Everything that is shown, from the files of draws; a cohort without draws of some number is left out there."""
     classes = len(settings.cohort.classes)
     total = settings.cohort.test * len(settings.seeds)
     arms = tuple(arm for arm in ARMS if any(arm in draw["arms"] for draw in draws))
@@ -100,6 +100,9 @@ def summarise(settings: EfficiencySettings, draws: Sequence[Mapping[str, Any]]) 
         for number, seed in enumerate(settings.seeds):
             own = [draw for draw in draws if draw["seed"] == seed and draw["labelled"] == count]
             own.sort(key=lambda draw: int(draw["draw"]))
+            if not own:
+                # A run that was cut off: the other cohorts stand for themselves.
+                continue
             # Each cohort has cases of its own.
             cases = np.arange(len(own[0]["cases"])) + number * settings.cohort.test
             found.append([_aucs(draw, arm, classes, cases, total) for draw in own])

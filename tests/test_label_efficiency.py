@@ -15,7 +15,7 @@ from lrmil.config import ModelSettings, TrainSettings
 from lrmil.errors import LeakageError
 from lrmil.metrics.auc import auc_difference, one_auc
 from lrmil.store import FeatureStore, StoreMeta
-from pipelines.efficiency_arms import ARMS, END_TO_END, HR, TAUGHT, Parts, linear_model, run_arms
+from pipelines.efficiency_arms import ARMS, CONTROLS, END_TO_END, HR, TAUGHT, Parts, linear_model, run_arms
 from pipelines.efficiency_cohort import labelled_cases, plan_slides, shifted, validation_cases
 from pipelines.efficiency_features import CohortFeatures, distilled_store, thinned
 from pipelines.efficiency_results import pooled_auc, pooled_difference
@@ -316,9 +316,12 @@ def test_a_whole_tiny_run_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Ca
     for arm in ARMS:
         assert f"| {arm} |" in shown
         for count in settings.labelled:
+            if arm in CONTROLS and count not in settings.controls_at:
+                assert arm not in results["auc"][str(count)]
+                continue
             p = results["auc"][str(count)][arm]
             assert 0 <= p["value"] <= 1
-    assert results["origins"][0]["commit"]
+    assert set(results["origins"][0]) >= {"commit", "dirty", "packages", "processor"}
     back, there = (results["differences"]["8"][x][y]["value"] for x, y in ((HR, ARMS[-1]), (ARMS[-1], HR)))
     assert back == pytest.approx(-there)
     assert (tmp_path / "results.png").stat().st_size > 10_000

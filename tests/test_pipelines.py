@@ -165,7 +165,7 @@ def test_a_whole_small_experiment_runs_and_runs_again_at_once(tmp_path: Path) ->
     # Each fold's encoder saw what the other fold tests.
     splits = read_splits(experiment.run_folder(HR) / SPLITS_NAME)
     hr = experiment.cohort(settings.teacher_features, settings.hr, "hr", parents=True)
-    with pytest.raises(LeakageError, match=r"lr-fold1.* distilled from"):
+    with pytest.raises(LeakageError, match=r"lr-fold1.* was trained on"):
         experiment.train_student(
             "fold_2", tmp_path / "encoders" / "lr-fold1.safetensors", splits, hr.store, tmp_path / "leak", None
         )
