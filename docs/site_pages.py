@@ -119,9 +119,8 @@ def _takes(param: click.Option) -> str:
     if param.is_flag:
         return "nothing"
     kind, metavar = param.type, param.metavar or ""
-    unit = METAVARS.get(metavar, "")
-    if not unit:
-        unit = next((u for ending, u in UNITS.items() if param.name and param.name.endswith(ending)), "")
+    unit = next((u for ending, u in UNITS.items() if param.name and param.name.endswith(ending)), "")
+    unit = unit or METAVARS.get(metavar, "")
     if isinstance(kind, click.Choice):
         shown = " or ".join(f"`{choice}`" for choice in kind.choices)
     elif isinstance(kind, (click.IntRange, click.FloatRange)):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lrmil.config import LossSettings, ModelSettings
 from lrmil.data import BagBatch
-from lrmil.distill.augment import stain_jitter, turn_tile
+from lrmil.distill.augment import stain_mixes, stained, turned
 from lrmil.model import MILModel, MILOutput, build_model
 from lrmil.trainer.steps import plain_step, student_step
 from lrmil.trainer.targets import TeacherTargets
@@ -147,13 +147,15 @@ def _batch(
     """Some slides with their tiles augmented, each in its place."""
     bags = [tiles[i] for i in chosen]
     symmetries = rng.integers(0, 8, sum(map(len, bags)))
-    flat = [tile for bag in bags for tile in bag]
-    turned = [stain_jitter(turn_tile(t, int(s)), stain, rng) for t, s in zip(flat, symmetries, strict=True)]
+    pixels = turned(torch.from_numpy(np.concatenate(bags)), torch.from_numpy(symmetries))
+    if stain > 0:
+        mixes = stain_mixes(rng.random((len(pixels), 2, 3)), stain)
+        pixels = stained(pixels, torch.from_numpy(mixes))
     offsets = _offsets(bags)
     segment = torch.repeat_interleave(torch.arange(len(bags)), offsets.diff())
     index = torch.tensor(list(chosen))
     known = torch.from_numpy(labels[index.numpy()])
-    return BagBatch(torch.from_numpy(np.stack(turned)), offsets, segment, known, index)
+    return BagBatch(pixels, offsets, segment, known, index)
 
 
 def _offsets(bags: Sequence[NDArray[np.uint8]]) -> Tensor:

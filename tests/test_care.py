@@ -30,7 +30,7 @@ from wsi_pipe.encoders.lr_file import write_lr_encoder
 from wsi_pipe.errors import JobLockedError, ManifestError, OutputError, WorkerError
 from wsi_pipe.execute import run_bounded
 from wsi_pipe.geometry import TileSpec
-from wsi_pipe.job import JobPaths, OutcomeLog, read_outcomes
+from wsi_pipe.job import JobPaths, OutcomeLog, read_outcomes, replaced
 from wsi_pipe.job import run as job_run
 from wsi_pipe.job.lock import hold_job, holder_of
 from wsi_pipe.manifest import SlideEntry
@@ -255,7 +255,7 @@ def test_verify_finds_slides_that_were_replaced(
     assert cli("verify", job, "--no-sources") == 0
     assert "not compared" not in capsys.readouterr().out
     assert cli("verify", job, "--no-sources", "--repair") == 0
-    assert cli("run", "-o", job, "--only", "s0") == 1
+    assert cli("run", "-o", job, "--only", "s0") == 2
     assert features(job) == before
     assert cli("run", "-o", job, "--only", "s0", "--redo") == 0
     assert features(job)["s0 5x"] != before["s0 5x"]
@@ -279,7 +279,7 @@ def test_verify_goes_on_where_slides_cannot_be_looked_at(
         return run_bounded(fn, cpu_s, entry)
 
     monkeypatch.setattr(sources.os, "stat", lost)
-    monkeypatch.setattr(sources, "run_bounded", crashing)
+    monkeypatch.setattr(replaced, "run_bounded", crashing)
     found = list(verify_job(job))
     assert [(one.status, one.problems, one.stale) for one in found] == [("done", (), False)] * 3
     assert [one.remarks for one in found] == [

@@ -181,9 +181,11 @@ def test_what_is_given_as_an_example_can_be_used() -> None:
     found = from_mapping(JobSettings, parse_toml(text))
     assert found.extract.batch_size is not None
     assert found.cache.folder is not None
+    assert found.primary == "20x"
     assert (
         dataclasses.replace(
             found,
+            primary=None,
             extract=dataclasses.replace(found.extract, batch_size=None, read_threads=None),
             cache=dataclasses.replace(found.cache, folder=None),
         )

@@ -218,7 +218,7 @@ def little_cohort() -> tuple[CohortFeatures, np.ndarray, Parts]:
 
 
 def quick_settings() -> EfficiencySettings:
-    mil = TrainSettings(ModelSettings(hidden=8, attention_dim=4), epochs=2, precision="float32")
+    mil = TrainSettings(ModelSettings("gated-abmil", hidden=8, attention_dim=4), epochs=2, precision="float32")
     return EfficiencySettings(lr_tiles=(64,), mil=mil, end_to_end=EndToEndSettings(steps=2, bags=4), c_grid=(0.1, 1.0))
 
 
@@ -261,7 +261,7 @@ def test_a_network_learns_end_to_end_and_the_same_from_the_same_seed(
     def trained(seed: int) -> np.ndarray:
         return train_end_to_end(
             features.tiles, labels, range(16), range(16, 24), classes=2, student="timm:test_resnet",
-            head=ModelSettings(hidden=8, attention_dim=4), settings=settings, seed=seed,
+            head=ModelSettings("gated-abmil", hidden=8, attention_dim=4), settings=settings, seed=seed,
         )  # fmt: skip
 
     first = trained(0)

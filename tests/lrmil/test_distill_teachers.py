@@ -169,7 +169,7 @@ def test_grids_that_are_moved_are_the_same_for_all_teachers(
 
     monkeypatch.setattr(run_module, "distill", spy)
     dim = load_encoder("texture").info.dim
-    settings = ModelSettings(in_dim=dim, hidden=8, attention_dim=4)
+    settings = ModelSettings("gated-abmil", in_dim=dim, hidden=8, attention_dim=4)
     card = ModelCard(model=settings, classes=("a", "b"), encoder="texture", seen=Seen.of({"train": [("somebody", "")]}))
     save_model(tmp_path / "hr.safetensors", build_model(settings), card)
     quick = dataclasses.replace(QUICK, epochs=1, jitters=1)

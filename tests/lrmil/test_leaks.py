@@ -134,7 +134,7 @@ def test_a_teacher_away_from_its_splits_is_judged_by_its_file(cohort: Path, caps
 
 
 def test_a_student_has_seen_whom_its_teacher_saw(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(cohort, "teacher", "--fold", 1, level="20x") == 0
+    assert train(cohort, "teacher", "--fold", 1, "--model", "gated-abmil", level="20x") == 0
     path = cohort / "teacher" / "fold_1" / "model.safetensors"
     module, card = load_model(path)
     # Of another cohort: none of the student's cases, which is why it may teach.

@@ -170,7 +170,7 @@ def segment(**values: Any) -> int:
 @click.option("--save-most", type=click.IntRange(1), metavar="N", help="With --save-tiles: at most N a grid.  [all]")
 @click.option("--shard-size", type=click.IntRange(1), metavar="N", help="Tiles a shard.  [10000]")
 @click.option("--shard-images", type=click.Choice(["jpg", "png", "webp"]), help="Form of the images in shards.  [jpg]")
-@click.option("--image-quality", type=click.IntRange(1, 100), help="Of JPEG and WebP.  [90]")
+@click.option("--image-quality", type=click.IntRange(1, 100), metavar="QUALITY", help="Of JPEG and WebP.  [90]")
 def tile(
     save_tiles: str | None,
     save_most: int | None,

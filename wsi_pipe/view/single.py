@@ -19,9 +19,6 @@ __all__ = ["write_single_page"]
 
 FINEST_MPP = 2.0
 MOST_BYTES = 15_000_000
-PICTURE_SHARE = 0.9
-"""Of the file: the rest is the program and the values of tiles."""
-
 QUALITIES = (80, 65, 50, 35)
 
 
@@ -43,15 +40,15 @@ def write_single_page(catalogue: Catalogue, number: int, path: Path) -> dict[str
         for layer in about["layers"]:
             place = f"{base}/layers/{layer['label']}/{layer['key']}"
             data[place] = answers.layer(number, layer["label"], layer["key"])
+        data[base] = about | {"finest_level": about["max_level"], "alone": True, "path": ""}
         with answers.slide(number) as slide:
-            room = int(MOST_BYTES * PICTURE_SHARE - len(embed_json(data)) - len(static_text("openseadragon.min.js")))
+            room = MOST_BYTES - len(_page(data | {"pictures": {}}).encode())
             pictures, finest, quality = _pictures(slide, about["mpp"], room)
     finally:
         answers.close()
-    # Level numbers count from the finest one there is: the page takes the slide for one of that size.
+    # The page takes the slide for one whose finest level is the finest one here.
     scale = 2 ** (about["max_level"] - finest)
-    about |= {"finest_level": finest, "alone": True, "path": ""}
-    data[base] = about
+    data[base]["finest_level"] = finest
     data["pictures"] = pictures
     mpp = about["mpp"][0] * scale if about["mpp"] else None
     text = _page(data)
@@ -84,10 +81,12 @@ def _encoded(slide: Slide, zoom: DeepZoom, finest: int, quality: int, room: int)
             column = 0
             while zoom.holds(level, column, row):
                 encoded = base64.b64encode(jpeg(zoom.read(slide, level, column, row), quality)).decode()
-                room -= len(encoded) + 48
+                name = f"{level}/{column}_{row}"
+                # With the marks of JSON around both.
+                room -= len(encoded) + len(name) + 6
                 if room < 0:
                     return None
-                found[f"{level}/{column}_{row}"] = encoded
+                found[name] = encoded
                 column += 1
             row += 1
     return found

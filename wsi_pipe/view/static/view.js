@@ -67,6 +67,7 @@ function chooseRows() {
   drawRows();
 }
 function drawRows() {
+  if (INSIDE) return;
   // Only the rows in sight are in the page: ten thousand slides scroll like ten.
   const box = byId("rows"), first = Math.max(Math.floor(box.scrollTop / ROW_PX) - 3, 0), last = Math.min(first + Math.ceil(box.clientHeight / ROW_PX) + 8, state.shown.length);
   const current = pane() ? pane().number : -1;
@@ -91,6 +92,8 @@ function addPane() {
   const canvas = el("canvas", { class: "over" });
   const box = el("div", { class: "pane" }, holder, canvas, name, where, bar);
   byId("panes").append(box);
+  // A picture that comes after its slide was left is no news.
+  OpenSeadragon.console = { ...console, log() {}, debug() {}, info() {}, warn() {}, error: (...said) => console.error(...said) };
   const viewer = OpenSeadragon({
     element: holder, showNavigationControl: false, drawer: "canvas", prefixUrl: "", animationTime: 0.4, springStiffness: 12,
     maxZoomPixelRatio: 8, visibilityRatio: 0.3, imageLoaderLimit: 6, timeout: 60000, placeholderFillStyle: "#fff", immediateRender: true,
