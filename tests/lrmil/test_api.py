@@ -141,6 +141,7 @@ def trained(distill_cohort: Path) -> lrmil.Model:
     )
 
 
+@pytest.mark.slow
 def test_a_slide_is_predicted_as_its_bag_is(distill_cohort: Path, trained: lrmil.Model, tmp_path: Path) -> None:
     slides = sorted((distill_cohort / "slides").glob("*.tif"))
     bags = [distill_cohort / "job" / "bags" / f"{path.stem}.h5" for path in slides]

@@ -125,6 +125,7 @@ def two_encoders(distill_cohort: Path, tmp_path_factory: pytest.TempPathFactory)
 TWO: dict[str, Any] = {"teacher": "timm:test_vit2", "more_teachers": ("timm:test_vit",)}
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_two_teachers(two_encoders: Path, tmp_path: Path) -> None:
     settings = dataclasses.replace(QUICK, epochs=6, lr=5e-3, stain=0.0)
     request = request_of(two_encoders, tmp_path / "stored" / "lr.safetensors", settings=settings, **TWO)

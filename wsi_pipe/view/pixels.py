@@ -62,11 +62,14 @@ class DeepZoom:
         """
         if not self.holds(level, column, row):
             raise ValueError(f"no picture {column}, {row} at level {level}")
-        side_l0 = VIEW_PX * 2 ** (self.max_level - level)
-        corner = np.array([[column * side_l0, row * side_l0]], np.float64)
-        pixels: NDArray[np.uint8] = read_tiles(slide, corner, float(side_l0), VIEW_PX, threads=1)[0]
+        scale = 2 ** (self.max_level - level)
+        corner = np.array([[column * VIEW_PX * scale, row * VIEW_PX * scale]], np.float64)
         width, height = self.size_px(level)
-        return pixels[: height - row * VIEW_PX, : width - column * VIEW_PX]
+        width, height = min(width - column * VIEW_PX, VIEW_PX), min(height - row * VIEW_PX, VIEW_PX)
+        # No larger than what lies on the slide: of a coarse level that is a small part of a picture's ground.
+        side = max(width, height)
+        pixels: NDArray[np.uint8] = read_tiles(slide, corner, float(side * scale), side, threads=1)[0]
+        return pixels[:height, :width]
 
 
 def tile_pixels(slide: Slide, grid: TileGrid, row: int) -> NDArray[np.uint8]:
