@@ -84,6 +84,7 @@ def test_a_stopped_training_goes_on(lines: Callable[..., Lines], bag_writer: Mak
     (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
     out = tmp_path / "run"
     command = ["train", "--bags", tmp_path / "bags", "--labels", tmp_path / "labels.csv", "-o", out, "--folds", "2"]
+    command += ["--model", "gated-abmil", "--small-cohorts", "off"]
     command += ["--hidden", "8", "--device", "cpu", "--epochs", ENDLESS, "--patience", "0"]
     reached = 0
     for number in (signal.SIGINT, signal.SIGTERM):
