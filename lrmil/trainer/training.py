@@ -19,7 +19,7 @@ from torch import Tensor
 
 import lrmil
 from lrmil.checkpoint import MODEL_KIND, ModelCard, read_card, read_tensors, save_model
-from lrmil.config import ATTENTION_MODELS, TrainSettings
+from lrmil.config import ATTENTION_MODELS, TrainSettings, deciding
 from lrmil.data import LabelTable
 from lrmil.errors import ModelFileError, ResumeError, SettingsError, SplitError, TrainingError
 from lrmil.leaks import seen_of
@@ -190,8 +190,8 @@ def _check_resumable(
     except ModelFileError as error:
         raise ResumeError(error.message, remedy=remedy) from error
     same = {**card.training, "device": "", "save_every": 0, "tensorboard": False}
-    wanted = to_mapping(replace(settings, device="", save_every=0, tensorboard=False))
-    if json.dumps(same, sort_keys=True) != json.dumps(wanted, sort_keys=True) or (
+    wanted = deciding(replace(settings, device="", save_every=0, tensorboard=False))
+    if json.dumps(deciding(same), sort_keys=True) != json.dumps(wanted, sort_keys=True) or (
         card.features_sha256 and card.features_sha256 != hashes.get("features")
     ):
         raise ResumeError(f"{out / MODEL_NAME} is a model of other settings or features", remedy=remedy)
@@ -333,7 +333,13 @@ def _step(
             hr_store if isinstance(hr_store, ResidentStore) else ResidentStore.of(hr_store, store.device, place=where)
         )
         targets = teacher_targets(
-            teacher, hr_resident, store, split.train, attention=attention, token_budget=settings.token_budget
+            teacher,
+            hr_resident,
+            store,
+            split.train,
+            attention=attention,
+            token_budget=settings.token_budget,
+            parents=settings.loss.parents,
         )
     return student_step(weights, settings.loss, targets)
 
