@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,15 +19,28 @@ from lrmil.config import ModelSettings
 from lrmil.errors import ModelFileError
 from lrmil.metrics import softmax
 from lrmil.model import MILModel, build_model, widest_weight
+from lrmil.ood import Reference
 from wsi_pipe.config import from_mapping, to_mapping
 from wsi_pipe.encoders.tensor_file import tensors_sha256, write_tensor_file
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import atomic_path, parse_json
 from wsi_pipe.seen import Seen
 
-__all__ = ["MODEL_KIND", "ModelCard", "load_model", "read_card", "read_tensors", "save_model", "write_tensors"]
+__all__ = [
+    "MODEL_KIND",
+    "ModelCard",
+    "load_model",
+    "load_whole",
+    "no_nan",
+    "read_card",
+    "read_tensors",
+    "save_model",
+    "write_tensors",
+]
 
 MODEL_KIND = "lrmil.model"
+REFERENCE = "reference."
+"""What the names of the tensors of ``lrmil.ood`` begin with."""
 FORMAT_VERSION = 1
 
 
@@ -44,7 +57,9 @@ class ModelCard:
     fold: which one. features_sha256: content hash of the training store. teacher: name and hash of a student's teacher,
     for the record only, since predicting needs no teacher. seen: cases and slides of training and validation, as marks.
     allowed: overlaps that a user has let pass, in words. sites: how labels and sites of the cohort hang together, see
-    ``lrmil.sites.Confounding``.
+    ``lrmil.sites.Confounding``. data: slides, cases, tiles and slides by class of each part. validation: of the slides
+    of the validation part, without their names: "confidence" (the greatest calibrated probability) and "correct" (1 or
+    0), in the order of the confidence, and "distance" from the training tiles (``lrmil.ood``), in its own order.
     """
 
     model: ModelSettings
@@ -69,6 +84,8 @@ class ModelCard:
     created_utc: str = ""
     weights: str = ""
     sites: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.classes) != self.model.classes:
@@ -90,7 +107,7 @@ class ModelCard:
         values["bias"] = list(self.bias)
         values["seen"] = self.seen.to_json()
         values["allowed"] = list(self.allowed)
-        return cast(dict[str, Any], _without_nan(values))
+        return cast(dict[str, Any], no_nan(values))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelCard:
@@ -109,25 +126,36 @@ class ModelCard:
         known["bias"] = tuple(map(float, known.get("bias") or ()))
         metrics = known.get("metrics") or {}
         known["metrics"] = {str(name): math.nan if v is None else float(v) for name, v in metrics.items()}
+        told = known.get("validation") or {}
+        known["validation"] = {str(name): tuple(map(float, values)) for name, values in told.items()}
         return cls(**known)
 
 
-def save_model(path: Path, module: MILModel, card: ModelCard) -> None:
+def save_model(path: Path, module: MILModel, card: ModelCard, reference: Reference | None = None) -> None:
     """Write a model's weights and card so that ``path`` holds all of it or what it held before.
 
-    The file is read back before it takes its place. Raises OutputError when it cannot be written.
+    reference: the training tiles, by which new slides are told from them. The file is read back before it takes its
+    place. Raises OutputError when it cannot be written.
     """
-    write_tensors(path, module.state_dict(), MODEL_KIND, card.to_json(), check=load_model)
+    kept = {} if reference is None else {REFERENCE + name: value for name, value in reference.tensors().items()}
+    write_tensors(path, module.state_dict() | kept, MODEL_KIND, card.to_json(), check=load_model)
 
 
 def load_model(path: Path) -> tuple[MILModel, ModelCard]:
-    """A model in evaluation mode on the CPU, and its card. The global random state is not touched.
+    """A model in evaluation mode on the CPU, and its card. Raises ModelFileError as ``load_whole`` does."""
+    module, card, _ = load_whole(path)
+    return module, card
 
-    Raises ModelFileError when the file is missing, truncated, of another kind or version, or when its weights do not
-    fit its architecture or are not finite.
+
+def load_whole(path: Path) -> tuple[MILModel, ModelCard, Reference | None]:
+    """A model in evaluation mode on the CPU, its card, and its training tiles, None in files that keep none.
+
+    The global random state is not touched. Raises ModelFileError when the file is missing, truncated, of another kind
+    or version, or when its weights do not fit its architecture or are not finite.
     """
     tensors, values = read_tensors(path, MODEL_KIND)
     card = _card(path, values)
+    kept = {name.removeprefix(REFERENCE): tensors.pop(name) for name in list(tensors) if name.startswith(REFERENCE)}
     try:
         name, wanted_shape = widest_weight(card.model)
     except ConfigError as error:
@@ -150,7 +178,22 @@ def load_model(path: Path) -> tuple[MILModel, ModelCard]:
         if not tensor.isfinite().all():
             raise ModelFileError(f"{path}: {name} is not finite", remedy="train the model again")
     module.load_state_dict(tensors)
-    return module.eval(), card
+    return module.eval(), card, _reference(path, kept, card.model.in_dim)
+
+
+def _reference(path: Path, tensors: Mapping[str, Tensor], dim: int) -> Reference | None:
+    if not tensors:
+        return None
+    try:
+        reference = Reference.from_tensors(tensors)
+        if reference.dim != dim:
+            raise ValueError(f"the training tiles have {reference.dim} features instead of {dim}")
+    except ValueError as error:
+        raise ModelFileError(f"{path}: {error}", remedy=_REMEDY) from error
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ModelFileError(f"{path}: {REFERENCE}{bad[0]} is not finite", remedy="train the model again")
+    return reference
 
 
 def read_card(path: Path) -> ModelCard:
@@ -235,9 +278,10 @@ def _card(path: Path, values: Mapping[str, Any]) -> ModelCard:
         raise ModelFileError(f"{path}: its card is wrong: {message}", remedy=_REMEDY) from error
 
 
-def _without_nan(value: Any) -> Any:
+def no_nan(value: Any) -> Any:
+    """``value`` with None for every float that is not finite, which JSON cannot hold."""
     if isinstance(value, Mapping):
-        return {str(k): _without_nan(v) for k, v in value.items()}
+        return {str(k): no_nan(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
+        return [no_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from wsi_pipe.config import load_toml
+from wsi_pipe.config import load_toml, to_mapping
 from wsi_pipe.errors import ConfigError
 
 __all__ = [
@@ -17,12 +19,14 @@ __all__ = [
     "CHOICES",
     "MODELS",
     "MONITORS",
+    "PARENTS",
     "POOLINGS",
     "QUANTILES",
     "SMALL_MODELS",
     "LossSettings",
     "ModelSettings",
     "TrainSettings",
+    "deciding",
     "load_settings",
 ]
 
@@ -32,11 +36,15 @@ CHOICES = ("auto", *MODELS)
 # What "auto" takes where attention is wanted, and what is trained in another way on small cohorts.
 AUTO_ATTENTION = "gated-abmil"
 SMALL_MODELS = ("abmil", "gated-abmil")
+# Which models may go without a projection.
+UNPROJECTED = ("abmil", "gated-abmil")
 ATTENTION_MODELS = ("abmil", "gated-abmil", "clam-sb", "dsmil", "transmil")
 # What a linear model sees of a bag, and the quantiles of the last.
 POOLINGS = ("mean", "mean+spread", "quantiles")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MOST_MEMBERS = 100
+# How the teacher's attention on the HR children of an LR tile becomes attention on the tile.
+PARENTS = ("sum", "mean", "max")
 # Figures on the validation cases that early stopping can watch.
 MONITORS = (
     "loss",
@@ -68,7 +76,8 @@ class ModelSettings:
     second loss, so they take None only. cluster_k: tiles on each side that CLAM clusters. pooling: of a linear model,
     one of ``POOLINGS``, or "auto", which training replaces by the best in inner cross-validation.
     members: networks whose logits are averaged, trained with other random numbers. linear_share: of a linear model in
-    these logits.
+    these logits. projection: off for an ABMIL, gated or not, on the features themselves, as in Ilse et al. on features
+    and in the published LRMIL: ``hidden`` then means nothing, and the instance head sees the features.
     """
 
     name: str = "auto"
@@ -85,10 +94,17 @@ class ModelSettings:
     pooling: str = "auto"
     members: int = 1
     linear_share: float = 0.0
+    projection: bool = True
 
     def __post_init__(self) -> None:
         if self.name not in CHOICES:
             raise ConfigError(f"no model is called {self.name!r}", remedy=f"known ones are {', '.join(CHOICES)}")
+        if not self.projection and self.name not in UNPROJECTED:
+            raise ConfigError(
+                f"a {self.name} model needs its projection", remedy=f"for {' or '.join(UNPROJECTED)} it may be left out"
+            )
+        if not self.projection and (self.members > 1 or self.linear_share > 0):
+            raise ConfigError("a model without projection is one network", remedy="leave out members and linear_share")
         if not 1 <= self.members <= MOST_MEMBERS:
             raise ConfigError(f"members {self.members} must lie between 1 and {MOST_MEMBERS}")
         if not 0 <= self.linear_share < 1:
@@ -131,7 +147,9 @@ class LossSettings:
 
     ce: cross-entropy with the label. bag: KL to the teacher's class probabilities. soft: KL to the teacher's attention
     on the covered tiles. hard: 2-way loss on the teacher's highest and lowest ``instances`` tiles. temperature: of the
-    class probabilities. attention_temperature: of the attention.
+    class probabilities. attention_temperature: of the attention. parents: how the teacher's attention on the children
+    of an LR tile becomes that on the tile: "sum" of its softmax over all HR tiles, or the softmax over tiles of the
+    "mean" or "max" of their attention logits, the published rules.
     """
 
     ce: float = 1.0
@@ -141,8 +159,11 @@ class LossSettings:
     temperature: float = 2.0
     attention_temperature: float = 1.0
     instances: int = 8
+    parents: str = "sum"
 
     def __post_init__(self) -> None:
+        if self.parents not in PARENTS:
+            raise ConfigError(f"parents {self.parents!r} must be one of {', '.join(PARENTS)}")
         for name in ("ce", "bag", "soft", "hard"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"the weight {name} {getattr(self, name)} must be at least 0")
@@ -219,6 +240,23 @@ class TrainSettings:
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} {getattr(self, name)!r} must be one of {', '.join(known)}")
+
+
+LATER: Mapping[str, object] = {"model.projection": True, "loss.parents": "sum"}
+"""Settings that came after the first runs, at the values that change nothing."""
+
+
+def deciding(settings: TrainSettings | Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, or what a file keeps of them, as fingerprints and comparisons see them: runs from before a setting came
+    are the same run where it changes nothing."""
+    plain = to_mapping(settings) if isinstance(settings, TrainSettings) else dict(settings)
+    for key, unchanged in LATER.items():
+        table, _, name = key.partition(".")
+        inner = dict(plain.get(table) or {})
+        if inner.get(name) == unchanged:
+            del inner[name]
+        plain[table] = inner
+    return plain
 
 
 def load_settings(path: Path) -> TrainSettings:

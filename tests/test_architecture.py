@@ -80,6 +80,7 @@ LRMIL = [
     "sites",
     "model",
     "losses",
+    "ood",
     "checkpoint",
     "leaks",
     "distill",

@@ -40,7 +40,7 @@ PRESETS = Path(__file__).parents[1] / "pipelines" / "presets" / "labels"
 @pytest.mark.parametrize("name", sorted(path.name for path in PRESETS.glob("*.toml")))
 def test_every_preset_is_valid_and_no_reported_seed_was_met_before(name: str) -> None:
     settings = load_efficiency(PRESETS / name)
-    # 11 to 13 are the cohorts of lrmil_experiment, 900 and above those that settings were found on.
+    # 11 to 13 are the cohorts of lrmil experiment, 900 and above those that settings were found on.
     assert not set(settings.seeds) & {11, 12, 13}
     assert max(settings.seeds) < 900
     assert 40 in settings.labelled or name == "tiny.toml"

@@ -154,6 +154,7 @@ def evaluate(
     slide_table: PathLike | None = None,
     positive: str | None = None,
     at_sensitivity: Sequence[float] = (),
+    abstain: str | None = None,
     replicates: int = 2000,
     seed: int = 0,
     allow_seen: bool = False,
@@ -161,14 +162,13 @@ def evaluate(
 ) -> RunFigures:
     """Figures with 95 % intervals by case: of a run's predictions, or of a model on other labelled bags.
 
-    what: the folder of a run; or a model or its file, with bags, labels, and ``out`` for predictions and figures. part:
-    of a run, "test" or "val". splits, fold: of a model, only the test part of that fold. The others: as of ``lrmil
-    evaluate``. Raises FiguresError where nothing is to be judged, LeakageError where the model or the encoder has seen
-    cases that it would be judged by, ModelMismatchError.
+    what: the folder of a run; or a model, its file or a run whose folds are asked together, with bags, labels, and
+    ``out`` for predictions and figures. part: of a run's predictions, "test" or "val". abstain: figures of the slides
+    that are answered too, by a rule such as "accuracy=0.95". splits, fold: of a model, only the test part of that fold.
+    The others: as of ``lrmil evaluate``. Raises FiguresError where nothing is to be judged, LeakageError where the
+    model or the encoder has seen cases that it would be judged by, ModelMismatchError.
     """
-    if not isinstance(what, Model) and Path(what).is_dir():
-        if bags is not None or labels is not None:
-            raise ConfigError("bags or labels are given with a run", remedy="give a model, or the run alone")
+    if not isinstance(what, Model) and Path(what).is_dir() and bags is None and labels is None:
         return evaluate_run(
             Path(what),
             part=part,
@@ -176,6 +176,7 @@ def evaluate(
             at_sensitivity=at_sensitivity,
             replicates=replicates,
             seed=seed,
+            abstain=abstain,
         )
     if bags is None or labels is None or out is None:
         raise ConfigError("a model is judged on labelled bags", remedy="give bags, labels and out")
@@ -207,6 +208,7 @@ def evaluate(
         judged.path,
         cohort,
         folder,
+        abstain=abstain,
         indices=None if table is None else cohort.fold(table, name).test,
         splits=None if table is None else (table, name),
         positive=positive,

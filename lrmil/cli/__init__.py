@@ -20,6 +20,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "distill": ("lrmil.cli.distill:distill", "Distil a low-resolution encoder from a high-resolution one (stage 1)."),
     "train": ("lrmil.cli.train:train", "Train a MIL model, a teacher or a student, on one fold or all."),
     "evaluate": ("lrmil.cli.evaluate:evaluate", "Figures with intervals, of a run or of a model on other bags."),
+    "experiment": (
+        "lrmil.cli.experiment:experiment",
+        "The whole experiment by a preset: every fold of HR, LR and LRMIL, one table.",
+    ),
     "compare": ("lrmil.cli.evaluate:compare", "Compare two runs on the same slides: bootstrap and DeLong."),
     "predict": ("lrmil.cli.predict:predict", "Classify bags, or slides in one go, with a trained model."),
 }

@@ -31,7 +31,8 @@ LRMIL = Layout(
             "--instances", "--random-teacher",
         ),
         "Figures": (
-            "--part", "--positive", "--at-sensitivity", "--replicates", "evaluate --seed", "compare --seed",
+            "--part", "--positive", "--at-sensitivity", "--abstain", "--replicates", "evaluate --seed",
+            "compare --seed",
         ),
         "Pictures and tables": ("--heatmaps", "--pyramids", "--smooth", "--geojson", "--attention", "--top"),
         "Machine": (

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lrmil.metrics import Estimate
 
 __all__ = [
+    "ABSTAIN",
     "PATH",
     "SLIDE_TABLE",
     "bag_options",
@@ -55,6 +56,14 @@ SLIDE_TABLE = click.option(
     type=EXISTING,
     metavar="CSV",
     help="Which slide is of which case, as STAMP's with PATIENT and FILENAME.  [as the bags say]",
+)
+
+
+ABSTAIN = click.option(
+    "--abstain",
+    metavar="RULE",
+    help="No answer where the model is unsure: accuracy=0.95 or coverage=0.8, reached on its validation slides, or "
+    "threshold=0.9.",
 )
 
 
@@ -192,6 +201,8 @@ def print_figures(result: RunFigures) -> None:
     click.echo("prevalence: " + ", ".join(f"{name} {share:.3f}" for name, share in prevalence.items()))
     if result.positive is not None:
         click.echo(f"positive class: {result.positive}; choose another with --positive")
+    if any(fold.answered for fold in result.folds):
+        _print_answered(result)
     for fold in result.folds:
         for point in fold.operating:
             shares = {
@@ -211,3 +222,16 @@ def print_figures(result: RunFigures) -> None:
                 reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
             click.echo(f"{fold.name}: {', '.join(names)}: {reason}")
+
+
+def _print_answered(result: RunFigures) -> None:
+    """What abstention comes to: thresholds, coverage, and the figures of all slides beside those answered."""
+    for fold in result.folds:
+        if fold.answered is not None:
+            c = fold.answered.coverage
+            share = f"answered {number(c.value)} ({number(c.low)} to {number(c.high)}) of {fold.slides} slides"
+            click.echo(f"{fold.name}: {fold.answered.abstention}: {share}")
+    whole = result.folds[0].estimates if len(result.folds) == 1 else result.mean
+    if result.answered:
+        rows = [[name, estimate(whole[name]), estimate(result.answered[name])] for name in SHOWN]
+        print_table({"figure": "left", "all slides": "left", "those answered": "left"}, rows)

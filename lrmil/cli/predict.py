@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lrmil.cli.options import EXISTING, PATH, level_of, number
+from lrmil.cli.options import ABSTAIN, EXISTING, PATH, level_of, number
 from wsi_pipe.cli import EXIT_FAILED
 from wsi_pipe.cli.display import RunDisplay, print_table
 from wsi_pipe.cli.options import RESOLUTION, collect_entries, slide_options
@@ -25,7 +25,13 @@ OUTPUTS = {"predictions.csv": (b"slide_id,case_id,status,predicted",), "predicti
 
 @click.command()
 @slide_options
-@click.option("--model", required=True, type=EXISTING, metavar="FILE", help="model.safetensors of lrmil train.")
+@click.option(
+    "--model",
+    required=True,
+    type=EXISTING,
+    metavar="FILE|RUN",
+    help="model.safetensors of lrmil train, or a run, whose folds then answer together.",
+)
 @click.option("--bags", multiple=True, type=EXISTING, metavar="DIR|BAG", help="Bags, instead of SLIDES; repeatable.")
 @click.option("-o", "--out", required=True, type=PATH, metavar="DIR", help="Where results go.")
 @click.option("-e", "--encoder", metavar="NAME|FILE", help="The model's encoder.  [as the model says, or beside it]")
@@ -36,6 +42,7 @@ OUTPUTS = {"predictions.csv": (b"slide_id,case_id,status,predicted",), "predicti
 )
 @click.option("--name", metavar="NAME", help="The model's name in bags and measurements.  [from the file]")
 @click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="Tiles listed a slide.")
+@ABSTAIN
 @click.option("--attention/--no-attention", default=False, show_default=True, help="Write attention into the bags.")
 @click.option("--geojson/--no-geojson", default=False, show_default=True, help="Write tiles for QuPath.")
 @click.option("--heatmaps/--no-heatmaps", default=True, show_default=True, help="Write a picture a slide.")
@@ -48,20 +55,24 @@ def predict(**values: Any) -> int:
     """Classify SLIDES, or bags that exist, with a trained model.
 
     SLIDES are read at the model's own resolution with the model's own encoder, and at no other. DIR gets
-    predictions.csv and predictions.json: calibrated probabilities, class, entropy and top tiles. A bag of another
+    predictions.csv and predictions.json: calibrated probabilities, class, entropy and top tiles, and how far each slide
+    lies from those of training. A run's folds answer together: their mean, and how far they disagree. A bag of another
     encoder, resolution or weights is refused.
 
     \b
     lrmil predict --model model.safetensors archive/ -o out
+    lrmil predict --model run archive/ -o out --abstain accuracy=0.95
     lrmil predict --model model.safetensors --bags job/bags -o out --geojson
     """
     from lrmil.experiment import write_slide_files
-    from lrmil.predictor import Predictor, write_predictions
+    from lrmil.predictor import load_predictor, write_predictions
 
     if bool(values["bags"]) == bool(values["sources"] or values["manifest"]):
         raise click.UsageError("give SLIDES, or --bags, and not both")
     refuse_foreign_outputs(values["out"], OUTPUTS)
-    predictor = Predictor.load(values["model"], device=values["device"], name=values["name"])
+    predictor = load_predictor(values["model"], device=values["device"], name=values["name"])
+    if values["abstain"]:
+        click.echo(str(predictor.abstain(values["abstain"])), err=True)
     wanted = {name: values[name] for name in ("attention", "geojson", "heatmaps", "pyramids", "smooth")}
     found: list[Any] = []
     try:
@@ -111,11 +122,16 @@ def _print(found: list[Any], classes: tuple[str, ...], out: Path) -> None:
     rows = []
     for p in found:
         numbers = [number(p.probabilities[c]) if p.probabilities else "-" for c in classes]
-        rows.append([p.slide_id, p.predicted or p.status, *numbers, number(p.entropy_nats), f"{p.tiles:,}"])
+        said = f"({p.predicted})" if p.abstained else p.predicted or p.status
+        rows.append([p.slide_id, said, *numbers, number(p.entropy_nats), f"{p.tiles:,}"])
     columns = {"slide": "left", "class": "left"} | {f"p({c})": "right" for c in classes}
     print_table(columns | {"entropy (nats)": "right", "tiles": "right"}, rows)
     for p in found:
+        if p.ood is not None and p.ood.beyond:
+            click.echo(f"{p.slide_id}: {p.ood.note}", err=True)
         if p.reason:
             click.echo(f"{p.slide_id}: {p.status}: {p.reason}" + (f"; {p.remedy}" if p.remedy else ""), err=True)
     ends = Counter(p.status for p in found)
-    click.echo(f"{', '.join(f'{n} {status}' for status, n in ends.items()) or 'nothing'}: {out}")
+    silent = sum(bool(p.abstained) for p in found)
+    without = f", {silent} without an answer (in brackets: what it would be)" if silent else ""
+    click.echo(f"{', '.join(f'{n} {status}' for status, n in ends.items()) or 'nothing'}{without}: {out}")

@@ -184,9 +184,11 @@ def make_optimizer(student: Student, settings: DistillSettings) -> torch.optim.A
 
 
 def _rate(settings: DistillSettings, at: float) -> float:
-    """Learning rate at a share of the run: linear warm-up, then a cosine to zero."""
+    """Learning rate at a share of the run: linear warm-up, then a cosine to zero, or the same rate to the end."""
     if at < settings.warmup:
         return settings.lr * at / settings.warmup
+    if settings.schedule == "constant":
+        return settings.lr
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (at - settings.warmup) / (1 - settings.warmup)))
 
 
@@ -247,7 +249,8 @@ def train_step(
     loss = _loss(run(batch.pixels), batch, variances, settings)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(run.student.parameters(), settings.clip)
+    if settings.clip:
+        torch.nn.utils.clip_grad_norm_(run.student.parameters(), settings.clip)
     optimizer.step()
     return loss
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,8 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lrmil.checkpoint import no_nan
 from lrmil.errors import FiguresError
+from lrmil.experiment.answered import Answered, answered_of, mean_answered
 from lrmil.experiment.cohort import Cohort
+from lrmil.experiment.model_card import write_model_card, write_run_card
 from lrmil.leaks import check_encoder, check_model, judged_of
 from lrmil.metrics import (
     LOWER_IS_BETTER,
@@ -27,6 +29,7 @@ from lrmil.metrics import (
     summarise_folds,
     threshold_at_sensitivity,
 )
+from lrmil.metrics.selective import Abstention, AbstentionRule, choose_threshold
 from lrmil.splits import SplitTable
 from lrmil.store import ResidentStore
 from wsi_pipe.files import write_text_atomically
@@ -67,7 +70,7 @@ class FoldFigures:
     """Figures of one fold with intervals by case.
 
     slides, cases: how many they rest on. prevalence: share of slides by class. operating: at thresholds that were
-    chosen on the validation slides.
+    chosen on the validation slides. answered: with abstention, where it was asked for.
     """
 
     name: str
@@ -76,6 +79,7 @@ class FoldFigures:
     estimates: Mapping[str, Estimate]
     prevalence: Mapping[str, float] = field(default_factory=dict)
     operating: tuple[OperatingPoint, ...] = ()
+    answered: Answered | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class RunFigures:
     """Figures of a run: by fold, their mean with an interval by case, and their spread.
 
     positive: which of two classes is looked for in AUC, average precision, sensitivity; None for more classes.
+    answered: the mean over the folds of the slides that are answered, where abstention was asked for; empty elsewhere.
     """
 
     part: str
@@ -91,20 +96,12 @@ class RunFigures:
     mean: Mapping[str, Estimate]
     spread: Mapping[str, Mapping[str, float]]
     positive: str | None = None
+    answered: Mapping[str, Estimate] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values; NaN becomes null."""
         plain: dict[str, Any] = no_nan(asdict(self))
         return plain
-
-
-def no_nan(value: Any) -> Any:
-    """``value`` with None for every float that is not finite, which JSON cannot hold."""
-    if isinstance(value, Mapping):
-        return {str(k): no_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [no_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -165,15 +162,18 @@ def evaluate_run(
     seed: int = 0,
     pictures: bool = True,
     notes: Sequence[str] = (),
+    abstain: AbstentionRule | Abstention | str | None = None,
 ) -> RunFigures:
     """Figures of every fold of a run from its predictions; writes ``figures.json`` and pictures beside them.
 
     positive: which of two classes is looked for, by default the second. at_sensitivity: operating points whose
-    thresholds are chosen on each fold's validation slides. notes: stated in ``figures.json``. Writes ``summary.json``
-    and ``summary.csv`` into the run when it has several folds. Nothing is predicted anew. Raises FiguresError when
-    there are no predictions, OutputError when a file cannot be written.
+    thresholds are chosen on each fold's validation slides. notes: stated in ``figures.json``. abstain: figures of the
+    slides that are answered too, see ``lrmil.metrics.selective``; the threshold of a rule is chosen on each fold's
+    validation slides. Writes ``summary.json`` and ``summary.csv`` into the run when it has several folds. Nothing is
+    predicted anew. Raises FiguresError when there are no predictions, OutputError when a file cannot be written.
     """
     run = Path(run)
+    rule = AbstentionRule.parse(abstain) if isinstance(abstain, str) else abstain
     folders = fold_folders(run)
     found = [read_predictions(folder / PREDICTIONS_NAME, part) for folder in folders]
     sought = positive_class(found[0].classes, positive)
@@ -189,9 +189,15 @@ def evaluate_run(
             seed=seed,
         )
         points = _operating_points(folder, p, sought, at_sensitivity)
-        folds.append(FoldFigures(folder.name, len(p.labels), len(set(p.case_ids)), estimates, prevalences(p), points))
+        answered = None
+        if rule is not None:
+            answered = answered_of(p, _abstention(folder, rule), positive=sought, replicates=replicates, seed=seed)
+        cases = len(set(p.case_ids))
+        folds.append(FoldFigures(folder.name, len(p.labels), cases, estimates, prevalences(p), points, answered))
         name = FIGURES_NAME if part == "test" else f"figures-{part}.json"
         write_json(folder / name, asdict(folds[-1]) | {"part": part, "replicates": replicates, "notes": [*notes]})
+        if part == "test":
+            write_model_card(folder)
         if pictures:
             draw_fold(folder, p, part)
     result = summarise(part, folds, found, positive=sought, replicates=replicates, seed=seed)
@@ -199,6 +205,7 @@ def evaluate_run(
         suffix = "" if part == "test" else f"-{part}"
         write_json(run / f"summary{suffix}.json", result.to_json())
         write_text_atomically(run / f"summary{suffix}.csv", _table(result))
+        write_run_card(run)
     return result
 
 
@@ -223,7 +230,20 @@ def summarise(
     points = [{name: e.value for name, e in fold.estimates.items()} for fold in folds]
     classes = found[0].classes
     sought = classes[positive] if len(classes) == 2 else None
-    return RunFigures(part, classes, tuple(folds), mean, summarise_folds(points), sought)
+    answered = mean_answered(
+        found, [fold.answered for fold in folds], positive=positive, replicates=replicates, seed=seed
+    )
+    return RunFigures(part, classes, tuple(folds), mean, summarise_folds(points), sought, answered)
+
+
+def _abstention(folder: Path, rule: AbstentionRule | Abstention) -> Abstention:
+    """A rule's threshold, chosen on the fold's validation slides; one that is chosen already as it is."""
+    if isinstance(rule, Abstention):
+        return rule
+    if rule.kind == "threshold":
+        return choose_threshold([], [], rule)
+    val = read_predictions(folder / PREDICTIONS_NAME, "val")
+    return choose_threshold(val.probabilities.max(axis=1), val.probabilities.argmax(axis=1) == val.labels, rule)
 
 
 def positive_class(classes: Sequence[str], name: str | None) -> int:
@@ -314,6 +334,7 @@ def evaluate_model(
     cohort: Cohort,
     out: Path | str,
     *,
+    abstain: AbstentionRule | str | None = None,
     indices: NDArray[np.int64] | None = None,
     splits: tuple[SplitTable, str] | None = None,
     positive: str | None = None,
@@ -325,42 +346,46 @@ def evaluate_model(
 ) -> RunFigures:
     """A trained model on labelled bags that it has not seen: predictions, figures and pictures into ``out``.
 
-    cohort: its classes must be the model's, in the model's order. indices: bags to evaluate, by default all usable.
-    splits: the table and the fold that these are the test part of.
-    The calibration is the model's own; nothing is fitted here. Raises ModelMismatchError when the features are others
-    than in training, FiguresError when no bag is left, LeakageError when the model or the encoder of the features has
-    seen some of them, or may have; with allow_seen that is told to ``say`` and stands in ``figures.json``.
+    model: its file, or the folder of a run, whose folds are asked together; then none of them may have seen the bags.
+    cohort: its classes must be the model's, in the model's order. abstain: figures of the slides that are answered too;
+    the threshold is chosen on the validation slides that the model's file keeps. indices: bags to evaluate, by default
+    all usable. splits: the table and the fold that these are the test part of. The calibration is the model's own;
+    nothing is fitted here. Raises ModelMismatchError when the features are others than in training, FiguresError when
+    no bag is left, LeakageError when the model or the encoder of the features has seen some of them, or may have; with
+    allow_seen that is told to ``say`` and stands in ``figures.json``.
     """
     from lrmil.experiment.folds import check_store
-    from lrmil.predictor import Predictor
-    from lrmil.trainer import Prediction, bag_logits
+    from lrmil.predictor import load_predictor
+    from lrmil.trainer import Prediction
     from lrmil.trainer.training import predictions_csv
 
     model, out = Path(model), Path(out)
-    predictor = Predictor.load(model, device=device)
+    predictor = load_predictor(model, device=device)
+    abstention = None if abstain is None else predictor.abstain(abstain)
     check_store(predictor.card, cohort.store, model)
     chosen = cohort.table.usable if indices is None else indices
     if not len(chosen):
         raise FiguresError("no bag is left to evaluate", remedy="check labels and splits")
     judged = judged_of(cohort.store.records, cohort.table.case_ids, chosen)
     notes: list[str] = []
-    check_model(
-        predictor.card,
-        model,
-        judged,
-        splits=splits,
-        identities=(cohort.store.slide_ids, cohort.table.case_ids),
-        allow=allow_seen,
-        say=notes.append,
-    )
+    for member in predictor.members:
+        check_model(
+            member.card,
+            member.path or model,
+            judged,
+            splits=splits,
+            identities=(cohort.store.slide_ids, cohort.table.case_ids),
+            allow=allow_seen,
+            say=notes.append,
+        )
     check_encoder(cohort.store.meta.encoder or "of these bags", judged, allow=allow_seen, say=notes.append)
     for note in notes:
         (say or (lambda text: None))(note)
     resident = ResidentStore.of(cohort.store, predictor.device, place="mapped")
-    logits = bag_logits(predictor.model, resident, chosen, token_budget=32768).tolist()
+    logits, probabilities = predictor.answers(resident, chosen, token_budget=32768)
     rows = [
         Prediction(cohort.store.slide_ids[i], cohort.table.case_ids[i], "test", int(cohort.table.labels[i]), tuple(z))
-        for i, z in zip(chosen.tolist(), logits, strict=True)
+        for i, z in zip(chosen.tolist(), logits.tolist(), strict=True)
     ]
-    write_text_atomically(out / PREDICTIONS_NAME, predictions_csv(rows, predictor.card))
-    return evaluate_run(out, positive=positive, replicates=replicates, seed=seed, notes=notes)
+    write_text_atomically(out / PREDICTIONS_NAME, predictions_csv(rows, predictor.card, probabilities))
+    return evaluate_run(out, positive=positive, replicates=replicates, seed=seed, notes=notes, abstain=abstention)

@@ -10,6 +10,7 @@ from lrmil.checkpoint import ModelCard, load_model, read_card
 from lrmil.config import TrainSettings
 from lrmil.errors import ModelFileError, ModelMismatchError
 from lrmil.experiment.cohort import Cohort
+from lrmil.experiment.model_card import write_model_card, write_run_card
 from lrmil.leaks import check_encoder, check_model, judged_of
 from lrmil.model import MILModel
 from lrmil.splits import SPLITS_NAME, SplitTable, read_splits
@@ -169,6 +170,8 @@ def train_folds(
                 say=tell,
                 sites=confounded.to_json() if confounded else {},
             )
+            write_model_card(out / folder)
+    write_run_card(out)
     return results
 
 

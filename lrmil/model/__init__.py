@@ -49,6 +49,8 @@ def widest_weight(settings: ModelSettings) -> tuple[str, tuple[int, int]]:
     _check_chosen(settings)
     if settings.members > 1 or settings.linear_share > 0:
         return "members.0.projection.weight", (settings.hidden, settings.in_dim)
+    if not settings.projection:
+        return "attention.weight", (settings.attention_dim * (1 if settings.name == "abmil" else 2), settings.in_dim)
     if settings.name == "linear":
         return "classifier.weight", (settings.classes, pooled_width(settings.pooling, settings.in_dim))
     return "projection.weight", (settings.hidden, settings.in_dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,18 +14,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lrmil.checkpoint import ModelCard, load_model
+from lrmil.checkpoint import ModelCard, load_whole
 from lrmil.errors import BagMismatchError, ModelMismatchError
 from lrmil.metrics import softmax
+from lrmil.metrics.selective import Abstention, AbstentionRule, choose_threshold
 from lrmil.model import MILModel
-from lrmil.store import BagInfo, inspect_bag
+from lrmil.ood import Outlying, Reference, outlying
+from lrmil.store import BagInfo, ResidentStore, inspect_bag
 from lrmil.store.formats import read_features, read_places
-from lrmil.trainer import choose_device
+from lrmil.trainer import bag_logits, choose_device
 from wsi_pipe.encoders.base import encoder_slug
 from wsi_pipe.encoders.elsewhere import slug_asked_for
 from wsi_pipe.errors import WsiPipeError
 
-__all__ = ["Predictor", "SlidePrediction", "TopTile"]
+__all__ = ["Answer", "Disagreement", "Predictor", "SlidePrediction", "TopTile"]
 
 TOP_TILES = 10
 MPP_TOLERANCE = 1e-6
@@ -43,13 +45,61 @@ class TopTile:
 
 
 @dataclass(frozen=True)
+class Disagreement:
+    """How far the members of an ensemble agree about a slide.
+
+    probabilities: of each member, by its name, in the order of the classes. sd: by class, the standard deviation of its
+    probability over the members (the root of the mean square, divided by their number). mutual_information_nats: the
+    entropy of the mean probabilities less the members' mean entropy, 0 where all agree (Houlsby et al., Bayesian active
+    learning for classification and preference learning, 2011). vote_share: members whose own likeliest class is the
+    predicted one.
+    """
+
+    probabilities: Mapping[str, tuple[float, ...]]
+    sd: Mapping[str, float]
+    mutual_information_nats: float
+    vote_share: float
+
+    @classmethod
+    def of(cls, names: Sequence[str], probabilities: NDArray[np.float64], classes: Sequence[str]) -> Disagreement:
+        """From the members' probabilities (M, C)."""
+        mean = probabilities.mean(axis=0)
+        within = float(np.mean([entropy(row) for row in probabilities]))
+        sd = probabilities.std(axis=0).tolist()
+        return cls(
+            {name: tuple(row) for name, row in zip(names, probabilities.tolist(), strict=True)},
+            dict(zip(classes, sd, strict=True)),
+            max(entropy(mean) - within, 0.0),
+            float((probabilities.argmax(axis=1) == mean.argmax()).mean()),
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of the tiles of one slide.
+
+    logits, probabilities: float64 (C,), before and after calibration; of an ensemble the logits are the logarithm of
+    the mean uncalibrated probabilities. attention: float64 (N,), sums to 1, None where there is none. members: names,
+    and probabilities (M, C), of an ensemble's members.
+    """
+
+    logits: NDArray[np.float64]
+    probabilities: NDArray[np.float64]
+    attention: NDArray[np.float64] | None = None
+    members: tuple[tuple[str, ...], NDArray[np.float64]] | None = None
+
+
+@dataclass(frozen=True)
 class SlidePrediction:
     """What a model says of one slide.
 
     status: "done", "empty" (no tiles; reason says why) or "failed" (reason and remedy). probabilities: calibrated, by
-    class. entropy_nats: of the probabilities, NaN where there are none. logits: before calibration. tiles: rows of
-    the bag. attention: float32 (N,), sums to 1, None where the model has none. coords: float64 (N, 2) in coords_unit.
-    tile_size_l0: (x, y). top_tiles: highest attention first.
+    class. entropy_nats: of the probabilities, NaN where there are none. logits: before calibration; of an ensemble, the
+    logarithm of the mean uncalibrated probabilities. tiles: rows of the bag. attention: float32 (N,), sums to 1, None
+    where the model has none. coords: float64 (N, 2) in coords_unit. top_tiles: highest attention first. disagreement:
+    of an ensemble's members, else None. ood: how far the slide lies from the training tiles, None for a model that
+    keeps none. abstained: whether the model is not sure enough to answer, None where no threshold was asked for;
+    ``predicted`` says what it would have been.
     """
 
     slide_id: str
@@ -66,6 +116,14 @@ class SlidePrediction:
     attention: NDArray[np.float32] | None = None
     coords: NDArray[np.float64] | None = None
     top_tiles: tuple[TopTile, ...] = ()
+    disagreement: Disagreement | None = None
+    ood: Outlying | None = None
+    abstained: bool | None = None
+
+    @property
+    def confidence(self) -> float:
+        """The greatest calibrated probability, NaN where there are none."""
+        return max(self.probabilities.values(), default=math.nan)
 
     @classmethod
     def failure(cls, slide_id: str, error: WsiPipeError) -> SlidePrediction:
@@ -77,16 +135,28 @@ class Predictor:
     """A model ready to be asked.
 
     card: what its file says. name: of the model in bags and files. sha256: of its file, "" for a model in memory.
+    reference: the training tiles, where the file keeps them. path: its file. abstention: set by ``abstain``.
     """
 
     def __init__(
-        self, model: MILModel, card: ModelCard, *, device: str = "auto", name: str = "model", sha256: str = ""
+        self,
+        model: MILModel,
+        card: ModelCard,
+        *,
+        device: str = "auto",
+        name: str = "model",
+        sha256: str = "",
+        reference: Reference | None = None,
+        path: Path | None = None,
     ) -> None:
         self.device = choose_device(device)
         self.model = model.to(self.device).eval()
         self.card = card
         self.name = name
         self.sha256 = sha256
+        self.reference = reference
+        self.path = path
+        self.abstention: Abstention | None = None
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "auto", name: str | None = None) -> Predictor:
@@ -96,11 +166,58 @@ class Predictor:
         Raises ModelFileError when the file is missing or broken, SettingsError when the device is not there.
         """
         path = Path(path)
-        model, card = load_model(path)
+        model, card, reference = load_whole(path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         if name is None:
             name = f"{card.model.name}-{sha256[:8]}" if path.stem == "model" else path.stem
-        return cls(model, card, device=device, name=encoder_slug(name) or "model", sha256=sha256)
+        name = encoder_slug(name) or "model"
+        return cls(model, card, device=device, name=name, sha256=sha256, reference=reference, path=path)
+
+    @property
+    def members(self) -> tuple[Predictor, ...]:
+        """The models that are asked: those of an ensemble, else this one."""
+        return (self,)
+
+    @property
+    def keeps_tiles(self) -> bool:
+        """Whether it can tell how far a slide lies from its training tiles."""
+        return self.reference is not None
+
+    def abstain(self, rule: AbstentionRule | str) -> Abstention:
+        """Answer no more slides below a confidence that reaches the rule on the validation slides that the files keep.
+
+        rule: "accuracy=0.95", "coverage=0.8" or "threshold=0.9", or one made of it. Raises FiguresError when nothing
+        reaches it, or the files keep no validation slides.
+        """
+        rule = AbstentionRule.parse(rule) if isinstance(rule, str) else rule
+        kept = [member.card.validation for member in self.members]
+        confidence = [value for one in kept for value in one.get("confidence", ())]
+        correct = [bool(value) for one in kept for value in one.get("correct", ())]
+        self.abstention = choose_threshold(confidence, correct, rule)
+        return self.abstention
+
+    def answer(self, features: torch.Tensor) -> Answer:
+        """What the model says of one slide's features (N, D) on its device, N at least 1."""
+        offsets = torch.tensor([0, len(features)], dtype=torch.int64, device=self.device)
+        output = self.model(features, offsets)
+        logits = output.logits[0].double().cpu().numpy()
+        attention = None
+        if output.attention_logits is not None:
+            attention = softmax(output.attention_logits.double().cpu().numpy()[None])[0]
+        return Answer(logits, self.card.probabilities(logits[None])[0], attention)
+
+    def outlying(self, features: torch.Tensor) -> Outlying | None:
+        """How far features (N, D) lie from the training tiles; None for a model that keeps none."""
+        if self.reference is None:
+            return None
+        return outlying(self.reference.distance(features), self.card.validation.get("distance", ()))
+
+    def answers(
+        self, store: ResidentStore, indices: NDArray[np.int64], *, token_budget: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Logits and calibrated probabilities, float64 (len(indices), C) each, of bags of a store."""
+        logits = bag_logits(self.model, store, indices, token_budget=token_budget).double().numpy()
+        return logits, self.card.probabilities(logits)
 
     def find(self, path: str | Path, *, level: str | None = None, encoder: str | None = None) -> BagInfo:
         """The features in a bag that the model was trained on.
@@ -167,33 +284,33 @@ class Predictor:
     def _predict(
         self, features: torch.Tensor, info: BagInfo, coords: NDArray[np.float64], top_tiles: int
     ) -> SlidePrediction:
-        offsets = torch.tensor([0, len(features)], dtype=torch.int64, device=self.device)
-        output = self.model(features, offsets)
-        logits = output.logits[0].double().cpu().numpy()
+        answer = self.answer(features)
+        logits, p = answer.logits, answer.probabilities
         if not np.isfinite(logits).all():
             raise ModelMismatchError(f"{info.path}: the model's logits are not finite", remedy="check the features")
-        p = self.card.probabilities(logits[None])[0]
         attention = None
         top: tuple[TopTile, ...] = ()
-        if output.attention_logits is not None:
-            exact = softmax(output.attention_logits.double().cpu().numpy()[None])[0]
+        if answer.attention is not None:
+            exact = answer.attention
             attention = exact.astype(np.float32)
             best = np.argsort(-exact, kind="stable")[:top_tiles]
             top = tuple(TopTile(int(i), float(coords[i, 0]), float(coords[i, 1]), float(exact[i])) for i in best)
-        positive = p[p > 0]
         return SlidePrediction(
             info.slide_id,
             "done",
             info.case_id,
             predicted=self.card.classes[int(p.argmax())],
             probabilities=dict(zip(self.card.classes, map(float, p), strict=True)),
-            entropy_nats=float(-(positive * np.log(positive)).sum()),
+            entropy_nats=entropy(p),
             logits=tuple(map(float, logits)),
             tiles=info.rows,
             bag=info,
             attention=attention,
             coords=coords,
             top_tiles=top,
+            disagreement=None if answer.members is None else Disagreement.of(*answer.members, self.card.classes),
+            ood=self.outlying(features),
+            abstained=None if self.abstention is None else self.abstention.abstains(float(p.max())),
         )
 
     def predict_bags(
@@ -210,6 +327,12 @@ class Predictor:
                 yield self.predict_bag(path, level=level, encoder=encoder, top_tiles=top_tiles)
             except WsiPipeError as error:
                 yield SlidePrediction.failure(Path(path).stem, error)
+
+
+def entropy(probabilities: NDArray[np.float64]) -> float:
+    """Of probabilities (C,), in nats."""
+    positive = probabilities[probabilities > 0]
+    return float(-(positive * np.log(positive)).sum())
 
 
 def describe(card: ModelCard) -> str:

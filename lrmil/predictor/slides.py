@@ -25,8 +25,9 @@ __all__ = ["find_encoder", "predict_slides"]
 def find_encoder(card: ModelCard, model_path: Path, given: str | None = None) -> str:
     """The name or file of the encoder that a model needs: the one given, else as the card has it.
 
-    An encoder's file is looked for where it was in training and beside the model, and is the one whose content the card
-    names. Raises ModelMismatchError when it is at neither place, or the card names none.
+    model_path: the model's file, or the folder of a run. An encoder's file is looked for where it was in training and
+    beside the model, and is the one whose content the card names. Raises ModelMismatchError when it is at neither
+    place, or the card names none.
     """
     name = given or card.encoder
     if not name:
@@ -35,7 +36,8 @@ def find_encoder(card: ModelCard, model_path: Path, given: str | None = None) ->
         )
     if given or not name.endswith(".safetensors") or name.startswith("timm:"):
         return name
-    there = [path for path in (Path(name), model_path.parent / Path(name).name) if path.is_file()]
+    beside = [model_path, model_path.parent] if model_path.is_dir() else [model_path.parent]
+    there = [path for path in (Path(name), *(folder / Path(name).name for folder in beside)) if path.is_file()]
     # Another file of that name may lie at one of the places; where no content is the one, loading tells.
     same = [path for path in there if len(there) > 1 and file_sha256(path) == card.weights_sha256]
     for path in (*same, *there):

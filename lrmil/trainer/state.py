@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from lrmil.checkpoint import read_tensors, write_tensors
-from lrmil.config import TrainSettings
+from lrmil.config import TrainSettings, deciding
 from lrmil.errors import ModelFileError, ResumeError
 from lrmil.model import MILModel
 from lrmil.splits import FoldIndices
 from lrmil.trainer.optimise import AdamW
-from wsi_pipe.config import fingerprint, to_mapping
+from wsi_pipe.config import fingerprint
 
 __all__ = ["STATE_KIND", "Progress", "check_state", "load_state", "run_fingerprint", "save_state"]
 
@@ -45,9 +45,9 @@ def run_fingerprint(
     settings: TrainSettings, split: FoldIndices, labels: Tensor, classes: tuple[str, ...], hashes: Mapping[str, str]
 ) -> str:
     """SHA-256 of everything that decides a run's numbers. hashes: of the features and the teacher."""
-    deciding = replace(settings, device="", tensorboard=False, save_every=0)
+    plain = replace(settings, device="", tensorboard=False, save_every=0)
     parts = [np.asarray(part).tolist() for part in (split.train, split.val, split.test)]
-    return fingerprint(to_mapping(deciding), parts, labels.tolist(), list(classes), dict(hashes))
+    return fingerprint(deciding(plain), parts, labels.tolist(), list(classes), dict(hashes))
 
 
 def save_state(

@@ -60,11 +60,12 @@ def teacher_targets(
     *,
     attention: bool,
     token_budget: int,
+    parents: str = "sum",
 ) -> TeacherTargets:
     """Logits of a teacher on HR bags, and its attention summed into their LR tiles.
 
     indices: the bags of ``lr_store`` to ask for; their HR bags are found by slide id. attention: whether the attention
-    is wanted. token_budget: HR tiles at a time.
+    is wanted. token_budget: HR tiles at a time. parents: see ``teacher_mass``.
 
     Raises BagMismatchError, naming the slides, when HR bags are missing or their parents do not fit the LR bags;
     SettingsError when the teacher has no attention but it is wanted.
@@ -107,7 +108,7 @@ def teacher_targets(
                 remedy="make LR and HR features of the same tiling",
             )
         packed = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        bag_mass, bag_covered = teacher_mass(output.attention_logits, batch.offsets, batch.parent, packed)
+        bag_mass, bag_covered = teacher_mass(output.attention_logits, batch.offsets, batch.parent, packed, parents)
         segment = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
         rows = torch.arange(len(segment), device=device) - packed[segment] + offsets[lr_bags][segment]
         mass[rows] = bag_mass

@@ -19,18 +19,20 @@ from torch import Tensor
 
 import lrmil
 from lrmil.checkpoint import MODEL_KIND, ModelCard, read_card, read_tensors, save_model
-from lrmil.config import ATTENTION_MODELS, TrainSettings
+from lrmil.config import ATTENTION_MODELS, TrainSettings, deciding
 from lrmil.data import LabelTable
 from lrmil.errors import ModelFileError, ResumeError, SettingsError, SplitError, TrainingError
 from lrmil.leaks import seen_of
 from lrmil.metrics import calibrate, figures
 from lrmil.model import MILModel
+from lrmil.ood import Reference
 from lrmil.splits import FoldIndices
 from lrmil.store import FeatureStore, ResidentStore
 from lrmil.trainer.compute import bag_logits, choose_device, choose_precision, deterministic, place
 from lrmil.trainer.fitting import Fitted, fit_model
 from lrmil.trainer.loop import HISTORY_NAME, STATE_NAME, EpochFigures, Run, write_history
 from lrmil.trainer.optimise import class_weights
+from lrmil.trainer.record import with_record
 from lrmil.trainer.state import STATE_KIND, check_state, run_fingerprint
 from lrmil.trainer.steps import Step, plain_step, student_step
 from lrmil.trainer.targets import TeacherTargets, teacher_targets
@@ -67,6 +69,7 @@ class TrainResult:
 
     model: with the weights of the best epoch, in evaluation mode. card: what its file says. history: figures of every
     epoch. best_epoch: from 1. predictions: of validation and test bags. model_path: None without an output folder.
+    reference: the training tiles, by which new slides are told from them.
     """
 
     model: MILModel
@@ -75,6 +78,7 @@ class TrainResult:
     best_epoch: int
     predictions: tuple[Prediction, ...]
     model_path: Path | None = None
+    reference: Reference | None = None
 
 
 def train(
@@ -186,8 +190,8 @@ def _check_resumable(
     except ModelFileError as error:
         raise ResumeError(error.message, remedy=remedy) from error
     same = {**card.training, "device": "", "save_every": 0, "tensorboard": False}
-    wanted = to_mapping(replace(settings, device="", save_every=0, tensorboard=False))
-    if json.dumps(same, sort_keys=True) != json.dumps(wanted, sort_keys=True) or (
+    wanted = deciding(replace(settings, device="", save_every=0, tensorboard=False))
+    if json.dumps(deciding(same), sort_keys=True) != json.dumps(wanted, sort_keys=True) or (
         card.features_sha256 and card.features_sha256 != hashes.get("features")
     ):
         raise ResumeError(f"{out / MODEL_NAME} is a model of other settings or features", remedy=remedy)
@@ -232,23 +236,31 @@ def _train(
     seen = seen_of(resident.store.records, cases, {"train": split.train, "val": split.val}) | teacher_saw
     card = _card(settings, fitted, names, resident.store, predictions, fold, hashes, teacher, weights)
     card = replace(card, seen=seen, allowed=tuple(allowed), sites=sites)
-    result = TrainResult(fitted.model, card, fitted.history, fitted.best_epoch, predictions)
+    val = np.array([p.logits for p in predictions if p.part == "val"]).reshape(-1, len(names))
+    card, reference = with_record(card, resident, split, table, cases, val)
+    result = TrainResult(fitted.model, card, fitted.history, fitted.best_epoch, predictions, reference=reference)
     if out is None:
         return result
     write_text_atomically(out / PREDICTIONS_NAME, predictions_csv(predictions, card))
     if fitted.history:
         write_history(out / HISTORY_NAME, fitted.history)
-    save_model(out / MODEL_NAME, fitted.model, card)
+    save_model(out / MODEL_NAME, fitted.model, card, reference)
     return replace(result, model_path=out / MODEL_NAME)
 
 
-def predictions_csv(predictions: Sequence[Prediction], card: ModelCard) -> str:
-    """The table of predictions: ids, part, label, logits, and calibrated probabilities."""
+def predictions_csv(
+    predictions: Sequence[Prediction], card: ModelCard, calibrated: NDArray[np.float64] | None = None
+) -> str:
+    """The table of predictions: ids, part, label, logits, and calibrated probabilities.
+
+    calibrated: (N, C), where they do not follow from the card, as those of an ensemble.
+    """
     logit_names = [f"logit_{name}" for name in card.classes]
     probability_names = [f"probability_{name}" for name in card.classes]
     rows: list[list[object]] = []
-    for p in predictions:
-        probabilities = card.probabilities([p.logits])[0].tolist()
+    for i, p in enumerate(predictions):
+        own = card.probabilities([p.logits])[0] if calibrated is None else calibrated[i]
+        probabilities = own.tolist()
         rows.append([p.slide_id, p.case_id, p.part, card.classes[p.label], *p.logits, *probabilities])
     return csv_text(["slide_id", "case_id", "part", "label", *logit_names, *probability_names], rows)
 
@@ -321,7 +333,13 @@ def _step(
             hr_store if isinstance(hr_store, ResidentStore) else ResidentStore.of(hr_store, store.device, place=where)
         )
         targets = teacher_targets(
-            teacher, hr_resident, store, split.train, attention=attention, token_budget=settings.token_budget
+            teacher,
+            hr_resident,
+            store,
+            split.train,
+            attention=attention,
+            token_budget=settings.token_budget,
+            parents=settings.loss.parents,
         )
     return student_step(weights, settings.loss, targets)
 

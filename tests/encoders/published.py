@@ -246,6 +246,7 @@ PUBLISHED: dict[str, tuple[int | None, Callable[[int], Shapes], int]] = {
     "uni": (24, _plain(1024, 16, 197, scale=True), 1024),
     "uni2-h": (24, _gated(1536, 14, 256, 8192, registers=8), 1536),
     "conch": (12, conch_v1, 512),
+    "conch_trunk": (12, conch_v1, 768),
     "conch_v1_5": (24, conch_v1_5, 768),
     "virchow": (32, _gated(1280, 14, 257, 6832), 2560),
     "virchow2": (32, _gated(1280, 14, 261, 6832, registers=4), 2560),
