@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def _grid_text(grid: TileGrid) -> str:
     return f"{grid.label}: {len(grid):,} {noun} of {grid.spec.size_px} px, {mpp:.4g} µm/px"
 
 
-@cache
+@lru_cache(maxsize=1)
 def viridis() -> Picture:
     """The 256 colours of viridis, uint8 (256, 3): even steps to the eye, and told apart with any colour vision."""
     import cv2
@@ -299,12 +300,18 @@ def _with_panel(
     return np.concatenate([picture, np.asarray(image, np.uint8)])
 
 
+@lru_cache(maxsize=8)
 def _font(size: int) -> Any:
-    """DejaVu Sans, which matplotlib brings along: PIL's own font has no µ and few accents."""
-    import matplotlib
+    """DejaVu Sans, which matplotlib brings along: PIL's own font has no µ and few accents.
+
+    Where it lies is asked for without importing matplotlib, which takes longer than a slide.
+    """
     from PIL import ImageFont
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    spec = find_spec("matplotlib")
+    assert spec is not None, "matplotlib is a requirement"
+    assert spec.origin is not None, "matplotlib is a package with a file"
+    return ImageFont.truetype(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def _colour_bar(image: Any, draw: Any, font: Any, at: tuple[int, int], room: int, line: int, bar: ColourBar) -> None:

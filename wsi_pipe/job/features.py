@@ -291,7 +291,8 @@ def _annotation(prepared: Prepared, paths: JobPaths) -> dict[str, Mapping[str, T
         return {}
     if prepared.annotation is not None:
         return dict(prepared.annotation)
-    levels = read_guarded(read_bag, paths.tiles(prepared.entry.slide_id)).levels
+    tiles, slide_id = paths.tiles(prepared.entry.slide_id), prepared.entry.slide_id
+    levels = read_guarded(read_bag, tiles if tiles.is_file() else paths.bag(slide_id)).levels
     return {level.grid.label: level.annotation for level in levels}
 
 

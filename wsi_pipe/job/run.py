@@ -19,6 +19,7 @@ from wsi_pipe.encoders.naming import check_slugs, slug_of
 from wsi_pipe.errors import EncoderError, FileAccessError, NotOursError, OutputError, StaleWorkError, WsiPipeError
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, SlidePart, extract_features
 from wsi_pipe.geometry import TileGrid
+from wsi_pipe.job.drawing import draw_slide
 from wsi_pipe.job.features import (
     Wanted,
     assemble,
@@ -27,6 +28,7 @@ from wsi_pipe.job.features import (
     store_features,
     wanted_features,
 )
+from wsi_pipe.job.grids import store_grids
 from wsi_pipe.job.index import JobIndex, Stamp, wanted_of
 from wsi_pipe.job.opening import open_entry
 from wsi_pipe.job.partial import drop_part, load_part, store_part
@@ -203,7 +205,8 @@ class _Run:
         """Segment and tile; False where the slide failed."""
         self.progress(work.entry.slide_id, "segment", 1)
         try:
-            work.prepared = prepare(work.entry, self.settings, self.paths, work.clock, tile=tile)
+            into_bag = self.until == "assemble"
+            work.prepared = prepare(work.entry, self.settings, self.paths, work.clock, tile=tile, into_bag=into_bag)
         except OutputError:
             raise
         except Exception as error:
@@ -265,6 +268,9 @@ class _Run:
             putting_by.set()
             try:
                 with contextlib.suppress(OSError):
+                    if not work.prepared.stored and not self.paths.tiles(part.slide_id).is_file():
+                        # What the next call may find other settings for, and must then not take for its own.
+                        store_grids(work.prepared, self.paths)
                     store_part(part, work.prepared, work.missing, self.paths)
             finally:
                 putting_by.clear()
@@ -325,6 +331,8 @@ class _Run:
         self._finish(work, cached)
 
     def _finish(self, work: _Work, cached: tuple[str, ...] | None = None) -> None:
+        """Draw the slide, whose results are safe by now, and note it as done."""
+        self._draw(work)
         prepared = work.prepared
         empty = prepared is not None and prepared.attrs.status == "empty"
         self._note(
@@ -349,8 +357,21 @@ class _Run:
             work,
         )
 
+    def _draw(self, work: _Work) -> None:
+        """Draw what there is of a slide. Raises OutputError; what else goes wrong with pictures is worth a note."""
+        pictures, work.clock.pictures = work.clock.pictures, None
+        if pictures is None:
+            return
+        try:
+            draw_slide(pictures, self.paths)
+        except OutputError:
+            raise
+        except Exception as error:
+            work.clock.notes += (f"its pictures could not be drawn: {told_of(work.entry, error)[0]}",)
+
     def _fail(self, work: _Work, error: Exception) -> None:
         """Note a failure. An error that nobody foresaw fails its slide too, with its type in the reason."""
+        self._draw(work)
         reason, remedy = told_of(work.entry, error)
         kind = type(error).__name__ if isinstance(error, WsiPipeError) else _trace(error)
         self._note(
