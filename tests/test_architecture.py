@@ -82,6 +82,7 @@ LRMIL = [
     "losses",
     "checkpoint",
     "leaks",
+    "cascade",
     "distill",
     "trainer",
     "predictor",
