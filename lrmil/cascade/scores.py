@@ -39,7 +39,7 @@ def disagreement(members: ArrayLike) -> Array:
     if p.ndim != 3 or len(p) < 2:
         raise SettingsError("models disagree only where there are several", remedy="choose another score: --score")
     # Rounding may leave a little below nothing.
-    return np.maximum(entropy(p.mean(axis=0)) - np.mean([entropy(own) for own in p], axis=0), 0.0)
+    return np.asarray(np.maximum(entropy(p.mean(axis=0)) - np.mean([entropy(own) for own in p], axis=0), 0.0))
 
 
 def uncertainty(members: ArrayLike) -> Mapping[str, Array]:
