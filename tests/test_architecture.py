@@ -79,6 +79,7 @@ LRMIL = [
     "data",
     "sites",
     "model",
+    "subsets",
     "losses",
     "checkpoint",
     "leaks",

@@ -3,7 +3,7 @@
 A slide is kept at low resolution where its uncertainty lies below the threshold, and is read at high resolution
 otherwise. Raising the threshold keeps more slides. The loss of a slide must never fall when that happens: conformal
 risk control rests on it. So each loss counts what is lost and not what is won: a slide that low resolution gets right
-and high resolution wrong does not pay for another. By that ``error`` bounds the difference of the error rates from above.
+and high resolution wrong does not pay for another. By that ``error`` is never below the difference of the error rates.
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ OUTPUTS = {"predictions.csv": (b"slide_id,case_id,status,predicted",), "predicti
 
 @click.command()
 @slide_options
-@click.option("--model", required=True, type=EXISTING, metavar="FILE", help="model.safetensors of lrmil train.")
+@click.option(
+    "--model", required=True, type=EXISTING, metavar="FILE", help="model.safetensors of lrmil train, or a cascade."
+)
 @click.option("--bags", multiple=True, type=EXISTING, metavar="DIR|BAG", help="Bags, instead of SLIDES; repeatable.")
 @click.option("-o", "--out", required=True, type=PATH, metavar="DIR", help="Where results go.")
 @click.option("-e", "--encoder", metavar="NAME|FILE", help="The model's encoder.  [as the model says, or beside it]")
@@ -39,6 +41,12 @@ OUTPUTS = {"predictions.csv": (b"slide_id,case_id,status,predicted",), "predicti
 @click.option("--attention/--no-attention", default=False, show_default=True, help="Write attention into the bags.")
 @click.option("--geojson/--no-geojson", default=False, show_default=True, help="Write tiles for QuPath.")
 @click.option("--heatmaps/--no-heatmaps", default=True, show_default=True, help="Write a picture a slide.")
+@click.option(
+    "--hr-budget",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="With a cascade: HR tiles read of an uncertain slide.  [as calibrated]",
+)
 @click.option("--device", metavar="DEV", default="auto", show_default=True, help="cpu, cuda:0 or auto.")
 def predict(**values: Any) -> int:
     """Classify SLIDES, or bags that exist, with a trained model.
@@ -51,12 +59,18 @@ def predict(**values: Any) -> int:
     lrmil predict --model model.safetensors archive/ -o out
     lrmil predict --model model.safetensors --bags job/bags -o out --geojson
     """
+    from lrmil.cascade.card import is_cascade
+    from lrmil.cli.cascade import predict_with_cascade
     from lrmil.experiment import write_slide_files
     from lrmil.predictor import Predictor, write_predictions
 
     if bool(values["bags"]) == bool(values["sources"] or values["manifest"]):
         raise click.UsageError("give SLIDES, or --bags, and not both")
     refuse_foreign_outputs(values["out"], OUTPUTS)
+    if is_cascade(values["model"]):
+        return predict_with_cascade(values)
+    if values["hr_budget"]:
+        raise click.UsageError("--hr-budget is for a cascade, see lrmil cascade")
     predictor = Predictor.load(values["model"], device=values["device"], name=values["name"])
     wanted = {name: values[name] for name in ("attention", "geojson", "heatmaps")}
     found: list[Any] = []

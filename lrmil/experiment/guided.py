@@ -8,7 +8,7 @@ and test slides stay whole. A subset has its slide's case, so inner folds keep t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,26 +17,82 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lrmil.cascade.subsets import chosen_rows, drawn_rows
-from lrmil.checkpoint import ModelCard
+from lrmil.checkpoint import load_model, read_card
+from lrmil.config import TrainSettings
 from lrmil.data import LabelTable
-from lrmil.errors import BagMismatchError, SettingsError
+from lrmil.errors import BagMismatchError, ModelFileError, SettingsError
+from lrmil.experiment.cohort import Cohort
+from lrmil.leaks import check_model, judged_of
 from lrmil.metrics import softmax
 from lrmil.model import MILModel
-from lrmil.splits import FoldIndices
-from lrmil.store import FeatureStore
+from lrmil.splits import FoldIndices, SplitTable
+from lrmil.store import FeatureStore, ResidentStore
+from lrmil.subsets import chosen_rows, drawn_rows
+from lrmil.trainer import choose_precision
 
-__all__ = ["Guide", "attention_of_bag", "match_bags", "with_subsets"]
+__all__ = ["Guide", "attention_of_bag", "match_bags", "parents_of_bag", "with_subsets"]
+
+MODEL_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class Guide:
-    """Who says where to look, and how much is read. budget: share of a slide's tiles. draws: subsets a slide."""
+    """Who says where to look, and how much is read.
+
+    run: of low resolution. store: its features of the slides. budget: share of a slide's tiles. draws: subsets a slide.
+    """
 
     run: Path
     store: FeatureStore
     budget: float
     draws: int
+
+    def model_path(self, fold: str, seed: int = 0) -> Path:
+        """The model of a fold, of the same seed where the run has several. Raises ModelFileError where it has none."""
+        seeds = sorted(
+            self.run.glob(f"{fold}-seed_*"), key=lambda folder: (folder.name != f"{fold}-seed_{seed}", folder)
+        )
+        for folder in (self.run / fold, *seeds):
+            if (folder / MODEL_NAME).is_file():
+                return folder / MODEL_NAME
+        raise ModelFileError(
+            f"{self.run} has no {fold}/{MODEL_NAME}", remedy="train the run of low resolution on the same folds"
+        )
+
+    def check(
+        self,
+        folds: Sequence[str],
+        splits: SplitTable,
+        cohort: Cohort,
+        *,
+        allow: bool = False,
+        say: Callable[[str], object] | None = None,
+    ) -> None:
+        """Raise LeakageError where a fold's guide has seen its test cases, BagMismatchError where tiles do not fit."""
+        for fold in folds:
+            split, path = cohort.fold(splits, fold), self.model_path(fold)
+            match_bags(cohort.store, self.store, np.concatenate([split.train, split.test]))
+            check_model(
+                read_card(path),
+                path,
+                judged_of(cohort.store.records, cohort.table.case_ids, split.test),
+                what="guide",
+                remedy="give a run of low resolution with the same splits: --guided-by RUN",
+                splits=(splits, fold),
+                identities=(cohort.store.slide_ids, cohort.table.case_ids),
+                allow=allow,
+                say=say,
+            )
+
+    def extend(
+        self, whole: tuple[ResidentStore, LabelTable, FoldIndices], fold: str, seed: int, settings: TrainSettings
+    ) -> tuple[ResidentStore, LabelTable, FoldIndices]:
+        """A fold's store, labels and bags with the subsets of its training bags."""
+        resident, table, split = whole
+        path = self.model_path(fold, seed)
+        store, table, split = with_subsets(resident.store, table, split, load_model(path)[0], path, self, seed=seed)
+        device = resident.device
+        return ResidentStore.of(store, device, choose_precision(settings.precision, device)), table, split
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values, for the record of a run."""
@@ -90,20 +146,20 @@ def with_subsets(
     table: LabelTable,
     split: FoldIndices,
     model: MILModel,
-    card: ModelCard,
+    path: Path,
     guide: Guide,
     *,
     seed: int,
 ) -> tuple[FeatureStore, LabelTable, FoldIndices]:
     """The store, labels and fold with the subsets of the training bags behind all bags, in memory.
 
-    model, card: the low-resolution model of this fold, in evaluation mode on the CPU. seed: of the draws.
+    model, path: the low-resolution model of this fold, in evaluation mode on the CPU. seed: of the draws.
     """
     rng = np.random.default_rng([seed, 0x5B5E7])
     places = match_bags(store, guide.store, split.train)
     parts, sources = [], []
     for index, lower in zip(split.train.tolist(), places.tolist(), strict=True):
-        attention = attention_of_bag(model, np.array(guide.store.bag(lower)), str(guide.run))
+        attention = attention_of_bag(model, np.array(guide.store.bag(lower)), str(path))
         parents = parents_of_bag(store, index)
         rows = [chosen_rows(attention, parents, guide.budget)]
         rows += [drawn_rows(attention, parents, guide.budget, rng) for _ in range(guide.draws - 1)]
