@@ -110,7 +110,7 @@ def attention_of_bag(model: MILModel, features: NDArray[Any] | torch.Tensor, whe
             f"{where} is a {model.settings.name} model, which has no attention to say where to look",
             remedy="train it with --model gated-abmil, or read all tiles: a budget of 1",
         )
-    return softmax(scores.double().cpu().numpy()[None])[0]
+    return np.asarray(softmax(scores.double().cpu().numpy()[None])[0])
 
 
 def match_bags(hr: FeatureStore, lr: FeatureStore, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
