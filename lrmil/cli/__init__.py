@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "The whole experiment by a preset: every fold of HR, LR and LRMIL, one table.",
     ),
     "compare": ("lrmil.cli.evaluate:compare", "Compare two runs on the same slides: bootstrap and DeLong."),
+    "cascade": ("lrmil.cli.cascade:cascade", "Low resolution first, high where it is unsure, at a bounded risk."),
     "predict": ("lrmil.cli.predict:predict", "Classify bags, or slides in one go, with a trained model."),
 }
 

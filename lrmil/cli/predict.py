@@ -30,7 +30,7 @@ OUTPUTS = {"predictions.csv": (b"slide_id,case_id,status,predicted",), "predicti
     required=True,
     type=EXISTING,
     metavar="FILE|RUN",
-    help="model.safetensors of lrmil train, or a run, whose folds then answer together.",
+    help="model.safetensors of lrmil train, a run, whose folds answer together, or a cascade.",
 )
 @click.option("--bags", multiple=True, type=EXISTING, metavar="DIR|BAG", help="Bags, instead of SLIDES; repeatable.")
 @click.option("-o", "--out", required=True, type=PATH, metavar="DIR", help="Where results go.")
@@ -50,6 +50,12 @@ OUTPUTS = {"predictions.csv": (b"slide_id,case_id,status,predicted",), "predicti
     "--pyramids/--no-pyramids", default=False, show_default=True, help="Write each picture as OME-TIFF for QuPath, too."
 )
 @click.option("--smooth/--no-smooth", default=False, show_default=True, help="Interpolate pictures between tiles.")
+@click.option(
+    "--hr-budget",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="With a cascade: HR tiles read of an uncertain slide.  [as calibrated]",
+)
 @click.option("--device", metavar="DEV", default="auto", show_default=True, help="cpu, cuda:0 or auto.")
 def predict(**values: Any) -> int:
     """Classify SLIDES, or bags that exist, with a trained model.
@@ -64,12 +70,18 @@ def predict(**values: Any) -> int:
     lrmil predict --model run archive/ -o out --abstain accuracy=0.95
     lrmil predict --model model.safetensors --bags job/bags -o out --geojson
     """
+    from lrmil.cascade.card import is_cascade
+    from lrmil.cli.cascade import predict_with_cascade
     from lrmil.experiment import write_slide_files
     from lrmil.predictor import load_predictor, write_predictions
 
     if bool(values["bags"]) == bool(values["sources"] or values["manifest"]):
         raise click.UsageError("give SLIDES, or --bags, and not both")
     refuse_foreign_outputs(values["out"], OUTPUTS)
+    if is_cascade(values["model"]):
+        return predict_with_cascade(values)
+    if values["hr_budget"]:
+        raise click.UsageError("--hr-budget is for a cascade, see lrmil cascade")
     predictor = load_predictor(values["model"], device=values["device"], name=values["name"])
     if values["abstain"]:
         click.echo(str(predictor.abstain(values["abstain"])), err=True)

@@ -83,6 +83,18 @@ __all__ = ["train"]
 @click.option("--teacher", type=EXISTING, metavar="MODEL|RUN", help="Distil from this model, or from a run's folds.")
 @click.option("--teacher-bags", type=EXISTING, metavar="DIR", help="Bags with the teacher's level.  [--bags]")
 @click.option("--teacher-level", type=RESOLUTION, metavar="RES", help="Level of the teacher.  [as it says]")
+@click.option("--guided-by", type=EXISTING, metavar="RUN", help="Train on parts of bags too, chosen by this LR run.")
+@click.option(
+    "--guided-share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.2,
+    show_default=True,
+    metavar="SHARE",
+    help="With --guided-by: tiles of such a part.",
+)
+@click.option(
+    "--guided-draws", type=click.IntRange(1), default=3, show_default=True, help="With --guided-by: parts of each bag."
+)
 @click.option("--l-ce", "loss_ce", type=float, help="Weight of the labels.  [1]")
 @click.option("--l-bag", "loss_bag", type=float, help="Weight of the teacher's probabilities.  [1]")
 @click.option("--l-soft", "loss_soft", type=float, help="Weight of the teacher's attention.  [0.5]")
@@ -107,6 +119,7 @@ def train(**values: Any) -> int:
     lrmil train --bags job/bags --labels labels.csv -r 20x -o teacher --splits splits.csv --model gated-abmil
     lrmil train --bags job/bags --labels labels.csv -r 5x -o student --splits splits.csv --teacher teacher
     """
+    from lrmil.cli.guided import guiding_level, open_guide
     from lrmil.experiment import evaluate_run, load_cohort, train_folds
     from lrmil.experiment.cohort import open_features
     from lrmil.experiment.folds import SPLITS_NAME
@@ -121,6 +134,7 @@ def train(**values: Any) -> int:
         store_dir=values["store"] or out / "store",
         dtype=values["dtype"],
         allow_random=values["allow_random"],
+        parent_level=guiding_level(values["guided_by"]),
         progress=pack_progress(),
     )
     cohort = load_cohort(
@@ -141,6 +155,7 @@ def train(**values: Any) -> int:
     print_notes(cohort.notes(splits))
     folds = [splits.fold_name(fold) for fold in values["folds"]] or list(splits.folds)
     teacher, hr_store = _teacher(values, folds, out, store.meta.level)
+    guide = open_guide(values, out)
     results = train_folds(
         cohort,
         splits,
@@ -150,6 +165,7 @@ def train(**values: Any) -> int:
         seeds=values["seeds"] if len(values["seeds"]) > 1 else (),
         teacher=teacher,
         hr_store=hr_store,
+        guide=guide,
         progress=_progress(settings),
         allow_seen=values["allow_seen"],
         say=lambda text: click.echo(text, err=True),

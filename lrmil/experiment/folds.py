@@ -10,6 +10,7 @@ from lrmil.checkpoint import ModelCard, load_model, read_card
 from lrmil.config import TrainSettings
 from lrmil.errors import ModelFileError, ModelMismatchError
 from lrmil.experiment.cohort import Cohort
+from lrmil.experiment.guided import Guide
 from lrmil.experiment.model_card import write_model_card, write_run_card
 from lrmil.leaks import check_encoder, check_model, judged_of
 from lrmil.model import MILModel
@@ -101,6 +102,7 @@ def train_folds(
     seeds: Sequence[int] = (),
     teacher: TeacherSource | None = None,
     hr_store: FeatureStore | None = None,
+    guide: Guide | None = None,
     progress: Callable[[str, Mapping[str, float | None]], object] | None = None,
     allow_seen: bool = False,
     say: Callable[[str], object] | None = None,
@@ -108,8 +110,9 @@ def train_folds(
     """Train each fold into ``out/<fold>`` over one resident store; the splits are written beside them.
 
     Every fold starts from fresh weights and, with a teacher, has that fold's own. seeds: train each fold with every
-    one of them, into ``out/<fold>-seed_<seed>``; none is the settings' own seed alone. progress: called with folder
-    name and figures of each epoch. Returns results by folder name.
+    one of them, into ``out/<fold>-seed_<seed>``; none is the settings' own seed alone. guide: train on parts of bags
+    too, see ``lrmil.experiment.guided``. progress: called with folder name and figures of each epoch. Returns results
+    by folder name.
 
     Raises LeakageError before anything is trained where the features' encoder or the teacher saw validation or test
     cases; with allow_seen such an overlap is told to ``say`` and stated in the models' cards. The rest as
@@ -137,6 +140,10 @@ def train_folds(
         if there.is_file() and any((out / name).is_dir() for name in splits.folds):
             raise ConfigError(f"{there} holds other folds", remedy=f"give --splits {there}, or another --out")
         splits.write(there)
+    if guide is not None:
+        if teacher is not None:
+            raise ConfigError("a student is not trained on parts of bags", remedy="leave out --guided-by or --teacher")
+        guide.check(names, splits, cohort, allow=allow_seen, say=say)
     device = choose_device(settings.device)
     resident = ResidentStore.of(cohort.store, device, choose_precision(settings.precision, device))
     hr_resident: ResidentStore | None = None if hr_store is None else ResidentStore.of(hr_store, device)
@@ -155,10 +162,12 @@ def train_folds(
                 if say is not None:
                     say(f"{folder}: {text}")
 
+            whole = (resident, cohort.table, indices[name])
+            store, table, split = whole if guide is None else guide.extend(whole, name, seed, settings)
             results[folder] = train(
-                resident,
-                cohort.table,
-                indices[name],
+                store,
+                table,
+                split,
                 replace(settings, seed=seed),
                 out / folder,
                 teacher=master,
