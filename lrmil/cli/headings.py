@@ -28,7 +28,7 @@ LRMIL = Layout(
         "Teacher": (
             "--teacher", "--teacher-bags", "--teacher-level", "--mil-teacher", "--targets", "--targets-dir", "--layers",
             "--layer-variance", "--patch", "--final", "--l-ce", "--l-bag", "--l-soft", "--l-hard", "--temperature",
-            "--instances", "--random-teacher",
+            "--instances", "--random-teacher", "--guided-by", "--guided-share", "--guided-draws",
         ),
         "Figures": (
             "--part", "--positive", "--at-sensitivity", "--abstain", "--replicates", "evaluate --seed",
@@ -49,7 +49,7 @@ LRMIL = Layout(
         "--teacher-bags", "--teacher-level", "--mil-teacher", "--targets", "--targets-dir", "--layers",
         "--layer-variance", "--patch", "--final", "--l-ce", "--l-bag", "--l-soft", "--l-hard", "--temperature",
         "--instances", "--random-teacher", "--positive", "--at-sensitivity", "--replicates", "--attention", "--top",
-        "--smooth", "--pyramids",
+        "--smooth", "--pyramids", "--guided-by", "--guided-share", "--guided-draws",
         "--precision", "--threads", "--cache-mib", "--targets-mib", "--allow-random", "distill --seed",
         "distill --slides", "distill --labels", "--cases",
     }),
@@ -76,6 +76,7 @@ LRMIL = Layout(
         "--final": "WEIGHT",
         "--temperature": "T",
         "--instances": "TILES",
+        "--guided-draws": "PARTS",
         "--replicates": "N",
         "--stain": "STRENGTH",
         "--jitters": "GRIDS",
