@@ -179,7 +179,7 @@ def run_arms(
                 master.model, *stores, learned, attention=True, token_budget=settings.mil.token_budget
             )
         probabilities = train_end_to_end(
-            features.tiles, pseudo if taught else known, learned.tolist(), parts.test.tolist(), classes=len(names),
+            features.tiles, pseudo if taught else known, learned.tolist(), parts.test.tolist(), classes=names,
             student=student, head=settings.mil.model, settings=settings.end_to_end, seed=seed, targets=targets,
             loss=settings.student_loss if taught else None,
         )  # fmt: skip

@@ -87,6 +87,7 @@ LRMIL = [
     "predictor",
     "pictures",
     "experiment",
+    "finetuning",
     "api",
     "cli",
     "__main__",

@@ -260,7 +260,7 @@ def test_a_network_learns_end_to_end_and_the_same_from_the_same_seed(
 
     def trained(seed: int) -> np.ndarray:
         return train_end_to_end(
-            features.tiles, labels, range(16), range(16, 24), classes=2, student="timm:test_resnet",
+            features.tiles, labels, range(16), range(16, 24), classes="ab", student="timm:test_resnet",
             head=ModelSettings("gated-abmil", hidden=8, attention_dim=4), settings=settings, seed=seed,
         )  # fmt: skip
 
