@@ -32,8 +32,10 @@ __all__ = [
     "load_model",
     "load_whole",
     "no_nan",
+    "optimizer_tensors",
     "read_card",
     "read_tensors",
+    "restore_optimizer",
     "save_model",
     "write_tensors",
 ]
@@ -228,6 +230,32 @@ def _text_sha256(text: str) -> str:
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file of that kind. Raises ModelFileError when it is missing, broken or another kind."""
     return _open(path, kind, with_tensors=True)
+
+
+def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
+    """AdamW's moments and step counts by "optimizer.NUMBER.MOMENT", parameters counted through its groups."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        f"optimizer.{i}.{moment}": torch.as_tensor(value)
+        for i, parameter in enumerate(parameters)
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of ``optimizer_tensors``; other names among ``tensors`` are passed over."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, tensor in tensors.items():
+        head, _, rest = name.partition(".")
+        if head != "optimizer":
+            continue
+        number, _, moment = rest.partition(".")
+        parameter = parameters[int(number)]
+        # AdamW keeps its step count on the CPU.
+        value = tensor.clone() if moment == "step" else tensor.to(parameter.device, copy=True)
+        if parameter not in optimizer.state:
+            optimizer.state[parameter] = {}
+        optimizer.state[parameter][moment] = value
 
 
 _REMEDY = "give a model file that lrmil train has written, or copy it again"

@@ -90,6 +90,7 @@ LRMIL = [
     "pictures",
     "experiment",
     "cascade",
+    "finetuning",
     "api",
     "cli",
     "__main__",

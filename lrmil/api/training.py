@@ -13,6 +13,7 @@ from lrmil.api.model import Model
 from lrmil.config import TrainSettings
 from lrmil.errors import FiguresError
 from lrmil.experiment import (
+    Cohort,
     RunFigures,
     evaluate_model,
     evaluate_run,
@@ -29,7 +30,7 @@ from lrmil.store.dtypes import StoreDtype
 from wsi_pipe.api.grids import as_label
 from wsi_pipe.errors import ConfigError
 
-__all__ = ["evaluate", "train"]
+__all__ = ["evaluate", "fold_figures", "splits_for", "train"]
 
 Say = Callable[[str], object]
 
@@ -100,13 +101,7 @@ def train(
         slide_table=None if slide_table is None else Path(slide_table),
         site_column=site_column,
     )
-    if splits is None:
-        table = make_splits(cohort.table.case_labels(), folds, split_seed, val_fraction)
-        there = out / SPLITS_NAME
-        if there.is_file() and read_splits(there) != table:
-            raise ConfigError(f"{there} holds other folds", remedy=f"give splits={str(there)!r}, or another folder")
-    else:
-        table = splits if isinstance(splits, SplitTable) else read_splits(Path(splits))
+    table = splits_for(cohort, splits, out, folds, split_seed, val_fraction)
     for note in cohort.notes(table):
         tell(note)
     name = table.fold_name(fold)
@@ -135,7 +130,7 @@ def train(
         allow_seen=allow_seen,
         say=tell,
     )
-    figures = _figures(out / name, positive, replicates)
+    figures = fold_figures(out / name, positive, replicates)
     return Model(out / name / MODEL_NAME, device=chosen.device, figures=figures)
 
 
@@ -220,7 +215,7 @@ def evaluate(
     )
 
 
-def _figures(folder: Path, positive: str | None, replicates: int) -> RunFigures | None:
+def fold_figures(folder: Path, positive: str | None, replicates: int) -> RunFigures | None:
     """Of the test cases, else of the validation cases; None where the fold has neither."""
     for part in ("test", "val"):
         try:
@@ -229,3 +224,16 @@ def _figures(folder: Path, positive: str | None, replicates: int) -> RunFigures 
             continue
         return evaluate_run(folder, part=part, positive=positive, replicates=replicates)
     return None
+
+
+def splits_for(
+    cohort: Cohort, splits: PathLike | SplitTable | None, out: Path, folds: int, seed: int, val_fraction: float
+) -> SplitTable:
+    """The splits given, or folds made of the cohort's cases. Raises ConfigError where ``out`` holds others."""
+    if splits is not None:
+        return splits if isinstance(splits, SplitTable) else read_splits(Path(splits))
+    table = make_splits(cohort.table.case_labels(), folds, seed, val_fraction)
+    there = out / SPLITS_NAME
+    if there.is_file() and read_splits(there) != table:
+        raise ConfigError(f"{there} holds other folds", remedy=f"give splits={str(there)!r}, or another folder")
+    return table

@@ -19,6 +19,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pack": ("lrmil.cli.prepare:pack", "Copy features of many bags into one store that trains fast."),
     "distill": ("lrmil.cli.distill:distill", "Distil a low-resolution encoder from a high-resolution one (stage 1)."),
     "train": ("lrmil.cli.train:train", "Train a MIL model, a teacher or a student, on one fold or all."),
+    "finetune": (
+        "lrmil.cli.finetune:finetune",
+        "Train an encoder further, together with its classifier (stage 2, not frozen).",
+    ),
     "evaluate": ("lrmil.cli.evaluate:evaluate", "Figures with intervals, of a run or of a model on other bags."),
     "experiment": (
         "lrmil.cli.experiment:experiment",

@@ -12,23 +12,27 @@ LRMIL = Layout(
     {
         "Bags and labels": (
             "--bags", "--slides", "--slide-mpp", "--override-mpp", "--reader", "--scene", "--z", "--resolution",
-            "--encoder", "--labels", "--label-column", "--by", "--store", "pack --dtype", "train --dtype", "--parents",
+            "--encoder", "--labels", "--label-column", "--by", "--store", "pack --dtype", "train --dtype",
+            "finetune --dtype", "--parents",
         ),
         "Folds": (
             "--splits", "--fold", "--folds", "--all", "--cases", "--val-fraction", "--test-fraction", "--split-seed",
             "--allow-seen",
         ),
         "Run": ("--out", "--run", "--job", "--config", "--set", "--name", "--tensorboard"),
-        "Model": ("--model", "--hidden", "--dropout", "--student", "--student-px", "--random-student"),
+        "Model": (
+            "--model", "--hidden", "--dropout", "--student", "--student-px", "--random-student", "--random-weights",
+        ),
         "Training": (
-            "--epochs", "--learning-rate", "--weight-decay", "--batch-size", "--patience", "--monitor", "--schedule",
-            "--clip-norm", "--class-weights", "--standardise", "--token-budget", "--max-bags", "--stain", "--flips",
-            "--jitters", "--seed", "--deterministic",
+            "--epochs", "--steps", "--learning-rate", "--weight-decay", "--batch-size", "--patience", "--monitor",
+            "--schedule", "--clip-norm", "--class-weights", "--standardise", "--token-budget", "--max-bags",
+            "--max-tiles", "--stain", "--flips", "--jitters", "--seed", "--deterministic",
         ),
         "Teacher": (
-            "--teacher", "--teacher-bags", "--teacher-level", "--mil-teacher", "--targets", "--targets-dir", "--layers",
-            "--layer-variance", "--patch", "--final", "--l-ce", "--l-bag", "--l-soft", "--l-hard", "--temperature",
-            "--instances", "--random-teacher", "--guided-by", "--guided-share", "--guided-draws",
+            "--teacher", "--teacher-bags", "--teacher-level", "--unlabelled", "--mil-teacher", "--targets",
+            "--targets-dir", "--layers", "--layer-variance", "--patch", "--final", "--l-ce", "--l-bag",
+            "--l-soft", "--l-hard", "--temperature", "--instances", "--random-teacher", "--guided-by",
+            "--guided-share", "--guided-draws",
         ),
         "Figures": (
             "--part", "--positive", "--at-sensitivity", "--abstain", "--replicates", "evaluate --seed",
@@ -42,7 +46,8 @@ LRMIL = Layout(
     },
     rare=frozenset({
         "--slide-mpp", "--override-mpp", "--reader", "--scene", "--z", "--label-column", "--by", "--store",
-        "train --dtype", "--parents", "--val-fraction", "--split-seed", "train --folds", "--allow-seen", "--name",
+        "train --dtype", "finetune --dtype", "--parents", "--val-fraction", "--split-seed", "train --folds",
+        "finetune --folds", "--allow-seen", "--name",
         "--tensorboard", "--hidden", "--dropout", "--student-px", "--random-student", "--weight-decay",
         "distill --batch-size", "--patience", "--monitor", "--schedule", "--clip-norm", "--class-weights",
         "--standardise", "--token-budget", "--max-bags", "--stain", "--flips", "--jitters", "--deterministic",
@@ -51,7 +56,7 @@ LRMIL = Layout(
         "--instances", "--random-teacher", "--positive", "--at-sensitivity", "--replicates", "--attention", "--top",
         "--smooth", "--pyramids", "--guided-by", "--guided-share", "--guided-draws",
         "--precision", "--threads", "--cache-mib", "--targets-mib", "--allow-random", "distill --seed",
-        "distill --slides", "distill --labels", "--cases",
+        "distill --slides", "distill --labels", "--cases", "finetune --slides", "--random-weights", "--max-tiles",
     }),
     units=UNITS | {
         "distill --batch-size": "TILES",
@@ -62,6 +67,8 @@ LRMIL = Layout(
         "--hidden": "WIDTH",
         "--dropout": "SHARE",
         "--epochs": "N",
+        "--steps": "N",
+        "--max-tiles": "TILES",
         "--learning-rate": "RATE",
         "--weight-decay": "DECAY",
         "--clip-norm": "NORM",

@@ -31,6 +31,7 @@ __all__ = [
     "print_figures",
     "print_notes",
     "seen_option",
+    "stack",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -67,7 +68,8 @@ ABSTAIN = click.option(
 )
 
 
-def _stack(function: F, *decorators: Callable[[F], F]) -> F:
+def stack(function: F, *decorators: Callable[[F], F]) -> F:
+    """``function`` under decorators, the first outermost."""
     for decorator in reversed(decorators):
         function = decorator(function)
     return function
@@ -75,7 +77,7 @@ def _stack(function: F, *decorators: Callable[[F], F]) -> F:
 
 def bag_options(function: F) -> F:
     """Which features: --bags, -r and --encoder."""
-    return _stack(
+    return stack(
         function,
         click.option(
             "--bags",
@@ -97,7 +99,7 @@ def bag_options(function: F) -> F:
 
 def label_options(function: F) -> F:
     """Which labels: --labels, --by and --label-column."""
-    return _stack(
+    return stack(
         function,
         click.option(
             "--labels",
@@ -160,12 +162,12 @@ def _pooled_prevalence(result: RunFigures) -> dict[str, float]:
 def seen_option(function: F) -> F:
     """--allow-seen."""
     text = "Judge on cases that model or encoder have seen all the same; the result says so."
-    return _stack(function, click.option("--allow-seen", is_flag=True, help=text))
+    return stack(function, click.option("--allow-seen", is_flag=True, help=text))
 
 
 def positive_options(function: F) -> F:
     """Which class is looked for, and at which sensitivities: --positive and --at-sensitivity."""
-    return _stack(
+    return stack(
         function,
         click.option("--positive", metavar="CLASS", help="Which of two classes is looked for.  [the second]"),
         click.option(

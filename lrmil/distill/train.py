@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 import json
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lrmil.checkpoint import read_tensors, write_tensors
+from lrmil.checkpoint import optimizer_tensors, read_tensors, restore_optimizer, write_tensors
 from lrmil.distill.feed import Feed, ReadyBatch, TargetBatch
 from lrmil.distill.pixels import PixelSource
 from lrmil.distill.ranks import ALONE, Ranks
@@ -337,10 +336,7 @@ def _save(
     run: str,
 ) -> None:
     tensors = {f"model.{n}": v for n, v in student.state_dict().items()} | {f"best.{n}": v for n, v in best.items()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, parameter in enumerate(parameters):
-        for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{i}.{moment}"] = torch.as_tensor(value)
+    tensors |= optimizer_tensors(optimizer)
     header: dict[str, Any] = {
         "run": run, "best": history.best, "finished": history.finished, "epochs": json.dumps(history.epochs),
         "best_value": best_value,
@@ -364,12 +360,6 @@ def _resume(
         head, _, rest = name.partition(".")
         parts[head][rest] = tensor
     student.load_state_dict(parts["model"])
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, tensor in parts["optimizer"].items():
-        number, _, moment = name.partition(".")
-        parameter = parameters[int(number)]
-        # AdamW keeps its step count on the CPU.
-        place = tensor if moment == "step" else tensor.to(parameter.device)
-        optimizer.state[parameter][moment] = copy.copy(place)
+    restore_optimizer(optimizer, tensors)
     history = DistillHistory(parse_json(header["epochs"]), int(header["best"]), bool(header["finished"]))
     return history, float(header["best_value"]), parts["best"]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrmil.checkpoint import read_tensors, write_tensors
+from lrmil.checkpoint import optimizer_tensors, read_tensors, write_tensors
 from lrmil.config import TrainSettings, deciding
 from lrmil.errors import ModelFileError, ResumeError
 from lrmil.model import MILModel
@@ -56,9 +56,7 @@ def save_state(
     """Write the state so that ``path`` holds all of it or the one before."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"best.{name}": value for name, value in progress.best_weights.items()}
-    for i, parameter in enumerate(_parameters(optimizer)):
-        for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{i}.{moment}"] = torch.as_tensor(value)
+    tensors |= optimizer_tensors(optimizer)
     tensors["random.cpu"] = torch.random.get_rng_state()
     if device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
@@ -86,7 +84,7 @@ def load_state(path: Path, model: MILModel, optimizer: AdamW, run: str, device: 
     for i, parameter in enumerate(_parameters(optimizer)):
         found = {m: tensors[f"optimizer.{i}.{m}"] for m in _MOMENTS if f"optimizer.{i}.{m}" in tensors}
         if found:
-            # AdamW keeps "step" where it was; only the moments follow the parameter.
+            # The fused kernel wants its step count beside the moments.
             moved: dict[str, Any] = {m: v.to(parameter.device) for m, v in found.items()}
             optimizer.state[parameter] = moved
     torch.random.set_rng_state(tensors["random.cpu"])

@@ -46,7 +46,9 @@ class TeacherTargets:
         logits = self.logits[batch.bag_index]
         if self.mass is None or self.covered is None:
             return BatchTargets(logits, None, None)
-        within = torch.arange(len(batch.segment), device=batch.segment.device) - batch.offsets[batch.segment]
+        within = batch.rows
+        if within is None:
+            within = torch.arange(len(batch.segment), device=batch.segment.device) - batch.offsets[batch.segment]
         rows = self.offsets[batch.bag_index][batch.segment] + within
         return BatchTargets(logits, self.mass[rows], self.covered[rows])
 

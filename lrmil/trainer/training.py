@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,50 +16,43 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-import lrmil
 from lrmil.checkpoint import MODEL_KIND, ModelCard, read_card, read_tensors, save_model
 from lrmil.config import ATTENTION_MODELS, TrainSettings, deciding
 from lrmil.data import LabelTable
 from lrmil.errors import ModelFileError, ResumeError, SettingsError, SplitError, TrainingError
 from lrmil.leaks import seen_of
-from lrmil.metrics import calibrate, figures
 from lrmil.model import MILModel
 from lrmil.ood import Reference
 from lrmil.splits import FoldIndices
 from lrmil.store import FeatureStore, ResidentStore
 from lrmil.trainer.compute import bag_logits, choose_device, choose_precision, deterministic, place
-from lrmil.trainer.fitting import Fitted, fit_model
+from lrmil.trainer.fitting import fit_model
 from lrmil.trainer.loop import HISTORY_NAME, STATE_NAME, EpochFigures, Run, write_history
 from lrmil.trainer.optimise import class_weights
+from lrmil.trainer.outcome import PREDICTIONS_NAME, Prediction, model_card, predictions_csv, weights_hash
 from lrmil.trainer.record import with_record
 from lrmil.trainer.state import STATE_KIND, check_state, run_fingerprint
 from lrmil.trainer.steps import Step, plain_step, student_step
 from lrmil.trainer.targets import TeacherTargets, teacher_targets
-from wsi_pipe.config import dump_toml, to_mapping
-from wsi_pipe.encoders.random_id import RANDOM, is_random
+from wsi_pipe.config import dump_toml
 from wsi_pipe.files import remove_partial_files, write_text_atomically
 from wsi_pipe.locking import hold_file
 from wsi_pipe.ownership import claim_folder
 from wsi_pipe.seen import NOBODY, Seen
-from wsi_pipe.tables import csv_text
 
-__all__ = ["MODEL_NAME", "PREDICTIONS_NAME", "Prediction", "TrainResult", "train"]
+__all__ = [
+    "MODEL_NAME",
+    "PREDICTIONS_NAME",
+    "Prediction",
+    "TrainResult",
+    "hold_run",
+    "predictions_csv",
+    "train",
+]
 
 MODEL_NAME = "model.safetensors"
-PREDICTIONS_NAME = "predictions.csv"
 MARKER = ".lrmil-run"
 LOCK_NAME = ".lock"
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Logits of one bag. part: "val" or "test". logits: (C,) before calibration."""
-
-    slide_id: str
-    case_id: str
-    part: str
-    label: int
-    logits: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -132,7 +124,7 @@ def train(
         hashes = {"features": resident.store.content_hash}
         if teacher is not None and hr_store is not None:
             hr = hr_store.store if isinstance(hr_store, ResidentStore) else hr_store
-            hashes |= {"teacher": _weights_hash(teacher), "hr_features": hr.content_hash}
+            hashes |= {"teacher": weights_hash(teacher), "hr_features": hr.content_hash}
         fingerprint = run_fingerprint(settings, split, torch.from_numpy(table), names, hashes)
     with nullcontext() if out is None else hold_run(out):
         if out is not None:
@@ -234,8 +226,17 @@ def _train(
     if say is not None and fitted.choice:
         say(str(fitted.choice["said"]))
     seen = seen_of(resident.store.records, cases, {"train": split.train, "val": split.val}) | teacher_saw
-    card = _card(settings, fitted, names, resident.store, predictions, fold, hashes, teacher, weights)
-    card = replace(card, seen=seen, allowed=tuple(allowed), sites=sites)
+    card = model_card(settings, fitted.model.settings, names, resident.store.meta, predictions, weights)
+    card = replace(
+        card,
+        choice=fitted.choice,
+        fold=fold,
+        features_sha256=hashes.get("features", ""),
+        teacher={} if teacher is None else {"model": teacher.settings.name, "sha256": hashes.get("teacher", "")},
+        seen=seen,
+        allowed=tuple(allowed),
+        sites=sites,
+    )
     val = np.array([p.logits for p in predictions if p.part == "val"]).reshape(-1, len(names))
     card, reference = with_record(card, resident, split, table, cases, val)
     result = TrainResult(fitted.model, card, fitted.history, fitted.best_epoch, predictions, reference=reference)
@@ -246,23 +247,6 @@ def _train(
         write_history(out / HISTORY_NAME, fitted.history)
     save_model(out / MODEL_NAME, fitted.model, card, reference)
     return replace(result, model_path=out / MODEL_NAME)
-
-
-def predictions_csv(
-    predictions: Sequence[Prediction], card: ModelCard, calibrated: NDArray[np.float64] | None = None
-) -> str:
-    """The table of predictions: ids, part, label, logits, and calibrated probabilities.
-
-    calibrated: (N, C), where they do not follow from the card, as those of an ensemble.
-    """
-    logit_names = [f"logit_{name}" for name in card.classes]
-    probability_names = [f"probability_{name}" for name in card.classes]
-    rows: list[list[object]] = []
-    for i, p in enumerate(predictions):
-        own = card.probabilities([p.logits])[0] if calibrated is None else calibrated[i]
-        probabilities = own.tolist()
-        rows.append([p.slide_id, p.case_id, p.part, card.classes[p.label], *p.logits, *probabilities])
-    return csv_text(["slide_id", "case_id", "part", "label", *logit_names, *probability_names], rows)
 
 
 def _labels(
@@ -358,60 +342,3 @@ def _predict(model: MILModel, run: Run, cases: Sequence[str]) -> tuple[Predictio
     if bad:
         raise TrainingError(f"the logits of {bad[0]} are not finite", remedy="look for NaN in its features")
     return tuple(found)
-
-
-def _card(
-    settings: TrainSettings,
-    fitted: Fitted,
-    names: tuple[str, ...],
-    store: FeatureStore,
-    predictions: Sequence[Prediction],
-    fold: str | None,
-    hashes: Mapping[str, str],
-    teacher: MILModel | None,
-    weights: Sequence[float],
-) -> ModelCard:
-    by_part = {part: [p for p in predictions if p.part == part] for part in ("val", "test")}
-    val = by_part["val"]
-    calibration = calibrate(
-        np.array([p.logits for p in val]).reshape(-1, len(names)),
-        [p.label for p in val],
-        [p.case_id for p in val],
-        class_weights=weights,
-    )
-    metrics: dict[str, float] = {}
-    for part, rows in by_part.items():
-        if rows:
-            probabilities = calibration.probabilities([p.logits for p in rows])
-            found = figures([p.label for p in rows], probabilities)
-            metrics |= {f"{part}_{name}": value for name, value in found.items()}
-    meta = store.meta
-    return ModelCard(
-        fitted.model.settings,
-        names,
-        encoder=meta.encoder,
-        weights_sha256=meta.weights_sha256,
-        weights=RANDOM if is_random(meta.encoder, meta.weights_sha256) else "",
-        level=meta.level,
-        mpp=meta.mpp,
-        tile_px=meta.tile_px,
-        temperature=calibration.temperature,
-        bias=calibration.bias,
-        calibration=f"{calibration.method}: {calibration.note}" if calibration.note else calibration.method,
-        training=to_mapping(settings),
-        choice=fitted.choice,
-        metrics=metrics,
-        fold=fold,
-        features_sha256=hashes.get("features", ""),
-        teacher={} if teacher is None else {"model": teacher.settings.name, "sha256": hashes.get("teacher", "")},
-        lrmil_version=lrmil.__version__,
-        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-
-
-def _weights_hash(model: MILModel) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
