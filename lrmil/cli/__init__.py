@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pack": ("lrmil.cli.prepare:pack", "Copy features of many bags into one store that trains fast."),
     "distill": ("lrmil.cli.distill:distill", "Distil a low-resolution encoder from a high-resolution one (stage 1)."),
     "train": ("lrmil.cli.train:train", "Train a MIL model, a teacher or a student, on one fold or all."),
+    "tune": ("lrmil.cli.tune:tune", "Choose settings by search inside a fold's training cases."),
     "evaluate": ("lrmil.cli.evaluate:evaluate", "Figures with intervals, of a run or of a model on other bags."),
     "experiment": (
         "lrmil.cli.experiment:experiment",

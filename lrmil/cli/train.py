@@ -21,7 +21,7 @@ from lrmil.cli.options import (
     print_notes,
     seen_option,
 )
-from lrmil.config import CHOICES, MONITORS, POOLINGS, LossSettings, TrainSettings, load_settings
+from lrmil.config import CHOICES, MONITORS, POOLINGS, LossSettings, TrainSettings, load_settings, tuned_on
 from wsi_pipe.cli import messages
 from wsi_pipe.cli.options import RESOLUTION, changes_option_of
 from wsi_pipe.errors import ConfigError
@@ -140,6 +140,7 @@ def train(**values: Any) -> int:
             raise ConfigError(f"{there} holds other folds", remedy=f"give --splits {there}, or another --out")
     print_notes(cohort.notes(splits))
     folds = [splits.fold_name(fold) for fold in values["folds"]] or list(splits.folds)
+    _check_tuned(values, cohort, splits, folds)
     teacher, hr_store = _teacher(values, folds, out, store.meta.level)
     results = train_folds(
         cohort,
@@ -200,6 +201,17 @@ def settings_from(values: Mapping[str, Any]) -> TrainSettings:
         # Without a teacher its terms are nothing, whatever a settings file says.
         changes["loss"] = LossSettings(ce=changes["loss"].ce, bag=0.0, soft=0.0, hard=0.0)
     return dataclasses.replace(base, **changes)
+
+
+def _check_tuned(values: Mapping[str, Any], cohort: Any, splits: Any, folds: list[str]) -> None:
+    """Refuse settings that were chosen on cases that a fold tests."""
+    from lrmil.leaks import check_tuned, judged_of
+
+    marks = tuned_on(values["config"]) if values["config"] else None
+    for fold in folds if marks else ():
+        judged = judged_of(cohort.store.records, cohort.table.case_ids, cohort.fold(splits, fold).test)
+        say = lambda text: click.echo(text, err=True)  # noqa: E731
+        check_tuned(marks or (), values["config"], judged, allow=values["allow_seen"], say=say)
 
 
 def _teacher(values: Mapping[str, Any], folds: list[str], out: Path, level: str) -> tuple[Any, Any]:
