@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wsi_pipe.config import load_toml, to_mapping
+from wsi_pipe.config import from_mapping, load_toml, to_mapping
 from wsi_pipe.errors import ConfigError
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "TrainSettings",
     "deciding",
     "load_settings",
+    "tuned_on",
 ]
 
 MODELS = ("linear", "mean", "max", "abmil", "gated-abmil", "clam-sb", "dsmil", "transmil")
@@ -242,6 +244,8 @@ class TrainSettings:
                 raise ConfigError(f"{name} {getattr(self, name)!r} must be one of {', '.join(known)}")
 
 
+TUNED = "tuned"
+"""The table of a settings file that ``lrmil tune`` writes beside the settings."""
 LATER: Mapping[str, object] = {"model.projection": True, "loss.parents": "sum"}
 """Settings that came after the first runs, at the values that change nothing."""
 
@@ -261,4 +265,28 @@ def deciding(settings: TrainSettings | Mapping[str, Any]) -> dict[str, Any]:
 
 def load_settings(path: Path) -> TrainSettings:
     """Training settings from a TOML file. Raises ConfigError naming the file and the key when one is wrong."""
-    return load_toml(TrainSettings, path)
+    if tuned_on(path) is None:
+        return load_toml(TrainSettings, path)
+    return from_mapping(TrainSettings, {key: value for key, value in _toml(path).items() if key != TUNED}, str(path))
+
+
+def tuned_on(path: Path) -> frozenset[str] | None:
+    """Marks (``wsi_pipe.seen``) of the cases that settings were chosen on; None for a file that says nothing of them.
+
+    Raises ConfigError where it says it wrongly.
+    """
+    try:
+        values = _toml(path)
+    except (OSError, ValueError):
+        # What is wrong with the file is told where its settings are read.
+        return None
+    if TUNED not in values:
+        return None
+    cases = values[TUNED].get("cases") if isinstance(values[TUNED], Mapping) else None
+    if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
+        raise ConfigError(f"{path}: [{TUNED}] does not say whose cases the settings were chosen on")
+    return frozenset(cases)
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "lrmil.cli.finetune:finetune",
         "Train an encoder further, together with its classifier (stage 2, not frozen).",
     ),
+    "tune": ("lrmil.cli.tune:tune", "Choose settings by search inside a fold's training cases."),
     "evaluate": ("lrmil.cli.evaluate:evaluate", "Figures with intervals, of a run or of a model on other bags."),
     "experiment": (
         "lrmil.cli.experiment:experiment",

@@ -20,7 +20,7 @@ from lrmil.cli.options import (
     seen_option,
 )
 from lrmil.cli.training import merged_settings, print_run, split_options, splits_of, teacher_of, teacher_options
-from lrmil.config import CHOICES, MONITORS, POOLINGS, TrainSettings, load_settings
+from lrmil.config import CHOICES, MONITORS, POOLINGS, TrainSettings, load_settings, tuned_on
 from wsi_pipe.cli import messages
 from wsi_pipe.cli.options import changes_option_of
 
@@ -130,6 +130,7 @@ def train(**values: Any) -> int:
     splits = splits_of(values, cohort, out)
     print_notes(cohort.notes(splits))
     folds = [splits.fold_name(fold) for fold in values["folds"]] or list(splits.folds)
+    _check_tuned(values, cohort, splits, folds)
     teacher, hr_store = teacher_of(values, folds, out, store.meta.level)
     guide = open_guide(values, out)
     results = train_folds(
@@ -155,6 +156,17 @@ def settings_from(values: Mapping[str, Any]) -> TrainSettings:
     """Settings from options over the settings file over the defaults. Raises ConfigError when one is refused."""
     base = load_settings(values["config"]) if values["config"] else TrainSettings()
     return merged_settings(base, values, "model.landmarks=128")
+
+
+def _check_tuned(values: Mapping[str, Any], cohort: Any, splits: Any, folds: list[str]) -> None:
+    """Refuse settings that were chosen on cases that a fold tests."""
+    from lrmil.leaks import check_tuned, judged_of
+
+    marks = tuned_on(values["config"]) if values["config"] else None
+    for fold in folds if marks else ():
+        judged = judged_of(cohort.store.records, cohort.table.case_ids, cohort.fold(splits, fold).test)
+        say = lambda text: click.echo(text, err=True)  # noqa: E731
+        check_tuned(marks or (), values["config"], judged, allow=values["allow_seen"], say=say)
 
 
 def _progress(settings: TrainSettings) -> Any:

@@ -24,11 +24,14 @@ def with_record(
     labels: NDArray[np.int64],
     cases: Sequence[str],
     logits: NDArray[np.float64],
+    *,
+    keep_tiles: bool = True,
 ) -> tuple[ModelCard, Reference | None]:
     """The card with ``data`` and ``validation``, and the training tiles.
 
     labels: int64, of every bag of the store. cases: of every bag. logits: (V, C), of the validation bags in the order
-    of ``split.val``. The features are taken as they are stored.
+    of ``split.val``. keep_tiles: off for models that no one will deploy, of which nothing is kept of the tiles. The
+    features are taken as they are stored.
     """
     exact = ResidentStore.of(store.store, store.device, place="mapped")
     data: dict[str, Any] = {}
@@ -41,7 +44,7 @@ def with_record(
             "tiles": int(exact.lengths[chosen].sum()),
             "classes": dict(zip(card.classes, counts, strict=True)),
         }
-    reference = reference_of(exact, split.train)
+    reference = reference_of(exact, split.train) if keep_tiles else None
     validation: dict[str, tuple[float, ...]] = {}
     if len(split.val):
         probabilities = card.probabilities(logits)

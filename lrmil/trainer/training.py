@@ -61,7 +61,7 @@ class TrainResult:
 
     model: with the weights of the best epoch, in evaluation mode. card: what its file says. history: figures of every
     epoch. best_epoch: from 1. predictions: of validation and test bags. model_path: None without an output folder.
-    reference: the training tiles, by which new slides are told from them.
+    reference: the training tiles, by which new slides are told from them; None without an output folder.
     """
 
     model: MILModel
@@ -238,7 +238,7 @@ def _train(
         sites=sites,
     )
     val = np.array([p.logits for p in predictions if p.part == "val"]).reshape(-1, len(names))
-    card, reference = with_record(card, resident, split, table, cases, val)
+    card, reference = with_record(card, resident, split, table, cases, val, keep_tiles=out is not None)
     result = TrainResult(fitted.model, card, fitted.history, fitted.best_epoch, predictions, reference=reference)
     if out is None:
         return result
