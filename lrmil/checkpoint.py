@@ -8,22 +8,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from lrmil.config import ModelSettings
 from lrmil.errors import ModelFileError
 from lrmil.metrics import softmax
-from lrmil.model import MILModel, build_model, widest_weight
 from wsi_pipe.config import from_mapping, to_mapping
 from wsi_pipe.encoders.tensor_file import tensors_sha256, write_tensor_file
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import atomic_path, parse_json
 from wsi_pipe.seen import Seen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lrmil.model import MILModel
 
 __all__ = ["MODEL_KIND", "ModelCard", "load_model", "read_card", "read_tensors", "save_model", "write_tensors"]
 
@@ -126,6 +128,11 @@ def load_model(path: Path) -> tuple[MILModel, ModelCard]:
     Raises ModelFileError when the file is missing, truncated, of another kind or version, or when its weights do not
     fit its architecture or are not finite.
     """
+    # Here and not above: the card of a classifier that runs without torch is made by this module too.
+    import torch
+
+    from lrmil.model import build_model, widest_weight
+
     tensors, values = read_tensors(path, MODEL_KIND)
     card = _card(path, values)
     try:

@@ -82,6 +82,7 @@ LRMIL = [
     "losses",
     "checkpoint",
     "leaks",
+    "deploy",
     "distill",
     "trainer",
     "predictor",
@@ -109,6 +110,9 @@ ONLY_IN = {
     "numcodecs": {"wsi_pipe.slides"},
     "timm": {"wsi_pipe.encoders", "lrmil.distill"},
     "huggingface_hub": {"wsi_pipe.encoders"},
+    "onnx": {"lrmil.deploy"},
+    "onnxruntime": {"lrmil.deploy"},
+    "onnxscript": {"lrmil.deploy"},
 }
 # Reading, segmenting and tiling must start without torch.
 TORCH_FREE = {

@@ -25,7 +25,13 @@ OUTPUTS = {"predictions.csv": (b"slide_id,case_id,status,predicted",), "predicti
 
 @click.command()
 @slide_options
-@click.option("--model", required=True, type=EXISTING, metavar="FILE", help="model.safetensors of lrmil train.")
+@click.option(
+    "--model",
+    required=True,
+    type=EXISTING,
+    metavar="FILE",
+    help="model.safetensors of lrmil train, or classifier.onnx of lrmil export.",
+)
 @click.option("--bags", multiple=True, type=EXISTING, metavar="DIR|BAG", help="Bags, instead of SLIDES; repeatable.")
 @click.option("-o", "--out", required=True, type=PATH, metavar="DIR", help="Where results go.")
 @click.option("-e", "--encoder", metavar="NAME|FILE", help="The model's encoder.  [as the model says, or beside it]")
@@ -45,13 +51,14 @@ def predict(**values: Any) -> int:
 
     SLIDES are read at the model's own resolution with the model's own encoder, and at no other. DIR gets
     predictions.csv and predictions.json: calibrated probabilities, class, entropy and top tiles. A bag of another
-    encoder, resolution or weights is refused.
+    encoder, resolution or weights is refused. A classifier.onnx runs without torch.
 
     \b
     lrmil predict --model model.safetensors archive/ -o out
+    lrmil predict --model classifier.onnx archive/ -o out
     lrmil predict --model model.safetensors --bags job/bags -o out --geojson
     """
-    from lrmil.experiment import write_slide_files
+    from lrmil.experiment.slide_files import write_slide_files
     from lrmil.predictor import Predictor, write_predictions
 
     if bool(values["bags"]) == bool(values["sources"] or values["manifest"]):
@@ -87,8 +94,10 @@ def _from_slides(predictor: Any, values: dict[str, Any]) -> Iterator[Any]:
     job = values["job"] or values["out"] / "job"
     entries = collect_entries(values, job)
     encoder = find_encoder(predictor.card, values["model"], values["encoder"])
-    # A job that is there keeps its settings of segmentation.
-    base = load_toml(JobSettings, values["config"]) if values["config"] else load_settings(job) or JobSettings()
+    # A job that is there keeps its settings of segmentation; an exported classifier brings those of its training.
+    base = load_toml(JobSettings, values["config"]) if values["config"] else load_settings(job)
+    if base is None:
+        base = JobSettings() if predictor.classifier is None else predictor.classifier.header.settings()
     with RunDisplay(len(entries)) as display:
         yield from predict_slides(
             predictor,

@@ -8,22 +8,27 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lrmil.checkpoint import ModelCard, load_model
+from lrmil.deploy.header import is_classifier
+from lrmil.deploy.match import describe
+from lrmil.deploy.runtime import OnnxClassifier
 from lrmil.errors import BagMismatchError, ModelMismatchError
 from lrmil.metrics import softmax
-from lrmil.model import MILModel
 from lrmil.store import BagInfo, inspect_bag
 from lrmil.store.formats import read_features, read_places
-from lrmil.trainer import choose_device
 from wsi_pipe.encoders.base import encoder_slug
 from wsi_pipe.encoders.elsewhere import slug_asked_for
 from wsi_pipe.errors import WsiPipeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lrmil.model import MILModel
 
 __all__ = ["Predictor", "SlidePrediction", "TopTile"]
 
@@ -77,27 +82,44 @@ class Predictor:
     """A model ready to be asked.
 
     card: what its file says. name: of the model in bags and files. sha256: of its file, "" for a model in memory.
+    classifier: the exported file that it runs, without torch, else None.
     """
 
     def __init__(
-        self, model: MILModel, card: ModelCard, *, device: str = "auto", name: str = "model", sha256: str = ""
+        self,
+        model: MILModel | OnnxClassifier,
+        card: ModelCard,
+        *,
+        device: str = "auto",
+        name: str = "model",
+        sha256: str = "",
     ) -> None:
-        self.device = choose_device(device)
-        self.model = model.to(self.device).eval()
         self.card = card
         self.name = name
         self.sha256 = sha256
+        self.classifier = model if isinstance(model, OnnxClassifier) else None
+        if not isinstance(model, OnnxClassifier):
+            from lrmil.trainer import choose_device
+
+            self.device: torch.device = choose_device(device)
+            self.model: MILModel = model.to(self.device).eval()
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "auto", name: str | None = None) -> Predictor:
-        """A predictor from a model file.
+        """A predictor from a model file, or from an exported classifier (``.onnx``), which runs without torch.
 
         name: by default the file's stem; files called "model", as training writes them, get architecture and hash.
-        Raises ModelFileError when the file is missing or broken, SettingsError when the device is not there.
+        Raises ModelFileError when the file is missing or broken, SettingsError when the device is not there,
+        EncoderError when onnxruntime has no kernels for a classifier's precision.
         """
         path = Path(path)
-        model, card = load_model(path)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        model: MILModel | OnnxClassifier
+        if is_classifier(path):
+            model = OnnxClassifier.load(path, device=device)
+            card, sha256 = model.header.card, model.sha256
+        else:
+            model, card = load_model(path)
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         if name is None:
             name = f"{card.model.name}-{sha256[:8]}" if path.stem == "model" else path.stem
         return cls(model, card, device=device, name=encoder_slug(name) or "model", sha256=sha256)
@@ -159,24 +181,37 @@ class Predictor:
         empty = SlidePrediction(info.slide_id, "empty", info.case_id, bag=info)
         if not info.rows:
             return dataclasses.replace(empty, reason=info.empty_reason or "no tiles")
-        features = torch.from_numpy(read_features(info)).to(self.device)
+        features = read_features(info)
         coords, _ = read_places(info)
         return self._predict(features, info, coords, top_tiles)
 
-    @torch.inference_mode()
+    def forward(self, features: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Logits (C,) and attention logits (T,), None where the model has none, of one bag's features (T, D)."""
+        if self.classifier is not None:
+            return self.classifier.forward(features)
+        import torch
+
+        with torch.inference_mode():
+            values = torch.from_numpy(features).to(self.device)
+            offsets = torch.tensor([0, len(features)], dtype=torch.int64, device=self.device)
+            output = self.model(values, offsets)
+            scores = output.attention_logits
+            return (
+                output.logits[0].double().cpu().numpy(),
+                None if scores is None else scores.double().cpu().numpy(),
+            )
+
     def _predict(
-        self, features: torch.Tensor, info: BagInfo, coords: NDArray[np.float64], top_tiles: int
+        self, features: NDArray[np.floating[Any]], info: BagInfo, coords: NDArray[np.float64], top_tiles: int
     ) -> SlidePrediction:
-        offsets = torch.tensor([0, len(features)], dtype=torch.int64, device=self.device)
-        output = self.model(features, offsets)
-        logits = output.logits[0].double().cpu().numpy()
+        logits, scores = self.forward(features)
         if not np.isfinite(logits).all():
             raise ModelMismatchError(f"{info.path}: the model's logits are not finite", remedy="check the features")
         p = self.card.probabilities(logits[None])[0]
         attention = None
         top: tuple[TopTile, ...] = ()
-        if output.attention_logits is not None:
-            exact = softmax(output.attention_logits.double().cpu().numpy()[None])[0]
+        if scores is not None:
+            exact = softmax(scores[None])[0]
             attention = exact.astype(np.float32)
             best = np.argsort(-exact, kind="stable")[:top_tiles]
             top = tuple(TopTile(int(i), float(coords[i, 0]), float(coords[i, 1]), float(exact[i])) for i in best)
@@ -210,11 +245,3 @@ class Predictor:
                 yield self.predict_bag(path, level=level, encoder=encoder, top_tiles=top_tiles)
             except WsiPipeError as error:
                 yield SlidePrediction.failure(Path(path).stem, error)
-
-
-def describe(card: ModelCard) -> str:
-    """The features that a model was trained on, in words."""
-    encoder = Path(card.encoder).name if card.encoder.endswith(".safetensors") else card.encoder
-    weights = f" (weights {card.weights_sha256[:12]})" if card.weights_sha256 else ""
-    tiles = f" of {card.tile_px} px" if card.tile_px is not None else ""
-    return f"{encoder or 'an unnamed encoder'}{weights} at {card.level or 'an unstated level'}{tiles}"
