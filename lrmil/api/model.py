@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrmil.api.given import PathLike
-from lrmil.checkpoint import ModelCard, read_card
+from lrmil.checkpoint import ModelCard
+from lrmil.deploy.header import model_card
 from lrmil.experiment import RunFigures
 from lrmil.experiment.slide_files import attention_of
 from lrmil.predictor import Predictor, SlidePrediction, find_encoder, predict_slides
@@ -38,7 +39,7 @@ class Model:
         self.path = Path(path)
         self.device = device
         self.figures = figures
-        self.card: ModelCard = read_card(self.path)
+        self.card: ModelCard = model_card(self.path)
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -137,7 +138,10 @@ class Model:
 
 
 def load(path: PathLike, *, device: str = "auto") -> Model:
-    """A model from its file, ``model.safetensors`` of a run. Raises ModelFileError when it is missing or broken."""
+    """A model from its file, ``model.safetensors`` of a run or ``.onnx`` of ``lrmil export``.
+
+    Raises ModelFileError when it is missing or broken.
+    """
     return Model(path, device=device)
 
 

@@ -78,7 +78,7 @@ def evaluate(run: Path | None, as_json: bool, **values: Any) -> int:
 
 
 def _evaluate_model(values: dict[str, Any]) -> Any:
-    from lrmil.checkpoint import read_card
+    from lrmil.deploy.header import model_card
     from lrmil.experiment import evaluate_model, load_cohort
     from lrmil.experiment.cohort import open_features
     from lrmil.splits import read_splits
@@ -92,7 +92,7 @@ def _evaluate_model(values: dict[str, Any]) -> Any:
         )
     if values["fold"] and not values["splits"]:
         raise ConfigError("--fold needs --splits", remedy="add --splits CSV")
-    card = read_card(values["model"])
+    card = model_card(values["model"])
     store = open_features(
         values["bags"],
         level=level_of(values["resolution"]) or card.level or None,

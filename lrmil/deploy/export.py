@@ -29,7 +29,15 @@ from wsi_pipe.encoders.torch_encoder import TorchEncoder
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import atomic_path
 
-__all__ = ["CALIBRATION_TILES", "MOST_CHANGE", "ExportRequest", "export_classifier", "model_file"]
+__all__ = [
+    "CALIBRATION_TILES",
+    "MOST_CHANGE",
+    "ExportRequest",
+    "export_classifier",
+    "joined",
+    "model_file",
+    "write_classifier",
+]
 
 TOLERANCE = 1e-3
 """By how much logits of the float32 file may differ from torch's."""
@@ -106,16 +114,16 @@ def export_classifier(request: ExportRequest, say: Callable[[str], object] | Non
         )
     tell(f"writing {encoder.info.name} as ONNX")
     trunk = encoder_graph(encoder, card.tile_px)
-    exact = _joined(trunk, model, card)
+    exact = joined(trunk, model, card)
     header = _header(request, card, encoder)
     _compare(exact, header, encoder, model, card)
     whole = exact
     if request.precision == "bfloat16":
-        whole = _joined(rounded(trunk), model, card)
+        whole = joined(rounded(trunk), model, card)
     elif request.precision == "int8":
         whole, change = _int8(request, trunk, exact, model, card, tell)
         header = replace(header, quantisation=change)
-    _write(request.out, whole, header)
+    write_classifier(request.out, whole, header)
     return header
 
 
@@ -136,7 +144,7 @@ def _header(request: ExportRequest, card: ModelCard, encoder: TorchEncoder) -> C
     )
 
 
-def _joined(trunk: Any, model: MILModel, card: ModelCard) -> Any:
+def joined(trunk: Any, model: MILModel, card: ModelCard) -> Any:
     """Encoder and head as one ModelProto: tiles -> features, bag -> logits, probabilities, attention_logits."""
     import onnx
     from onnx import TensorProto, helper
@@ -182,7 +190,8 @@ def _content(model: Any, header: ClassifierHeader) -> bytes:
     return body + digest_entry(body)
 
 
-def _write(out: Path, model: Any, header: ClassifierHeader) -> None:
+def write_classifier(out: Path, model: Any, header: ClassifierHeader) -> None:
+    """Write what ``joined`` gives, with a header, so that ``read_classifier`` reads it. Raises OutputError."""
     has_attention = any(output.name == "attention_logits" for output in model.graph.output)
     content = _content(model, replace(header, has_attention=has_attention))
     with atomic_path(out, check=read_classifier) as temporary:
@@ -246,7 +255,7 @@ def _int8(
     train, judged, part = slides_of(request.bags, card, request.slides or {}, request.cases or {})
     judged = judged[:JUDGED_SLIDES]
     tell(f"calibrating int8 by about {request.tiles} tiles of {len(train)} training slides")
-    small = _joined(quantised(trunk, sampled(train, request.tiles)), model, card)
+    small = joined(quantised(trunk, sampled(train, request.tiles)), model, card)
     before, after = _Session(exact, card, "the exported model"), _Session(small, card, "the int8 model")
     tell(f"comparing on {len(judged)} slides of the part {part}")
     pairs = [(before.of_slide(slide), after.of_slide(slide)) for slide in judged]

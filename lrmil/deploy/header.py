@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lrmil.checkpoint import ModelCard
+from lrmil.checkpoint import ModelCard, read_card
 from lrmil.errors import ModelFileError
 from wsi_pipe.config import JobSettings, SegmentSettings, TileSettings, from_mapping, to_mapping
 from wsi_pipe.encoders.base import MPP_TOLERANCE, EncoderInfo
@@ -31,6 +31,7 @@ __all__ = [
     "ClassifierHeader",
     "digest_entry",
     "is_classifier",
+    "model_card",
     "read_classifier",
     "read_header",
 ]
@@ -138,6 +139,11 @@ class ClassifierFile:
 def is_classifier(path: str | Path) -> bool:
     """Whether a path is, by its name, that of an exported classifier."""
     return str(path).lower().endswith(".onnx")
+
+
+def model_card(path: str | Path) -> ModelCard:
+    """The card of a model's file or of an exported classifier. Raises ModelFileError where it is missing or broken."""
+    return read_header(path).card if is_classifier(path) else read_card(Path(path))
 
 
 def digest_entry(body: bytes) -> bytes:

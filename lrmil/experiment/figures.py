@@ -356,8 +356,11 @@ def evaluate_model(
     check_encoder(cohort.store.meta.encoder or "of these bags", judged, allow=allow_seen, say=notes.append)
     for note in notes:
         (say or (lambda text: None))(note)
-    resident = ResidentStore.of(cohort.store, predictor.device, place="mapped")
-    logits = bag_logits(predictor.model, resident, chosen, token_budget=32768).tolist()
+    if predictor.classifier is not None:
+        logits = [predictor.forward(cohort.store.bag(i))[0].tolist() for i in chosen.tolist()]
+    else:
+        resident = ResidentStore.of(cohort.store, predictor.device, place="mapped")
+        logits = bag_logits(predictor.model, resident, chosen, token_budget=32768).tolist()
     rows = [
         Prediction(cohort.store.slide_ids[i], cohort.table.case_ids[i], "test", int(cohort.table.labels[i]), tuple(z))
         for i, z in zip(chosen.tolist(), logits, strict=True)
