@@ -8,26 +8,29 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from lrmil.config import ModelSettings
 from lrmil.errors import ModelFileError
 from lrmil.metrics import softmax
-from lrmil.model import MILModel, build_model, widest_weight
-from lrmil.ood import Reference
 from wsi_pipe.config import from_mapping, to_mapping
 from wsi_pipe.encoders.tensor_file import tensors_sha256, write_tensor_file
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import atomic_path, parse_json
 from wsi_pipe.seen import Seen
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lrmil.model import MILModel
+    from lrmil.ood import Reference
+
 __all__ = [
     "MODEL_KIND",
+    "MODEL_NAME",
     "ModelCard",
     "load_model",
     "load_whole",
@@ -41,6 +44,8 @@ __all__ = [
 ]
 
 MODEL_KIND = "lrmil.model"
+MODEL_NAME = "model.safetensors"
+"""What training calls a model's file."""
 REFERENCE = "reference."
 """What the names of the tensors of ``lrmil.ood`` begin with."""
 FORMAT_VERSION = 1
@@ -155,6 +160,11 @@ def load_whole(path: Path) -> tuple[MILModel, ModelCard, Reference | None]:
     The global random state is not touched. Raises ModelFileError when the file is missing, truncated, of another kind
     or version, or when its weights do not fit its architecture or are not finite.
     """
+    # Here and not above: the card of a classifier that runs without torch is made by this module too.
+    import torch
+
+    from lrmil.model import build_model, widest_weight
+
     tensors, values = read_tensors(path, MODEL_KIND)
     card = _card(path, values)
     kept = {name.removeprefix(REFERENCE): tensors.pop(name) for name in list(tensors) if name.startswith(REFERENCE)}
@@ -187,6 +197,8 @@ def _reference(path: Path, tensors: Mapping[str, Tensor], dim: int) -> Reference
     if not tensors:
         return None
     try:
+        from lrmil.ood import Reference
+
         reference = Reference.from_tensors(tensors)
         if reference.dim != dim:
             raise ValueError(f"the training tiles have {reference.dim} features instead of {dim}")
@@ -234,6 +246,8 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
 
 def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
     """AdamW's moments and step counts by "optimizer.NUMBER.MOMENT", parameters counted through its groups."""
+    import torch
+
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {
         f"optimizer.{i}.{moment}": torch.as_tensor(value)

@@ -84,6 +84,7 @@ LRMIL = [
     "ood",
     "checkpoint",
     "leaks",
+    "deploy",
     "distill",
     "trainer",
     "predictor",
@@ -113,6 +114,9 @@ ONLY_IN = {
     "numcodecs": {"wsi_pipe.slides"},
     "timm": {"wsi_pipe.encoders", "lrmil.distill"},
     "huggingface_hub": {"wsi_pipe.encoders"},
+    "onnx": {"lrmil.deploy"},
+    "onnxruntime": {"lrmil.deploy"},
+    "onnxscript": {"lrmil.deploy"},
 }
 # Reading, segmenting and tiling must start without torch.
 TORCH_FREE = {

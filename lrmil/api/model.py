@@ -155,7 +155,8 @@ class Model:
 
 
 def load(path: PathLike, *, device: str = "auto") -> Model:
-    """A model from its file, ``model.safetensors`` of a run; from the folder of a run, its folds together.
+    """A model from its file, ``model.safetensors`` of a run or ``.onnx`` of ``lrmil export``; of a run's folder, its folds
+    together.
 
     Raises ModelFileError when a file is missing or broken, ModelMismatchError when the folds have other classes, or
     features of other encoders.

@@ -30,7 +30,8 @@ OUTPUTS = {"predictions.csv": (b"slide_id,case_id,status,predicted",), "predicti
     required=True,
     type=EXISTING,
     metavar="FILE|RUN",
-    help="model.safetensors of lrmil train, a run, whose folds answer together, or a cascade.",
+    help="model.safetensors of lrmil train, a run, whose folds answer together, a cascade, or "
+    "classifier.onnx of lrmil export.",
 )
 @click.option("--bags", multiple=True, type=EXISTING, metavar="DIR|BAG", help="Bags, instead of SLIDES; repeatable.")
 @click.option("-o", "--out", required=True, type=PATH, metavar="DIR", help="Where results go.")
@@ -63,16 +64,17 @@ def predict(**values: Any) -> int:
     SLIDES are read at the model's own resolution with the model's own encoder, and at no other. DIR gets
     predictions.csv and predictions.json: calibrated probabilities, class, entropy and top tiles, and how far each slide
     lies from those of training. A run's folds answer together: their mean, and how far they disagree. A bag of another
-    encoder, resolution or weights is refused.
+    encoder, resolution or weights is refused. A classifier.onnx runs without torch.
 
     \b
     lrmil predict --model model.safetensors archive/ -o out
+    lrmil predict --model classifier.onnx archive/ -o out
     lrmil predict --model run archive/ -o out --abstain accuracy=0.95
     lrmil predict --model model.safetensors --bags job/bags -o out --geojson
     """
     from lrmil.cascade.card import is_cascade
     from lrmil.cli.cascade import predict_with_cascade
-    from lrmil.experiment import write_slide_files
+    from lrmil.experiment.slide_files import write_slide_files
     from lrmil.predictor import load_predictor, write_predictions
 
     if bool(values["bags"]) == bool(values["sources"] or values["manifest"]):
@@ -114,8 +116,10 @@ def _from_slides(predictor: Any, values: dict[str, Any]) -> Iterator[Any]:
     job = values["job"] or values["out"] / "job"
     entries = collect_entries(values, job)
     encoder = find_encoder(predictor.card, values["model"], values["encoder"])
-    # A job that is there keeps its settings of segmentation.
-    base = load_toml(JobSettings, values["config"]) if values["config"] else load_settings(job) or JobSettings()
+    # A job that is there keeps its settings of segmentation; an exported classifier brings those of its training.
+    base = load_toml(JobSettings, values["config"]) if values["config"] else load_settings(job)
+    if base is None:
+        base = JobSettings() if predictor.classifier is None else predictor.classifier.header.settings()
     with RunDisplay(len(entries)) as display:
         yield from predict_slides(
             predictor,

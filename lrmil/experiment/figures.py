@@ -381,8 +381,12 @@ def evaluate_model(
     check_encoder(cohort.store.meta.encoder or "of these bags", judged, allow=allow_seen, say=notes.append)
     for note in notes:
         (say or (lambda text: None))(note)
-    resident = ResidentStore.of(cohort.store, predictor.device, place="mapped")
-    logits, probabilities = predictor.answers(resident, chosen, token_budget=32768)
+    if predictor.classifier is not None:
+        logits = np.stack([predictor.forward(cohort.store.bag(i))[0] for i in chosen.tolist()])
+        probabilities = predictor.card.probabilities(logits)
+    else:
+        resident = ResidentStore.of(cohort.store, predictor.device, place="mapped")
+        logits, probabilities = predictor.answers(resident, chosen, token_budget=32768)
     rows = [
         Prediction(cohort.store.slide_ids[i], cohort.table.case_ids[i], "test", int(cohort.table.labels[i]), tuple(z))
         for i, z in zip(chosen.tolist(), logits.tolist(), strict=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lrmil.checkpoint import ModelCard, load_model, read_card
+from lrmil.checkpoint import MODEL_NAME, ModelCard, load_model, read_card
 from lrmil.config import TrainSettings
 from lrmil.errors import ModelFileError, ModelMismatchError
 from lrmil.experiment.cohort import Cohort
@@ -30,8 +30,6 @@ __all__ = [
     "load_teacher",
     "train_folds",
 ]
-
-MODEL_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)

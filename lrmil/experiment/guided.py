@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lrmil.checkpoint import load_model, read_card
+from lrmil.checkpoint import MODEL_NAME, load_model, read_card
 from lrmil.config import TrainSettings
 from lrmil.data import LabelTable
 from lrmil.errors import BagMismatchError, ModelFileError, SettingsError
@@ -31,8 +31,6 @@ from lrmil.subsets import chosen_rows, drawn_rows
 from lrmil.trainer import choose_precision
 
 __all__ = ["Guide", "attention_of_bag", "match_bags", "parents_of_bag", "with_subsets"]
-
-MODEL_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)

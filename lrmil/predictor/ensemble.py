@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from lrmil.checkpoint import ModelCard, read_card
+from lrmil.checkpoint import MODEL_NAME, ModelCard
+from lrmil.deploy.header import model_card
+from lrmil.deploy.match import describe
 from lrmil.errors import ModelFileError, ModelMismatchError
-from lrmil.ood import Outlying, together
-from lrmil.predictor.predict import Answer, Predictor, describe
-from lrmil.store import ResidentStore
-from lrmil.trainer.training import MODEL_NAME
+from lrmil.predictor.predict import Answer, Predictor
 from wsi_pipe.encoders.base import encoder_slug
+
+if TYPE_CHECKING:
+    from lrmil.ood import Outlying
+    from lrmil.store import ResidentStore
+
 
 __all__ = ["EnsemblePredictor", "load_predictor", "model_files", "read_cards"]
 
@@ -35,6 +39,7 @@ class EnsemblePredictor(Predictor):
         own = name or f"{first.card.model.name}-x{len(members)}-{digest[:8]}"
         self.device = first.device
         self.model = first.model
+        self.classifier = None
         self.card = first.card
         self.name = encoder_slug(own) or "model"
         self.sha256 = digest
@@ -56,7 +61,7 @@ class EnsemblePredictor(Predictor):
     def keeps_tiles(self) -> bool:
         return any(member.keeps_tiles for member in self._members)
 
-    def answer(self, features: torch.Tensor) -> Answer:
+    def answer(self, features: NDArray[np.floating[Any]]) -> Answer:
         found = [member.answer(features) for member in self._members]
         each = np.stack([one.probabilities for one in found])
         maps = [one.attention for one in found if one.attention is not None]
@@ -64,9 +69,13 @@ class EnsemblePredictor(Predictor):
         attention = np.mean(maps, axis=0) if maps else None
         return Answer(logits, each.mean(axis=0), attention, (self.member_names, each))
 
-    def outlying(self, features: torch.Tensor) -> Outlying | None:
+    def outlying(self, features: NDArray[np.floating[Any]]) -> Outlying | None:
         found = [one for member in self._members if (one := member.outlying(features)) is not None]
-        return together(found) if found else None
+        if not found:
+            return None
+        from lrmil.ood import together
+
+        return together(found)
 
     def answers(
         self, store: ResidentStore, indices: NDArray[np.int64], *, token_budget: int
@@ -126,7 +135,7 @@ def read_cards(path: str | Path) -> list[ModelCard]:
     """The cards of the model, or of the models of a run. Raises ModelFileError, and ModelMismatchError where the models
     of a run are no ensemble."""
     files = model_files(path)
-    cards = [read_card(file) for file in files]
+    cards = [model_card(file) for file in files]
     check_agreement(list(zip(map(str, files), cards, strict=True)))
     return cards
 

@@ -8,24 +8,30 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lrmil.checkpoint import ModelCard, load_whole
+from lrmil.deploy.header import is_classifier
+from lrmil.deploy.match import describe
+from lrmil.deploy.runtime import OnnxClassifier
 from lrmil.errors import BagMismatchError, ModelMismatchError
 from lrmil.metrics import softmax
 from lrmil.metrics.selective import Abstention, AbstentionRule, choose_threshold
-from lrmil.model import MILModel
-from lrmil.ood import Outlying, Reference, outlying
-from lrmil.store import BagInfo, ResidentStore, inspect_bag
+from lrmil.store import BagInfo, inspect_bag
 from lrmil.store.formats import read_features, read_places
-from lrmil.trainer import bag_logits, choose_device
 from wsi_pipe.encoders.base import encoder_slug
 from wsi_pipe.encoders.elsewhere import slug_asked_for
 from wsi_pipe.errors import WsiPipeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lrmil.model import MILModel
+    from lrmil.ood import Outlying, Reference
+    from lrmil.store import ResidentStore
 
 __all__ = ["Answer", "Disagreement", "Predictor", "SlidePrediction", "TopTile"]
 
@@ -136,11 +142,12 @@ class Predictor:
 
     card: what its file says. name: of the model in bags and files. sha256: of its file, "" for a model in memory.
     reference: the training tiles, where the file keeps them. path: its file. abstention: set by ``abstain``.
+    classifier: the exported file that it runs, without torch, else None.
     """
 
     def __init__(
         self,
-        model: MILModel,
+        model: MILModel | OnnxClassifier,
         card: ModelCard,
         *,
         device: str = "auto",
@@ -149,25 +156,36 @@ class Predictor:
         reference: Reference | None = None,
         path: Path | None = None,
     ) -> None:
-        self.device = choose_device(device)
-        self.model = model.to(self.device).eval()
         self.card = card
         self.name = name
         self.sha256 = sha256
         self.reference = reference
         self.path = path
         self.abstention: Abstention | None = None
+        self.classifier = model if isinstance(model, OnnxClassifier) else None
+        if not isinstance(model, OnnxClassifier):
+            from lrmil.trainer import choose_device
+
+            self.device: torch.device = choose_device(device)
+            self.model: MILModel = model.to(self.device).eval()
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "auto", name: str | None = None) -> Predictor:
-        """A predictor from a model file.
+        """A predictor from a model file, or from an exported classifier (``.onnx``), which runs without torch.
 
         name: by default the file's stem; files called "model", as training writes them, get architecture and hash.
-        Raises ModelFileError when the file is missing or broken, SettingsError when the device is not there.
+        Raises ModelFileError when the file is missing or broken, SettingsError when the device is not there,
+        EncoderError when onnxruntime has no kernels for a classifier's precision.
         """
         path = Path(path)
-        model, card, reference = load_whole(path)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        model: MILModel | OnnxClassifier
+        reference = None
+        if is_classifier(path):
+            model = OnnxClassifier.load(path, device=device)
+            card, sha256 = model.header.card, model.sha256
+        else:
+            model, card, reference = load_whole(path)
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         if name is None:
             name = f"{card.model.name}-{sha256[:8]}" if path.stem == "model" else path.stem
         name = encoder_slug(name) or "model"
@@ -196,26 +214,31 @@ class Predictor:
         self.abstention = choose_threshold(confidence, correct, rule)
         return self.abstention
 
-    def answer(self, features: torch.Tensor) -> Answer:
-        """What the model says of one slide's features (N, D) on its device, N at least 1."""
-        offsets = torch.tensor([0, len(features)], dtype=torch.int64, device=self.device)
-        output = self.model(features, offsets)
-        logits = output.logits[0].double().cpu().numpy()
-        attention = None
-        if output.attention_logits is not None:
-            attention = softmax(output.attention_logits.double().cpu().numpy()[None])[0]
+    def answer(self, features: NDArray[np.floating[Any]]) -> Answer:
+        """What the model says of one slide's features (T, D), T at least 1."""
+        logits, scores = self.forward(features)
+        attention = None if scores is None else softmax(scores[None])[0]
         return Answer(logits, self.card.probabilities(logits[None])[0], attention)
 
-    def outlying(self, features: torch.Tensor) -> Outlying | None:
-        """How far features (N, D) lie from the training tiles; None for a model that keeps none."""
+    def outlying(self, features: NDArray[np.floating[Any]]) -> Outlying | None:
+        """How far features (T, D) lie from the training tiles; None for a model that keeps none."""
         if self.reference is None:
             return None
-        return outlying(self.reference.distance(features), self.card.validation.get("distance", ()))
+        import torch
+
+        from lrmil.ood import outlying
+
+        return outlying(
+            self.reference.distance(torch.from_numpy(features).to(self.device)),
+            self.card.validation.get("distance", ()),
+        )
 
     def answers(
         self, store: ResidentStore, indices: NDArray[np.int64], *, token_budget: int
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Logits and calibrated probabilities, float64 (len(indices), C) each, of bags of a store."""
+        from lrmil.trainer import bag_logits
+
         logits = bag_logits(self.model, store, indices, token_budget=token_budget).double().numpy()
         return logits, self.card.probabilities(logits)
 
@@ -276,13 +299,28 @@ class Predictor:
         empty = SlidePrediction(info.slide_id, "empty", info.case_id, bag=info)
         if not info.rows:
             return dataclasses.replace(empty, reason=info.empty_reason or "no tiles")
-        features = torch.from_numpy(read_features(info)).to(self.device)
+        features = read_features(info)
         coords, _ = read_places(info)
         return self._predict(features, info, coords, top_tiles)
 
-    @torch.inference_mode()
+    def forward(self, features: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Logits (C,) and attention logits (T,), None where the model has none, of one bag's features (T, D)."""
+        if self.classifier is not None:
+            return self.classifier.forward(features)
+        import torch
+
+        with torch.inference_mode():
+            values = torch.from_numpy(features).to(self.device)
+            offsets = torch.tensor([0, len(features)], dtype=torch.int64, device=self.device)
+            output = self.model(values, offsets)
+            scores = output.attention_logits
+            return (
+                output.logits[0].double().cpu().numpy(),
+                None if scores is None else scores.double().cpu().numpy(),
+            )
+
     def _predict(
-        self, features: torch.Tensor, info: BagInfo, coords: NDArray[np.float64], top_tiles: int
+        self, features: NDArray[np.floating[Any]], info: BagInfo, coords: NDArray[np.float64], top_tiles: int
     ) -> SlidePrediction:
         answer = self.answer(features)
         logits, p = answer.logits, answer.probabilities
@@ -333,11 +371,3 @@ def entropy(probabilities: NDArray[np.float64]) -> float:
     """Of probabilities (C,), in nats."""
     positive = probabilities[probabilities > 0]
     return float(-(positive * np.log(positive)).sum())
-
-
-def describe(card: ModelCard) -> str:
-    """The features that a model was trained on, in words."""
-    encoder = Path(card.encoder).name if card.encoder.endswith(".safetensors") else card.encoder
-    weights = f" (weights {card.weights_sha256[:12]})" if card.weights_sha256 else ""
-    tiles = f" of {card.tile_px} px" if card.tile_px is not None else ""
-    return f"{encoder or 'an unnamed encoder'}{weights} at {card.level or 'an unstated level'}{tiles}"

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lrmil.checkpoint import MODEL_KIND, ModelCard, read_card, read_tensors, save_model
+from lrmil.checkpoint import MODEL_KIND, MODEL_NAME, ModelCard, read_card, read_tensors, save_model
 from lrmil.config import ATTENTION_MODELS, TrainSettings, deciding
 from lrmil.data import LabelTable
 from lrmil.errors import ModelFileError, ResumeError, SettingsError, SplitError, TrainingError
@@ -50,7 +50,6 @@ __all__ = [
     "train",
 ]
 
-MODEL_NAME = "model.safetensors"
 MARKER = ".lrmil-run"
 LOCK_NAME = ".lock"
 
