@@ -155,8 +155,8 @@ class Model:
 
 
 def load(path: PathLike, *, device: str = "auto") -> Model:
-    """A model from its file, ``model.safetensors`` of a run or ``.onnx`` of ``lrmil export``; of a run's folder, its folds
-    together.
+    """A model from its file, ``model.safetensors`` of a run or ``.onnx`` of ``lrmil export``, or the folds of a
+    run together, from its folder.
 
     Raises ModelFileError when a file is missing or broken, ModelMismatchError when the folds have other classes, or
     features of other encoders.

@@ -10,6 +10,7 @@ from typing import Any
 
 from lrmil.api.given import Labels, PathLike, label_file, train_settings
 from lrmil.api.model import Model
+from lrmil.checkpoint import MODEL_NAME
 from lrmil.config import TrainSettings
 from lrmil.errors import FiguresError
 from lrmil.experiment import (
@@ -24,7 +25,7 @@ from lrmil.experiment import (
 )
 from lrmil.experiment.cohort import open_features
 from lrmil.experiment.figures import PREDICTIONS_NAME
-from lrmil.experiment.folds import MODEL_NAME, SPLITS_NAME
+from lrmil.experiment.folds import SPLITS_NAME
 from lrmil.splits import SplitTable, make_splits, read_splits
 from lrmil.store.dtypes import StoreDtype
 from wsi_pipe.api.grids import as_label

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lrmil.checkpoint import load_model, read_card
+from lrmil.checkpoint import MODEL_NAME, load_model, read_card
 from lrmil.errors import FiguresError, ModelMismatchError
 from lrmil.experiment.cohort import Cohort
 from lrmil.experiment.figures import PREDICTIONS_NAME, FoldPredictions, fold_folders, read_predictions
-from lrmil.experiment.folds import MODEL_NAME, check_store
+from lrmil.experiment.folds import check_store
 from lrmil.experiment.guided import attention_of_bag, match_bags, parents_of_bag
 from lrmil.leaks import Judged, check_encoder, check_model, judged_of
 from lrmil.predictor import Predictor

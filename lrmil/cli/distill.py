@@ -202,9 +202,9 @@ def distill(**values: Any) -> int:
     rows = []
     for name in [key.removesuffix("_cosine") for key in result.figures if key.endswith("_cosine")]:
         base = result.baseline.get(name)
-        student = [f"{result.figures[f'{name}_{what}']:.3f}" for what in ("explained_variance", "cosine")]
+        learned = [f"{result.figures[f'{name}_{what}']:.3f}" for what in ("explained_variance", "cosine")]
         linear = [f"{base.explained_variance:.3f}", f"{base.cosine:.3f}"] if base else ["-", "-"]
-        rows.append([name, *student, *linear])
+        rows.append([name, *learned, *linear])
     if rows:
         columns = {"of HR features": "left", "explained": "right", "cosine": "right"}
         print_table(columns | {"linear: explained": "right", "linear: cosine": "right"}, rows)

@@ -13,11 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lrmil.checkpoint import ModelCard, load_whole, read_card
+from lrmil.checkpoint import MODEL_NAME, ModelCard, load_whole, read_card
+from lrmil.deploy.match import describe
 from lrmil.errors import ModelFileError, ModelMismatchError
 from lrmil.predictor.ensemble import check_agreement, model_files
-from lrmil.predictor.predict import describe
-from lrmil.trainer.training import MODEL_NAME
 from wsi_pipe.files import file_sha256, write_text_atomically
 
 __all__ = ["CARD_NAME", "model_card", "run_card", "write_model_card", "write_run_card"]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lrmil.checkpoint import ModelCard, read_card, save_model
+from lrmil.checkpoint import MODEL_NAME, ModelCard, read_card, save_model
 from lrmil.config import LossSettings
 from lrmil.distill.pupil import load_student
 from lrmil.errors import ModelFileError, ResumeError, SettingsError, SplitError, TrainingError
@@ -33,7 +33,7 @@ from lrmil.trainer.optimise import class_weights
 from lrmil.trainer.outcome import PREDICTIONS_NAME, Prediction, model_card, predictions_csv, weights_hash
 from lrmil.trainer.steps import Step, plain_step, student_step
 from lrmil.trainer.targets import TeacherTargets, teacher_targets
-from lrmil.trainer.training import MODEL_NAME, hold_run
+from lrmil.trainer.training import hold_run
 from wsi_pipe.config import dump_toml, fingerprint, to_mapping
 from wsi_pipe.encoders.base import EncoderInfo
 from wsi_pipe.encoders.lr_file import write_lr_encoder
