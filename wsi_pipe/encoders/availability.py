@@ -49,7 +49,9 @@ def check_encoder(name: str, specs: Sequence[TileSpec], mpp_tolerance: float, *,
 
 
 def _check_hub(entry: RegistryEntry) -> None:
-    error = hub.obstacle(entry.name, entry.hub_id, entry.files, gated=entry.gated, repo_type=entry.hub_type)
+    error = hub.obstacle(
+        entry.name, entry.hub_id, entry.files, gated=entry.gated, repo_type=entry.hub_type, revision=entry.revision
+    )
     if error is not None:
         raise error
 
@@ -106,7 +108,7 @@ def weights_file(name: str) -> Path | None:
     entry = find_entry(base)
     if entry.local_file is not None:
         return entry.local_file if entry.local_file.is_file() else None
-    return hub.find_local(entry.name, entry.hub_id, entry.files, repo_type=entry.hub_type)
+    return hub.find_local(entry.name, entry.hub_id, entry.files, repo_type=entry.hub_type, revision=entry.revision)
 
 
 def to_download(name: str) -> str | None:
@@ -120,7 +122,9 @@ def to_download(name: str) -> str | None:
         found = hub.find_local(name, facts["hub_id"], _timm_files(facts))
         return None if found else f"https://huggingface.co/{facts['hub_id']}"
     entry = find_entry(name)
-    if entry.local_file is not None or hub.find_local(entry.name, entry.hub_id, entry.files, repo_type=entry.hub_type):
+    if entry.local_file is not None or hub.find_local(
+        entry.name, entry.hub_id, entry.files, repo_type=entry.hub_type, revision=entry.revision
+    ):
         return None
     return entry.page
 
@@ -136,4 +140,6 @@ def fetch_weights(name: str) -> None:
         hub.download(name, facts["hub_id"], _timm_files(facts))
         return
     entry = find_entry(name)
-    hub.download(entry.name, entry.hub_id, entry.files, gated=entry.gated, repo_type=entry.hub_type)
+    hub.download(
+        entry.name, entry.hub_id, entry.files, gated=entry.gated, repo_type=entry.hub_type, revision=entry.revision
+    )
