@@ -134,17 +134,8 @@ def _verify(name: str, reference: Path | None, record: Path | None, as_json: boo
     if record is not None:
         write_reference(record, found)
     if as_json:
-        print_json(
-            {
-                "name": found.name,
-                "file": found.file,
-                "sha256": found.sha256,
-                "revision": found.revision,
-                "dim": found.dim,
-                "cosine": found.cosine,
-                "agrees": found.agrees,
-            }  # fmt: skip
-        )
+        told = ("name", "file", "sha256", "revision", "dim", "cosine", "agrees")
+        print_json({key: getattr(found, key) for key in told})
     else:
         click.echo(f"{found.name}: every key and shape of {found.file or 'it'} fits; {found.dim} features")
         click.echo(f"SHA-256 {found.sha256}" + (f", revision {found.revision}" if found.revision else ""))

@@ -9,6 +9,7 @@ from wsi_pipe.encoders import hub
 from wsi_pipe.encoders.base import MPP_TOLERANCE
 from wsi_pipe.encoders.lr_file import LrHeader, read_lr_header
 from wsi_pipe.encoders.naming import is_lr_file
+from wsi_pipe.encoders.own import handed_over
 from wsi_pipe.encoders.registry import RegistryEntry, find_entry
 from wsi_pipe.errors import ResolutionError, WeightsError
 from wsi_pipe.geometry import TileSpec, level_label
@@ -23,7 +24,7 @@ def check_encoder(name: str, specs: Sequence[TileSpec], mpp_tolerance: float, *,
     asked for. Raises UnknownEncoderError, WeightsError, or ResolutionError for an LR encoder on other tiles than its
     own.
     """
-    if name == "texture":
+    if name == "texture" or handed_over(name) is not None:
         return
     if is_lr_file(name):
         header = read_lr_header(Path(name))
@@ -94,7 +95,7 @@ def weights_file(name: str) -> Path | None:
 
     Raises UnknownEncoderError.
     """
-    if name == "texture":
+    if name == "texture" or handed_over(name) is not None:
         return None
     base, _, checkpoint = name.partition("@")
     if is_lr_file(name) or checkpoint:
@@ -113,7 +114,7 @@ def weights_file(name: str) -> Path | None:
 
 def to_download(name: str) -> str | None:
     """The page that an encoder's weights would come from; None where they are here, or not from the hub."""
-    if name == "texture" or is_lr_file(name) or "@" in name:
+    if name == "texture" or handed_over(name) is not None or is_lr_file(name) or "@" in name:
         return None
     if name.startswith("timm:"):
         from wsi_pipe.encoders.architectures import timm_recipe

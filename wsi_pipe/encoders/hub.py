@@ -35,7 +35,7 @@ def find_local(
     """The weights' file if it lies on this machine, without any network.
 
     Looked for in this order: ``$WSI_PIPE_WEIGHTS/<slug>.safetensors`` (or .pt, .pth, .bin), ``$WSI_PIPE_WEIGHTS/<slug>/
-    <file name on the hub>``, then the Hugging Face cache: the pinned commit, else ``revision``, else the newest there is.
+    <file name on the hub>``, then the Hugging Face cache: the pinned commit, else ``revision``, else the newest.
     """
     folder = os.environ.get(WEIGHTS_FOLDER_VARIABLE)
     if folder:
@@ -77,8 +77,9 @@ def download(
     """The weights' file from this machine or, where it is not there yet, from the hub.
 
     filenames: in order of preference; the first that the hub has is taken. revision: the commit to take where none is
-    pinned, empty for the newest. newest: ask the hub for its newest, whatever lies here or is pinned. Raises WeightsError that says what is in
-    the way: no network, no login, a licence not yet accepted, a file or repository that does not exist.
+    pinned, empty for the newest. newest: ask the hub for its newest, whatever lies here or is pinned. Raises
+    WeightsError that says what is in the way: no network, no login, a licence not yet accepted, a file, revision or
+    repository that does not exist.
     """
     found = None if newest else find_local(name, repo_id, filenames, repo_type=repo_type, revision=revision)
     if found is not None:

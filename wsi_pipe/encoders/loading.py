@@ -12,12 +12,13 @@ from wsi_pipe.encoders.architectures import PooledNetwork, build_unfilled, timm_
 from wsi_pipe.encoders.base import EncoderInfo
 from wsi_pipe.encoders.building import build_random, check_dimension
 from wsi_pipe.encoders.devices import resolve_devices, shared_precision
+from wsi_pipe.encoders.graphs import graph_network
 from wsi_pipe.encoders.lr_file import load_lr_network
 from wsi_pipe.encoders.naming import is_lr_file, slug_of
 from wsi_pipe.encoders.pins import check_pin
 from wsi_pipe.encoders.random_id import RANDOM_SUFFIX, random_weights_id
 from wsi_pipe.encoders.recipe import Recipe
-from wsi_pipe.encoders.registry import RegistryEntry, find_entry
+from wsi_pipe.encoders.registry import GRAPHS, RegistryEntry, find_entry
 from wsi_pipe.encoders.torch_encoder import ReplicatedEncoder, TorchEncoder
 from wsi_pipe.encoders.weights import (
     KEY_MAPS,
@@ -48,6 +49,7 @@ class _Source:
     gated: bool = False
     revision: str = ""
     sha256: Mapping[str, str] = field(default_factory=dict)
+    trusted: bool = False
     nested: str | None = None
     prefix: str = ""
     keys: str = "timm"
@@ -138,6 +140,7 @@ def _from_registry(entry: RegistryEntry, name: str) -> tuple[Recipe, EncoderInfo
         gated=entry.gated,
         revision=entry.revision,
         sha256=entry.sha256,
+        trusted=entry.trusted,
         nested=entry.nested,
         prefix=entry.prefix,
         keys=entry.keys,
@@ -163,6 +166,10 @@ def _network(
     sha256 = file_sha256(path)
     if source.path is None:
         check_pin(source.known_as, source.hub_id, path, sha256, source.sha256)
+    if recipe.architecture in GRAPHS:
+        network = PooledNetwork(graph_network(recipe.architecture, path, trusted=source.trusted), "model").eval()
+        check_dimension(network, recipe, name, str(path))
+        return network, sha256
     network = build_unfilled(recipe, name=name, input_px=input_px)
     state = normalised_state(network, read_state(path, source.nested), name, str(path), source.prefix, source.keys)
     load_into(network.trunk, state, name, str(path), ignore=source.ignore)

@@ -1,7 +1,8 @@
 """Weights that stay what they were: the hub's commit and the hash of each file, kept from the first download on.
 
-A registry entry may state both; what a source did not state is recorded when the file is first loaded. From then on a
-file with another hash is refused, and a new commit of the hub changes nothing until ``wsi-pipe encoders --pin`` says so.
+A registry entry may state both; what a source did not state is recorded when the file is first loaded. From then on
+a file with another hash is refused, and a new commit of the hub changes nothing until ``wsi-pipe encoders --pin``
+says so.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ __all__ = ["ENCODER_FILES_VARIABLE", "RegistryEntry", "find_entry", "load_regist
 
 ENCODER_FILES_VARIABLE = "WSI_PIPE_ENCODERS"
 LOADERS = ("hub", "local")
+GRAPHS = ("onnx", "torchscript")
 KEY_NAMES = ("timm", "hf-vit", "hf-clip", "hf-siglip", "keep", "own")
 FREE_LICENCES = frozenset({"Apache-2.0", "BSD-3-Clause", "CC-BY-4.0", "GPL-3.0", "MIT"})
 """Licences that allow commercial use; whoever reads a licence of its own may find that it does too."""
@@ -34,14 +35,13 @@ class RegistryEntry:
     a path relative to the table's). files: names on the hub in order of preference; hub_type: "model" or "dataset".
     nested, prefix: the key under which a checkpoint holds the weights, and what stands before each of their names.
     revision, sha256: the commit of the hub, and the hash of each file at it, as a source states them.
-    parameters: of the network, in millions.
-    keys: how names become the network's, one of ``KEY_NAMES``; "own" takes them as they are. ignore: patterns of entries of no
-    use. architecture, args, dim, pooling: see Recipe. input_px, resize_px, mean, std, interpolation: see
-    Preprocessing. mpp: recommended um/px, where its authors state one. mpp_min, mpp_max: the ends of what it was trained at,
-    where that is more than one. precision: the half precision that its authors
-    run it in, "auto" where they name none. elsewhere: tool to its name for the same features; these are aliases too.
-    licence, gated, paper: as on its page. sources: where these facts were
-    read. verified: False where one of them could not be checked; ``note`` says which.
+    keys: how names become the network's, one of ``KEY_NAMES``; "own" takes them as they are. ignore: patterns of
+    entries of no use. architecture, args, dim, pooling: see Recipe; also one of ``GRAPHS``. input_px, resize_px, mean,
+    std, interpolation: see Preprocessing. parameters: of the network, in millions. mpp: recommended um/px, where its
+    authors state one. mpp_min, mpp_max: the ends of what it was trained at, where that is more than one. precision: the
+    half precision that its authors run it in, "auto" where they name none. elsewhere: tool to its name for the same
+    features; these are aliases too. licence, gated, paper: as on its page. sources: where these facts were read.
+    trusted: the maker of a TorchScript file is. verified: False where a fact could not be checked; ``note`` says which.
     """
 
     name: str
@@ -76,6 +76,7 @@ class RegistryEntry:
     aliases: tuple[str, ...] = ()
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    trusted: bool = False
     verified: bool = True
     note: str = ""
     args: Mapping[str, Any] = field(default_factory=dict)
@@ -90,6 +91,8 @@ class RegistryEntry:
             raise ConfigError("an encoder from the hub needs hub_id and files")
         if self.loader == "local" and not self.file:
             raise ConfigError("a local encoder needs file, the path of its weights")
+        if self.architecture in GRAPHS and self.loader != "local":
+            raise ConfigError(f"an encoder that is one {self.architecture} file needs loader = 'local' and file")
         if self.precision not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"precision {self.precision!r} must be auto, float32, bfloat16 or float16")
         if self.mpp is not None and self.mpp <= 0:

@@ -1,4 +1,4 @@
-"""Weights that a user has, held against what the registry states of them, and against features that somebody recorded."""
+"""Weights that a user has, held against what the registry states of them and features that somebody recorded."""
 
 from __future__ import annotations
 
