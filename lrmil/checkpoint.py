@@ -19,6 +19,7 @@ from lrmil.config import ModelSettings
 from lrmil.errors import ModelFileError
 from lrmil.metrics import softmax
 from lrmil.model import MILModel, build_model, widest_weight
+from lrmil.targets import Classification, Target, target_from_json
 from wsi_pipe.config import from_mapping, to_mapping
 from wsi_pipe.encoders.tensor_file import tensors_sha256, write_tensor_file
 from wsi_pipe.errors import ConfigError
@@ -44,7 +45,8 @@ class ModelCard:
     fold: which one. features_sha256: content hash of the training store. teacher: name and hash of a student's teacher,
     for the record only, since predicting needs no teacher. seen: cases and slides of training and validation, as marks.
     allowed: overlaps that a user has let pass, in words. sites: how labels and sites of the cohort hang together, see
-    ``lrmil.sites.Confounding``.
+    ``lrmil.sites.Confounding``. target_state: the target with its constants, as ``lrmil.targets`` writes it, and
+    ``classes`` are then the names of the outputs; empty where the model tells the classes of a label column.
     """
 
     model: ModelSettings
@@ -69,14 +71,26 @@ class ModelCard:
     created_utc: str = ""
     weights: str = ""
     sites: Mapping[str, Any] = field(default_factory=dict)
+    target_state: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.target_state and target_from_json(self.target_state).outputs != self.classes:
+            raise ConfigError("the card's target has other outputs than its model")
         if len(self.classes) != self.model.classes:
             raise ConfigError(f"{len(self.classes)} class names for a model of {self.model.classes} classes")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ConfigError(f"temperature {self.temperature} must be above 0 and finite")
         if self.bias and not (len(self.bias) == len(self.classes) and all(map(math.isfinite, self.bias))):
             raise ConfigError(f"the bias {self.bias} must be a finite number for each of {len(self.classes)} classes")
+
+    @property
+    def target(self) -> Target:
+        """What the model says of a bag."""
+        if self.target_state:
+            return target_from_json(self.target_state)
+        return Classification(
+            classes=self.classes, temperature=self.temperature, bias=self.bias, method=self.calibration or "none"
+        )
 
     def probabilities(self, logits: ArrayLike) -> NDArray[np.float64]:
         """Calibrated probabilities, float64 (N, C), of logits (N, C)."""
@@ -90,6 +104,7 @@ class ModelCard:
         values["bias"] = list(self.bias)
         values["seen"] = self.seen.to_json()
         values["allowed"] = list(self.allowed)
+        values["target_state"] = dict(self.target_state)
         return cast(dict[str, Any], _without_nan(values))
 
     @classmethod

@@ -12,7 +12,9 @@ LRMIL = Layout(
     {
         "Bags and labels": (
             "--bags", "--slides", "--slide-mpp", "--override-mpp", "--reader", "--scene", "--z", "--resolution",
-            "--encoder", "--labels", "--label-column", "--by", "--store", "pack --dtype", "train --dtype", "--parents",
+            "--encoder", "--labels", "--labels-by", "--label-column", "--map", "--slide-table", "--case-from",
+            "--target",
+            "--by", "--store", "pack --dtype", "train --dtype", "--parents",
         ),
         "Folds": (
             "--splits", "--fold", "--folds", "--all", "--cases", "--val-fraction", "--test-fraction", "--split-seed",
@@ -40,7 +42,8 @@ LRMIL = Layout(
         **MESSAGES,
     },
     rare=frozenset({
-        "--slide-mpp", "--override-mpp", "--reader", "--scene", "--z", "--label-column", "--by", "--store",
+        "--slide-mpp", "--override-mpp", "--reader", "--scene", "--z", "--label-column", "--labels-by", "--map",
+        "--case-from", "--by", "--store",
         "train --dtype", "--parents", "--val-fraction", "--split-seed", "train --folds", "--allow-seen", "--name",
         "--tensorboard", "--hidden", "--dropout", "--student-px", "--random-student", "--weight-decay",
         "distill --batch-size", "--patience", "--monitor", "--schedule", "--clip-norm", "--class-weights",

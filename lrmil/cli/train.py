@@ -12,6 +12,7 @@ import click
 from lrmil.cli.options import (
     EXISTING,
     PATH,
+    TARGET,
     bag_options,
     label_options,
     level_of,
@@ -22,6 +23,7 @@ from lrmil.cli.options import (
     seen_option,
 )
 from lrmil.config import CHOICES, MONITORS, POOLINGS, LossSettings, TrainSettings, load_settings
+from lrmil.tables import parse_renames
 from wsi_pipe.cli import messages
 from wsi_pipe.cli.options import RESOLUTION, changes_option_of
 from wsi_pipe.errors import ConfigError
@@ -33,6 +35,7 @@ __all__ = ["train"]
 @click.command()
 @bag_options
 @label_options
+@TARGET
 @click.option("-o", "--out", required=True, type=PATH, metavar="RUN", help="Folder of the run; run again, it goes on.")
 @click.option("--splits", type=EXISTING, metavar="CSV", help="Folds: fold_1, ... with train, val, test.  [made anew]")
 @click.option("--fold", "folds", multiple=True, metavar="K", help="Train this fold only; repeatable.  [all]")
@@ -106,6 +109,7 @@ def train(**values: Any) -> int:
     lrmil train --bags job/bags --labels labels.csv -r 5x --encoder uni -o run
     lrmil train --bags job/bags --labels labels.csv -r 20x -o teacher --splits splits.csv --model gated-abmil
     lrmil train --bags job/bags --labels labels.csv -r 5x -o student --splits splits.csv --teacher teacher
+    lrmil train --bags job/bags --labels clini.csv -r 5x -o os --target os:survival --by case
     """
     from lrmil.experiment import evaluate_run, load_cohort, train_folds
     from lrmil.experiment.cohort import open_features
@@ -114,6 +118,10 @@ def train(**values: Any) -> int:
 
     out: Path = values["out"]
     settings = settings_from(values)
+    if settings.targets and values["label_column"]:
+        raise ConfigError("--label-column is for classes", remedy="name it so: --target NAME:KIND:column=COLUMN")
+    if settings.unit == "case" and values["teacher"]:
+        raise ConfigError("a student is taught by slide, and --by case joins slides", remedy="leave one of them out")
     store = open_features(
         values["bags"],
         level=level_of(values["resolution"]),
@@ -126,10 +134,14 @@ def train(**values: Any) -> int:
     cohort = load_cohort(
         store,
         values["labels"],
-        by=values["by"],
+        by=values["labels_by"],
         label_column=values["label_column"],
         slide_table=values["slide_table"],
         site_column=values["site_column"],
+        targets=settings.targets,
+        renames=parse_renames(values["renames"]),
+        case_from=values["case_from"],
+        unit=settings.unit,
     )
     if values["splits"]:
         splits = read_splits(values["splits"])
@@ -176,7 +188,7 @@ def settings_from(values: Mapping[str, Any]) -> TrainSettings:
     base = load_settings(values["config"]) if values["config"] else TrainSettings()
     base = changed(base, values.get("changes", ()), example="model.landmarks=128")
     own = {f.name for f in dataclasses.fields(TrainSettings)} - {"model", "loss"}
-    changes: dict[str, Any] = {name: values[name] for name in own if values.get(name) is not None}
+    changes: dict[str, Any] = {name: values[name] for name in own if values.get(name) not in (None, ())}
     if values["seeds"]:
         changes["seed"] = values["seeds"][0]
     for part in ("model", "loss"):

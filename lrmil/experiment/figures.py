@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lrmil.errors import FiguresError
 from lrmil.experiment.cohort import Cohort
+from lrmil.experiment.target_figures import case_estimates, is_target_run, read_fold
 from lrmil.leaks import check_encoder, check_model, judged_of
 from lrmil.metrics import (
     LOWER_IS_BETTER,
@@ -29,6 +30,7 @@ from lrmil.metrics import (
 )
 from lrmil.splits import SplitTable
 from lrmil.store import ResidentStore
+from lrmil.targets import Classification, Fold, TargetTable
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.tables import written_cell
 
@@ -67,7 +69,9 @@ class FoldFigures:
     """Figures of one fold with intervals by case.
 
     slides, cases: how many they rest on. prevalence: share of slides by class. operating: at thresholds that were
-    chosen on the validation slides.
+    chosen on the validation slides. by_case: figures of cases, by the mean of their slides' predictions, where a case
+    has several; torn: cases that are not in them, since their slides are labelled differently. extra: what a target
+    that is no plain class says besides, such as a log-rank test.
     """
 
     name: str
@@ -76,6 +80,9 @@ class FoldFigures:
     estimates: Mapping[str, Estimate]
     prevalence: Mapping[str, float] = field(default_factory=dict)
     operating: tuple[OperatingPoint, ...] = ()
+    by_case: Mapping[str, Estimate] = field(default_factory=dict)
+    torn: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class RunFigures:
     mean: Mapping[str, Estimate]
     spread: Mapping[str, Mapping[str, float]]
     positive: str | None = None
+    by_case: Mapping[str, Estimate] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values; NaN becomes null."""
@@ -127,6 +135,14 @@ def fold_folders(run: Path | str) -> list[Path]:
             remedy="give the --out folder of lrmil train",
         )
     return found
+
+
+def parts_of(path: Path) -> set[str]:
+    """The parts that a table of predictions holds; none where there is no such table."""
+    if not path.is_file():
+        return set()
+    with open(path, encoding="utf-8", newline="") as file:
+        return {row.get("part") or "" for row in csv.DictReader(file)}
 
 
 def read_predictions(path: Path, part: str = "test") -> FoldPredictions:
@@ -175,6 +191,10 @@ def evaluate_run(
     """
     run = Path(run)
     folders = fold_folders(run)
+    if is_target_run(folders[0]):
+        if at_sensitivity or positive is not None:
+            raise FiguresError("positive classes and operating points are for two classes", remedy="leave them out")
+        return _evaluate_targets(run, folders, part, replicates, seed, pictures, notes)
     found = [read_predictions(folder / PREDICTIONS_NAME, part) for folder in folders]
     sought = positive_class(found[0].classes, positive)
     folds = []
@@ -189,17 +209,68 @@ def evaluate_run(
             seed=seed,
         )
         points = _operating_points(folder, p, sought, at_sensitivity)
-        folds.append(FoldFigures(folder.name, len(p.labels), len(set(p.case_ids)), estimates, prevalences(p), points))
+        by_case, torn = case_estimates([as_fold(p)], replicates=replicates, seed=seed)
+        cases = len(set(p.case_ids))
+        folds.append(FoldFigures(folder.name, len(p.labels), cases, estimates, prevalences(p), points, by_case, torn))
         name = FIGURES_NAME if part == "test" else f"figures-{part}.json"
         write_json(folder / name, asdict(folds[-1]) | {"part": part, "replicates": replicates, "notes": [*notes]})
         if pictures:
             draw_fold(folder, p, part)
     result = summarise(part, folds, found, positive=sought, replicates=replicates, seed=seed)
-    if folders != [run]:
-        suffix = "" if part == "test" else f"-{part}"
+    by_case, _ = case_estimates([as_fold(p) for p in found], replicates=replicates, seed=seed)
+    return _written(run, folders, replace(result, by_case=by_case))
+
+
+def _written(run: Path, folders: Sequence[Path], result: RunFigures) -> RunFigures:
+    if list(folders) != [run]:
+        suffix = "" if result.part == "test" else f"-{result.part}"
         write_json(run / f"summary{suffix}.json", result.to_json())
         write_text_atomically(run / f"summary{suffix}.csv", _table(result))
     return result
+
+
+def as_fold(p: FoldPredictions) -> Fold:
+    """Classes as their target has them: outputs whose softmax is the calibrated probabilities."""
+    with np.errstate(divide="ignore"):
+        outputs = np.maximum(np.log(p.probabilities), -700.0)
+    return Fold(Classification(classes=p.classes), p.labels, outputs, p.case_ids)
+
+
+def _evaluate_targets(
+    run: Path, folders: Sequence[Path], part: str, replicates: int, seed: int, pictures: bool, notes: Sequence[str]
+) -> RunFigures:
+    """``evaluate_run`` of a target that is no plain class: figures and pictures are the target's own."""
+    found = [read_fold(folder, PREDICTIONS_NAME, part)[0] for folder in folders]
+    suffix = "" if part == "test" else f"-{part}"
+    folds = []
+    for folder, fold in zip(folders, found, strict=True):
+        target = fold.target
+        estimates = target.estimates([fold], replicates=replicates, seed=seed)
+        by_case, torn = case_estimates([fold], replicates=replicates, seed=seed)
+        names, strata = target.strata(fold.truth)
+        shares = {name: float((strata == k).mean()) for k, name in enumerate(names)}
+        own = FoldFigures(
+            folder.name,
+            len(fold.cases),
+            len(set(fold.cases)),
+            estimates,
+            shares,
+            by_case=by_case,
+            torn=torn,
+            extra=target.extra(fold),
+        )
+        folds.append(own)
+        name = FIGURES_NAME if part == "test" else f"figures-{part}.json"
+        write_json(folder / name, asdict(own) | {"part": part, "replicates": replicates, "notes": [*notes]})
+        if pictures:
+            target.draw(folder, suffix, fold)
+            _draw_history(folder)
+    target = found[0].target
+    mean = target.estimates(found, replicates=replicates, seed=seed)
+    points = [{name: fold.estimates[name].value for name in mean if name in fold.estimates} for fold in folds]
+    by_case, _ = case_estimates(found, replicates=replicates, seed=seed)
+    result = RunFigures(part, target.outputs, tuple(folds), mean, summarise_folds(points), None, by_case)
+    return _written(run, folders, result)
 
 
 def summarise(
@@ -262,12 +333,18 @@ def _operating_points(
 
 def draw_fold(folder: Path, p: FoldPredictions, part: str) -> None:
     """ROC, calibration, confusion matrix and curves of one fold, as PNG in its folder."""
-    from lrmil.pictures import draw_calibration, draw_confusion, draw_curves, draw_roc
+    from lrmil.pictures import draw_calibration, draw_confusion, draw_roc
 
     suffix = "" if part == "test" else f"-{part}"
     draw_roc(folder / f"roc{suffix}.png", p.labels, p.probabilities, p.classes, p.case_ids)
     draw_calibration(folder / f"calibration{suffix}.png", p.labels, softmax(p.logits), p.probabilities)
     draw_confusion(folder / f"confusion{suffix}.png", p.labels, p.probabilities.argmax(axis=1), p.classes)
+    _draw_history(folder)
+
+
+def _draw_history(folder: Path) -> None:
+    from lrmil.pictures import draw_curves
+
     history = read_history(folder / "metrics.csv")
     if history:
         monitor, best = _monitor(folder, history)
@@ -334,7 +411,7 @@ def evaluate_model(
     from lrmil.experiment.folds import check_store
     from lrmil.predictor import Predictor
     from lrmil.trainer import Prediction, bag_logits
-    from lrmil.trainer.training import predictions_csv
+    from lrmil.trainer.predictions import write_predictions
 
     model, out = Path(model), Path(out)
     predictor = Predictor.load(model, device=device)
@@ -359,8 +436,15 @@ def evaluate_model(
     resident = ResidentStore.of(cohort.store, predictor.device, place="mapped")
     logits = bag_logits(predictor.model, resident, chosen, token_budget=32768).tolist()
     rows = [
-        Prediction(cohort.store.slide_ids[i], cohort.table.case_ids[i], "test", int(cohort.table.labels[i]), tuple(z))
+        Prediction(
+            cohort.store.slide_ids[i],
+            cohort.table.case_ids[i],
+            "test",
+            int(cohort.table.labels[i]),
+            tuple(z),
+            tuple(map(float, cohort.table.truth[i])) if isinstance(cohort.table, TargetTable) else (),
+        )
         for i, z in zip(chosen.tolist(), logits, strict=True)
     ]
-    write_text_atomically(out / PREDICTIONS_NAME, predictions_csv(rows, predictor.card))
+    write_predictions(out, rows, predictor.card)
     return evaluate_run(out, positive=positive, replicates=replicates, seed=seed, notes=notes)

@@ -24,11 +24,17 @@ __all__ = ["attention_geojson", "predictions_table", "write_attention", "write_p
 
 def predictions_table(predictions: Sequence[SlidePrediction], classes: Sequence[str]) -> str:
     """The predictions as CSV text, one row a slide; failed and empty slides have their reason and no numbers."""
-    columns = [f"probability_{name}" for name in classes]
+    said = list(dict.fromkeys(name for p in predictions for name in p.said))
+    # Another target than a class has columns of its own.
+    columns = said or [f"probability_{name}" for name in classes]
     last = ["entropy_nats", "tiles", "top_tile_x", "top_tile_y", "reason"]
     rows: list[list[object]] = []
     for p in predictions:
-        numbers: list[object] = [f"{p.probabilities[name]:.6g}" if p.probabilities else "" for name in classes]
+        numbers: list[object] = (
+            [_cell(p.said.get(name, "")) for name in said]
+            if said
+            else [f"{p.probabilities[name]:.6g}" if p.probabilities else "" for name in classes]
+        )
         entropy = "" if math.isnan(p.entropy_nats) else f"{p.entropy_nats:.6g}"
         place = [f"{p.top_tiles[0].x:.10g}", f"{p.top_tiles[0].y:.10g}"] if p.top_tiles else ["", ""]
         row: list[object] = [
@@ -43,6 +49,10 @@ def predictions_table(predictions: Sequence[SlidePrediction], classes: Sequence[
         ]
         rows.append([*row, p.reason or ""])
     return csv_text(["slide_id", "case_id", "status", "predicted", *columns, *last], rows)
+
+
+def _cell(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def write_predictions(out: Path, predictions: Sequence[SlidePrediction], predictor: Predictor) -> None:
@@ -61,6 +71,8 @@ def write_predictions(out: Path, predictions: Sequence[SlidePrediction], predict
         "bias": list(card.bias),
         "calibration": card.calibration,
     }
+    if card.target_state:
+        head["target"] = dict(card.target_state)
     body = {"model": head, "slides": [_plain(p) for p in predictions]}
     write_text_atomically(out / "predictions.json", json.dumps(body, indent=1, allow_nan=False) + "\n")
 
@@ -71,7 +83,8 @@ def _plain(p: SlidePrediction) -> dict[str, Any]:
         values |= {
             "predicted": p.predicted,
             "probabilities": dict(p.probabilities),
-            "entropy_nats": p.entropy_nats,
+            "entropy_nats": _number(p.entropy_nats),
+            **({"said": dict(p.said)} if p.said else {}),
             "logits": list(p.logits),
             "top_tiles": [
                 {"row": t.row, "x": _number(t.x), "y": _number(t.y), "attention": t.attention} for t in p.top_tiles

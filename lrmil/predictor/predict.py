@@ -49,7 +49,8 @@ class SlidePrediction:
     status: "done", "empty" (no tiles; reason says why) or "failed" (reason and remedy). probabilities: calibrated, by
     class. entropy_nats: of the probabilities, NaN where there are none. logits: before calibration. tiles: rows of
     the bag. attention: float32 (N,), sums to 1, None where the model has none. coords: float64 (N, 2) in coords_unit.
-    tile_size_l0: (x, y). top_tiles: highest attention first.
+    tile_size_l0: (x, y). top_tiles: highest attention first. said: what another target than a class says, as columns of
+    ``predictions.csv``; it then has no probabilities, and ``predicted`` is the first of them.
     """
 
     slide_id: str
@@ -66,6 +67,7 @@ class SlidePrediction:
     attention: NDArray[np.float32] | None = None
     coords: NDArray[np.float64] | None = None
     top_tiles: tuple[TopTile, ...] = ()
+    said: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def failure(cls, slide_id: str, error: WsiPipeError) -> SlidePrediction:
@@ -172,7 +174,12 @@ class Predictor:
         logits = output.logits[0].double().cpu().numpy()
         if not np.isfinite(logits).all():
             raise ModelMismatchError(f"{info.path}: the model's logits are not finite", remedy="check the features")
-        p = self.card.probabilities(logits[None])[0]
+        said: Mapping[str, object] = {}
+        p = np.zeros(0)
+        if self.card.target_state:
+            said = {name: values[0] for name, values in self.card.target.said(logits[None]).items()}
+        else:
+            p = self.card.probabilities(logits[None])[0]
         attention = None
         top: tuple[TopTile, ...] = ()
         if output.attention_logits is not None:
@@ -185,9 +192,10 @@ class Predictor:
             info.slide_id,
             "done",
             info.case_id,
-            predicted=self.card.classes[int(p.argmax())],
-            probabilities=dict(zip(self.card.classes, map(float, p), strict=True)),
-            entropy_nats=float(-(positive * np.log(positive)).sum()),
+            predicted=_shown(next(iter(said.values()))) if said else self.card.classes[int(p.argmax())],
+            probabilities={} if said else dict(zip(self.card.classes, map(float, p), strict=True)),
+            entropy_nats=math.nan if said else float(-(positive * np.log(positive)).sum()),
+            said=said,
             logits=tuple(map(float, logits)),
             tiles=info.rows,
             bag=info,
@@ -210,6 +218,11 @@ class Predictor:
                 yield self.predict_bag(path, level=level, encoder=encoder, top_tiles=top_tiles)
             except WsiPipeError as error:
                 yield SlidePrediction.failure(Path(path).stem, error)
+
+
+def _shown(value: object) -> str:
+    """A decision as text."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def describe(card: ModelCard) -> str:

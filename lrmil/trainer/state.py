@@ -23,7 +23,7 @@ from lrmil.splits import FoldIndices
 from lrmil.trainer.optimise import AdamW
 from wsi_pipe.config import fingerprint, to_mapping
 
-__all__ = ["STATE_KIND", "Progress", "check_state", "load_state", "run_fingerprint", "save_state"]
+__all__ = ["STATE_KIND", "Progress", "check_state", "comparable", "load_state", "run_fingerprint", "save_state"]
 
 STATE_KIND = "lrmil.training-state"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -47,7 +47,13 @@ def run_fingerprint(
     """SHA-256 of everything that decides a run's numbers. hashes: of the features and the teacher."""
     deciding = replace(settings, device="", tensorboard=False, save_every=0)
     parts = [np.asarray(part).tolist() for part in (split.train, split.val, split.test)]
-    return fingerprint(to_mapping(deciding), parts, labels.tolist(), list(classes), dict(hashes))
+    return fingerprint(comparable(deciding), parts, labels.tolist(), list(classes), dict(hashes))
+
+
+def comparable(settings: TrainSettings) -> dict[str, Any]:
+    """Settings as values that equal those of a version that did not have all of them, where these are unused."""
+    unused = {"targets": [], "unit": "slide"}
+    return {name: value for name, value in to_mapping(settings).items() if unused.get(name, ...) != value}
 
 
 def save_state(
