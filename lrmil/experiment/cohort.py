@@ -16,7 +16,7 @@ from lrmil.splits import FoldIndices, SplitTable
 from lrmil.store import FeatureStore, find_bags, inspect_bag, pack_bags
 from lrmil.store.dtypes import StoreDtype
 from lrmil.store.joined import join_cases
-from lrmil.targets import Target, load_targets, parse_targets
+from lrmil.targets import Target, TargetTable, load_targets, parse_targets
 from lrmil.targets.cases import table_by_case
 from wsi_pipe.encoders.random_id import is_random
 
@@ -26,12 +26,13 @@ __all__ = ["Cohort", "load_cohort", "open_features"]
 @dataclass(frozen=True)
 class Cohort:
     """A store, the labels of its bags, and the sites of their cases as far as they are known. remarks: on the table
-    that told the bags' cases, where one did."""
+    that told the bags' cases, where one did. unit: what a bag is, a slide or a case."""
 
     store: FeatureStore
     table: LabelTable
     sites: Sites = field(default_factory=Sites)
     remarks: tuple[str, ...] = ()
+    unit: str = "slide"
 
     def fold(self, splits: SplitTable, name: str) -> FoldIndices:
         """A fold's usable bags: labelled, and with tiles. Raises SplitError or LeakageError as SplitTable does."""
@@ -57,7 +58,7 @@ class Cohort:
             stray = splits.unassigned(slides, [self.table.case_ids[i] for i in usable])
             if stray:
                 notes.append(f"left out: {len(stray)} not in the splits: {', '.join(stray)}")
-        if self.table.case_ids == self.store.slide_ids:
+        if self.unit == "slide" and self.table.case_ids == self.store.slide_ids:
             notes.append("no case ids are known: every slide counts as a case of its own")
         if self.store.placeless:
             notes.append(f"{self.store.placeless} bags hold no coordinates: no heat map can be drawn of them")
@@ -150,8 +151,10 @@ def load_cohort(
         table = table_by_case(table, slides, store.slide_ids, store.lengths)
         several = sum(len(own) > 1 for own in slides)
         remarks = (*remarks, f"{len(slides)} cases as one bag each, {several} of them of several slides")
+    if isinstance(table, TargetTable):
+        remarks = (*remarks, *table.counts())
     sites = read_sites(labels, store.slide_ids, table.case_ids, column=site_column)
-    return Cohort(store, table, sites, remarks)
+    return Cohort(store, table, sites, remarks, unit)
 
 
 def cases_of(

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from lrmil.errors import FiguresError
 
 __all__ = [
+    "HazardRatio",
     "KaplanMeier",
     "LogRank",
     "baseline_hazard",
@@ -24,6 +25,7 @@ __all__ = [
     "concordance_pairs",
     "cumulative_dynamic_auc",
     "dynamic_pairs",
+    "hazard_ratio",
     "kaplan_meier",
     "logrank",
     "weighted_ratio",
@@ -223,3 +225,46 @@ def baseline_hazard(time: ArrayLike, event: ArrayLike, log_risk: ArrayLike) -> t
     at_risk = ahead[np.searchsorted(t[order], times, side="left")]
     died = np.array([(e & (t == when)).sum() for when in times], np.float64)
     return times, np.cumsum(died / at_risk) if len(times) else np.zeros(0)
+
+
+class HazardRatio(NamedTuple):
+    """A ratio of hazards with its 95 % interval of Wald, and the two-sided p-value; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def hazard_ratio(time: ArrayLike, event: ArrayLike, values: ArrayLike) -> HazardRatio:
+    """The ratio of hazards for a difference of 1 in ``values`` (N,), by Cox's partial likelihood with Breslow's ties.
+
+    NaN where values do not vary among those at risk, or the likelihood has no maximum: all events are on one side.
+    """
+    t, e = checked(time, event)
+    x = np.asarray(values, np.float64)
+    undefined = HazardRatio(np.nan, np.nan, np.nan, np.nan)
+    if not e.any() or len(np.unique(x)) < 2:
+        return undefined
+    order = np.argsort(-t, kind="stable")
+    t, e, x = t[order], e[order], x[order] - x.mean()
+    # The risk set of a time ends with the last case of that time.
+    ends = np.searchsorted(-t, -t, side="right") - 1
+    beta, information = 0.0, 0.0
+    for _ in range(100):
+        weight = np.exp(np.clip(beta * x, -500, 500))
+        s0, s1, s2 = (np.cumsum(weight * x**k)[ends] for k in range(3))
+        mean = s1 / s0
+        slope = float((e * (x - mean)).sum())
+        information = float((e * (s2 / s0 - mean**2)).sum())
+        if information <= 1e-12 or abs(beta) > 50 / max(float(x.std()), 1e-12):
+            return undefined
+        step = slope / information
+        beta += float(np.clip(step, -2 / x.std(), 2 / x.std()))
+        if abs(step) < 1e-10:
+            break
+    from scipy.stats import norm
+
+    error = 1 / np.sqrt(information)
+    low, high = np.exp(beta - Z95 * error), np.exp(beta + Z95 * error)
+    return HazardRatio(float(np.exp(beta)), float(low), float(high), float(2 * norm.sf(abs(beta) / error)))

@@ -37,6 +37,17 @@ class TargetTable(LabelTable):
     target: Target = field(default_factory=Classification)
     truth: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 1)))
 
+    def counts(self) -> list[str]:
+        """How many bags have a value of each of several targets, where some lack one."""
+        if not isinstance(self.target, Several):
+            return []
+        known = [(part.name, int(part.known(own).sum())) for part, own, _ in self.target.each(self.truth)]
+        return [
+            f"{name}: {count} of {len(self.truth)} bags have a value"
+            for name, count in known
+            if count < len(self.truth)
+        ]
+
     def case_labels(self) -> dict[str, str]:
         """Stratum of each case with a usable bag, by which folds are made even; rare ones count as the commonest."""
         found: dict[str, int] = {}
@@ -144,7 +155,7 @@ def load_targets(
             f"{slide_ids[i]} ({reasons.get(slide_ids[i]) or 'no tiles'})"
             for i in np.flatnonzero(known & (sizes == 0)).tolist()
         ),
-        remarks=(*table.notes, *_counts(target, truth)),
+        remarks=table.notes,
         target=target,
         truth=truth,
     )
@@ -165,14 +176,6 @@ def _truth(asked: Sequence[Asked], columns: JoinedColumns, like: Target | None) 
     if len(read_all) == 1:
         return read_all[0]
     return Several("", tuple(target for target, _ in read_all)), np.concatenate([t for _, t in read_all], axis=1)
-
-
-def _counts(target: Target, truth: NDArray[np.float64]) -> list[str]:
-    """How many bags lack each of several targets."""
-    if not isinstance(target, Several):
-        return []
-    known = [(part.name, int(part.known(own).sum())) for part, own, _ in target._each(truth)]
-    return [f"{name}: {count} of {len(truth)} bags have a value" for name, count in known if count < len(truth)]
 
 
 def _rows(

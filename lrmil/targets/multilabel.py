@@ -90,10 +90,9 @@ class MultiLabel(Target):
             share = outputs.new_tensor(self.prior).sigmoid()
             # Weights whose mean over the training bags is 1, and whose sum over each answer is the same.
             terms = terms * (wanted / (2 * share) + (1 - wanted) / (2 * (1 - share)))
-        count = known.sum(-1)
-        losses = terms.where(known, 0.0).sum(-1) / count.clamp_min(1)
-        there = (count > 0).expand(losses.shape)
-        return losses, there.to(losses.dtype)
+        # A bag counts by the labels that are known of it, so that each label is fitted as it would be alone.
+        losses = terms.where(known, 0.0).mean(-1)
+        return losses, known.to(losses.dtype).mean(-1).expand(losses.shape)
 
     @property
     def calibration(self) -> str:

@@ -51,7 +51,7 @@ class Several(Target):
     def outputs(self) -> tuple[str, ...]:
         return tuple(f"{part.name}.{name}" for part in self.parts for name in part.outputs)
 
-    def _each(self, truth: Any, outputs: Any = None) -> list[tuple[Target, Any, Any]]:
+    def each(self, truth: Any, outputs: Any = None) -> list[tuple[Target, Any, Any]]:
         """Each part with its columns of truth and outputs, the last axis of both."""
         found = []
         t, o = 0, 0
@@ -63,11 +63,11 @@ class Several(Target):
         return found
 
     def _changed(self, change: Callable[[Target, Any, Any], Target], truth: Any, outputs: Any = None) -> Self:
-        return replace(self, parts=tuple(change(*one) for one in self._each(truth, outputs)))
+        return replace(self, parts=tuple(change(*one) for one in self.each(truth, outputs)))
 
     def strata(self, truth: NDArray[Any]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
         # By the first target; bags of which it knows nothing are a group of their own.
-        part, own, _ = self._each(truth)[0]
+        part, own, _ = self.each(truth)[0]
         names, found = part.strata(own)
         other = self.known(truth) & (found < 0)
         if not other.any():
@@ -75,10 +75,10 @@ class Several(Target):
         return (*names, f"{part.name} unknown"), np.where(other, len(names), found)
 
     def truth_cells(self, row: NDArray[Any]) -> list[object]:
-        return [cell for part, own, _ in self._each(row) for cell in part.truth_cells(own)]
+        return [cell for part, own, _ in self.each(row) for cell in part.truth_cells(own)]
 
     def case_truth(self, rows: NDArray[Any]) -> NDArray[Any] | None:
-        found = [part.case_truth(own) for part, own, _ in self._each(rows)]
+        found = [part.case_truth(own) for part, own, _ in self.each(rows)]
         return None if any(own is None for own in found) else np.concatenate([o for o in found if o is not None])
 
     def fitted(self, truth: NDArray[Any], *, balanced: bool = True) -> Self:
@@ -87,7 +87,7 @@ class Several(Target):
     def losses(self, outputs: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         total = torch.zeros_like(outputs[..., 0])
         there = torch.zeros_like(total)
-        for part, own, inside in self._each(truth, outputs):
+        for part, own, inside in self.each(truth, outputs):
             losses, counts = part.losses(inside, own)
             # Each part's mean over the bags that it counts, spread over the bags that any part counts.
             total = total + losses / counts.sum(-1, keepdim=True).clamp_min(1)
@@ -95,21 +95,21 @@ class Several(Target):
         return total * there.sum(-1, keepdim=True) / len(self.parts), there
 
     def distilled(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        parts = zip(self._each(teacher, student), self._each(teacher, teacher), strict=True)
+        parts = zip(self.each(teacher, student), self.each(teacher, teacher), strict=True)
         losses = [part.distilled(own, theirs, temperature) for (part, _, own), (_, _, theirs) in parts]
         return torch.stack(losses).mean()
 
     def row_losses(self, outputs: Array, truth: NDArray[Any], *, weighted: bool = True) -> Array:
-        rows = [part.row_losses(inside, own, weighted=weighted) for part, own, inside in self._each(truth, outputs)]
+        rows = [part.row_losses(inside, own, weighted=weighted) for part, own, inside in self.each(truth, outputs)]
         return np.asarray(np.mean(rows, axis=0))
 
     def centred(self, outputs: Array, seen: NDArray[np.bool_]) -> Array:
         blank = np.empty((0, len(self.truth_names)))
-        parts = [part.centred(inside, seen) for part, _, inside in self._each(blank, outputs)]
+        parts = [part.centred(inside, seen) for part, _, inside in self.each(blank, outputs)]
         return np.concatenate(parts, axis=-1)
 
     def linear_path(self, values: Array, truth: NDArray[Any], penalties: Sequence[float]) -> list[tuple[Array, Array]]:
-        paths = [part.linear_path(values, own, penalties) for part, own, _ in self._each(truth)]
+        paths = [part.linear_path(values, own, penalties) for part, own, _ in self.each(truth)]
         return [
             (np.concatenate([w for w, _ in step]), np.concatenate([b for _, b in step]))
             for step in zip(*paths, strict=True)
@@ -128,21 +128,21 @@ class Several(Target):
     def said(self, outputs: Array) -> dict[str, list[object]]:
         blank = np.empty((0, len(self.truth_names)))
         found: dict[str, list[object]] = {}
-        for part, _, inside in self._each(blank, outputs):
+        for part, _, inside in self.each(blank, outputs):
             found |= part.said(inside)
         return found
 
     def together(self, outputs: Array) -> Array:
         blank = np.empty((0, len(self.truth_names)))
-        return np.concatenate([part.together(inside) for part, _, inside in self._each(blank, outputs)])
+        return np.concatenate([part.together(inside) for part, _, inside in self.each(blank, outputs)])
 
     def weighted_figures(self, truth: NDArray[Any], outputs: Array, weights: Array) -> dict[str, Array]:
         return self._named(
-            [(part, part.weighted_figures(own, inside, weights)) for part, own, inside in self._each(truth, outputs)]
+            [(part, part.weighted_figures(own, inside, weights)) for part, own, inside in self.each(truth, outputs)]
         )
 
     def validation(self, truth: NDArray[Any], outputs: Array) -> dict[str, float]:
-        found = [(part, part.validation(own, inside)) for part, own, inside in self._each(truth, outputs)]
+        found = [(part, part.validation(own, inside)) for part, own, inside in self.each(truth, outputs)]
         return {"loss": float(np.mean([own["loss"] for _, own in found])), **self._named(found)}
 
     def estimates(self, folds: Sequence[Fold], *, replicates: int = 2000, seed: int = 0) -> dict[str, Estimate]:
@@ -168,5 +168,5 @@ class Several(Target):
 
 def _inside(fold: Fold, k: int) -> Fold:
     assert isinstance(fold.target, Several)
-    part, truth, outputs = fold.target._each(fold.truth, fold.outputs)[k]
+    part, truth, outputs = fold.target.each(fold.truth, fold.outputs)[k]
     return Fold(part, truth, outputs, fold.cases)

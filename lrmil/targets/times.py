@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lrmil.errors import SplitError
 from lrmil.metrics.figures import Array
 from lrmil.metrics.intervals import Estimate, bootstrap_folds
-from lrmil.metrics.survival import concordance_pairs, dynamic_pairs, kaplan_meier, logrank, weighted_ratio
+from lrmil.metrics.survival import concordance_pairs, dynamic_pairs, hazard_ratio, kaplan_meier, logrank, weighted_ratio
 from lrmil.targets.base import Columns, Fold, Target
 from lrmil.targets.cells import column_of, numbers_of, yes_or_no
 
@@ -127,7 +127,9 @@ class Survival(Target):
         truth, high = fold.truth[known], self.groups(fold.outputs[known])
         test = logrank(truth[:, 0], truth[:, 1] == 1, high)
         curves = {name: kaplan_meier(truth[of, 0], truth[of, 1] == 1) for name, of in (("low", ~high), ("high", high))}
+        ratio = hazard_ratio(truth[:, 0], truth[:, 1] == 1, high)
         return {
+            "hazard_ratio": {"high_over_low": ratio.value, "low_end": ratio.low, "high_end": ratio.high, "p": ratio.p},
             "logrank": {"statistic": test.statistic, "p": test.p},
             "median_survival": {name: curve.median for name, curve in curves.items()},
             "group_sizes": {"low": int((~high).sum()), "high": int(high.sum())},

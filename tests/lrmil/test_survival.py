@@ -10,6 +10,7 @@ from lrmil.metrics.survival import (
     baseline_hazard,
     concordance,
     cumulative_dynamic_auc,
+    hazard_ratio,
     kaplan_meier,
     logrank,
 )
@@ -88,3 +89,23 @@ def test_nothing_to_compare_is_undefined_and_bad_times_are_refused() -> None:
             kaplan_meier(time, [True, True])
     with pytest.raises(FiguresError, match="do not fit"):
         kaplan_meier([1.0, 2.0], [True])
+
+
+def test_a_known_hazard_ratio_is_recovered_within_its_interval() -> None:
+    rng = np.random.default_rng(4)
+    group = np.arange(600) % 2
+    true = rng.exponential(np.where(group == 1, 5.0, 12.5))
+    lost = rng.uniform(2, 30, size=600)
+    time, event = np.minimum(true, lost), true <= lost
+    found = hazard_ratio(time, event, group)
+    assert found.low < 2.5 < found.high
+    assert found.high / found.low < 2
+    assert found.p < 1e-9
+    lifelines = pytest.importorskip("lifelines")
+    import pandas as pd
+
+    fitted = lifelines.CoxPHFitter().fit(pd.DataFrame({"t": time, "e": event, "g": group}), "t", "e").summary
+    wanted = fitted.loc["g", ["exp(coef)", "exp(coef) lower 95%", "exp(coef) upper 95%"]].to_numpy(float)
+    np.testing.assert_allclose(found[:3], wanted, rtol=1e-6)
+    # All events on one side: the likelihood has no maximum.
+    assert np.isnan(hazard_ratio([1.0, 2.0, 3.0, 4.0], [1, 1, 0, 0], [1, 1, 0, 0]).value)
