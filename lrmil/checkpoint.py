@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from lrmil.model import MILModel
     from lrmil.ood import Reference
+    from lrmil.targets import Target
 
 __all__ = [
     "MODEL_KIND",
@@ -67,6 +68,8 @@ class ModelCard:
     ``lrmil.sites.Confounding``. data: slides, cases, tiles and slides by class of each part. validation: of the slides
     of the validation part, without their names: "confidence" (the greatest calibrated probability) and "correct" (1 or
     0), in the order of the confidence, and "distance" from the training tiles (``lrmil.ood``), in its own order.
+    target_state: the target with its constants, as ``lrmil.targets`` writes it, and ``classes`` are then the names of
+    the outputs; empty where the model tells the classes of a label column.
     """
 
     model: ModelSettings
@@ -93,14 +96,28 @@ class ModelCard:
     sites: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     validation: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    target_state: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.target_state and self.target.outputs != self.classes:
+            raise ConfigError("the card's target has other outputs than its model")
         if len(self.classes) != self.model.classes:
             raise ConfigError(f"{len(self.classes)} class names for a model of {self.model.classes} classes")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ConfigError(f"temperature {self.temperature} must be above 0 and finite")
         if self.bias and not (len(self.bias) == len(self.classes) and all(map(math.isfinite, self.bias))):
             raise ConfigError(f"the bias {self.bias} must be a finite number for each of {len(self.classes)} classes")
+
+    @property
+    def target(self) -> Target:
+        """What the model says of a bag."""
+        from lrmil.targets import Classification, target_from_json
+
+        if self.target_state:
+            return target_from_json(self.target_state)
+        return Classification(
+            classes=self.classes, temperature=self.temperature, bias=self.bias, method=self.calibration or "none"
+        )
 
     def probabilities(self, logits: ArrayLike) -> NDArray[np.float64]:
         """Calibrated probabilities, float64 (N, C), of logits (N, C)."""
@@ -114,6 +131,7 @@ class ModelCard:
         values["bias"] = list(self.bias)
         values["seen"] = self.seen.to_json()
         values["allowed"] = list(self.allowed)
+        values["target_state"] = dict(self.target_state)
         return cast(dict[str, Any], no_nan(values))
 
     @classmethod

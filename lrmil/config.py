@@ -69,7 +69,8 @@ class ModelSettings:
     """The architecture of a MIL model; enough to build it again.
 
     name: one of ``MODELS``, or "auto", which training replaces by what inner cross-validation prefers.
-    in_dim: features per tile. classes: number of classes. hidden: width of the projection that
+    in_dim: features per tile. classes: number of classes, or of outputs
+    of another target (see ``lrmil.targets``). hidden: width of the projection that
     all models begin with, and of the bag's representation. attention_dim: width of the attention branch (ABMIL, CLAM)
     or of the queries (DSMIL). dropout: in the projection and the attention branch. input_dropout: of single features
     before the projection. heads, landmarks: of TransMIL, whose attention is exact up to ``landmarks`` tokens and
@@ -122,8 +123,8 @@ class ModelSettings:
         for name in ("in_dim", "hidden", "attention_dim", "heads", "landmarks", "cluster_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.classes < 2:
-            raise ConfigError(f"a classifier needs at least 2 classes, not {self.classes}")
+        if self.classes < 1:
+            raise ConfigError(f"a model needs at least 1 output, not {self.classes}")
         for name in ("dropout", "input_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
@@ -195,7 +196,9 @@ class TrainSettings:
     their mean and deviation over the training tiles, which the model keeps. deterministic: refuse
     operations that may differ between runs on a GPU. save_every: epochs between saved states, 0 for none.
     device: "auto", "cpu", "cuda", "cuda:1". tensorboard: event files in the run's folder. small_cohorts: "auto" trains
-    ``SMALL_MODELS`` on few cases as ``lrmil.trainer.small`` says, "off" as on many.
+    ``SMALL_MODELS`` on few cases as ``lrmil.trainer.small`` says, "off" as on many. targets: what to predict instead of
+    the classes of the label column, each ``NAME:KIND`` (see ``lrmil.targets.kinds``). unit: what a bag is, a "slide" or
+    a "case" with all of its slides.
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -221,6 +224,8 @@ class TrainSettings:
     device: str = "auto"
     tensorboard: bool = False
     small_cohorts: str = "auto"
+    targets: tuple[str, ...] = ()
+    unit: str = "slide"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "token_budget", "max_bags"):
@@ -239,6 +244,7 @@ class TrainSettings:
             ("class_weights", ("balanced", "none")),
             ("monitor", MONITORS),
             ("small_cohorts", ("auto", "off")),
+            ("unit", ("slide", "case")),
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} {getattr(self, name)!r} must be one of {', '.join(known)}")
@@ -246,7 +252,7 @@ class TrainSettings:
 
 TUNED = "tuned"
 """The table of a settings file that ``lrmil tune`` writes beside the settings."""
-LATER: Mapping[str, object] = {"model.projection": True, "loss.parents": "sum"}
+LATER: Mapping[str, object] = {"model.projection": True, "loss.parents": "sum", "targets": [], "unit": "slide"}
 """Settings that came after the first runs, at the values that change nothing."""
 
 
@@ -255,11 +261,12 @@ def deciding(settings: TrainSettings | Mapping[str, Any]) -> dict[str, Any]:
     are the same run where it changes nothing."""
     plain = to_mapping(settings) if isinstance(settings, TrainSettings) else dict(settings)
     for key, unchanged in LATER.items():
-        table, _, name = key.partition(".")
-        inner = dict(plain.get(table) or {})
+        table, _, name = key.rpartition(".")
+        inner = dict(plain.get(table) or {}) if table else plain
         if inner.get(name) == unchanged:
             del inner[name]
-        plain[table] = inner
+        if table:
+            plain[table] = inner
     return plain
 
 

@@ -44,13 +44,18 @@ def judged_of(
     records: Sequence[BagRecord], case_ids: Sequence[str], indices: Sequence[int] | NDArray[np.int64]
 ) -> Judged:
     """The slides of a store at ``indices``. case_ids: of all its bags."""
-    chosen = np.asarray(indices, np.int64).tolist()
+    chosen = [(i, mark) for i in np.asarray(indices, np.int64).tolist() for mark in _marks(records[i])]
     return Judged(
-        tuple(records[i].slide_id for i in chosen),
-        tuple(case_ids[i] for i in chosen),
-        tuple(records[i].slide_fingerprint for i in chosen),
-        tuple(records[i].encoder_saw for i in chosen),
+        tuple(records[i].slide_id for i, _ in chosen),
+        tuple(case_ids[i] for i, _ in chosen),
+        tuple(mark for _, mark in chosen),
+        tuple(records[i].encoder_saw for i, _ in chosen),
     )
+
+
+def _marks(record: BagRecord) -> list[str]:
+    """The fingerprints of a bag's slides, of which a case that is joined to one bag has several."""
+    return record.slide_fingerprint.split(" ")
 
 
 def seen_of(
@@ -59,7 +64,7 @@ def seen_of(
     """The record of a model that was trained on these parts of a store."""
     return Seen.of(
         {
-            part: [(case_ids[i], records[i].slide_fingerprint) for i in np.asarray(indices, np.int64).tolist()]
+            part: [(case_ids[i], mark) for i in np.asarray(indices, np.int64).tolist() for mark in _marks(records[i])]
             for part, indices in parts.items()
         }
     )

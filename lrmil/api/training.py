@@ -12,7 +12,6 @@ from lrmil.api.given import Labels, PathLike, label_file, train_settings
 from lrmil.api.model import Model
 from lrmil.checkpoint import MODEL_NAME
 from lrmil.config import TrainSettings
-from lrmil.errors import FiguresError
 from lrmil.experiment import (
     Cohort,
     RunFigures,
@@ -20,11 +19,10 @@ from lrmil.experiment import (
     evaluate_run,
     load_cohort,
     open_teacher,
-    read_predictions,
     train_folds,
 )
 from lrmil.experiment.cohort import open_features
-from lrmil.experiment.figures import PREDICTIONS_NAME
+from lrmil.experiment.figures import PREDICTIONS_NAME, parts_of
 from lrmil.experiment.folds import SPLITS_NAME
 from lrmil.splits import SplitTable, make_splits, read_splits
 from lrmil.store.dtypes import StoreDtype
@@ -51,8 +49,12 @@ def train(
     folds: int = 5,
     val_fraction: float = 0.2,
     split_seed: int = 0,
-    by: str = "auto",
+    by: str | None = None,
+    labels_by: str = "auto",
     label_column: str | None = None,
+    targets: Sequence[str] = (),
+    renames: Mapping[str, str] | None = None,
+    case_from: str | None = None,
     slide_table: PathLike | None = None,
     site_column: str | None = None,
     teacher: PathLike | Model | None = None,
@@ -75,6 +77,8 @@ def train(
     bags: a folder such as ``JOB/bags``, or bags. labels: a CSV; a mapping from slide ids to classes; or a pandas
     DataFrame with the columns of such a CSV. out: folder of the run; called again with the same, training goes on, and
     with another ``fold`` it adds that one. splits: a CSV or table of folds; by default ``folds`` folds are made.
+    targets: instead of classes, such as ``["os:survival"]``. by: "case" makes one bag of all slides of a case.
+    renames: values of the labels that mean another. case_from: "tcga" for the patient of a barcode.
     teacher: a model, or the folder of a run on the same splits, to distil from. settings: a ``TrainSettings``; single
     ones of them, of the model and of the loss by name: ``model="abmil"``, ``epochs=20``, ``hidden=128``, ``soft=0.5``.
     The others: as of ``lrmil train``. progress: called with the figures of each epoch. say: told what is
@@ -84,7 +88,10 @@ def train(
     encoder or teacher saw cases that the model is judged by, RandomFeaturesError.
     """
     out, tell = Path(out), say or _log.warning
-    chosen = train_settings(settings, model, values, teacher is not None)
+    asked: dict[str, Any] = {} if by is None else {"unit": by}
+    if targets:
+        asked["targets"] = [targets] if isinstance(targets, str) else list(targets)
+    chosen = train_settings(settings, model, values | asked, teacher is not None)
     where: Any = Path(bags) if isinstance(bags, (str, os.PathLike)) else [Path(item) for item in bags]
     features = open_features(
         where,
@@ -97,10 +104,14 @@ def train(
     cohort = load_cohort(
         features,
         label_file(labels, out),
-        by=by,
+        by=labels_by,
         label_column=label_column,
         slide_table=None if slide_table is None else Path(slide_table),
         site_column=site_column,
+        targets=chosen.targets,
+        renames=renames,
+        case_from=case_from,
+        unit=chosen.unit,
     )
     table = splits_for(cohort, splits, out, folds, split_seed, val_fraction)
     for note in cohort.notes(table):
@@ -195,6 +206,9 @@ def evaluate(
         label_column=label_column,
         classes=judged.card.classes,
         slide_table=None if slide_table is None else Path(slide_table),
+        targets=judged.card.training.get("targets", ()),
+        like=judged.card.target if judged.card.target_state else None,
+        unit=str(judged.card.training.get("unit", "slide")),
     )
     table = None if splits is None else splits if isinstance(splits, SplitTable) else read_splits(Path(splits))
     for note in cohort.notes(table):
@@ -219,9 +233,7 @@ def evaluate(
 def fold_figures(folder: Path, positive: str | None, replicates: int) -> RunFigures | None:
     """Of the test cases, else of the validation cases; None where the fold has neither."""
     for part in ("test", "val"):
-        try:
-            read_predictions(folder / PREDICTIONS_NAME, part)
-        except FiguresError:
+        if part not in parts_of(folder / PREDICTIONS_NAME):
             continue
         return evaluate_run(folder, part=part, positive=positive, replicates=replicates)
     return None

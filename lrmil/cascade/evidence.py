@@ -255,6 +255,11 @@ def as_predictors(models: RunModels, device: str = "auto") -> list[Predictor]:
     found = []
     for path in models.files:
         module, card = load_model(path)
+        if card.target_state:
+            raise ModelMismatchError(
+                f"{path} predicts {card.target.kind}: a cascade decides between classes",
+                remedy="give runs that were trained on a label column",
+            )
         found.append(Predictor(module, card, device=device, name=path.parent.name))
     return found
 

@@ -9,10 +9,13 @@ import click
 
 from lrmil.cli.options import (
     ABSTAIN,
+    CASE_FROM,
     EXISTING,
+    MAP,
     PATH,
     SHOWN,
     SLIDE_TABLE,
+    TARGET,
     level_of,
     number,
     pack_progress,
@@ -21,6 +24,7 @@ from lrmil.cli.options import (
     print_notes,
     seen_option,
 )
+from lrmil.tables import parse_renames
 from wsi_pipe.cli.display import print_json, print_table
 from wsi_pipe.cli.options import RESOLUTION
 from wsi_pipe.errors import ConfigError
@@ -42,7 +46,10 @@ PART = click.Choice(["test", "val"])
 @click.option("--bags", type=EXISTING, metavar="DIR", help="With --model: bags or a store.")
 @click.option("--labels", type=EXISTING, metavar="CSV", help="With --model: labels of the bags.")
 @click.option("--label-column", metavar="NAME", help="With --model.  [label]")
+@MAP
 @SLIDE_TABLE
+@CASE_FROM
+@TARGET
 @click.option("--splits", type=EXISTING, metavar="CSV", help="With --model: only the test part of --fold.")
 @click.option("--fold", metavar="K", help="With --splits.  [1]")
 @click.option("-r", "--resolution", type=RESOLUTION, metavar="RES", help="With --model: where bags do not state it.")
@@ -116,6 +123,11 @@ def _evaluate_model(values: dict[str, Any]) -> Any:
         label_column=values["label_column"],
         classes=card.classes,
         slide_table=values["slide_table"],
+        targets=values["targets"] or card.training.get("targets", ()),
+        like=card.target if card.target_state else None,
+        renames=parse_renames(values["renames"]),
+        case_from=values["case_from"],
+        unit=str(card.training.get("unit", "slide")),
     )
     splits = read_splits(values["splits"]) if values["splits"] else None
     print_notes(cohort.notes(splits))

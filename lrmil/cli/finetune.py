@@ -19,6 +19,7 @@ from lrmil.cli.options import (
 )
 from lrmil.cli.training import merged_settings, print_run, split_options, splits_of, teacher_of, teacher_options
 from lrmil.config import ATTENTION_MODELS
+from lrmil.tables import parse_renames
 from wsi_pipe.cli import messages
 from wsi_pipe.cli.options import RESOLUTION, changes_option_of
 
@@ -123,7 +124,9 @@ def finetune(**values: Any) -> int:
     cohort = load_cohort(
         tiles.store,
         values["labels"],
-        by=values["by"],
+        by=values["labels_by"],
+        renames=parse_renames(values["renames"]),
+        case_from=values["case_from"],
         label_column=values["label_column"],
         slide_table=values["slide_table"],
         site_column=values["site_column"],

@@ -12,8 +12,9 @@ LRMIL = Layout(
     {
         "Bags and labels": (
             "--bags", "--slides", "--slide-mpp", "--override-mpp", "--reader", "--scene", "--z", "--resolution",
-            "--encoder", "--labels", "--label-column", "--by", "--store", "pack --dtype", "train --dtype",
-            "finetune --dtype", "--parents",
+            "--encoder", "--labels", "--labels-by", "--label-column", "--map", "--slide-table", "--case-from",
+            "--target",
+            "--by", "--store", "pack --dtype", "train --dtype", "finetune --dtype", "--parents",
         ),
         "Folds": (
             "--splits", "--fold", "--folds", "--all", "--cases", "--val-fraction", "--test-fraction", "--split-seed",
@@ -45,9 +46,9 @@ LRMIL = Layout(
         **MESSAGES,
     },
     rare=frozenset({
-        "--slide-mpp", "--override-mpp", "--reader", "--scene", "--z", "--label-column", "--by", "--store",
-        "train --dtype", "finetune --dtype", "--parents", "--val-fraction", "--split-seed", "train --folds",
-        "finetune --folds", "--allow-seen", "--name",
+        "--slide-mpp", "--override-mpp", "--reader", "--scene", "--z", "--label-column", "--labels-by", "--map",
+        "--case-from", "--by", "--store", "train --dtype", "finetune --dtype", "--parents", "--val-fraction",
+        "--split-seed", "train --folds", "finetune --folds", "--allow-seen", "--name",
         "--tensorboard", "--hidden", "--dropout", "--student-px", "--random-student", "--weight-decay",
         "distill --batch-size", "--patience", "--monitor", "--schedule", "--clip-norm", "--class-weights",
         "--standardise", "--token-budget", "--max-bags", "--stain", "--flips", "--jitters", "--deterministic",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import click
 
-from lrmil.cli.options import ABSTAIN, EXISTING, PATH, level_of, number
+from lrmil.cli.options import ABSTAIN, CASE_FROM, EXISTING, PATH, level_of, number
 from wsi_pipe.cli import EXIT_FAILED
 from wsi_pipe.cli.display import RunDisplay, print_table
 from wsi_pipe.cli.options import RESOLUTION, collect_entries, slide_options
@@ -19,7 +20,11 @@ from wsi_pipe.ownership import refuse_foreign_outputs
 
 __all__ = ["predict"]
 
-OUTPUTS = {"predictions.csv": (b"slide_id,case_id,status,predicted",), "predictions.json": (b'{\n "model": {',)}
+OUTPUTS = {
+    "predictions.csv": (b"slide_id,case_id,status,predicted",),
+    "predictions.json": (b'{\n "model": {',),
+    "predictions-cases.csv": (b"case_id,slides,how",),
+}
 """By what the files of an earlier call are known."""
 
 
@@ -37,6 +42,7 @@ OUTPUTS = {"predictions.csv": (b"slide_id,case_id,status,predicted",), "predicti
 @click.option("-o", "--out", required=True, type=PATH, metavar="DIR", help="Where results go.")
 @click.option("-e", "--encoder", metavar="NAME|FILE", help="The model's encoder.  [as the model says, or beside it]")
 @click.option("-r", "--resolution", type=RESOLUTION, metavar="RES", help="With --bags that do not state it.")
+@CASE_FROM
 @click.option("--job", type=PATH, metavar="JOB", help="With SLIDES: where masks and bags go.  [DIR/job]")
 @click.option(
     "--config", type=EXISTING, metavar="TOML", help="With SLIDES: settings of segmentation, as JOB/config.toml."
@@ -62,9 +68,10 @@ def predict(**values: Any) -> int:
     """Classify SLIDES, or bags that exist, with a trained model.
 
     SLIDES are read at the model's own resolution with the model's own encoder, and at no other. DIR gets
-    predictions.csv and predictions.json: calibrated probabilities, class, entropy and top tiles, and how far each slide
-    lies from those of training. A run's folds answer together: their mean, and how far they disagree. A bag of another
-    encoder, resolution or weights is refused. A classifier.onnx runs without torch.
+    predictions.csv and predictions.json: calibrated probabilities, class, entropy and top tiles (of another target
+    what it says), and how far each slide lies from those of training; predictions-cases.csv where a patient has several
+    slides. A run's folds answer together: their mean, and how far they disagree. A bag of another encoder, resolution
+    or weights is refused. A classifier.onnx runs without torch.
 
     \b
     lrmil predict --model model.safetensors archive/ -o out
@@ -76,6 +83,7 @@ def predict(**values: Any) -> int:
     from lrmil.cli.cascade import predict_with_cascade
     from lrmil.experiment.slide_files import write_slide_files
     from lrmil.predictor import load_predictor, write_predictions
+    from lrmil.predictor.cases import CASE_TABLE_NAME, write_case_predictions
 
     if bool(values["bags"]) == bool(values["sources"] or values["manifest"]):
         raise click.UsageError("give SLIDES, or --bags, and not both")
@@ -91,6 +99,8 @@ def predict(**values: Any) -> int:
     found: list[Any] = []
     try:
         results = _from_bags(predictor, values) if values["bags"] else _from_slides(predictor, values)
+        if values["case_from"]:
+            results = map(_of_barcode, results)
         found.extend(write_slide_files(result, predictor, values["out"], **wanted) for result in results)
     except BaseException:
         # An interrupted run keeps what it has found out; one that found nothing leaves no empty tables.
@@ -98,8 +108,18 @@ def predict(**values: Any) -> int:
             write_predictions(values["out"], found, predictor)
         raise
     write_predictions(values["out"], found, predictor)
-    _print(found, predictor.card.classes, values["out"])
+    _print(found, () if predictor.card.target_state else predictor.card.classes, values["out"])
+    cases = write_case_predictions(values["out"], found, predictor)
+    if cases:
+        click.echo(f"{cases} cases: {values['out'] / CASE_TABLE_NAME}")
     return EXIT_FAILED if any(p.status == "failed" for p in found) else 0
+
+
+def _of_barcode(prediction: Any) -> Any:
+    """A prediction with the patient of its slide's TCGA barcode, where it has one."""
+    from lrmil.sites import tcga_case
+
+    return dataclasses.replace(prediction, case_id=tcga_case(prediction.slide_id) or prediction.case_id)
 
 
 def _from_bags(predictor: Any, values: dict[str, Any]) -> Iterator[Any]:

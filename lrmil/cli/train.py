@@ -11,6 +11,8 @@ import click
 from lrmil.cli.options import (
     EXISTING,
     PATH,
+    TARGET,
+    UNIT,
     bag_options,
     label_options,
     level_of,
@@ -21,8 +23,10 @@ from lrmil.cli.options import (
 )
 from lrmil.cli.training import merged_settings, print_run, split_options, splits_of, teacher_of, teacher_options
 from lrmil.config import CHOICES, MONITORS, POOLINGS, TrainSettings, load_settings, tuned_on
+from lrmil.tables import parse_renames
 from wsi_pipe.cli import messages
 from wsi_pipe.cli.options import changes_option_of
+from wsi_pipe.errors import ConfigError
 
 __all__ = ["train"]
 
@@ -30,6 +34,8 @@ __all__ = ["train"]
 @click.command()
 @bag_options
 @label_options
+@UNIT
+@TARGET
 @click.option("-o", "--out", required=True, type=PATH, metavar="RUN", help="Folder of the run; run again, it goes on.")
 @split_options
 @click.option("--config", type=EXISTING, metavar="TOML", help="Settings, such as RUN/fold_1/config.toml.")
@@ -102,6 +108,7 @@ def train(**values: Any) -> int:
     lrmil train --bags job/bags --labels labels.csv -r 5x --encoder uni -o run
     lrmil train --bags job/bags --labels labels.csv -r 20x -o teacher --splits splits.csv --model gated-abmil
     lrmil train --bags job/bags --labels labels.csv -r 5x -o student --splits splits.csv --teacher teacher
+    lrmil train --bags job/bags --labels clini.csv -r 5x -o os --target os:survival --by case
     """
     from lrmil.cli.guided import guiding_level, open_guide
     from lrmil.experiment import load_cohort, train_folds
@@ -109,6 +116,10 @@ def train(**values: Any) -> int:
 
     out: Path = values["out"]
     settings = settings_from(values)
+    if settings.targets and values["label_column"]:
+        raise ConfigError("--label-column is for classes", remedy="name it so: --target NAME:KIND:column=COLUMN")
+    if settings.unit == "case" and values["teacher"]:
+        raise ConfigError("a student is taught by slide, and --by case joins slides", remedy="leave one of them out")
     store = open_features(
         values["bags"],
         level=level_of(values["resolution"]),
@@ -122,10 +133,14 @@ def train(**values: Any) -> int:
     cohort = load_cohort(
         store,
         values["labels"],
-        by=values["by"],
+        by=values["labels_by"],
         label_column=values["label_column"],
         slide_table=values["slide_table"],
         site_column=values["site_column"],
+        targets=settings.targets,
+        renames=parse_renames(values["renames"]),
+        case_from=values["case_from"],
+        unit=settings.unit,
     )
     splits = splits_of(values, cohort, out)
     print_notes(cohort.notes(splits))

@@ -70,7 +70,7 @@ def merged_settings(base: S, values: Mapping[str, Any], example: str) -> S:
     """
     plain: Any = changed(base, values.get("changes", ()), example=example)
     own = {f.name for f in dataclasses.fields(plain)} - {"model", "loss"}
-    changes: dict[str, Any] = {name: values[name] for name in own if values.get(name) is not None}
+    changes: dict[str, Any] = {name: values[name] for name in own if values.get(name) not in (None, ())}
     if values.get("seeds"):
         changes["seed"] = values["seeds"][0]
     for part in ("model", "loss"):

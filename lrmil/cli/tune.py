@@ -9,6 +9,7 @@ import click
 
 from lrmil.cli.options import EXISTING, PATH, bag_options, label_options, level_of, pack_progress, print_notes
 from lrmil.config import CHOICES, MONITORS
+from lrmil.tables import parse_renames
 from wsi_pipe.cli.display import print_table
 from wsi_pipe.cli.options import changes_option_of
 
@@ -78,7 +79,9 @@ def tune(**values: Any) -> int:
     cohort = load_cohort(
         store,
         values["labels"],
-        by=values["by"],
+        by=values["labels_by"],
+        renames=parse_renames(values["renames"]),
+        case_from=values["case_from"],
         label_column=values["label_column"],
         slide_table=values["slide_table"],
     )

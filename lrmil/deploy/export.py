@@ -101,6 +101,11 @@ def export_classifier(request: ExportRequest, say: Callable[[str], object] | Non
     if request.precision == "int8" and request.bags is None:
         raise ConfigError("int8 is calibrated on tiles of training", remedy="say where they are: --bags JOB")
     model, card = load_model(request.model)
+    if card.target_state:
+        raise ModelMismatchError(
+            f"{request.model} predicts {card.target.kind}: one file of ONNX tells classes only",
+            remedy="predict with the model file itself",
+        )
     if card.mpp is None or card.tile_px is None:
         raise ModelMismatchError(
             f"{request.model} was trained on {describe(card)} without a stated um/px, so no tiles can be cut for it",

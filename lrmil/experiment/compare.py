@@ -19,6 +19,7 @@ from lrmil.experiment.figures import (
     positive_class,
     read_predictions,
 )
+from lrmil.experiment.target_figures import is_target_run
 from lrmil.leaks import Judged, check_model
 from lrmil.metrics import DeLong, Difference, compare, delong
 
@@ -65,6 +66,11 @@ def compare_runs(
     """
     a, b = Path(a), Path(b)
     folders_a, folders_b = fold_folders(a), fold_folders(b)
+    for folder in (folders_a[0], folders_b[0]):
+        if is_target_run(folder):
+            raise FiguresError(
+                f"{folder} predicts no class, and only classes are compared", remedy="compare its intervals: evaluate"
+            )
     names_a, names_b = [p.name for p in folders_a], [p.name for p in folders_b]
     if len(names_a) == len(names_b) == 1:
         names = [names_a[0]]

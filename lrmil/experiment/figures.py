@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lrmil.errors import FiguresError
 from lrmil.experiment.answered import Answered, answered_of, mean_answered
 from lrmil.experiment.cohort import Cohort
 from lrmil.experiment.model_card import write_model_card, write_run_card
+from lrmil.experiment.target_figures import case_estimates, is_target_run, read_fold
 from lrmil.leaks import check_encoder, check_model, judged_of
 from lrmil.metrics import (
     LOWER_IS_BETTER,
@@ -32,6 +33,7 @@ from lrmil.metrics import (
 from lrmil.metrics.selective import Abstention, AbstentionRule, choose_threshold
 from lrmil.splits import SplitTable
 from lrmil.store import ResidentStore
+from lrmil.targets import Classification, Fold, TargetTable
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.tables import written_cell
 
@@ -70,7 +72,9 @@ class FoldFigures:
     """Figures of one fold with intervals by case.
 
     slides, cases: how many they rest on. prevalence: share of slides by class. operating: at thresholds that were
-    chosen on the validation slides. answered: with abstention, where it was asked for.
+    chosen on the validation slides. answered: with abstention, where it was asked for. by_case: figures of cases, by
+    the mean of their slides' predictions, where a case has several; torn: cases that are not in them, since their
+    slides are labelled differently. extra: what a target that is no plain class says besides, such as a log-rank test.
     """
 
     name: str
@@ -80,6 +84,9 @@ class FoldFigures:
     prevalence: Mapping[str, float] = field(default_factory=dict)
     operating: tuple[OperatingPoint, ...] = ()
     answered: Answered | None = None
+    by_case: Mapping[str, Estimate] = field(default_factory=dict)
+    torn: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class RunFigures:
     spread: Mapping[str, Mapping[str, float]]
     positive: str | None = None
     answered: Mapping[str, Estimate] = field(default_factory=dict)
+    by_case: Mapping[str, Estimate] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values; NaN becomes null."""
@@ -124,6 +132,14 @@ def fold_folders(run: Path | str) -> list[Path]:
             remedy="give the --out folder of lrmil train",
         )
     return found
+
+
+def parts_of(path: Path) -> set[str]:
+    """The parts that a table of predictions holds; none where there is no such table."""
+    if not path.is_file():
+        return set()
+    with open(path, encoding="utf-8", newline="") as file:
+        return {row.get("part") or "" for row in csv.DictReader(file)}
 
 
 def read_predictions(path: Path, part: str = "test") -> FoldPredictions:
@@ -175,6 +191,10 @@ def evaluate_run(
     run = Path(run)
     rule = AbstentionRule.parse(abstain) if isinstance(abstain, str) else abstain
     folders = fold_folders(run)
+    if is_target_run(folders[0]):
+        if at_sensitivity or positive is not None:
+            raise FiguresError("positive classes and operating points are for two classes", remedy="leave them out")
+        return _evaluate_targets(run, folders, part, replicates, seed, pictures, notes)
     found = [read_predictions(folder / PREDICTIONS_NAME, part) for folder in folders]
     sought = positive_class(found[0].classes, positive)
     folds = []
@@ -192,8 +212,11 @@ def evaluate_run(
         answered = None
         if rule is not None:
             answered = answered_of(p, _abstention(folder, rule), positive=sought, replicates=replicates, seed=seed)
+        by_case, torn = case_estimates([as_fold(p)], replicates=replicates, seed=seed)
         cases = len(set(p.case_ids))
-        folds.append(FoldFigures(folder.name, len(p.labels), cases, estimates, prevalences(p), points, answered))
+        folds.append(
+            FoldFigures(folder.name, len(p.labels), cases, estimates, prevalences(p), points, answered, by_case, torn)
+        )
         name = FIGURES_NAME if part == "test" else f"figures-{part}.json"
         write_json(folder / name, asdict(folds[-1]) | {"part": part, "replicates": replicates, "notes": [*notes]})
         if part == "test":
@@ -201,12 +224,61 @@ def evaluate_run(
         if pictures:
             draw_fold(folder, p, part)
     result = summarise(part, folds, found, positive=sought, replicates=replicates, seed=seed)
-    if folders != [run]:
-        suffix = "" if part == "test" else f"-{part}"
+    by_case, _ = case_estimates([as_fold(p) for p in found], replicates=replicates, seed=seed)
+    return _written(run, folders, replace(result, by_case=by_case))
+
+
+def _written(run: Path, folders: Sequence[Path], result: RunFigures) -> RunFigures:
+    if list(folders) != [run]:
+        suffix = "" if result.part == "test" else f"-{result.part}"
         write_json(run / f"summary{suffix}.json", result.to_json())
         write_text_atomically(run / f"summary{suffix}.csv", _table(result))
         write_run_card(run)
     return result
+
+
+def as_fold(p: FoldPredictions) -> Fold:
+    """Classes as their target has them: outputs whose softmax is the calibrated probabilities."""
+    with np.errstate(divide="ignore"):
+        outputs = np.maximum(np.log(p.probabilities), -700.0)
+    return Fold(Classification(classes=p.classes), p.labels, outputs, p.case_ids)
+
+
+def _evaluate_targets(
+    run: Path, folders: Sequence[Path], part: str, replicates: int, seed: int, pictures: bool, notes: Sequence[str]
+) -> RunFigures:
+    """``evaluate_run`` of a target that is no plain class: figures and pictures are the target's own."""
+    found = [read_fold(folder, PREDICTIONS_NAME, part)[0] for folder in folders]
+    suffix = "" if part == "test" else f"-{part}"
+    folds = []
+    for folder, fold in zip(folders, found, strict=True):
+        target = fold.target
+        estimates = target.estimates([fold], replicates=replicates, seed=seed)
+        by_case, torn = case_estimates([fold], replicates=replicates, seed=seed)
+        names, strata = target.strata(fold.truth)
+        shares = {name: float((strata == k).mean()) for k, name in enumerate(names)}
+        own = FoldFigures(
+            folder.name,
+            len(fold.cases),
+            len(set(fold.cases)),
+            estimates,
+            shares,
+            by_case=by_case,
+            torn=torn,
+            extra=target.extra(fold),
+        )
+        folds.append(own)
+        name = FIGURES_NAME if part == "test" else f"figures-{part}.json"
+        write_json(folder / name, asdict(own) | {"part": part, "replicates": replicates, "notes": [*notes]})
+        if pictures:
+            target.draw(folder, suffix, fold)
+            _draw_history(folder)
+    target = found[0].target
+    mean = target.estimates(found, replicates=replicates, seed=seed)
+    points = [{name: fold.estimates[name].value for name in mean if name in fold.estimates} for fold in folds]
+    by_case, _ = case_estimates(found, replicates=replicates, seed=seed)
+    result = RunFigures(part, target.outputs, tuple(folds), mean, summarise_folds(points), None, by_case)
+    return _written(run, folders, result)
 
 
 def summarise(
@@ -282,12 +354,18 @@ def _operating_points(
 
 def draw_fold(folder: Path, p: FoldPredictions, part: str) -> None:
     """ROC, calibration, confusion matrix and curves of one fold, as PNG in its folder."""
-    from lrmil.pictures import draw_calibration, draw_confusion, draw_curves, draw_roc
+    from lrmil.pictures import draw_calibration, draw_confusion, draw_roc
 
     suffix = "" if part == "test" else f"-{part}"
     draw_roc(folder / f"roc{suffix}.png", p.labels, p.probabilities, p.classes, p.case_ids)
     draw_calibration(folder / f"calibration{suffix}.png", p.labels, softmax(p.logits), p.probabilities)
     draw_confusion(folder / f"confusion{suffix}.png", p.labels, p.probabilities.argmax(axis=1), p.classes)
+    _draw_history(folder)
+
+
+def _draw_history(folder: Path) -> None:
+    from lrmil.pictures import draw_curves
+
     history = read_history(folder / "metrics.csv")
     if history:
         monitor, best = _monitor(folder, history)
@@ -357,7 +435,7 @@ def evaluate_model(
     from lrmil.experiment.folds import check_store
     from lrmil.predictor import load_predictor
     from lrmil.trainer import Prediction
-    from lrmil.trainer.training import predictions_csv
+    from lrmil.trainer.predictions import write_predictions
 
     model, out = Path(model), Path(out)
     predictor = load_predictor(model, device=device)
@@ -388,8 +466,15 @@ def evaluate_model(
         resident = ResidentStore.of(cohort.store, predictor.device, place="mapped")
         logits, probabilities = predictor.answers(resident, chosen, token_budget=32768)
     rows = [
-        Prediction(cohort.store.slide_ids[i], cohort.table.case_ids[i], "test", int(cohort.table.labels[i]), tuple(z))
+        Prediction(
+            cohort.store.slide_ids[i],
+            cohort.table.case_ids[i],
+            "test",
+            int(cohort.table.labels[i]),
+            tuple(z),
+            tuple(map(float, cohort.table.truth[i])) if isinstance(cohort.table, TargetTable) else (),
+        )
         for i, z in zip(chosen.tolist(), logits.tolist(), strict=True)
     ]
-    write_text_atomically(out / PREDICTIONS_NAME, predictions_csv(rows, predictor.card, probabilities))
+    write_predictions(out, rows, predictor.card, None if predictor.card.target_state else probabilities)
     return evaluate_run(out, positive=positive, replicates=replicates, seed=seed, notes=notes, abstain=abstention)

@@ -27,11 +27,12 @@ from lrmil.leaks import seen_of
 from lrmil.model import MILModel
 from lrmil.splits import SplitTable
 from lrmil.store import FeatureStore, ResidentStore
+from lrmil.targets import Classification, Target
 from lrmil.trainer import choose_device
 from lrmil.trainer.loop import HISTORY_NAME, STATE_NAME, write_history
-from lrmil.trainer.optimise import class_weights
-from lrmil.trainer.outcome import PREDICTIONS_NAME, Prediction, model_card, predictions_csv, weights_hash
-from lrmil.trainer.steps import Step, plain_step, student_step
+from lrmil.trainer.outcome import model_card, weights_hash
+from lrmil.trainer.predictions import Prediction, truth_of, write_predictions
+from lrmil.trainer.steps import Step, target_step, taught_step
 from lrmil.trainer.targets import TeacherTargets, teacher_targets
 from lrmil.trainer.training import hold_run
 from wsi_pipe.config import dump_toml, fingerprint, to_mapping
@@ -174,7 +175,7 @@ class _Fold:
             labels[fold.hidden] = targets.logits[torch.from_numpy(fold.hidden).to(self.device)].argmax(1).cpu().numpy()
             say(f"{len(fold.hidden)} slides without a label learn from the teacher's word alone")
         learned = np.sort(np.concatenate([fold.split.train, fold.hidden]))
-        weights = class_weights(labels, learned, classes, balanced=settings.class_weights == "balanced")
+        target = Classification(classes=classes).fitted(labels[learned], balanced=settings.class_weights == "balanced")
         settings = dataclasses.replace(
             settings, loss=settings.loss if targets is not None else LossSettings(settings.loss.ce, 0.0, 0.0, 0.0)
         )
@@ -183,7 +184,7 @@ class _Fold:
         with hold_run(self.out):
             self._check_resumable(run)
             write_text_atomically(self.out / SETTINGS_NAME, dump_toml(settings))
-            step = _step(settings, weights, targets, self.device)
+            step = _step(settings, target, targets)
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices):
                 torch.manual_seed(settings.seed)
@@ -197,10 +198,10 @@ class _Fold:
             predictions = self._predict(model, fold)
             seen = source.info.seen | teacher_saw | self._learned_from(fold)
             encoder = self._write_encoder(model, source, seen, history.steps, settings)
-            card = self._card(settings, model, encoder, predictions, weights.tolist(), master, marks, run)
+            card = self._card(settings, model, encoder, predictions, target, master, marks, run)
             told = seen | seen_of(cohort.store.records, table.case_ids, {"val": fold.split.val})
             card = dataclasses.replace(card, seen=told)
-            write_text_atomically(self.out / PREDICTIONS_NAME, predictions_csv(predictions, card))
+            write_predictions(self.out, predictions, card)
             write_history(self.out / HISTORY_NAME, history.rows)
             save_model(self.out / MODEL_NAME, model.head, card)
         return FinetunedFold(encoder, self.out / MODEL_NAME, card, predictions, tuple(history.rows))
@@ -310,7 +311,7 @@ class _Fold:
         model: TileClassifier,
         encoder: Path,
         predictions: Sequence[Prediction],
-        weights: Sequence[float],
+        target: Target,
         master: MILModel | None,
         marks: Mapping[str, str],
         run: str,
@@ -319,7 +320,10 @@ class _Fold:
         meta = dataclasses.replace(
             cohort.store.meta, encoder=str(encoder.absolute()), weights_sha256=file_sha256(encoder)
         )
-        card = model_card(settings, model.head.settings, cohort.table.classes, meta, predictions, weights)
+        val = [p for p in predictions if p.part == "val"]
+        outputs = np.array([p.logits for p in val], np.float64).reshape(len(val), len(target.outputs))
+        calibrated = target.calibrated(outputs, truth_of(val, target), [p.case_id for p in val])
+        card = model_card(settings, model.head.settings, calibrated, meta, predictions)
         confounded = cohort.confounding(self.request.splits)
         return dataclasses.replace(
             card,
@@ -332,11 +336,8 @@ class _Fold:
         )
 
 
-def _step(
-    settings: FinetuneSettings, weights: torch.Tensor, targets: TeacherTargets | None, device: torch.device
-) -> Step:
-    own = weights.to(device)
-    return plain_step(own) if targets is None else student_step(own, settings.loss, targets)
+def _step(settings: FinetuneSettings, target: Target, targets: TeacherTargets | None) -> Step:
+    return target_step(target) if targets is None else taught_step(target, settings.loss, targets)
 
 
 def _precision(settings: FinetuneSettings, device: torch.device) -> torch.dtype:

@@ -95,6 +95,12 @@ def check_agreement(members: Sequence[tuple[str, ModelCard]]) -> None:
     """Raise ModelMismatchError where models, each a name and its card, were not trained on the same kind of features or
     tell other classes apart."""
     (first, card), *others = members
+    for name, one in members if others else ():
+        if one.target_state:
+            raise ModelMismatchError(
+                f"{name} predicts {one.target.kind}, of which folds are no ensemble yet: each has constants of its own",
+                remedy="give one fold's model.safetensors",
+            )
     for name, other in others:
         facts = [
             ("the classes", ", ".join(other.classes), ", ".join(card.classes), other.classes == card.classes),

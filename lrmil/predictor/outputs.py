@@ -32,11 +32,17 @@ def predictions_table(predictions: Sequence[SlidePrediction], predictor: Predict
     the predictor has them.
     """
     classes = predictor.card.classes
-    columns = [f"probability_{name}" for name in classes]
+    said = list(dict.fromkeys(name for p in predictions for name in p.said))
+    # Another target than a class has columns of its own.
+    columns = said or [f"probability_{name}" for name in classes]
     last = ["entropy_nats", "tiles", "top_tile_x", "top_tile_y", *_more_columns(predictor), "reason"]
     rows: list[list[object]] = []
     for p in predictions:
-        numbers: list[object] = [f"{p.probabilities[name]:.6g}" if p.probabilities else "" for name in classes]
+        numbers: list[object] = (
+            [_cell(p.said.get(name, "")) for name in said]
+            if said
+            else [f"{p.probabilities[name]:.6g}" if p.probabilities else "" for name in classes]
+        )
         entropy = "" if math.isnan(p.entropy_nats) else f"{p.entropy_nats:.6g}"
         place = [f"{p.top_tiles[0].x:.10g}", f"{p.top_tiles[0].y:.10g}"] if p.top_tiles else ["", ""]
         row: list[object] = [
@@ -88,6 +94,10 @@ def _yes(fact: bool) -> str:
     return "yes" if fact else "no"
 
 
+def _cell(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
 def write_predictions(out: Path, predictions: Sequence[SlidePrediction], predictor: Predictor) -> None:
     """Write ``predictions.csv`` and ``predictions.json`` into ``out``. Raises OutputError when it cannot."""
     write_text_atomically(out / "predictions.csv", predictions_table(predictions, predictor))
@@ -111,6 +121,8 @@ def write_predictions(out: Path, predictions: Sequence[SlidePrediction], predict
         head["members"] = [_member(member) for member in predictor.members]
     if predictor.abstention is not None:
         head["abstention"] = {**dataclasses.asdict(predictor.abstention), "rule": str(predictor.abstention.rule)}
+    if card.target_state:
+        head["target"] = dict(card.target_state)
     body = {"model": head, "slides": [_plain(p) for p in predictions]}
     write_text_atomically(out / "predictions.json", json.dumps(no_nan(body), indent=1, allow_nan=False) + "\n")
 
@@ -122,6 +134,7 @@ def _plain(p: SlidePrediction) -> dict[str, Any]:
             "predicted": p.predicted,
             "probabilities": dict(p.probabilities),
             "entropy_nats": p.entropy_nats,
+            **({"said": dict(p.said)} if p.said else {}),
             "logits": list(p.logits),
             "top_tiles": [{"row": t.row, "x": t.x, "y": t.y, "attention": t.attention} for t in p.top_tiles],
         }

@@ -105,7 +105,8 @@ class SlidePrediction:
     where the model has none. coords: float64 (N, 2) in coords_unit. top_tiles: highest attention first. disagreement:
     of an ensemble's members, else None. ood: how far the slide lies from the training tiles, None for a model that
     keeps none. abstained: whether the model is not sure enough to answer, None where no threshold was asked for;
-    ``predicted`` says what it would have been.
+    ``predicted`` says what it would have been. said: what another target than a class
+    says, as columns of ``predictions.csv``; it then has no probabilities, and ``predicted`` is the first of them.
     """
 
     slide_id: str
@@ -122,6 +123,7 @@ class SlidePrediction:
     attention: NDArray[np.float32] | None = None
     coords: NDArray[np.float64] | None = None
     top_tiles: tuple[TopTile, ...] = ()
+    said: Mapping[str, object] = field(default_factory=dict)
     disagreement: Disagreement | None = None
     ood: Outlying | None = None
     abstained: bool | None = None
@@ -218,7 +220,11 @@ class Predictor:
         """What the model says of one slide's features (T, D), T at least 1."""
         logits, scores = self.forward(features)
         attention = None if scores is None else softmax(scores[None])[0]
-        return Answer(logits, self.card.probabilities(logits[None])[0], attention)
+        return Answer(logits, self._probabilities(logits[None])[0], attention)
+
+    def _probabilities(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Calibrated probabilities (N, C) of logits (N, C); (N, 0) where the model's target is no plain class."""
+        return np.zeros((len(logits), 0)) if self.card.target_state else self.card.probabilities(logits)
 
     def outlying(self, features: NDArray[np.floating[Any]]) -> Outlying | None:
         """How far features (T, D) lie from the training tiles; None for a model that keeps none."""
@@ -240,7 +246,7 @@ class Predictor:
         from lrmil.trainer import bag_logits
 
         logits = bag_logits(self.model, store, indices, token_budget=token_budget).double().numpy()
-        return logits, self.card.probabilities(logits)
+        return logits, self._probabilities(logits)
 
     def find(self, path: str | Path, *, level: str | None = None, encoder: str | None = None) -> BagInfo:
         """The features in a bag that the model was trained on.
@@ -326,6 +332,9 @@ class Predictor:
         logits, p = answer.logits, answer.probabilities
         if not np.isfinite(logits).all():
             raise ModelMismatchError(f"{info.path}: the model's logits are not finite", remedy="check the features")
+        said: Mapping[str, object] = {}
+        if self.card.target_state:
+            said = {name: values[0] for name, values in self.card.target.said(logits[None]).items()}
         attention = None
         top: tuple[TopTile, ...] = ()
         if answer.attention is not None:
@@ -337,9 +346,10 @@ class Predictor:
             info.slide_id,
             "done",
             info.case_id,
-            predicted=self.card.classes[int(p.argmax())],
-            probabilities=dict(zip(self.card.classes, map(float, p), strict=True)),
-            entropy_nats=entropy(p),
+            predicted=_shown(next(iter(said.values()))) if said else self.card.classes[int(p.argmax())],
+            probabilities={} if said else dict(zip(self.card.classes, map(float, p), strict=True)),
+            entropy_nats=math.nan if said else entropy(p),
+            said=said,
             logits=tuple(map(float, logits)),
             tiles=info.rows,
             bag=info,
@@ -348,7 +358,7 @@ class Predictor:
             top_tiles=top,
             disagreement=None if answer.members is None else Disagreement.of(*answer.members, self.card.classes),
             ood=self.outlying(features),
-            abstained=None if self.abstention is None else self.abstention.abstains(float(p.max())),
+            abstained=None if self.abstention is None or said else self.abstention.abstains(float(p.max())),
         )
 
     def predict_bags(
@@ -371,3 +381,8 @@ def entropy(probabilities: NDArray[np.float64]) -> float:
     """Of probabilities (C,), in nats."""
     positive = probabilities[probabilities > 0]
     return float(-(positive * np.log(positive)).sum())
+
+
+def _shown(value: object) -> str:
+    """A decision as text."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

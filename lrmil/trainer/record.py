@@ -29,7 +29,8 @@ def with_record(
 ) -> tuple[ModelCard, Reference | None]:
     """The card with ``data`` and ``validation``, and the training tiles.
 
-    labels: int64, of every bag of the store. cases: of every bag. logits: (V, C), of the validation bags in the order
+    labels: int64, of every bag of the store: classes, or the strata of another target, of which no confidence is kept.
+    cases: of every bag. logits: (V, C), of the validation bags in the order
     of ``split.val``. keep_tiles: off for models that no one will deploy, of which nothing is kept of the tiles. The
     features are taken as they are stored.
     """
@@ -37,21 +38,23 @@ def with_record(
     data: dict[str, Any] = {}
     for part in ("train", "val", "test"):
         chosen: NDArray[np.int64] = getattr(split, part)
-        counts = np.bincount(labels[chosen], minlength=len(card.classes)).tolist()
         data[part] = {
             "slides": len(chosen),
             "cases": len({cases[i] for i in chosen.tolist()}),
             "tiles": int(exact.lengths[chosen].sum()),
-            "classes": dict(zip(card.classes, counts, strict=True)),
         }
+        if not card.target_state:
+            counts = np.bincount(labels[chosen], minlength=len(card.classes)).tolist()
+            data[part]["classes"] = dict(zip(card.classes, counts, strict=True))
     reference = reference_of(exact, split.train) if keep_tiles else None
     validation: dict[str, tuple[float, ...]] = {}
     if len(split.val):
-        probabilities = card.probabilities(logits)
-        order = np.argsort(-probabilities.max(axis=1), kind="stable")
-        right = probabilities.argmax(axis=1) == labels[split.val]
-        validation["confidence"] = tuple(probabilities.max(axis=1)[order].tolist())
-        validation["correct"] = tuple(right[order].astype(float).tolist())
+        if not card.target_state:
+            probabilities = card.probabilities(logits)
+            order = np.argsort(-probabilities.max(axis=1), kind="stable")
+            right = probabilities.argmax(axis=1) == labels[split.val]
+            validation["confidence"] = tuple(probabilities.max(axis=1)[order].tolist())
+            validation["correct"] = tuple(right[order].astype(float).tolist())
         if reference is not None:
             found = [reference.distance(exact.gather(np.array([i])).features) for i in split.val]
             validation["distance"] = tuple(sorted(found))

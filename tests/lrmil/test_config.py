@@ -73,7 +73,7 @@ def test_a_file_names_itself_and_the_key(tmp_path: Path) -> None:
         {"final_lr_share": 1.5},
         {"token_budget": 0},
         {"max_bags": 0},
-        {"model": {"classes": 1}},
+        {"model": {"classes": 0}},
         {"model": {"dropout": 1.0}},
         {"model": {"name": "transmil", "hidden": 100, "heads": 8}},
         {"model": {"name": "abmil", "auxiliary_weight": 0.5}},
