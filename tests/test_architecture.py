@@ -116,7 +116,7 @@ ONLY_IN = {
     "timm": {"wsi_pipe.encoders", "lrmil.distill"},
     "huggingface_hub": {"wsi_pipe.encoders"},
     "onnx": {"lrmil.deploy"},
-    "onnxruntime": {"lrmil.deploy"},
+    "onnxruntime": {"lrmil.deploy", "wsi_pipe.encoders"},
     "onnxscript": {"lrmil.deploy"},
 }
 # Reading, segmenting and tiling must start without torch.

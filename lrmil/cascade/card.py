@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lrmil.cascade.losses import LOSSES
 from lrmil.cascade.scores import SCORES

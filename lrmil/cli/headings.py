@@ -85,6 +85,8 @@ LRMIL = Layout(
         "--temperature": "T",
         "--instances": "TILES",
         "--guided-draws": "PARTS",
+        "--calibration-tiles": "TILES",
+        "--most-change": "LOGITS",
         "--replicates": "N",
         "--stain": "STRENGTH",
         "--jitters": "GRIDS",

@@ -86,13 +86,15 @@ def run_card(files: Sequence[Path]) -> str:
     """The card of a run's models as Markdown."""
     cards = [read_card(file) for file in files]
     first = cards[0]
+    headline = _headline(first)
     names = [file.parent.name for file in files]
     rows = []
     for name, file, card in zip(names, files, cards, strict=True):
         found = _figures(file.parent)
-        auc = _interval(found["auc"]) if found else _number(card.metrics.get("test_auc", math.nan))
+        own = found.get(headline) if found else None
+        shown = _interval(own) if own else _number(card.metrics.get(f"test_{headline}", math.nan))
         part = card.data.get("train", {})
-        rows.append([f"[{name}]({name}/{CARD_NAME})", card.model.name, str(part.get("slides", "")), auc])
+        rows.append([f"[{name}]({name}/{CARD_NAME})", card.model.name, str(part.get("slides", "")), shown])
     try:
         check_agreement(list(zip(map(str, files), cards, strict=True)))
         use = (
@@ -103,9 +105,9 @@ def run_card(files: Sequence[Path]) -> str:
     except ModelMismatchError as error:
         use = f"These models cannot answer together: {error.message}. Give the file of one."
     parts = [
-        f"# {len(files)} models that tell {_classes(first)} apart",
+        f"# {len(files)} models that {_task(first)}",
         NOTICE,
-        _table(["fold", "architecture", "training slides", "test AUC"], rows),
+        _table(["fold", "architecture", "training slides", f"test {SHOWN.get(headline, headline)}"], rows),
         "## Intended use",
         use,
         "## Limits",
@@ -115,7 +117,20 @@ def run_card(files: Sequence[Path]) -> str:
 
 
 def _title(card: ModelCard) -> str:
-    return f"Model of {card.fold or 'one training'}: {card.model.name}, tells {_classes(card)} apart"
+    return f"Model of {card.fold or 'one training'}: {card.model.name}, to {_task(card)}"
+
+
+def _task(card: ModelCard) -> str:
+    """What it is for, after "to"."""
+    if not card.target_state:
+        return f"tell {_classes(card)} apart"
+    target = card.target
+    return f"predict {target.name or 'several targets'} ({target.kind})"
+
+
+def _headline(card: ModelCard) -> str:
+    """The name of the figure that is shown where there is room for one."""
+    return card.target.headline if card.target_state else "auc"
 
 
 def _classes(card: ModelCard) -> str:
@@ -150,11 +165,12 @@ def _arm(card: ModelCard) -> str:
 def _data(card: ModelCard) -> str:
     if not card.data:
         return "The file does not say: it was made by an earlier version."
-    header = ["part", "slides", "cases", "tiles", *card.classes]
+    classes = () if card.target_state else card.classes
+    header = ["part", "slides", "cases", "tiles", *classes]
     rows = []
     for part, name in PARTS.items():
         own = card.data.get(part, {})
-        counts = [str(own.get("classes", {}).get(c, "")) for c in card.classes]
+        counts = [str(own.get("classes", {}).get(c, "")) for c in classes]
         rows.append([name, *(str(own.get(key, "")) for key in ("slides", "cases", "tiles")), *counts])
     return _table(header, rows)
 
@@ -178,7 +194,8 @@ def _figure_table(card: ModelCard, figures: Figures | None) -> str:
     if figures is None and not any(name.startswith("test_") for name in card.metrics):
         return "None: there are no test cases."
     rows = []
-    for name, words in SHOWN.items():
+    shown = SHOWN if not card.target_state else {name: name for name in figures or _test_names(card)}
+    for name, words in shown.items():
         found = figures.get(name) if figures else None
         of_test = _interval(found) if found else _number(card.metrics.get(f"test_{name}", math.nan))
         rows.append([words, of_test, _number(card.metrics.get(f"val_{name}", math.nan))])
@@ -190,9 +207,13 @@ def _figure_table(card: ModelCard, figures: Figures | None) -> str:
     return f"{_table(['figure', 'test', 'validation'], rows)}\n\n{note}"
 
 
+def _test_names(card: ModelCard) -> list[str]:
+    return [name.removeprefix("test_") for name in card.metrics if name.startswith("test_")]
+
+
 def _use(card: ModelCard) -> str:
     return (
-        f"To tell {_classes(card)} apart on slides of the kind of its training slides: the same stain, tissue and "
+        f"To {_task(card)} on slides of the kind of its training slides: the same stain, tissue and "
         f"question, read as {describe(card)}. `lrmil predict --model {MODEL_NAME}` reads slides so, refuses features "
         "of another kind, and says how far each slide lies from the training tiles. Before use elsewhere, judge it "
         f"there: `lrmil evaluate --model {MODEL_NAME} --bags BAGS --labels CSV -o DIR`."
@@ -202,7 +223,8 @@ def _use(card: ModelCard) -> str:
 def _limits(card: ModelCard, figures: Figures | None) -> Iterable[str]:
     if card.weights == "random":
         yield "**The features were made with random weights: nothing that it says means anything.**"
-    yield "Probabilities hold where classes are as frequent as in its validation slides; elsewhere they are off."
+    if not card.target_state:
+        yield "Probabilities hold where classes are as frequent as in its validation slides; elsewhere they are off."
     data = card.data or {}
     cases = data.get("test", {}).get("cases")
     if cases is not None and cases < FEW_CASES:
