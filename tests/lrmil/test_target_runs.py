@@ -174,7 +174,11 @@ def test_one_table_holds_slides_labels_and_settings(tmp_path: Path) -> None:
     path = tmp_path / "all.csv"
     path.write_text("slide,P_ID,mpp,subtype\na.svs,p1,0.5,LumA\nb.svs,p1,0.5,LumA\nc.svs,p2,0.25,Basal\n")
     entries = read_manifest(path)
-    assert [(entry.slide_id, entry.mpp) for entry in entries] == [("a", 0.5), ("b", 0.5), ("c", 0.25)]
+    assert [(entry.slide_id, entry.mpp) for entry in entries] == [
+        ("a", (0.5, 0.5)),
+        ("b", (0.5, 0.5)),
+        ("c", (0.25, 0.25)),
+    ]
     assert [entry.case_id for entry in entries] == ["p1", "p1", "p2"]
     table = load_labels(path, ["a", "b", "c"])
     assert table.classes == ("Basal", "LumA")
