@@ -17,7 +17,7 @@ from lrmil.errors import FiguresError
 from lrmil.experiment.answered import Answered, answered_of, mean_answered
 from lrmil.experiment.cohort import Cohort
 from lrmil.experiment.model_card import write_model_card, write_run_card
-from lrmil.experiment.target_figures import case_estimates, is_target_run, read_fold
+from lrmil.experiment.target_figures import case_estimates, is_target_run, read_fold, several_slides
 from lrmil.leaks import check_encoder, check_model, judged_of
 from lrmil.metrics import (
     LOWER_IS_BETTER,
@@ -34,6 +34,7 @@ from lrmil.metrics.selective import Abstention, AbstentionRule, choose_threshold
 from lrmil.splits import SplitTable
 from lrmil.store import ResidentStore
 from lrmil.targets import Classification, Fold, TargetTable
+from lrmil.targets.cases import averaged
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.tables import written_cell
 
@@ -255,6 +256,8 @@ def _evaluate_targets(
         target = fold.target
         estimates = target.estimates([fold], replicates=replicates, seed=seed)
         by_case, torn = case_estimates([fold], replicates=replicates, seed=seed)
+        # Tests and pictures count cases: slides of one patient are no patients.
+        judged = averaged(fold).fold if several_slides([fold]) else fold
         names, strata = target.strata(fold.truth)
         shares = {name: float((strata == k).mean()) for k, name in enumerate(names)}
         own = FoldFigures(
@@ -265,13 +268,13 @@ def _evaluate_targets(
             shares,
             by_case=by_case,
             torn=torn,
-            extra=target.extra(fold),
+            extra=target.extra(judged),
         )
         folds.append(own)
         name = FIGURES_NAME if part == "test" else f"figures-{part}.json"
         write_json(folder / name, asdict(own) | {"part": part, "replicates": replicates, "notes": [*notes]})
         if pictures:
-            target.draw(folder, suffix, fold)
+            target.draw(folder, suffix, judged)
             _draw_history(folder)
     target = found[0].target
     mean = target.estimates(found, replicates=replicates, seed=seed)

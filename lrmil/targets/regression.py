@@ -110,7 +110,7 @@ class Regression(Target):
             left.plot(ends, ends, color="0.7", linewidth=1, linestyle="--")
             left.plot(true, told, "o", color=COLOURS[0], markersize=3.5, alpha=0.7)
             left.set(xlabel=f"{self.name}, true", ylabel=f"{self.name}, predicted")
-            left.set_title(f"Pearson {found['pearson']:.3f}, R2 {found['r2']:.3f}, {len(true)} slides", fontsize=10)
+            left.set_title(f"Pearson {found['pearson']:.3f}, R2 {found['r2']:.3f}, n {len(true)}", fontsize=10)
             right.plot((true + told) / 2, off, "o", color=COLOURS[0], markersize=3.5, alpha=0.7)
             for value, style in ((float(off.mean()), "-"), (low, "--"), (high, "--")):
                 right.axhline(value, color=COLOURS[1], linewidth=1, linestyle=style)

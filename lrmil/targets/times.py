@@ -157,7 +157,7 @@ class Survival(Target):
                 )
                 axes.step(
                     curve.times, curve.survival, where="post", color=colour,
-                    label=f"{name} risk: {int(of.sum())} slides, {int(event.sum())} events",
+                    label=f"{name} risk: n {int(of.sum())}, {int(event.sum())} events",
                 )  # fmt: skip
                 lost = time[~event]
                 axes.plot(lost, curve.at(lost), "|", color=colour, markersize=6)
