@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from wsi_pipe.geometry import FloatPair, IntPair, TileGrid, TissueMask
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.overview import read_overview
-from wsi_pipe.pictures import thumbnail_with_contours, thumbnail_with_grids, write_image
+from wsi_pipe.pictures import Outlines, thumbnail_with_contours, thumbnail_with_grids, write_image
 from wsi_pipe.slides.base import Slide
-from wsi_pipe.tissue import Region
+from wsi_pipe.tissue import Region, trace_mask
 
 __all__ = ["SlidePictures", "draw_slide", "grid_picture_of", "tissue_picture_of"]
 
@@ -45,13 +45,17 @@ class SlidePictures:
     tissue: bool = False
     grids: tuple[TileGrid, ...] | None = None
     regions: tuple[Region, ...] = ()
+    outlines: Outlines | None = None
 
 
-def tissue_picture_of(slide_id: str, slide: Slide, rgb: NDArray[np.uint8], mask: TissueMask) -> SlidePictures:
+def tissue_picture_of(
+    slide_id: str, slide: Slide, rgb: NDArray[np.uint8], mask: TissueMask, outlines: Outlines | None = None
+) -> SlidePictures:
     """The bare overview and the tissue on it."""
     mpp = slide.pyramid.isotropic_mpp
     assert mpp is not None, "the segment stage refuses slides without a resolution"
-    return SlidePictures(slide_id, _shrunk(rgb, LARGEST_PX), slide.pyramid.size_l0, mpp, mask, tissue=True)
+    rgb = _shrunk(rgb, LARGEST_PX)
+    return SlidePictures(slide_id, rgb, slide.pyramid.size_l0, mpp, mask, tissue=True, outlines=outlines)
 
 
 def grid_picture_of(
@@ -83,10 +87,15 @@ def grid_picture_of(
 def draw_slide(pictures: SlidePictures, paths: JobPaths) -> None:
     """Draw and write what is to be drawn. Raises OutputError when it cannot be written."""
     small = _shrunk(pictures.rgb, PICTURE_PX)
+    outlines = trace_mask(pictures.mask.mask) if pictures.outlines is None else pictures.outlines
     if pictures.tissue:
         write_image(paths.overview_picture(pictures.slide_id), small)
         picture = thumbnail_with_contours(
-            pictures.rgb, pictures.mask, um_per_px=_um_per_px(pictures, pictures.rgb), title=pictures.slide_id
+            pictures.rgb,
+            pictures.mask,
+            um_per_px=_um_per_px(pictures, pictures.rgb),
+            title=pictures.slide_id,
+            outlines=outlines,
         )
         write_image(paths.tissue_picture(pictures.slide_id), picture)
     if pictures.grids is not None:
@@ -99,6 +108,7 @@ def draw_slide(pictures: SlidePictures, paths: JobPaths) -> None:
             um_per_px=_um_per_px(pictures, small),
             title=pictures.slide_id,
             regions=pictures.regions,
+            outlines=outlines,
         )
         write_image(paths.grid_picture(pictures.slide_id), picture)
 

@@ -27,8 +27,16 @@ from wsi_pipe.job.prepared import StageClock, stale_error
 from wsi_pipe.job.private import told
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.overview import read_overview
+from wsi_pipe.pictures import Outlines
 from wsi_pipe.slides.base import Slide
-from wsi_pipe.tissue import GivenMask, find_tissue, mask_from_geojson, mask_to_geojson, qupath_origin
+from wsi_pipe.tissue import (
+    GivenMask,
+    find_tissue,
+    mask_from_geojson,
+    mask_to_geojson,
+    qupath_origin,
+    trace_mask,
+)
 from wsi_pipe.tissue.frame import MEMBER
 
 __all__ = ["SlideMask", "how_found", "make_mask", "mask_content", "slide_mask", "stored_mask", "stored_mask_content"]
@@ -96,6 +104,8 @@ def make_mask(
     mask, notes = found.mask, tuple(told(entry, note) for note in found.notes)
     if entry.hides and mask.empty_reason:
         mask = dataclasses.replace(mask, empty_reason=told(entry, mask.empty_reason))
+    # Traced once: for the file, and for both pictures.
+    outlines = trace_mask(mask.mask)
     own = {
         "fingerprint": stage,
         "slide_id": entry.slide_id,
@@ -103,9 +113,9 @@ def make_mask(
         "made_with": mask_record(mpp, job.reader, __version__),
         "tissue_um2": mask.area_um2(mpp),
     }
-    _write_mask(path, mask, slide, own | ({"notes": list(notes)} if notes else {}))
+    _write_mask(path, mask, slide, own | ({"notes": list(notes)} if notes else {}), outlines)
     clock.notes += notes
-    return SlideMask(mask, stage, pictures=tissue_picture_of(entry.slide_id, slide, overview.rgb, mask))
+    return SlideMask(mask, stage, pictures=tissue_picture_of(entry.slide_id, slide, overview.rgb, mask, outlines))
 
 
 def _left_undrawn(
@@ -128,9 +138,11 @@ def how_found(entry: SlideEntry, slide: Slide, settings: SegmentSettings, given_
     return how | {name: value for name in ("scene", "z") if (value := getattr(entry, name)) is not None}
 
 
-def _write_mask(path: Path, mask: TissueMask, slide: Slide, own: Mapping[str, Any]) -> None:
+def _write_mask(
+    path: Path, mask: TissueMask, slide: Slide, own: Mapping[str, Any], outlines: Outlines | None = None
+) -> None:
     """The mask as GeoJSON in QuPath's frame, with what the job says of it."""
-    data = mask_to_geojson(mask, origin_l0=qupath_origin(slide.info.bounds_l0))
+    data = mask_to_geojson(mask, origin_l0=qupath_origin(slide.info.bounds_l0), outlines=outlines)
     data[GEOJSON_KEY] = {**own, **{k: v for k, v in data[GEOJSON_KEY].items() if k != "settings"}}
     write_text_atomically(path, json.dumps(data))
 

@@ -147,7 +147,7 @@ class _Run:
         self.under_way: dict[str, _Work] = {}
         self.copies: dict[str, Keep] = {}
         self.index: JobIndex | None = None
-        self.ahead: Ahead[SlideEntry, SlideOutcome | _Work] | None = None
+        self.ahead: Ahead[SlideEntry, SlideOutcome | _Work] | Ahead[SlideEntry, _Work] | None = None
 
     def end(self) -> None:
         """Wait for slides that are prepared in vain, and give free the copies of those that were not finished."""
@@ -180,7 +180,8 @@ class _Run:
             self._prepare(work, tile=self.until == "tile")
             return work
 
-        self.ahead = ahead = Ahead(entries, ready, preparing_threads(self.settings), Stop(self.stopped))
+        ahead = Ahead(entries, ready, preparing_threads(self.settings), Stop(self.stopped))
+        self.ahead = ahead
         with contextlib.closing(iter(ahead)) as done:
             for work in done:
                 if work.error is None:
