@@ -14,6 +14,7 @@ from lrmil.data import plan_batches
 from lrmil.model.linear import LinearModel
 from lrmil.store import ResidentStore
 from lrmil.trainer.inner import inner_folds
+from lrmil.trainer.newton import MOST_NUMBERS, newton_paths
 
 __all__ = ["LinearFit", "bag_summaries", "fit_linear", "logistic_path"]
 
@@ -141,11 +142,18 @@ def _choose_penalty(
     if folds is None:
         return UNCHOSEN_PENALTY, None, float("nan")
     held_out = np.empty((len(PENALTIES), len(labels), classes))
-    for fold in range(int(folds.max()) + 1):
-        out = folds == fold
-        fits = logistic_path(values[~out], labels[~out], weights[~out], classes, PENALTIES)
+    parts = np.arange(int(folds.max()) + 1)
+    if classes == 2 and values.shape[1] <= MOST_NUMBERS:
+        fits = newton_paths(values, labels, weights, folds != parts[:, None], PENALTIES)
+        rows = np.arange(len(labels))
         for i, (weight, bias) in enumerate(fits):
-            held_out[i, out] = values[out] @ weight.T + bias
+            held_out[i] = (values[None] @ weight.transpose(0, 2, 1) + bias[:, None])[folds, rows]
+    else:
+        for fold in parts.tolist():
+            out = folds == fold
+            path = logistic_path(values[~out], labels[~out], weights[~out], classes, PENALTIES)
+            for i, (weight, bias) in enumerate(path):
+                held_out[i, out] = values[out] @ weight.T + bias
     losses = [float(np.average(log_losses(logits, labels), weights=weights)) for logits in held_out]
     best = int(np.argmin(losses))
     return PENALTIES[best], held_out[best], losses[best]
@@ -166,9 +174,12 @@ def logistic_path(
     Minimises the weighted mean of the negative log-likelihood + penalty / 2 * |weights|^2; the biases are free. Each
     begins where the one before ended.
     """
+    width = values.shape[1]
+    if classes == 2 and width <= MOST_NUMBERS:
+        everything = np.ones((1, len(labels)), bool)
+        return [(weight[0], bias[0]) for weight, bias in newton_paths(values, labels, weights, everything, penalties)]
     from scipy.optimize import minimize
 
-    width = values.shape[1]
     truth = np.eye(classes)[labels]
     share = (weights / weights.sum())[:, None]
 
