@@ -32,7 +32,7 @@ __all__ = [
     "tuned_on",
 ]
 
-MODELS = ("linear", "mean", "max", "abmil", "gated-abmil", "clam-sb", "dsmil", "transmil")
+MODELS = ("linear", "mean", "max", "abmil", "gated-abmil", "clam-sb", "clam-mb", "dsmil", "dtfd", "transmil")
 # Which a training can be asked for: one of these, or "auto", which chooses.
 CHOICES = ("auto", *MODELS)
 # What "auto" takes where attention is wanted, and what is trained in another way on small cohorts.
@@ -40,11 +40,13 @@ AUTO_ATTENTION = "gated-abmil"
 SMALL_MODELS = ("abmil", "gated-abmil")
 # Which models may go without a projection.
 UNPROJECTED = ("abmil", "gated-abmil")
-ATTENTION_MODELS = ("abmil", "gated-abmil", "clam-sb", "dsmil", "transmil")
+ATTENTION_MODELS = ("abmil", "gated-abmil", "clam-sb", "clam-mb", "dsmil", "dtfd", "transmil")
 # What a linear model sees of a bag, and the quantiles of the last.
 POOLINGS = ("mean", "mean+spread", "quantiles")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MOST_MEMBERS = 100
+# Share of a model's own second loss, as published.
+SECOND_LOSS = {"clam-sb": 0.3, "clam-mb": 0.3, "dsmil": 0.5, "dtfd": 0.5}
 # How the teacher's attention on the HR children of an LR tile becomes attention on the tile.
 PARENTS = ("sum", "mean", "max")
 # Figures on the validation cases that early stopping can watch.
@@ -75,12 +77,13 @@ class ModelSettings:
     or of the queries (DSMIL). dropout: in the projection and the attention branch. input_dropout: of single features
     before the projection. heads, landmarks: of TransMIL, whose attention is exact up to ``landmarks`` tokens and
     Nyström's above. auxiliary_weight: share of the model's own second loss (CLAM's instance clustering, DSMIL's
-    max-pooling stream) in the cross-entropy term; None takes the publication's (0.3, 0.5), and the other models have no
-    second loss, so they take None only. cluster_k: tiles on each side that CLAM clusters. pooling: of a linear model,
-    one of ``POOLINGS``, or "auto", which training replaces by the best in inner cross-validation.
-    members: networks whose logits are averaged, trained with other random numbers. linear_share: of a linear model in
-    these logits. projection: off for an ABMIL, gated or not, on the features themselves, as in Ilse et al. on features
-    and in the published LRMIL: ``hidden`` then means nothing, and the instance head sees the features.
+    max-pooling stream, DTFD's pseudo-bags) in the cross-entropy term; None takes the publication's (0.3, 0.5, 0.5), and
+    the other models have no second loss, so they take None only. cluster_k: tiles on each side that CLAM clusters.
+    pooling: of a linear model, one of ``POOLINGS``, or "auto", which training replaces by the best in inner
+    cross-validation. members: networks whose logits are averaged, trained with other random numbers. linear_share: of
+    a linear model in these logits. projection: off for an ABMIL, gated or not, on the features themselves, as in the
+    published LRMIL: ``hidden`` then means nothing, and the instance head sees the features. pseudo_bags: of DTFD.
+    stream_average: DSMIL answers with the mean of its two streams.
     """
 
     name: str = "auto"
@@ -98,6 +101,8 @@ class ModelSettings:
     members: int = 1
     linear_share: float = 0.0
     projection: bool = True
+    pseudo_bags: int = 8
+    stream_average: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in CHOICES:
@@ -120,7 +125,9 @@ class ModelSettings:
             raise ConfigError(
                 f"no pooling is called {self.pooling!r}", remedy=f"known ones are auto, {', '.join(POOLINGS)}"
             )
-        for name in ("in_dim", "hidden", "attention_dim", "heads", "landmarks", "cluster_k"):
+        if self.stream_average and self.name != "dsmil":
+            raise ConfigError(f"a {self.name} model has no two streams", remedy="leave out stream_average")
+        for name in ("in_dim", "hidden", "attention_dim", "heads", "landmarks", "cluster_k", "pseudo_bags"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
         if self.classes < 1:
@@ -131,17 +138,17 @@ class ModelSettings:
         if self.name == "transmil" and self.hidden % self.heads:
             raise ConfigError(f"hidden {self.hidden} must be a multiple of heads {self.heads}")
         if self.auxiliary_weight is not None:
-            if self.name not in ("clam-sb", "dsmil"):
+            if self.name not in SECOND_LOSS:
                 raise ConfigError(f"{self.name} has no second loss", remedy="leave out auxiliary_weight")
             if not 0 <= self.auxiliary_weight < 1:
                 raise ConfigError(f"auxiliary_weight {self.auxiliary_weight} must be at least 0 and below 1")
 
     @property
     def second_loss_share(self) -> float:
-        """Share of the model's own second loss: CLAM's 0.3, DSMIL's 0.5 unless given; 0 for the other models."""
+        """Share of the model's own second loss: CLAM's 0.3, DSMIL's and DTFD's 0.5 unless given; 0 for the others."""
         if self.auxiliary_weight is not None:
             return self.auxiliary_weight
-        return {"clam-sb": 0.3, "dsmil": 0.5}.get(self.name, 0.0)
+        return SECOND_LOSS.get(self.name, 0.0)
 
 
 @dataclass(frozen=True)
@@ -252,7 +259,14 @@ class TrainSettings:
 
 TUNED = "tuned"
 """The table of a settings file that ``lrmil tune`` writes beside the settings."""
-LATER: Mapping[str, object] = {"model.projection": True, "loss.parents": "sum", "targets": [], "unit": "slide"}
+LATER: Mapping[str, object] = {
+    "model.projection": True,
+    "model.pseudo_bags": 8,
+    "model.stream_average": False,
+    "loss.parents": "sum",
+    "targets": [],
+    "unit": "slide",
+}
 """Settings that came after the first runs, at the values that change nothing."""
 
 

@@ -65,8 +65,9 @@ def _markdown(results: Results) -> list[str]:
             found = results.differences[arm.name].get(other)
             row.append(_interval(found["auc"].value, found["auc"].low, found["auc"].high, "+") if found else "")
         if results.cost:
-            cost = results.cost_of(arm.name)
-            row += [f"{cost['tiles']:.0f}", f"{cost['end_to_end_s']:.3f}"]
+            cost = results.cost_of(arm)
+            tiles = cost["tiles"] if cost else arm.tiles
+            row += ["" if tiles is None else f"{tiles:.0f}", f"{cost['end_to_end_s']:.3f}" if cost else ""]
         rows.append(row)
     signal = f", signal {s.cohort.signal}" if results.synthetic else ""
     text = (
@@ -195,7 +196,9 @@ def _draw(path: Path, results: Results) -> None:
 
     with canvas(path, (5.5, 4.0)) as (axes,):
         for colour, arm in zip(COLOURS, results.arms, strict=False):
-            auc, cost = results.figures[arm.name]["auc"], results.cost_of(arm.name)
+            auc, cost = results.figures[arm.name]["auc"], results.cost_of(arm)
+            if cost is None:
+                continue
             bars = [[max(auc.value - auc.low, 0)], [max(auc.high - auc.value, 0)]]
             label = f"{arm.name} ({cost['tiles']:.0f} tiles)"
             axes.errorbar([cost["end_to_end_s"]], [auc.value], yerr=bars, fmt="o", color=colour, capsize=3, label=label)

@@ -28,12 +28,15 @@ __all__ = ["Arm", "Results", "measure_cost", "summarise"]
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to classify slides. level: whose tiles it reads. encoder: what computes their features. run: its folds."""
+    """A way to classify slides. level: whose tiles it reads. encoder: what computes their features. run: its folds.
+    cost_of: the arm whose cost it has, "" where it is its own. tiles: a slide on average, where no cost is measured."""
 
     name: str
     level: str
     encoder: str
     run: Path
+    cost_of: str = ""
+    tiles: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,10 @@ class Results:
     cost: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ablation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-    def cost_of(self, arm: str) -> Mapping[str, Any]:
-        """The cost of an arm; both distilled ones have the same encoder and so the same."""
-        return self.cost.get(arm) or self.cost[self.arms[2].name]
+    def cost_of(self, arm: Arm) -> Mapping[str, Any] | None:
+        """The cost of an arm; all distilled ones have the same encoder and so the same. None where it is not
+        measured."""
+        return self.cost.get(arm.cost_of or arm.name)
 
 
 def summarise(settings: ExperimentSettings, arms: Sequence[Arm], students: Mapping[str, DistillResult]) -> Results:

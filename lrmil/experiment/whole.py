@@ -10,8 +10,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lrmil.config import LossSettings
 from lrmil.distill import DistillRequest, DistillResult, run_distillation
+from lrmil.experiment.baselines import (
+    BASELINES,
+    EAGLE_TILES,
+    guided_rows,
+    kept,
+    model_of,
+    random_rows,
+    tile_attention,
+    with_parents,
+    zoomed_rows,
+)
 from lrmil.experiment.cohort import Cohort, load_cohort, open_features
 from lrmil.experiment.figures import evaluate_run
 from lrmil.experiment.folds import SPLITS_NAME, TeacherSource, train_folds
@@ -85,9 +99,10 @@ class Experiment:
             Arm(LR, self.settings.lr, self.settings.teacher, self.run_folder(LR)),
             Arm(STAGE1, self.settings.lr, self.settings.student, self.run_folder(STAGE1)),
             *(
-                Arm(_with(STAGE2, rule), self.settings.lr, self.settings.student, self.run_folder(STAGE2, rule))
+                Arm(_with(STAGE2, rule), self.settings.lr, self.settings.student, self.run_folder(STAGE2, rule), STAGE1)
                 for rule in self.settings.taught
             ),
+            *(self.baseline(name, cohort, hr_cohort, splits) for name in self.settings.baselines),
         ]
         results = dataclasses.replace(summarise(self.settings, arms, students), synthetic=synthetic)
         # Written before the dear parts, so that an interrupted run leaves its figures.
@@ -213,6 +228,49 @@ class Experiment:
         teacher = TeacherSource(self.run_folder(HR)) if loss else None
         settings = self.settings.mil_settings(loss)
         train_folds(cohort, splits, [fold], settings, out, teacher=teacher, hr_store=hr if loss else None)
+
+    def baseline(self, name: str, lr: Cohort, hr: Cohort, splits: SplitTable) -> Arm:
+        """The classifiers of a baseline, every fold."""
+        found = BASELINES[name]
+        out = self.out / "runs" / f"baseline-{name}"
+        plain = self.settings.mil_settings()
+        settings = dataclasses.replace(plain, model=model_of(plain.model, found))
+        self.say(found.name)
+        own: FeatureStore = hr.store
+        guided = found.features in ("guided", "zoomed")
+        if found.features == "random":
+            own = kept(hr.store, random_rows(hr.store.lengths.tolist(), lr.store.lengths.tolist(), settings.seed))
+        elif found.features == "both":
+            own = with_parents(hr.store, lr.store)
+        tiles = [float(own.lengths.mean())]
+        if not guided:
+            train_folds(dataclasses.replace(hr, store=own), splits, list(splits.folds), settings, out)
+        else:
+            tiles = []
+            joint = with_parents(hr.store, lr.store) if found.features == "zoomed" else hr.store
+            for fold in splits.folds:
+                # The fold's own LR classifier looks, which has not seen the fold's test cases.
+                attention = tile_attention(self.run_folder(LR) / fold / "model.safetensors", lr.store)
+                own = kept(joint, self._looked_at(found.features, attention, hr.store))
+                tiles.append(float(own.lengths.mean()))
+                train_folds(dataclasses.replace(hr, store=own), splits, [fold], settings, out)
+        # Those that look at LR tiles, or use them, read them too.
+        also = float(lr.store.lengths.mean()) if guided or found.features == "both" else 0.0
+        return Arm(found.name, self.settings.hr, self.settings.teacher, out, "", float(np.mean(tiles)) + also)
+
+    def _looked_at(
+        self, features: str, attention: Sequence[NDArray[np.float32]], hr: FeatureStore
+    ) -> list[NDArray[np.int64]]:
+        """The rows of each HR bag that the attention on its LR tiles leads to."""
+        assert hr.parents is not None
+        rows = []
+        for own, start, stop in zip(attention, hr.offsets[:-1], hr.offsets[1:], strict=True):
+            parents = np.asarray(hr.parents[start:stop], np.int64)
+            if features == "guided":
+                rows.append(guided_rows(own, parents, EAGLE_TILES))
+            else:
+                rows.append(zoomed_rows(own, parents, self.settings.zoom_tiles))
+        return rows
 
     def cost(self, encoder: Path, test: Sequence[int], cohort: Cohort) -> Mapping[str, Mapping[str, object]]:
         """What inference costs on some test slides, HR and LR."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 from lrmil.config import MODELS, ModelSettings
 from lrmil.model.attention import ABMIL, ClamSB, MaxPooling, MeanPooling
 from lrmil.model.base import MILModel, MILOutput
+from lrmil.model.clam_mb import ClamMB
 from lrmil.model.dsmil import DSMIL
+from lrmil.model.dtfd import DTFD
 from lrmil.model.ensemble import Ensemble, linear_settings, member_settings
 from lrmil.model.linear import LinearModel, pooled_width
 from lrmil.model.transmil import TransMIL
@@ -24,7 +26,9 @@ _CLASSES: dict[str, type[MILModel]] = {
     "abmil": ABMIL,
     "gated-abmil": ABMIL,
     "clam-sb": ClamSB,
+    "clam-mb": ClamMB,
     "dsmil": DSMIL,
+    "dtfd": DTFD,
     "transmil": TransMIL,
 }
 

@@ -17,6 +17,7 @@ from lrmil.experiment.presets import find_preset, preset_names
 from lrmil.experiment.settings import ABLATIONS, CohortSettings, ExperimentSettings, load_experiment
 from lrmil.experiment.whole import HR, LR, STAGE1, STAGE2, Experiment
 from lrmil.splits import read_splits
+from lrmil.store import FeatureStore
 from wsi_pipe.cli import run_group
 from wsi_pipe.config import load_toml
 from wsi_pipe.errors import ConfigError
@@ -165,6 +166,10 @@ def test_only_the_command_draws_its_cohort_in_several_processes(
     assert asked == [1, 3]
 
 
+def cohort_lengths(folder: Path, store: str) -> np.ndarray:
+    return FeatureStore.open(folder / "stores" / store).lengths
+
+
 @pytest.mark.slow
 def test_a_whole_small_experiment_runs_and_runs_again_at_once(tmp_path: Path) -> None:
     settings = load_toml(ExperimentSettings, SMALL)
@@ -182,7 +187,16 @@ def test_a_whole_small_experiment_runs_and_runs_again_at_once(tmp_path: Path) ->
     assert (tmp_path / "results.png").stat().st_size > 1000
     table = (tmp_path / "results.md").read_text()
     assert table.count("\n| LR") == 6  # of the figures and of the folds
-    assert table.count("not inferior") == 2
+    assert table.count("not inferior") == 2 + len(settings.baselines)
+    # Baselines read what they say: as many random HR tiles as there are LR tiles, 25 and one LR tile's children more.
+    tiles = {arm.name: arm.tiles for arm in results.arms}
+    low = float(cohort_lengths(tmp_path, "lr").mean())
+    high = cohort_lengths(tmp_path, "hr")
+    assert tiles["HR, random tiles, as many as LR"] == pytest.approx(low)
+    assert tiles["HR, 25 tiles by LR attention (EAGLE)"] == pytest.approx(low + np.minimum(high, 25).mean(), abs=1)
+    assert low < (tiles["HR and LR where LR attends (ZoomMIL-like)"] or 0) <= low + 16
+    assert tiles["HR and LR together"] == pytest.approx(low + high.mean())
+    assert tiles["HR, DTFD-MIL"] == pytest.approx(high.mean())
     # The mean over folds, not that of what the folds have together.
     for arm, values in found["fold_auc"].items():
         assert found["figures"][arm]["auc"]["value"] == pytest.approx(sum(values.values()) / len(values))
