@@ -172,6 +172,9 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--turns", type=int, default=2, help="Of the LR arms; the HR arms run once.")
     parser.add_argument("--blocks", type=int, nargs=2, default=(4, 4), help="Sections side by side.")
+    parser.add_argument("--onnx", nargs="*", default=["int8", "float32"], help="Precisions of exported files.")
+    parser.add_argument("--torch", nargs="*", default=["float32", "bfloat16"], help="Precisions of model.safetensors.")
+    parser.add_argument("--vit-int8", action="store_true", help="Calibrate ViT-S too, which takes a minute.")
     parser.add_argument("--hr-blocks", type=int, nargs=2, default=(1, 1))
     parser.add_argument("--hr-block-px", type=int, default=4096, help="Side of the sections of the HR way's part.")
     parser.add_argument("--hr-precisions", nargs="*", default=["float32", "bfloat16"])
@@ -187,16 +190,13 @@ def main() -> None:
         student = make_model(root, "student", args.student, args.student_px, LR, seen)
         small = make_model(root, "vit-s", "vit_small_patch16_224", args.vit_px, LR, seen)
         large = make_model(root, "vit-b-hr", "vit_base_patch16_224", 224, HR, seen)
-        arms: dict[str, tuple[Path, str]] = {
-            "student int8, onnxruntime": (exported(student, job, "int8"), "int8"),
-            "student float32, onnxruntime": (exported(student, job, "float32"), "float32"),
-            "student float32, torch": (student, "float32"),
-            "student bfloat16, torch": (student, "bfloat16"),
-            "ViT-S int8, onnxruntime": (exported(small, job, "int8"), "int8"),
-            "ViT-S float32, onnxruntime": (exported(small, job, "float32"), "float32"),
-            "ViT-S float32, torch": (small, "float32"),
-            "ViT-S bfloat16, torch": (small, "bfloat16"),
-        }
+        arms: dict[str, tuple[Path, str]] = {}
+        for name, model in (("student", student), ("ViT-S", small)):
+            for precision in args.onnx:
+                if (name, precision) != ("ViT-S", "int8") or args.vit_int8:
+                    arms[f"{name} {precision}, onnxruntime"] = (exported(model, job, precision), precision)
+            for precision in args.torch:
+                arms[f"{name} {precision}, torch"] = (model, precision)
         found: dict[str, list[dict[str, Any]]] = {}
         for turn in range(args.turns):
             for arm, (model, precision) in arms.items():

@@ -19,7 +19,10 @@ LRMIL = Layout(
             "--allow-seen",
         ),
         "Run": ("--out", "--run", "--job", "--config", "--set", "--name", "--tensorboard"),
-        "Model": ("--model", "--hidden", "--dropout", "--student", "--student-px", "--random-student"),
+        "Model": (
+            "--model", "--hidden", "--dropout", "--student", "--student-px", "--random-student", "export --precision",
+            "--quantise", "--calibration-tiles", "--most-change",
+        ),
         "Training": (
             "--epochs", "--learning-rate", "--weight-decay", "--batch-size", "--patience", "--monitor", "--schedule",
             "--clip-norm", "--class-weights", "--standardise", "--token-budget", "--max-bags", "--stain", "--flips",
@@ -49,7 +52,8 @@ LRMIL = Layout(
         "--layer-variance", "--patch", "--final", "--l-ce", "--l-bag", "--l-soft", "--l-hard", "--temperature",
         "--instances", "--random-teacher", "--positive", "--at-sensitivity", "--replicates", "--attention", "--top",
         "--precision", "--threads", "--cache-mib", "--targets-mib", "--allow-random", "distill --seed",
-        "distill --slides", "distill --labels", "--cases",
+        "distill --slides", "distill --labels", "--cases", "export --slides", "export --labels", "--calibration-tiles",
+        "--most-change",
     }),
     units=UNITS | {
         "distill --batch-size": "TILES",
@@ -81,6 +85,8 @@ LRMIL = Layout(
         "--cache-mib": "MIB",
         "--targets-mib": "MIB",
         "--top": "TILES",
+        "--calibration-tiles": "TILES",
+        "--most-change": "LOGIT",
         "--scene": "SCAN",
         "--z": "PLANE",
     },
