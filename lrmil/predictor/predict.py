@@ -21,6 +21,7 @@ from lrmil.errors import BagMismatchError, ModelMismatchError
 from lrmil.metrics import softmax
 from lrmil.store import BagInfo, inspect_bag
 from lrmil.store.formats import read_features, read_places
+from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders.base import encoder_slug
 from wsi_pipe.encoders.elsewhere import slug_asked_for
 from wsi_pipe.errors import WsiPipeError
@@ -123,6 +124,11 @@ class Predictor:
         if name is None:
             name = f"{card.model.name}-{sha256[:8]}" if path.stem == "model" else path.stem
         return cls(model, card, device=device, name=encoder_slug(name) or "model", sha256=sha256)
+
+    @property
+    def settings(self) -> JobSettings:
+        """Settings of tissue and tiles where nobody gives others: an exported classifier's own, else the defaults."""
+        return JobSettings() if self.classifier is None else self.classifier.header.settings()
 
     def find(self, path: str | Path, *, level: str | None = None, encoder: str | None = None) -> BagInfo:
         """The features in a bag that the model was trained on.
