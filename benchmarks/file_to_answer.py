@@ -50,6 +50,8 @@ class Repeated:
 
 def write_slide(path: Path, times: tuple[int, int], block: int = BLOCK) -> None:
     """A pyramid of 0.25 um/px that repeats one synthetic section."""
+    if path.is_file():
+        return
     from wsi_pipe.slides.writing.write import write_pyramid
     from wsi_pipe.synthetic import SlideSpec, SyntheticSlide
     from wsi_pipe.synthetic.slide import average
@@ -77,7 +79,9 @@ def make_model(folder: Path, name: str, architecture: str, px: int, mpp: float, 
         recipe, preprocessing=dataclasses.replace(recipe.preprocessing, input_px=px, resize_px=None)
     )
     place = folder / name
-    place.mkdir()
+    if (place / "model.safetensors").is_file():
+        return place / "model.safetensors"
+    place.mkdir(exist_ok=True)
     network = build(recipe, name=name, input_px=px)
     encoder = place / f"{name}.safetensors"
     write_lr_encoder(encoder, network, recipe=recipe, tile=TileSpec(mpp, 256), licence="none")
@@ -92,12 +96,22 @@ def make_model(folder: Path, name: str, architecture: str, px: int, mpp: float, 
 def training_job(folder: Path) -> tuple[Path, Any]:
     """A small job that int8 is calibrated on, and the marks of its slides."""
     from wsi_pipe.bag import read_attrs
+    from wsi_pipe.seen import Seen
+
+    if not (folder / "job").is_dir():
+        make_training(folder)
+    attrs = [read_attrs(path) for path in sorted((folder / "job" / "bags").glob("*.h5"))]
+    pairs = [(a.case_id, a.slide_fingerprint) for a in attrs]
+    return folder / "job", Seen.of({"train": pairs[:2], "val": pairs[2:]})
+
+
+def make_training(folder: Path) -> None:
+    """Four small slides and their job."""
     from wsi_pipe.config import ExtractSettings, JobSettings, TileSettings
     from wsi_pipe.execute import Where
     from wsi_pipe.job import open_job
     from wsi_pipe.job.dispatch import dispatch
     from wsi_pipe.manifest import read_manifest
-    from wsi_pipe.seen import Seen
     from wsi_pipe.synthetic import make_cohort
 
     make_cohort(folder / "training", 4, seed=3, size_px=(2048, 2048), mpp=0.5, max_slides_per_case=1)
@@ -107,9 +121,6 @@ def training_job(folder: Path) -> tuple[Path, Any]:
     )
     paths = open_job(folder / "job", settings, entries)
     assert all(outcome.status == "done" for outcome in dispatch(entries, settings, paths, Where()))
-    attrs = [read_attrs(path) for path in sorted((folder / "job" / "bags").glob("*.h5"))]
-    pairs = [(a.case_id, a.slide_fingerprint) for a in attrs]
-    return folder / "job", Seen.of({"train": pairs[:2], "val": pairs[2:]})
 
 
 def exported(model: Path, job: Path, precision: str) -> Path:
@@ -118,6 +129,8 @@ def exported(model: Path, job: Path, precision: str) -> Path:
     from lrmil.deploy.export import ExportRequest, export_classifier
 
     out = model.with_name(f"{model.parent.name}-{precision}.onnx")
+    if out.is_file():
+        return out
     encoder = read_card(model).encoder
     # Random weights mean nothing, so neither does what int8 does to their answers.
     export_classifier(ExportRequest(model, encoder, out, precision, bags=job, tiles=48, most_change=1e9))
@@ -152,18 +165,23 @@ def measured(arm: str, runs: Callable[[], dict[str, Any]], found: dict[str, list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--work", type=Path, help="Folder that keeps slides and models for the next call.")
     parser.add_argument("--student", default="mobilenetv4_conv_small", help="A timm model.")
     parser.add_argument("--student-px", type=int, default=128)
     parser.add_argument("--vit-px", type=int, default=224)
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--turns", type=int, default=2, help="Of the LR arms; the HR arms run once.")
     parser.add_argument("--blocks", type=int, nargs=2, default=(4, 4), help="Sections side by side.")
+    parser.add_argument("--onnx", nargs="*", default=["int8", "float32"], help="Precisions of exported files.")
+    parser.add_argument("--torch", nargs="*", default=["float32", "bfloat16"], help="Precisions of model.safetensors.")
+    parser.add_argument("--vit-int8", action="store_true", help="Calibrate ViT-S too, which takes a minute.")
     parser.add_argument("--hr-blocks", type=int, nargs=2, default=(1, 1))
     parser.add_argument("--hr-block-px", type=int, default=4096, help="Side of the sections of the HR way's part.")
     parser.add_argument("--hr-precisions", nargs="*", default=["float32", "bfloat16"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+        root = args.work or Path(name)
+        root.mkdir(parents=True, exist_ok=True)
         slide, part, one = root / "slide.svs", root / "part.svs", root / "one.svs"
         write_slide(slide, tuple(args.blocks))
         write_slide(part, tuple(args.hr_blocks), args.hr_block_px)
@@ -172,16 +190,13 @@ def main() -> None:
         student = make_model(root, "student", args.student, args.student_px, LR, seen)
         small = make_model(root, "vit-s", "vit_small_patch16_224", args.vit_px, LR, seen)
         large = make_model(root, "vit-b-hr", "vit_base_patch16_224", 224, HR, seen)
-        arms: dict[str, tuple[Path, str]] = {
-            "student int8, onnxruntime": (exported(student, job, "int8"), "int8"),
-            "student float32, onnxruntime": (exported(student, job, "float32"), "float32"),
-            "student float32, torch": (student, "float32"),
-            "student bfloat16, torch": (student, "bfloat16"),
-            "ViT-S int8, onnxruntime": (exported(small, job, "int8"), "int8"),
-            "ViT-S float32, onnxruntime": (exported(small, job, "float32"), "float32"),
-            "ViT-S float32, torch": (small, "float32"),
-            "ViT-S bfloat16, torch": (small, "bfloat16"),
-        }
+        arms: dict[str, tuple[Path, str]] = {}
+        for name, model in (("student", student), ("ViT-S", small)):
+            for precision in args.onnx:
+                if (name, precision) != ("ViT-S", "int8") or args.vit_int8:
+                    arms[f"{name} {precision}, onnxruntime"] = (exported(model, job, precision), precision)
+            for precision in args.torch:
+                arms[f"{name} {precision}, torch"] = (model, precision)
         found: dict[str, list[dict[str, Any]]] = {}
         for turn in range(args.turns):
             for arm, (model, precision) in arms.items():

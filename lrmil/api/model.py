@@ -104,7 +104,7 @@ class Model:
                         entries,
                         folder,
                         encoder=find_encoder(self.card, self.path, encoder),
-                        base=settings or load_settings(folder) or JobSettings(),
+                        base=settings or load_settings(folder) or self.predictor.settings,
                         reader=reader,
                         top_tiles=top_tiles,
                     )

@@ -161,12 +161,12 @@ def distill(**values: Any) -> int:
         raise ConfigError(
             "whom the student may see is not clear", remedy="give --splits with --fold, or --all, or --cases FILE"
         )
-    student, student_px = preset_of(values["student"], values["student_px"])
+    network, side_px = preset_of(values["student"], values["student_px"])
     request = DistillRequest(
         bags=values["bags"],
         teacher=values["teachers"][0],
         more_teachers=values["teachers"][1:],
-        student=student,
+        student=network,
         lr=level_label(resolutions[1]),
         hr=level_label(resolutions[0]),
         splits=read_splits(values["splits"]) if values["splits"] else None,
@@ -181,7 +181,7 @@ def distill(**values: Any) -> int:
         targets_dir=values["targets_dir"],
         random_teacher=values["random_teacher"],
         random_student=values["random_student"],
-        student_px=student_px,
+        student_px=side_px,
         devices=tuple(training_devices(values["devices"])) if values["devices"] else (),
     )
     result = run_distillation(request, None if values["as_json"] else messages.say)

@@ -23,6 +23,7 @@ LRMIL = Layout(
         "Run": ("--out", "--run", "--job", "--config", "--set", "--name", "--tensorboard"),
         "Model": (
             "--model", "--hidden", "--dropout", "--student", "--student-px", "--random-student", "--random-weights",
+            "export --precision", "--quantise", "--calibration-tiles", "--most-change",
         ),
         "Training": (
             "--epochs", "--steps", "--learning-rate", "--weight-decay", "--batch-size", "--patience", "--monitor",
@@ -58,6 +59,7 @@ LRMIL = Layout(
         "--smooth", "--pyramids", "--guided-by", "--guided-share", "--guided-draws",
         "--precision", "--threads", "--cache-mib", "--targets-mib", "--allow-random", "distill --seed",
         "distill --slides", "distill --labels", "--cases", "finetune --slides", "--random-weights", "--max-tiles",
+        "export --slides", "export --labels", "--calibration-tiles", "--most-change",
     }),
     units=UNITS | {
         "distill --batch-size": "TILES",
@@ -94,6 +96,8 @@ LRMIL = Layout(
         "--cache-mib": "MIB",
         "--targets-mib": "MIB",
         "--top": "TILES",
+        "--calibration-tiles": "TILES",
+        "--most-change": "LOGIT",
         "--scene": "SCAN",
         "--z": "PLANE",
     },

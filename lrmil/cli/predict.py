@@ -138,15 +138,13 @@ def _from_slides(predictor: Any, values: dict[str, Any]) -> Iterator[Any]:
     encoder = find_encoder(predictor.card, values["model"], values["encoder"])
     # A job that is there keeps its settings of segmentation; an exported classifier brings those of its training.
     base = load_toml(JobSettings, values["config"]) if values["config"] else load_settings(job)
-    if base is None:
-        base = JobSettings() if predictor.classifier is None else predictor.classifier.header.settings()
     with RunDisplay(len(entries)) as display:
         yield from predict_slides(
             predictor,
             entries,
             job,
             encoder=encoder,
-            base=base,
+            base=base or predictor.settings,
             reader=values["reader"],
             top_tiles=values["top"],
             progress=display.progress,

@@ -22,6 +22,7 @@ from lrmil.metrics import softmax
 from lrmil.metrics.selective import Abstention, AbstentionRule, choose_threshold
 from lrmil.store import BagInfo, inspect_bag
 from lrmil.store.formats import read_features, read_places
+from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders.base import encoder_slug
 from wsi_pipe.encoders.elsewhere import slug_asked_for
 from wsi_pipe.errors import WsiPipeError
@@ -247,6 +248,11 @@ class Predictor:
 
         logits = bag_logits(self.model, store, indices, token_budget=token_budget).double().numpy()
         return logits, self._probabilities(logits)
+
+    @property
+    def settings(self) -> JobSettings:
+        """Settings of tissue and tiles where nobody gives others: an exported classifier's own, else the defaults."""
+        return JobSettings() if self.classifier is None else self.classifier.header.settings()
 
     def find(self, path: str | Path, *, level: str | None = None, encoder: str | None = None) -> BagInfo:
         """The features in a bag that the model was trained on.

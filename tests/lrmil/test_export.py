@@ -11,6 +11,7 @@ import torch
 from lrmil.config import POOLINGS, ModelSettings
 from lrmil.deploy.graph import OPSET, Graph
 from lrmil.deploy.heads import add_head
+from lrmil.deploy.precision import rounded
 from lrmil.model import MILModel, build_model
 
 onnx = pytest.importorskip("onnx")
@@ -18,6 +19,26 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 DIM = 8
+
+
+def test_products_with_weights_are_rounded_to_bfloat16_and_nothing_else_is() -> None:
+    graph = Graph("encoder")
+    weight = np.random.default_rng(0).normal(size=(DIM, 4))
+    hidden = graph.op("Relu", graph.linear("x", weight.T, np.ones(4)))
+    product = graph.op("MatMul", hidden, graph.constant(weight.T))
+    graph.named(graph.op("MatMul", graph.op("Transpose", product, perm=[1, 0]), product), "y")
+    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["a", "b"]) for n in ("x", "y")]
+    made = onnx.helper.make_graph(graph.nodes, "encoder", ends[:1], ends[1:], graph.constants)
+    exact = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=10)
+    half = rounded(exact)
+    onnx.checker.check_model(half)
+    # Weights and biases are stored in it; the product of two activations has no weight and stays.
+    kinds = [tensor.data_type for tensor in half.graph.initializer]
+    assert kinds == [onnx.TensorProto.BFLOAT16] * 3
+    assert [node.op_type for node in half.graph.node].count("Cast") == 4
+    stored = onnx.numpy_helper.to_array(half.graph.initializer[0]).astype(np.float32)
+    wanted = torch.from_numpy(weight.T.astype(np.float32)).bfloat16().float().numpy()
+    np.testing.assert_array_equal(stored, wanted)
 
 
 def make_model(name: str, **settings: Any) -> MILModel:
