@@ -89,6 +89,7 @@ LRMIL = [
     "pictures",
     "experiment",
     "cascade",
+    "resolve",
     "api",
     "cli",
     "__main__",

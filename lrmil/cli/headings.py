@@ -18,7 +18,7 @@ LRMIL = Layout(
             "--splits", "--fold", "--folds", "--all", "--cases", "--val-fraction", "--test-fraction", "--split-seed",
             "--allow-seen",
         ),
-        "Run": ("--out", "--run", "--job", "--config", "--set", "--name", "--tensorboard"),
+        "Run": ("--out", "--run", "--lr", "--hr", "--job", "--config", "--set", "--name", "--tensorboard"),
         "Model": ("--model", "--hidden", "--dropout", "--student", "--student-px", "--random-student"),
         "Training": (
             "--epochs", "--learning-rate", "--weight-decay", "--batch-size", "--patience", "--monitor", "--schedule",
@@ -30,6 +30,8 @@ LRMIL = Layout(
             "--layer-variance", "--patch", "--final", "--l-ce", "--l-bag", "--l-soft", "--l-hard", "--temperature",
             "--instances", "--random-teacher",
         ),
+        "Parts of bags": ("--guided-by", "--guided-share", "--guided-draws"),
+        "Promise": ("--risk", "--loss", "--confidence", "--score", "--hr-budget", "--margin"),
         "Figures": (
             "--part", "--positive", "--at-sensitivity", "--replicates", "evaluate --seed", "compare --seed",
         ),
@@ -49,7 +51,7 @@ LRMIL = Layout(
         "--layer-variance", "--patch", "--final", "--l-ce", "--l-bag", "--l-soft", "--l-hard", "--temperature",
         "--instances", "--random-teacher", "--positive", "--at-sensitivity", "--replicates", "--attention", "--top",
         "--precision", "--threads", "--cache-mib", "--targets-mib", "--allow-random", "distill --seed",
-        "distill --slides", "distill --labels", "--cases",
+        "distill --slides", "distill --labels", "--cases", "--guided-by", "--guided-share", "--guided-draws",
     }),
     units=UNITS | {
         "distill --batch-size": "TILES",
@@ -82,6 +84,7 @@ LRMIL = Layout(
         "--targets-mib": "MIB",
         "--top": "TILES",
         "--scene": "SCAN",
+        "--guided-draws": "PARTS",
         "--z": "PLANE",
     },
     spellings=frozenset({"--lr"}),
