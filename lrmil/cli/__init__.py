@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "The whole experiment by a preset: every fold of HR, LR and LRMIL, one table.",
     ),
     "compare": ("lrmil.cli.evaluate:compare", "Compare two runs on the same slides: bootstrap and DeLong."),
+    "resolve": ("lrmil.cli.resolve:resolve", "Say which resolution is needed, and what each costs."),
     "cascade": ("lrmil.cli.cascade:cascade", "Low resolution first, high where it is unsure, at a bounded risk."),
     "export": ("lrmil.cli.export:export", "Write a classifier and its encoder as one ONNX file."),
     "predict": ("lrmil.cli.predict:predict", "Classify bags, or slides in one go, with a trained model."),

@@ -20,7 +20,7 @@ LRMIL = Layout(
             "--splits", "--fold", "--folds", "--all", "--cases", "--val-fraction", "--test-fraction", "--split-seed",
             "--allow-seen",
         ),
-        "Run": ("--out", "--run", "--job", "--config", "--set", "--name", "--tensorboard"),
+        "Run": ("--out", "--run", "--lr", "--hr", "--job", "--config", "--set", "--name", "--tensorboard"),
         "Model": (
             "--model", "--hidden", "--dropout", "--student", "--student-px", "--random-student", "--random-weights",
             "export --precision", "--quantise", "--calibration-tiles", "--most-change",
@@ -33,9 +33,10 @@ LRMIL = Layout(
         "Teacher": (
             "--teacher", "--teacher-bags", "--teacher-level", "--unlabelled", "--mil-teacher", "--targets",
             "--targets-dir", "--layers", "--layer-variance", "--patch", "--final", "--l-ce", "--l-bag",
-            "--l-soft", "--l-hard", "--temperature", "--instances", "--random-teacher", "--guided-by",
-            "--guided-share", "--guided-draws",
+            "--l-soft", "--l-hard", "--temperature", "--instances", "--random-teacher",
         ),
+        "Parts of bags": ("--guided-by", "--guided-share", "--guided-draws"),
+        "Promise": ("--risk", "--loss", "--confidence", "--score", "--hr-budget", "--margin"),
         "Figures": (
             "--part", "--positive", "--at-sensitivity", "--abstain", "--replicates", "evaluate --seed",
             "compare --seed",

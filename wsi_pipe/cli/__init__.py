@@ -58,6 +58,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("wsi_pipe.cli.care:status", "Show how far a job is."),
     "verify": ("wsi_pipe.cli.care:verify", "Check every bag of a job, or single bags."),
     "prune": ("wsi_pipe.cli.care:prune", "Take features or resolutions out of a job; lists them first."),
+    "adopt": ("wsi_pipe.cli.adopt:adopt", "Take another tool's features into the bags of a job."),
     "export": ("wsi_pipe.cli.export:export", "Write a job's features as another tool's files."),
     "report": ("wsi_pipe.cli.report:report", "Write the page of a job again, and print its figures."),
     "view": ("wsi_pipe.cli.view:view", "Look at slides, grids and values of tiles in the browser."),
