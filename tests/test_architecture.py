@@ -57,6 +57,7 @@ WSI_PIPE = [
     "plan",
     "care",
     "interop",
+    "pooling",
     "benchmark",
     "report",
     "view",
