@@ -88,6 +88,7 @@ LRMIL = [
     "predictor",
     "pictures",
     "experiment",
+    "probe",
     "api",
     "cli",
     "__main__",

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("lrmil.cli.train:train", "Train a MIL model, a teacher or a student, on one fold or all."),
     "evaluate": ("lrmil.cli.evaluate:evaluate", "Figures with intervals, of a run or of a model on other bags."),
     "compare": ("lrmil.cli.evaluate:compare", "Compare two runs on the same slides: bootstrap and DeLong."),
+    "probe": ("lrmil.cli.probe:probe", "Say what features tell: linear, neighbours, few-shot."),
     "predict": ("lrmil.cli.predict:predict", "Classify bags, or slides in one go, with a trained model."),
 }
 

@@ -23,6 +23,7 @@ __all__ = [
     "PATH",
     "SLIDE_TABLE",
     "bag_options",
+    "estimate",
     "label_options",
     "level_of",
     "pack_progress",

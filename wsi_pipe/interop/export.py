@@ -28,7 +28,7 @@ from wsi_pipe.job.record import load_slides, read_outcomes
 from wsi_pipe.locking import hold_file
 from wsi_pipe.ownership import claim_folder
 
-__all__ = ["Chosen", "Exported", "Plan", "choose_features", "export_job", "plan_export"]
+__all__ = ["Chosen", "Exported", "Plan", "bags_of", "choose_features", "export_job", "plan_export"]
 
 MARKER = ".wsi-pipe-export"
 LOCK = ".wsi-pipe-export.lock"
@@ -93,7 +93,7 @@ def choose_features(
     Raises ConfigError where the choice is not clear, no slide has such features, or they are of random weights and not
     ``allow_random``.
     """
-    paths, absent = _bags_of(root)
+    paths, absent = bags_of(root)
     contents: dict[str, _Contents] = {}
     for slide_id, path in paths.items():
         try:
@@ -147,7 +147,7 @@ def _contents(path: Path) -> _Contents:
     )
 
 
-def _bags_of(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
+def bags_of(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """Bags by slide id, and the slides of a job that have none, with the reason."""
     job = JobPaths(root)
     if not (job.marker.is_file() or job.config.is_file()):
