@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "resolve": ("lrmil.cli.resolve:resolve", "Say which resolution is needed, and what each costs."),
     "cascade": ("lrmil.cli.cascade:cascade", "Low resolution first, high where it is unsure, at a bounded risk."),
     "export": ("lrmil.cli.export:export", "Write a classifier and its encoder as one ONNX file."),
+    "probe": ("lrmil.cli.probe:probe", "Say what features tell: linear, neighbours, few-shot."),
     "predict": ("lrmil.cli.predict:predict", "Classify bags, or slides in one go, with a trained model."),
 }
 

@@ -28,6 +28,7 @@ __all__ = [
     "TARGET",
     "UNIT",
     "bag_options",
+    "estimate",
     "label_options",
     "level_of",
     "pack_progress",

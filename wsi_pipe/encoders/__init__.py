@@ -29,11 +29,12 @@ def load_encoder(
 
     name: "texture", a name of the registry, either of them followed by ``@FILE`` for weights of one's own,
     ``timm:MODEL`` or ``timm:MODEL@FILE``, a name of ``wp.register_encoder``, or the path of an LR encoder
-    (``.safetensors``). device: a device, several separated by commas (a replica on each), or "auto" (every GPU, else
-    the CPU). precision: "auto" (half where the device has hardware for it), "float32", "bfloat16" or "float16".
-    random_weights: weights drawn anew, the same for one name in every process, for trying things out without a
-    download; name and slug end with "-random", and weights that are given as a file are never drawn. compile: through
-    torch.compile. input_px: another input side than the network's own; a ViT's position embeddings are interpolated.
+    (``.safetensors``). device: a device, several separated by commas (a replica on each), or "auto" (every GPU,
+    else the CPU). precision: "auto" (half where the device has hardware for it), "float32", "bfloat16" or
+    "float16". random_weights: weights drawn anew, the same for one name in every process, for trying things out
+    without a download; name and slug end with "-random", and weights that are given as a file are never drawn.
+    compile: through torch.compile. input_px: another input side than the network's own; a ViT's position embeddings
+    are interpolated to it.
 
     Raises UnknownEncoderError, WeightsError (not there, gated, keys missing), DeviceError or ConfigError.
     """

@@ -76,7 +76,7 @@ class OnnxNetwork(GraphNetwork):
         half = self._input.type == "tensor(float16)"
         fixed = self._input.shape[0]
         size = fixed if isinstance(fixed, int) and fixed > 0 else max(1, len(images))
-        parts = [self._run(part, size, half) for part in images.split(size)]
+        parts = [self._run(images[at : at + size], size, half) for at in range(0, len(images), size)]
         return self.checked(torch.cat(parts), images, self._path)
 
     def _run(self, images: Tensor, size: int, half: bool) -> Tensor:
@@ -105,7 +105,8 @@ class ScriptNetwork(GraphNetwork):
                 # torch announces the end of TorchScript; archives are there all the same.
                 for kind in (DeprecationWarning, FutureWarning):
                     warnings.simplefilter("ignore", kind)
-                self.program: Any = torch.jit.load(str(path), map_location="cpu")
+                open_archive: Any = torch.jit.load
+                self.program: Any = open_archive(str(path), map_location="cpu")
         except (RuntimeError, ValueError, OSError) as error:
             raise WeightsError(
                 f"{path} is no TorchScript archive: {_first_line(error)}", remedy="save it with torch.jit.save"

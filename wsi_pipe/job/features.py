@@ -279,7 +279,10 @@ def assemble(
         )
         levels.append(BagLevel(grid, own, attention, labels.get(grid.label, {}), quality))
     attrs = attrs_of_bag(prepared, wanted, header, levels)
-    write_bag(path, Bag(dataclasses.replace(attrs, created_utc=utc_now()), tuple(levels)))
+    # A vector of the whole slide holds for as long as the features do that it was made of.
+    made_of = {features.fingerprint for level in levels for features in level.features.values()}
+    vectors = {name: vector for name, vector in (old.slide.items() if old else ()) if vector.features in made_of}
+    write_bag(path, Bag(dataclasses.replace(attrs, created_utc=utc_now()), tuple(levels), vectors))
     _clean(slide_id, wanted, paths, keep_features)
     gone = f"features of tiles that are no more left its bag: {', '.join(lost)}"
     return True, (gone,) if lost else ()
