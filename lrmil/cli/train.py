@@ -186,6 +186,9 @@ def train(**values: Any) -> int:
 def settings_from(values: Mapping[str, Any]) -> TrainSettings:
     """Settings from options over the settings file over the defaults. Raises ConfigError when one is refused."""
     base = load_settings(values["config"]) if values["config"] else TrainSettings()
+    if values["targets"]:
+        # Before the single changes, which may name a figure of the target.
+        base = dataclasses.replace(base, targets=tuple(values["targets"]))
     base = changed(base, values.get("changes", ()), example="model.landmarks=128")
     own = {f.name for f in dataclasses.fields(TrainSettings)} - {"model", "loss"}
     changes: dict[str, Any] = {name: values[name] for name in own if values.get(name) not in (None, ())}

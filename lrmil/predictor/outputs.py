@@ -57,7 +57,10 @@ def _cell(value: object) -> object:
 
 def write_predictions(out: Path, predictions: Sequence[SlidePrediction], predictor: Predictor) -> None:
     """Write ``predictions.csv`` and ``predictions.json`` into ``out``. Raises OutputError when it cannot."""
-    write_text_atomically(out / "predictions.csv", predictions_table(predictions, predictor.card.classes))
+    write_text_atomically(
+        out / "predictions.csv",
+        predictions_table(predictions, () if predictor.card.target_state else predictor.card.classes),
+    )
     card = predictor.card
     head = {
         "name": predictor.name,
