@@ -253,6 +253,9 @@ class TrainSettings:
             ("small_cohorts", ("auto", "off")),
             ("unit", ("slide", "case")),
         ):
+            if name == "monitor" and self.targets:
+                # Its figures are the target's own, which training knows.
+                continue
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} {getattr(self, name)!r} must be one of {', '.join(known)}")
 

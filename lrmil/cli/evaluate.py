@@ -185,7 +185,7 @@ def compare(
         print_json(result.to_json())
         return 0
     rows = []
-    for name in SHOWN:
+    for name in [name for name in SHOWN if name in result.differences] or list(result.differences):
         d = result.differences[name]
         interval = d.reason or f"{number(d.low)} to {number(d.high)}"
         rows.append([name, number(d.a), number(d.b), number(d.value), interval, number(d.p, 4)])

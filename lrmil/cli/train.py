@@ -170,6 +170,9 @@ def train(**values: Any) -> int:
 def settings_from(values: Mapping[str, Any]) -> TrainSettings:
     """Settings from options over the settings file over the defaults. Raises ConfigError when one is refused."""
     base = load_settings(values["config"]) if values["config"] else TrainSettings()
+    if values["targets"]:
+        # Before the single changes, which may name a figure of the target.
+        base = dataclasses.replace(base, targets=tuple(values["targets"]))
     return merged_settings(base, values, "model.landmarks=128")
 
 

@@ -17,7 +17,7 @@ from lrmil.errors import FiguresError
 from lrmil.experiment.answered import Answered, answered_of, mean_answered
 from lrmil.experiment.cohort import Cohort
 from lrmil.experiment.model_card import write_model_card, write_run_card
-from lrmil.experiment.target_figures import case_estimates, is_target_run, read_fold, several_slides
+from lrmil.experiment.target_figures import case_estimates, is_target_run, read_fold, several_slides, target_in
 from lrmil.leaks import check_encoder, check_model, judged_of
 from lrmil.metrics import (
     LOWER_IS_BETTER,
@@ -395,7 +395,8 @@ def _monitor(folder: Path, history: Sequence[Mapping[str, float | None]]) -> tup
     defined = [(v, i) for i, v in enumerate(values, start=1) if v is not None]
     if not defined:
         return monitor, len(history)
-    best = min(v for v, _ in defined) if monitor in LOWER_IS_BETTER else max(v for v, _ in defined)
+    lower = target_in(folder).lower_is_better if is_target_run(folder) else LOWER_IS_BETTER
+    best = min(v for v, _ in defined) if monitor.rpartition(".")[2] in lower else max(v for v, _ in defined)
     return monitor, next(i for v, i in defined if v == best)
 
 

@@ -16,6 +16,7 @@ from lrmil.leaks import check_encoder, check_model, judged_of
 from lrmil.model import MILModel
 from lrmil.splits import SPLITS_NAME, SplitTable, read_splits
 from lrmil.store import FeatureStore, ResidentStore
+from lrmil.targets import TargetTable
 from lrmil.trainer import TrainResult, choose_device, choose_precision, train
 from wsi_pipe.encoders.elsewhere import slug_asked_for
 from wsi_pipe.errors import ConfigError
@@ -217,9 +218,11 @@ def keep_splits(splits: SplitTable, out: Path) -> None:
 def load_teacher(path: Path, cohort: Cohort) -> tuple[MILModel, Seen]:
     """A fold's teacher, and whom it saw. Raises ModelMismatchError when it knows other classes."""
     master, card = load_model(path)
-    if card.classes != cohort.table.classes:
+    table = cohort.table
+    wanted = table.target.outputs if isinstance(table, TargetTable) else table.classes
+    if card.classes != wanted or bool(card.target_state) != isinstance(table, TargetTable):
         raise ModelMismatchError(
-            f"the teacher knows {', '.join(card.classes)}, the labels {', '.join(cohort.table.classes)}",
+            f"the teacher knows {', '.join(card.classes)}, the labels {', '.join(wanted)}",
             remedy="train the teacher on the same labels",
         )
     return master, card.seen

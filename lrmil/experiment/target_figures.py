@@ -10,14 +10,14 @@ import numpy as np
 
 from lrmil.errors import FiguresError
 from lrmil.metrics import Estimate
-from lrmil.targets import Fold, target_from_json
+from lrmil.targets import Fold, Target, target_from_json
 from lrmil.targets.cases import averaged
 from lrmil.trainer.predictions import TARGET_NAME
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import parse_json
 from wsi_pipe.tables import written_cell
 
-__all__ = ["case_estimates", "is_target_run", "read_fold", "several_slides"]
+__all__ = ["case_estimates", "is_target_run", "read_fold", "several_slides", "target_in"]
 
 
 def is_target_run(folder: Path) -> bool:
@@ -25,11 +25,16 @@ def is_target_run(folder: Path) -> bool:
     return (folder / TARGET_NAME).is_file()
 
 
+def target_in(folder: Path) -> Target:
+    """The target of a fold's model, from its folder."""
+    return target_from_json(parse_json((folder / TARGET_NAME).read_text(encoding="utf-8")))
+
+
 def read_fold(folder: Path, name: str, part: str) -> tuple[Fold, tuple[str, ...]]:
     """The predictions of one part, and the ids of their bags. name: of the table. Raises FiguresError."""
     path = folder / name
     try:
-        target = target_from_json(parse_json((folder / TARGET_NAME).read_text(encoding="utf-8")))
+        target = target_in(folder)
         with open(path, encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["part"] == part]
         if not rows:

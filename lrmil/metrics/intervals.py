@@ -19,7 +19,19 @@ from lrmil.metrics.cases import case_numbers
 from lrmil.metrics.figures import NAMES, Array, check, undefined_reasons, weighted_figures
 from lrmil.metrics.proportions import Share, mean_share, share_of
 
-__all__ = ["Difference", "Estimate", "bootstrap_folds", "compare", "evaluate", "evaluate_folds", "summarise_folds"]
+__all__ = [
+    "Difference",
+    "Estimate",
+    "bootstrap_compare",
+    "bootstrap_folds",
+    "compare",
+    "evaluate",
+    "evaluate_folds",
+    "summarise_folds",
+]
+
+Figures = Callable[[Array], Mapping[str, Array]]
+"""Figures, name -> (R,), for weights (R, N) of slides."""
 
 LEVEL = 0.95
 LEAST_DEFINED = 0.5
@@ -154,7 +166,7 @@ def _estimates(
 
 
 def bootstrap_folds(
-    folds: Sequence[tuple[Sequence[str], Callable[[Array], Mapping[str, Array]]]], *, replicates: int, seed: int
+    folds: Sequence[tuple[Sequence[str], Figures]], *, replicates: int, seed: int
 ) -> dict[str, Estimate]:
     """Any figures as means over folds, with 95 % percentile intervals by drawing cases, the same in all folds.
 
@@ -176,6 +188,25 @@ def bootstrap_folds(
         )
         for name in names
     }
+
+
+def bootstrap_compare(
+    folds: Sequence[tuple[Sequence[str], Figures, Figures]], *, replicates: int, seed: int
+) -> dict[str, Difference]:
+    """Differences of any figures of two runs on the same slides, by a paired bootstrap that draws cases.
+
+    folds: of each the cases of its N slides, and what gives the figures of run A and B, see ``bootstrap_folds``. Means
+    over folds and p as in ``compare``.
+    """
+    numbers = case_numbers([case for cases, *_ in folds for case in cases], sum(len(cases) for cases, *_ in folds))
+    ends = np.cumsum([0, *(len(cases) for cases, *_ in folds)])
+    weights = resample_weights(numbers, replicates, np.random.default_rng(seed))
+    points = [(a(np.ones((1, len(cases)))), b(np.ones((1, len(cases))))) for cases, a, b in folds]
+    drawn = [
+        (a(weights[:, ends[k] : ends[k + 1]]), b(weights[:, ends[k] : ends[k + 1]]))
+        for k, (_, a, b) in enumerate(folds)
+    ]
+    return {name: _difference(name, points, drawn, int(numbers.max()) + 1) for name in points[0][0]}
 
 
 def _defined(aucs: Sequence[Auc]) -> bool:

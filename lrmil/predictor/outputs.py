@@ -31,7 +31,7 @@ def predictions_table(predictions: Sequence[SlidePrediction], predictor: Predict
     Columns of abstention, of the members of an ensemble and of the distance from the training tiles are there where
     the predictor has them.
     """
-    classes = predictor.card.classes
+    classes = () if predictor.card.target_state else predictor.card.classes
     said = list(dict.fromkeys(name for p in predictions for name in p.said))
     # Another target than a class has columns of its own.
     columns = said or [f"probability_{name}" for name in classes]

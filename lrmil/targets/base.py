@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lrmil.errors import LabelError
 from lrmil.metrics.figures import Array
-from lrmil.metrics.intervals import Estimate, bootstrap_folds
+from lrmil.metrics.intervals import Estimate, Figures, bootstrap_folds
 
 __all__ = ["Array", "Columns", "Fold", "Target", "truth_without"]
 
@@ -56,6 +56,10 @@ class Fold:
     truth: NDArray[Any]
     outputs: Array
     cases: tuple[str, ...]
+
+    def weighing(self) -> Figures:
+        """The figures for weights (R, N) of the rows."""
+        return lambda weights: self.target.weighted_figures(self.truth, self.outputs, weights)
 
 
 @dataclass(frozen=True)
@@ -242,7 +246,7 @@ class Target(ABC):
 
     def estimates(self, folds: Sequence[Fold], *, replicates: int = 2000, seed: int = 0) -> dict[str, Estimate]:
         """Figures as means over folds, with 95 % intervals by drawing cases, the same in all folds."""
-        return bootstrap_folds([(fold.cases, _weighing(fold)) for fold in folds], replicates=replicates, seed=seed)
+        return bootstrap_folds([(fold.cases, fold.weighing()) for fold in folds], replicates=replicates, seed=seed)
 
     def extra(self, fold: Fold) -> dict[str, Any]:
         """What is said of a fold beside its figures, JSON-able, such as a test of its groups."""
@@ -264,10 +268,6 @@ class Target(ABC):
         """The inverse of ``to_json``; keys of later versions are ignored. Raises TypeError where one is missing."""
         known = {item.name for item in dataclasses.fields(cls)}
         return cls(**{name: _tuples(value) for name, value in values.items() if name in known})
-
-
-def _weighing(fold: Fold) -> Any:
-    return lambda weights: fold.target.weighted_figures(fold.truth, fold.outputs, weights)
 
 
 def _plain(value: Any) -> Any:

@@ -44,6 +44,11 @@ class Several(Target):
         return any(part.relative for part in self.parts)
 
     @property
+    def lower_is_better(self) -> frozenset[str]:  # type: ignore[override]
+        """Figures of any part of which less is better, without the part's name."""
+        return frozenset().union(*(part.lower_is_better for part in self.parts))
+
+    @property
     def truth_names(self) -> tuple[str, ...]:
         return tuple(name for part in self.parts for name in part.truth_names)
 

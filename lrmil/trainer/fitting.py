@@ -114,7 +114,12 @@ def _linear(run: Run, exact: ResidentStore, cases: Sequence[str]) -> LinearFit:
 
 
 def _fitted(found: LinearFit) -> Fitted:
-    choice = {"said": found.said, "penalty": found.penalty, "losses": dict(found.losses), "linear_share": 1.0}
+    choice = {
+        "said": found.said,
+        "penalty": found.penalties[0] if len(found.penalties) == 1 else list(found.penalties),
+        "losses": dict(found.losses),
+        "linear_share": 1.0,
+    }
     return Fitted(found.model.eval(), choice=choice)
 
 

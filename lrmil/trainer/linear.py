@@ -14,7 +14,7 @@ from lrmil.config import POOLINGS, ModelSettings
 from lrmil.data import plan_batches
 from lrmil.model.linear import LinearModel
 from lrmil.store import ResidentStore
-from lrmil.targets import Target
+from lrmil.targets import Several, Target
 from lrmil.targets.logistic import log_losses, logistic_path
 from lrmil.trainer.inner import target_folds
 
@@ -32,21 +32,23 @@ CLEARLY_BETTER = 0.5
 
 @dataclass(frozen=True)
 class LinearFit:
-    """A fitted linear model.
+    """A fitted linear model. penalties: one, or one for each of several targets.
 
     held_out: outputs (N, O) of the training bags from inner folds that left their case out, at the pooling and penalty
     chosen; None where there are too few cases for folds. losses: the mean inner loss of the best penalty by pooling.
     """
 
     model: LinearModel
-    penalty: float
+    penalties: tuple[float, ...]
     held_out: Array | None
     losses: Mapping[str, float]
 
     @property
     def said(self) -> str:
         """What was chosen and why, in words."""
-        chosen = f"linear, {self.model.settings.pooling} of the tiles, penalty {self.penalty:g}"
+        chosen = (
+            f"linear, {self.model.settings.pooling} of the tiles, penalty {', '.join(f'{p:g}' for p in self.penalties)}"
+        )
         if self.held_out is None:
             return f"{chosen}: not chosen, since a class has fewer than two training cases that inner folds could use"
         found = ", ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
@@ -76,21 +78,24 @@ def fit_linear(
     if folds is None and settings.pooling == "auto":
         poolings = (UNCHOSEN_POOLING,)
     values: dict[str, Array] = {}
-    chosen: dict[str, tuple[float, Array | None, float]] = {}
+    chosen: dict[str, tuple[tuple[float, ...], Array | None, float]] = {}
     for pooling in poolings:
         values[pooling] = bag_summaries(store, train, pooling, mean.cpu().numpy(), std.cpu().numpy(), standardise)
-        chosen[pooling] = _choose_penalty(_rotated(values[pooling])[0], truth, target, folds)
+        chosen[pooling] = _choose_penalties(_rotated(values[pooling])[0], truth, target, folds)
     best = _simplest({name: found[1] for name, found in chosen.items()}, truth, target)
-    penalty, held_out, _ = chosen[best]
+    penalties, held_out, _ = chosen[best]
     reduced, back, centre = _rotated(values[best])
-    path = PENALTIES[: PENALTIES.index(penalty) + 1]
-    weight, bias = target.linear_path(reduced, truth, path)[-1]
+    fits = [
+        part.linear_path(reduced, own, PENALTIES[: PENALTIES.index(penalty) + 1])[-1]
+        for (part, own), penalty in zip(_parts(target, truth), penalties, strict=True)
+    ]
+    weight, bias = (np.concatenate([fit[k] for fit in fits]) for k in range(2))
     weight = weight @ back
     module = LinearModel(replace(settings, pooling=best))
     if standardise:
         module.standardise(mean.cpu(), std.cpu())
     module.set_weights(torch.from_numpy(weight), torch.from_numpy(bias - weight @ centre))
-    return LinearFit(module, penalty, held_out, {name: found[2] for name, found in chosen.items()})
+    return LinearFit(module, penalties, held_out, {name: found[2] for name, found in chosen.items()})
 
 
 def bag_summaries(
@@ -135,12 +140,27 @@ def _simplest(held_out: Mapping[str, Array | None], truth: NDArray[Any], target:
     return best
 
 
-def _choose_penalty(
+def _parts(target: Target, truth: NDArray[Any]) -> list[tuple[Target, NDArray[Any]]]:
+    """A target and its truth, or those of each of several, which are fitted one by one."""
+    return [(part, own) for part, own, _ in target.each(truth)] if isinstance(target, Several) else [(target, truth)]
+
+
+def _choose_penalties(
     values: Array, truth: NDArray[Any], target: Target, folds: NDArray[np.int64] | None
-) -> tuple[float, Array | None, float]:
-    """The penalty of the least held-out loss, the held-out outputs (N, O) at it, and that loss."""
+) -> tuple[tuple[float, ...], Array | None, float]:
+    """The penalty of the least held-out loss of each target, held-out outputs (N, O) at them, and their mean loss."""
+    parts = _parts(target, truth)
     if folds is None:
-        return UNCHOSEN_PENALTY, None, float("nan")
+        return (UNCHOSEN_PENALTY,) * len(parts), None, float("nan")
+    found = [_choose_penalty(values, own, part, folds) for part, own in parts]
+    outputs = np.concatenate([held_out for _, held_out, _ in found], axis=1)
+    return tuple(penalty for penalty, *_ in found), outputs, float(np.mean([loss for *_, loss in found]))
+
+
+def _choose_penalty(
+    values: Array, truth: NDArray[Any], target: Target, folds: NDArray[np.int64]
+) -> tuple[float, Array, float]:
+    """The penalty of the least held-out loss, the held-out outputs (N, O) at it, and that loss."""
     held_out = target.linear_held_out(values, truth, folds, PENALTIES)
     losses = [float(target.row_losses(outputs, truth).mean()) for outputs in held_out]
     best = int(np.argmin(losses))

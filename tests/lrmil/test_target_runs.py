@@ -96,6 +96,10 @@ def test_survival_and_age_of_patients_from_training_to_prediction(
     again = json.loads(capsys.readouterr().out)
     assert again["folds"][0]["estimates"]["os.concordance"]["value"] == figures["estimates"]["os.concordance"]["value"]
 
+    assert lrmil("compare", run, run, "--replicates", 50, "--json") == 0
+    same = json.loads(capsys.readouterr().out)["differences"]["os.concordance"]
+    assert (same["a"], same["value"]) == (again["mean"]["os.concordance"]["value"], 0)
+
     # The model on the same bags: all tiles of a patient at once, and each slide alone.
     out = tmp_path / "out"
     model = run / "fold_1" / "model.safetensors"

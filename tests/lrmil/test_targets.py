@@ -303,6 +303,28 @@ def test_values_are_mapped_and_a_contradiction_names_both_rows(tmp_path: Path) -
         load_targets(path, ["s1"], ["s1"], parse_targets(["age:regression"]))
 
 
+def test_a_model_file_without_a_target_tells_classes() -> None:
+    from lrmil.checkpoint import ModelCard
+    from lrmil.config import ModelSettings
+    from lrmil.targets import Classification
+
+    values = ModelCard(ModelSettings("mean", 4, 2), ("a", "b"), temperature=2.0, bias=(0.1, -0.1)).to_json()
+    del values["target_state"]
+    target = ModelCard.from_json(values).target
+    assert isinstance(target, Classification)
+    assert (target.classes, target.temperature, target.bias) == (("a", "b"), 2.0, (0.1, -0.1))
+    with pytest.raises(ConfigError, match="other outputs than its model"):
+        ModelCard(ModelSettings("mean", 4, 2), ("a", "b"), target_state=Regression("age").to_json())
+
+
+def test_what_a_student_learns_of_its_teachers_outputs() -> None:
+    z, t = torch.tensor([[1.0], [3.0]], requires_grad=True), torch.tensor([[2.0], [1.0]])
+    assert Regression("age").distilled(z, t, 2.0).item() == pytest.approx((1 + 4) / 2)
+    both = Several("", (Regression("age"), Regression("size")))
+    z2, t2 = torch.tensor([[1.0, 5.0]]), torch.tensor([[2.0, 5.0]])
+    assert both.distilled(z2, t2, 2.0).item() == pytest.approx((1 + 0) / 2)
+
+
 # Cases
 
 
