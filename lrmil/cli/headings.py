@@ -97,8 +97,6 @@ LRMIL = Layout(
         "--cache-mib": "MIB",
         "--targets-mib": "MIB",
         "--top": "TILES",
-        "--calibration-tiles": "TILES",
-        "--most-change": "LOGIT",
         "--scene": "SCAN",
         "--z": "PLANE",
     },

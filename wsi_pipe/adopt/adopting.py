@@ -1,4 +1,4 @@
-"""Bags out of another tool's features: coordinates checked against the slide, tiles mapped into this project's grids."""
+"""Bags out of another tool's features: coordinates checked against the slide, tiles mapped into our own grids."""
 
 from __future__ import annotations
 
@@ -232,8 +232,8 @@ def _placed(foreign: ForeignTiles, slide: Slide) -> tuple[NDArray[np.float64], F
     cut = pair[0] * own[0] / foreign.tile_px
     if foreign.mpp is not None and abs(cut - foreign.mpp) > MPP_TOLERANCE * foreign.mpp:
         raise BagError(
-            f"{foreign.path}: says {foreign.mpp:.4g} um/px, but its tiles of {foreign.tile_px} px have {cut:.4g} on this "
-            "slide",
+            f"{foreign.path}: says {foreign.mpp:.4g} um/px, but its tiles of {foreign.tile_px} px have {cut:.4g} on "
+            "this slide",
             remedy="check the slide's resolution: --slide-mpp, --override-mpp",
         )
     return corners, pair, foreign.mpp if foreign.mpp is not None else cut

@@ -86,7 +86,7 @@ def _of_coords(path: Path, encoder: str) -> ForeignTiles:
         10.0 / float(target) if target else None,
         _features(path, values),
         str(stated.decode() if isinstance(stated, bytes) else stated),
-        size_l0=(int(size[0]), int(size[1])) if all(size) else None,
+        size_l0=None if size[0] is None or size[1] is None else (int(size[0]), int(size[1])),
     )
 
 
