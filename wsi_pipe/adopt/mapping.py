@@ -75,7 +75,7 @@ def _overlaps(
     cells, tiles, areas = [], [], []
     for dx in range(span[0]):
         for dy in range(span[1]):
-            place = first + (dx, dy)
+            place = first + np.array([dx, dy])
             low = origin + place * stride
             inside = np.minimum(corners + side, low + size) - np.maximum(corners, low)
             area = np.where((inside > 0).all(axis=1), inside.prod(axis=1), 0.0)
