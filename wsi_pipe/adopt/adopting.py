@@ -132,7 +132,7 @@ def settings_of_job(
 
 def _tile_settings(tile: TileSettings, foreign: ForeignTiles, mpp: float, coarser: Sequence[float]) -> TileSettings:
     above = tuple(m for m in coarser if m > mpp)
-    return dataclasses.replace(tile, resolutions=(mpp, *above), tile_px=foreign.tile_px, overlap_px=0, primary=None)
+    return dataclasses.replace(tile, resolutions=(mpp, *above), tile_px=foreign.tile_px, overlap_px=0)
 
 
 def _adopt_one(
