@@ -47,6 +47,10 @@ OUTPUTS = {"predictions.csv": (b"slide_id,case_id,status,predicted",), "predicti
     metavar="SHARE",
     help="With a cascade: HR tiles read of an uncertain slide.  [as calibrated]",
 )
+@click.option(
+    "--pyramids/--no-pyramids", default=False, show_default=True, help="Write each picture as OME-TIFF for QuPath, too."
+)
+@click.option("--smooth/--no-smooth", default=False, show_default=True, help="Interpolate pictures between tiles.")
 @click.option("--device", metavar="DEV", default="auto", show_default=True, help="cpu, cuda:0 or auto.")
 def predict(**values: Any) -> int:
     """Classify SLIDES, or bags that exist, with a trained model.
@@ -72,7 +76,7 @@ def predict(**values: Any) -> int:
     if values["hr_budget"]:
         raise click.UsageError("--hr-budget is for a cascade, see lrmil cascade")
     predictor = Predictor.load(values["model"], device=values["device"], name=values["name"])
-    wanted = {name: values[name] for name in ("attention", "geojson", "heatmaps")}
+    wanted = {name: values[name] for name in ("attention", "geojson", "heatmaps", "pyramids", "smooth")}
     found: list[Any] = []
     try:
         results = _from_bags(predictor, values) if values["bags"] else _from_slides(predictor, values)
