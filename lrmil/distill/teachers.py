@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lrmil.distill.request import DistillRequest
 from lrmil.distill.settings import DistillSettings
+from lrmil.distill.stored import stored_teacher
 from lrmil.errors import SettingsError
 from wsi_pipe.encoders import load_encoder
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
@@ -41,7 +42,8 @@ def load_teachers(request: DistillRequest, device: str) -> list[Teacher]:
     """
     folder = request.targets_dir or request.out.parent / f"{request.out.stem}.targets"
     encoders = [
-        load_encoder(name, device=device, precision="auto", random_weights=request.random_teacher)
+        stored_teacher(request, name)
+        or load_encoder(name, device=device, precision="auto", random_weights=request.random_teacher)
         for name in request.teachers
     ]
     slugs = [encoder.info.slug for encoder in encoders]

@@ -5,8 +5,18 @@
 
 from __future__ import annotations
 
-from wsi_pipe.adopt.adopting import Adopted, adopt
+from wsi_pipe.adopt.adopting import ADOPTED, Adopted, adopt, settings_of_job
 from wsi_pipe.adopt.foreign import TOOLS, ForeignTiles, find_foreign
 from wsi_pipe.adopt.mapping import Mapped, map_tiles
 
-__all__ = ["TOOLS", "Adopted", "ForeignTiles", "Mapped", "adopt", "find_foreign", "map_tiles"]
+__all__ = [
+    "ADOPTED",
+    "TOOLS",
+    "Adopted",
+    "ForeignTiles",
+    "Mapped",
+    "adopt",
+    "find_foreign",
+    "map_tiles",
+    "settings_of_job",
+]

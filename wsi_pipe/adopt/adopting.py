@@ -26,7 +26,7 @@ from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, extract_f
 from wsi_pipe.files import file_sha256
 from wsi_pipe.geometry import FloatPair, TileGrid, TileSpec, TissueMask, level_label
 from wsi_pipe.job.alone import FoundTissue, lay_grids
-from wsi_pipe.job.fingerprints import grid_fingerprint
+from wsi_pipe.job.fingerprints import features_fingerprint, grid_fingerprint
 from wsi_pipe.job.opening import open_entry
 from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.record import append_outcome, utc_now
@@ -34,7 +34,7 @@ from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.slides.base import Slide
 
-__all__ = ["ADOPTED", "Adopted", "adopt"]
+__all__ = ["ADOPTED", "Adopted", "adopt", "settings_of_job"]
 
 ADOPTED = "adopted"
 """What stands for the precision of features that another tool computed."""
@@ -101,6 +101,40 @@ def adopt(
         yield result
 
 
+def settings_of_job(
+    files: Sequence[tuple[Path, SlideEntry]],
+    tool: str,
+    settings: JobSettings,
+    *,
+    encoder: str | None = None,
+    coarser: Sequence[float] = (),
+) -> JobSettings:
+    """The settings of a job that these files would be of, by the first that can be placed on its slide.
+
+    Where none can, ``settings`` themselves.
+    """
+    for path, entry in files:
+        try:
+            foreign = read_foreign(path, tool)
+            with closing(open_entry(entry, settings.reader, settings.cache)) as slide:
+                _, _, mpp = _placed(foreign, slide)
+        except (WsiPipeError, OSError):
+            # Told when it is its turn.
+            continue
+        extract, name = settings.extract, _known(encoder or foreign.encoder)[0]
+        if foreign.features is not None and name:
+            dtype = str(foreign.features.dtype)
+            extract = dataclasses.replace(extract, encoders={level_label(mpp): (name,)}, dtype=dtype)
+        tile = _tile_settings(settings.tile, foreign, mpp, coarser)
+        return dataclasses.replace(settings, tile=tile, extract=extract)
+    return settings
+
+
+def _tile_settings(tile: TileSettings, foreign: ForeignTiles, mpp: float, coarser: Sequence[float]) -> TileSettings:
+    above = tuple(m for m in coarser if m > mpp)
+    return dataclasses.replace(tile, resolutions=(mpp, *above), tile_px=foreign.tile_px, overlap_px=0)
+
+
 def _adopt_one(
     path: Path,
     entry: SlideEntry,
@@ -121,9 +155,7 @@ def _adopt_one(
     slide = open_entry(entry, settings.reader, settings.cache)
     try:
         corners, side, mpp = _placed(foreign, slide)
-        tile = dataclasses.replace(
-            settings.tile, resolutions=(mpp, *(m for m in coarser if m > mpp)), tile_px=foreign.tile_px, overlap_px=0
-        )
+        tile = _tile_settings(settings.tile, foreign, mpp, coarser)
         stamp = fingerprint({"adopted": tool, "file": file_sha256(path)})
         mask = _mask(corners, side, slide.pyramid.size_l0)
         prepared = lay_grids(entry, slide, FoundTissue(mask, SegmentSettings(), stamp), _without_judging(tile))
@@ -149,8 +181,16 @@ def _adopt_one(
     }
     features = {}
     if mapped.values is not None:
-        mark = fingerprint(
-            {"grid": grid_fingerprint(prepared.attrs.slide_fingerprint, fine), "stage": stamp, "e": name}
+        mark = features_fingerprint(
+            grid_fingerprint(prepared.attrs.slide_fingerprint, fine),
+            settings.reader,
+            encoder=name,
+            weights_sha256="",
+            precision=ADOPTED,
+            transform=told,
+            dim=mapped.values.shape[1],
+            layers=(),
+            dtype=str(mapped.values.dtype),
         )
         features[slug] = Features(name, mapped.values, "", "", ADOPTED, json.dumps(told, sort_keys=True), mark)
     levels = [

@@ -75,7 +75,7 @@ def _of_coords(path: Path, encoder: str) -> ForeignTiles:
     if values is None:
         raise BagError(f"{path}: holds no features")
     target = attrs.get("target_magnification")
-    size = (attrs.get("level0_width"), attrs.get("level0_height"))
+    width, height = attrs.get("level0_width"), attrs.get("level0_height")
     stated = attrs.get("encoder") or encoder
     return ForeignTiles(
         path,
@@ -86,7 +86,7 @@ def _of_coords(path: Path, encoder: str) -> ForeignTiles:
         10.0 / float(target) if target else None,
         _features(path, values),
         str(stated.decode() if isinstance(stated, bytes) else stated),
-        size_l0=None if size[0] is None or size[1] is None else (int(size[0]), int(size[1])),
+        size_l0=(int(width), int(height)) if width and height else None,
     )
 
 

@@ -59,7 +59,7 @@ def adopt(folder: Path, tool: str, out: Path, **values: Any) -> int:
     lrmil distill --bags job --teacher uni -r 20x -r 5x --splits splits.csv --fold 1 --out lr.safetensors
     """
     from wsi_pipe.adopt import adopt as adopt_files
-    from wsi_pipe.adopt import find_foreign
+    from wsi_pipe.adopt import find_foreign, settings_of_job
     from wsi_pipe.config import JobSettings
     from wsi_pipe.geometry import level_label
     from wsi_pipe.ids import Ids
@@ -76,8 +76,8 @@ def adopt(folder: Path, tool: str, out: Path, **values: Any) -> int:
         raise click.UsageError(f"no slide is called as a file in {folder}, such as {files[0].stem}")
     settings = dataclasses.replace(load_settings(out) or JobSettings(), reader=values["reader"] or "auto")
     coarser = tuple(values["resolutions"])
-    tile = dataclasses.replace(settings.tile, resolutions=coarser or settings.tile.resolutions)
-    paths = open_job(out, dataclasses.replace(settings, tile=tile), [entry for _, entry in pairs])
+    settings = settings_of_job(pairs, tool, settings, encoder=values["encoder"], coarser=coarser)
+    paths = open_job(out, settings, [entry for _, entry in pairs])
     found = list(
         adopt_files(
             pairs,
