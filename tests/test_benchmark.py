@@ -400,8 +400,8 @@ def test_all_slides_in_one_pass_come_before_one_slide_at_a_time(tmp_path: Path) 
     record = record_of(archive=at_once)
     first, second, *_ = headline(record)
     assert first == (
-        "All 2 slides in one pass: 5x (texture) takes 1/5 of the time of 20x (texture), 3,600 slides an hour against 720, "
-        "and 1/10 of the processor time outside of the encoder."
+        "All 2 slides in one pass: 5x (texture) takes 1/5 of the time of 20x (texture), 3,600 slides an hour against "
+        "720, and 1/10 of the processor time outside of the encoder."
     )
     assert second.startswith("5x (texture) costs, one slide at a time, beside 20x (texture): 1/5.09 end to end")
     assert "| 20x | 10 | 44 | 10 | 720 |" in markdown(record, Assumptions())
