@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Other programs on the same tiles of the same slide, each in an environment of its own: processor seconds and ratios.
 
-All tissue tiles of a synthetic 40x slide (``real_size.py``) are read at 20x and at 5x on one core, and resized to 256 px
-where the program does not do that itself. Programs that lay grids of their own, and those that go from the slide to
+All tissue tiles of a synthetic 40x slide (``real_size.py``) are read at 20x and at 5x on one core, and resized to 256
+px where the program does not do that itself. Programs that lay grids of their own, and those that go from the slide to
 features, are installed and imported to see whether they can be had, and are no figure here.
 
     python benchmarks/peers.py                                     # all peers
