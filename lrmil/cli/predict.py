@@ -59,8 +59,8 @@ def predict(**values: Any) -> int:
     lrmil predict --model model.safetensors --bags job/bags -o out --geojson
     """
     from lrmil.experiment import write_slide_files
-    from lrmil.predictor import Predictor, write_predictions
-    from lrmil.predictor.cases import CASE_TABLE_NAME, write_case_predictions
+    from lrmil.predictor import Predictor, write_case_predictions, write_predictions
+    from lrmil.predictor.cases import CASE_TABLE_NAME
 
     if bool(values["bags"]) == bool(values["sources"] or values["manifest"]):
         raise click.UsageError("give SLIDES, or --bags, and not both")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from lrmil.predictor.cases import CasePrediction, case_predictions, case_table, write_case_predictions
 from lrmil.predictor.outputs import attention_geojson, predictions_table, write_attention, write_predictions
 from lrmil.predictor.predict import Predictor, SlidePrediction, TopTile
 from lrmil.predictor.slides import find_encoder, predict_slides
 
 __all__ = [
+    "CasePrediction",
     "Predictor",
     "SlidePrediction",
     "TopTile",
     "attention_geojson",
+    "case_predictions",
+    "case_table",
     "find_encoder",
     "predict_slides",
     "predictions_table",
     "write_attention",
+    "write_case_predictions",
     "write_predictions",
 ]

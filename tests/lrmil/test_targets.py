@@ -370,3 +370,20 @@ def test_estimates_count_cases(tmp_path: Path) -> None:
     drawn = target.draw(tmp_path, "", Fold(target, truth, x[:, :1], cases))
     assert [path.name for path in drawn] == ["os-survival.png"]
     assert all(path.stat().st_size > 5000 for path in drawn)
+
+
+def test_every_kind_draws_its_pictures(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    z, cases = rng.normal(size=(30, 2)), tuple(map(str, range(30)))
+    labels = (z + rng.normal(size=(30, 2)) > 0).astype(float)
+    labels[::4, 1] = np.nan
+    grades = np.digitize(z[:, :1], [-0.5, 0.5]).astype(float)
+    parts = (Regression("age"), Ordinal("grade", ("low", "mid", "high")), MultiLabel("markers", ("ER", "PR")))
+    truth, outputs = np.concatenate([z[:, :1], grades, labels], axis=1), np.concatenate([z[:, :1], z, z], axis=1)
+    target = Several("", parts).fitted(truth)
+    drawn = target.draw(tmp_path, "-val", Fold(target, truth, outputs, cases))
+    assert [p.name for p in drawn] == ["age-agreement-val.png", "grade-grades-val.png", "markers-roc-val.png"]
+    assert all(p.stat().st_size > 5000 for p in drawn)
+    nothing = Fold(target, np.full_like(truth, np.nan), outputs, cases)
+    assert target.draw(tmp_path, "-none", nothing) == []
+    assert all(np.isnan(value) for value in target.figures(nothing.truth, outputs).values())
