@@ -195,8 +195,10 @@ def notebook_page(path: Path) -> str:
 
 def _output(output: dict[str, Any]) -> str:
     data = output.get("data", {})
-    if "image/png" in data:
-        return f'<img alt="what the cell drew" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
+    for kind in ("image/png", "image/jpeg"):
+        if kind in data:
+            coded = "".join("".join(data[kind]).split())
+            return f'<img alt="what the cell drew" src="data:{kind};base64,{coded}">'
     if "image/svg+xml" in data or "text/html" in data:
         return "".join(data.get("image/svg+xml") or data["text/html"])
     text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()

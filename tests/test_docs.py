@@ -148,6 +148,15 @@ def test_a_notebook_is_a_page(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("path", sorted((DOCS / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_what_a_notebook_drew_is_on_its_page(path: Path) -> None:
+    outputs = [o for cell in json.loads(path.read_text())["cells"] for o in cell.get("outputs", [])]
+    drawn = [o for o in outputs if any(kind.startswith("image/") for kind in o.get("data", {}))]
+    page = pages.notebook_page(path)
+    assert page.count('<img alt="what the cell drew"') == len(drawn)
+    assert "Image object" not in page
+
+
 class Links(html.parser.HTMLParser):
     """Where a page leads to, what it loads, and the anchors in it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from wsi_pipe.bag import check_bag, read_attrs, read_bag
 from wsi_pipe.care import Wish, prune_list
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.job import fingerprints, load_settings, load_slides, read_outcomes
+from wsi_pipe.job.lock import hold_job
 from wsi_pipe.outcome import focus_of
 
 MakeSlide = Callable[..., Path]
@@ -811,6 +813,86 @@ def test_a_plan_of_a_job_says_what_a_run_would(job: Path, again: Again, capsys: 
     assert "no slide has the id c" in capsys.readouterr().err
     assert cli("plan", "-o", job, "--calibrate", 0, "--only", "b", "--json") == 0
     assert json.loads(capsys.readouterr().out)["slides"] == 1
+
+
+@pytest.mark.parametrize("how", ["copied", "moved"])
+def test_a_job_in_another_folder_goes_on_there(job: Path, tmp_path: Path, again: Again, how: str) -> None:
+    elsewhere = tmp_path / "other disk" / "renamed"
+    elsewhere.parent.mkdir()
+    before = state(job)
+    if how == "copied":
+        shutil.copytree(job, elsewhere)
+    else:
+        job.rename(elsewhere)
+    code, outcomes, _ = again(out=elsewhere)
+    assert (code, {tuple(sorted(o["cached"])) for o in outcomes.values()}) == (0, {tuple(sorted(ALL))})
+    assert state(elsewhere) == before
+    assert cli("verify", elsewhere) == 0
+    # The copy is a job of its own: what is added there is not in the first one.
+    assert again("-r", "10x", out=elsewhere)[0] == 0
+    assert state(elsewhere) != before
+    assert how == "moved" or state(job) == before
+
+
+def test_a_second_call_at_the_same_time_is_refused_and_others_may_look(
+    job: Path, again: Again, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = state(job)
+    with hold_job(job, {"command": "wsi-pipe run"}):
+        for command in ("run", "segment", "tile"):
+            code, outcomes, said = again(command=command)
+            assert (code, outcomes) == (2, {})
+            assert f"process {os.getpid()}" in said, "who holds it"
+        assert cli("prune", job, "-r", "5x", "--yes") == 2
+        for looks in (["plan", "-o", job, "--calibrate", 0], ["status", job], ["verify", job], ["report", job]):
+            assert cli(*looks) == 0, looks
+    assert state(job) == before
+    assert again()[0] == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_or_a_quota_that_is_full_ends_the_run_and_the_same_call_goes_on(
+    tmp_path: Path, template: Path, again: Again, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    out = tmp_path / "full"
+    real = os.replace
+
+    def full(source: Any, target: Any, **options: Any) -> None:
+        if Path(target).name == "b.h5" and Path(target).parent.name == "bags":
+            raise OSError(number, os.strerror(number), str(target))
+        real(source, target, **options)
+
+    monkeypatch.setattr(os, "replace", full)
+    code, outcomes, said = again(template / "in", "-r", "5x", out=out)
+    assert code == 1
+    assert outcomes["a"]["status"] == "done"
+    assert os.strerror(number) in said
+    assert "b.h5" in said
+    kept = (out / "bags/a.h5").read_bytes()
+    monkeypatch.undo()
+    code, outcomes, _ = again(template / "in", "-r", "5x", out=out)
+    assert (code, outcomes["b"]["status"]) == (0, "done")
+    assert set(outcomes["a"]["cached"]) == ALL
+    assert (out / "bags/a.h5").read_bytes() == kept
+    assert cli("verify", out) == 0
+
+
+def test_a_plan_names_a_mask_that_was_edited_in_the_job(
+    job: Path, again: Again, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        mask = job / f"tissue/{name}.geojson"
+        edited = json.loads(mask.read_text())
+        del edited["wsi_pipe"]
+        mask.write_text(json.dumps(edited))
+    assert cli("plan", "-o", job, "--calibrate", 0) == 1
+    said = capsys.readouterr().out
+    assert "2 slides will fail" in said, "one cause"
+    assert "a, b" in said
+    assert "--mask" in said
+    code, outcomes, _ = again("-r", "10x")
+    assert (code, {o["status"] for o in outcomes.values()}) == (1, {"failed"})
+    assert "was changed by another program" in outcomes["a"]["reason"]
 
 
 def test_a_plan_says_that_a_folder_is_not_a_job_or_cannot_be_written(

@@ -14,9 +14,11 @@ from wsi_pipe.geometry import TileGrid, TileSpec, TissueMask
 from wsi_pipe.pictures import (
     GRID_COLOURS,
     TISSUE_COLOUR,
+    ColourBar,
     thumbnail_with_contours,
     thumbnail_with_grids,
-    thumbnail_with_heatmap,
+    viridis,
+    with_panel,
     write_image,
 )
 
@@ -84,7 +86,7 @@ def test_the_input_is_not_drawn_on() -> None:
     fine = grid([(1, 1), (2, 1)], 100.0)
     thumbnail_with_contours(rgb, mask)
     thumbnail_with_grids(rgb, (1.0, 1.0), [fine], mask=mask)
-    thumbnail_with_heatmap(rgb, (1.0, 1.0), fine, [0.0, 1.0])
+    with_panel(rgb, title="s")
     assert (rgb == PINK).all()
 
 
@@ -131,39 +133,23 @@ def test_the_scale_bar_has_the_length_it_says() -> None:
     assert max(len(r) for row in near(without[800:], (40, 40, 40), 5) for r in ["x"] if row.any()) == 1
 
 
-def test_heat_follows_the_values() -> None:
-    tiles = grid([(0, 0), (2, 0), (4, 0), (6, 0)], 100.0)
-    picture = thumbnail_with_heatmap(slide(), (1.0, 1.0), tiles, [0.0, 1.0, 2.0, np.nan], limits=(0.0, 2.0))
-    cold, middle, hot, missing, bare = (picture[50, x].astype(int) for x in (50, 250, 450, 650, 150))
-    # Viridis: violet, green-blue, yellow; what has no value is grey.
-    assert cold[2] > cold[1]
-    assert middle[1] > middle[0]
-    assert hot[0] > hot[2] + 50
-    assert hot[1] > hot[2] + 50
-    assert np.ptp(missing) == 0
-    assert np.array_equal(missing, bare)
-    # Beyond the limits the colour is that of the end.
-    clipped = thumbnail_with_heatmap(slide(), (1.0, 1.0), tiles, [-5.0, 1.0, 9.0, np.nan], limits=(0.0, 2.0))
-    assert np.array_equal(clipped[:100], picture[:100])
+def test_a_panel_has_a_bar_of_its_colours_and_lines() -> None:
+    colours = np.stack([np.arange(256), np.zeros(256), 255 - np.arange(256)], axis=1).astype(np.uint8)
+    bare = with_panel(slide(), title="one")
+    full = with_panel(slide(), title="one", lines=("two", "three"), bar=ColourBar("share", (0.0, 1.0), colours))
+    assert (full[:800] == PINK).all()
+    assert full.shape[0] > bare.shape[0]
+    reds = full[800:].reshape(-1, 3).astype(int)
+    ramp = np.unique(reds[(reds[:, 1] == 0) & (reds[:, 0] + reds[:, 2] == 255)], axis=0)
+    assert len(ramp) > 100
+    assert ramp[0].tolist() == [0, 0, 255]
+    assert ramp[-1].tolist() == [255, 0, 0]
 
 
-def test_overlapping_tiles_show_their_mean() -> None:
-    spec = TileSpec(0.5, 256, 128)
-    tiles = TileGrid(
-        spec, (0.5, 0.5), (0.0, 0.0), (100.0, 100.0), (200.0, 200.0), np.array([[0, 0], [1, 0]], np.int32),
-        np.ones(2, np.float32),
-    )  # fmt: skip
-    picture = thumbnail_with_heatmap(slide(), (1.0, 1.0), tiles, [0.0, 2.0], limits=(0.0, 2.0))
-    plain = thumbnail_with_heatmap(slide(), (1.0, 1.0), tiles, [1.0, 1.0], limits=(0.0, 2.0))
-    assert np.abs(picture[100, 150].astype(int) - plain[100, 150]).max() <= 1
-    assert not np.array_equal(picture[100, 50], plain[100, 50])
-
-
-def test_values_must_belong_to_the_tiles() -> None:
-    with pytest.raises(ValueError, match="3 values do not belong to 1 tiles"):
-        thumbnail_with_heatmap(slide(), (1.0, 1.0), grid([(0, 0)], 100.0), [1.0, 2.0, 3.0])
-    nothing = thumbnail_with_heatmap(slide(), (1.0, 1.0), grid([], 100.0), [])
-    assert np.ptp(nothing[:800].astype(int), axis=2).max() == 0
+def test_viridis_grows_lighter_all_the_way() -> None:
+    light = viridis().astype(float) @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(light) > -1).all()
+    assert light[-1] - light[0] > 150
 
 
 def test_pictures_are_written_whole(tmp_path: Path) -> None:

@@ -376,11 +376,15 @@ def test_a_port_that_is_taken_is_an_error(job: Path, address: str, capsys: pytes
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
 def test_the_viewer_ends_when_it_is_told(job: Path, number: signal.Signals, code: int) -> None:
     command = [sys.executable, "-m", "wsi_pipe", "view", str(job)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    address = process.stdout.readline().strip()
-    assert get(address)[0] == 200
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            assert get(address)[0] == 200
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+        finally:
+            # A viewer that nobody told to end would outlive the tests.
+            process.kill()
     assert process.returncode == code
     assert "Traceback" not in said

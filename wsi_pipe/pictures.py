@@ -1,4 +1,4 @@
-"""Pictures to look at: thumbnails with tissue outlines, tile grids, or values of tiles as a heat map.
+"""Pictures to look at: thumbnails with tissue outlines or tile grids, and the panel below any picture.
 
 Every picture is an RGB array, uint8 (H, W, 3), at most ``max_px`` wide and high without the panel below it, which
 holds the legend and a scale bar. Outlines have a white casing, so that they show on pink, purple and white alike.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from wsi_pipe.errors import OutputError
 from wsi_pipe.files import atomic_path
@@ -22,9 +23,11 @@ from wsi_pipe.tissue import Region, fill_polygons, trace_mask
 __all__ = [
     "GRID_COLOURS",
     "TISSUE_COLOUR",
+    "ColourBar",
     "thumbnail_with_contours",
     "thumbnail_with_grids",
-    "thumbnail_with_heatmap",
+    "viridis",
+    "with_panel",
     "write_image",
 ]
 
@@ -48,6 +51,15 @@ class _Entry:
     colour: RGB
     text: str
     solid: bool = False
+
+
+@dataclass(frozen=True)
+class ColourBar:
+    """A bar from limits[0] to limits[1]. colours: uint8 (256, 3), those of viridis by default."""
+
+    label: str
+    limits: tuple[float, float]
+    colours: Picture | None = None
 
 
 def thumbnail_with_contours(
@@ -156,59 +168,28 @@ def _grid_text(grid: TileGrid) -> str:
     return f"{grid.label}: {len(grid):,} {noun} of {grid.spec.size_px} px, {mpp:.4g} µm/px"
 
 
-def thumbnail_with_heatmap(
-    rgb: Picture,
-    scale_l0: FloatPair,
-    grid: TileGrid,
-    values: ArrayLike,
+@cache
+def viridis() -> Picture:
+    """The 256 colours of viridis, uint8 (256, 3): even steps to the eye, and told apart with any colour vision."""
+    import cv2
+
+    ramp = np.arange(256, dtype=np.uint8)[None]
+    return np.ascontiguousarray(cv2.applyColorMap(ramp, cv2.COLORMAP_VIRIDIS)[0, :, ::-1], np.uint8)
+
+
+def with_panel(
+    picture: Picture,
     *,
-    limits: tuple[float, float] | None = None,
-    label: str = "attention",
-    um_per_px: FloatPair | None = None,
     title: str = "",
-    opacity: float = 0.6,
-    max_px: int = _MAX_PX,
+    lines: Sequence[str] = (),
+    um_per_px: float | None = None,
+    bar: ColourBar | None = None,
 ) -> Picture:
-    """A grey thumbnail with a value per tile in colour (viridis), and a colour bar.
+    """A picture with a white panel below it: title, colour bar, lines, and a scale bar where um_per_px is known.
 
-    values: (N,), one per tile of the grid; tiles without a finite value stay grey. limits: values at the ends of the
-    colour bar, by default the 1st and 99th percentile, so that one tile does not take all colours; what lies beyond
-    has the colour of the end. Where tiles overlap, their mean counts. Raises ValueError where values and grid differ
-    in length.
+    picture: uint8 (H, W, 3). What does not fit is cut with an ellipsis.
     """
-    import cv2
-
-    amounts = np.asarray(values, np.float64).reshape(-1)
-    if len(amounts) != len(grid):
-        raise ValueError(f"{len(amounts)} values do not belong to {len(grid)} tiles")
-    picture, zoom = _sized(rgb, max_px)
-    finite = np.isfinite(amounts)
-    if limits is None:
-        low, high = np.percentile(amounts[finite], (1, 99)) if finite.any() else (0.0, 1.0)
-        limits = (float(low), float(high))
-    span = max(limits[1] - limits[0], 1e-300)
-    height, width = picture.shape[:2]
-    total, count = np.zeros((height, width), np.float64), np.zeros((height, width), np.int32)
-    per_l0 = np.array([zoom[0] / scale_l0[0], zoom[1] / scale_l0[1]])
-    first = np.rint(grid.corners_l0 * per_l0).astype(int)
-    last = np.rint((grid.corners_l0 + np.asarray(grid.tile_size_l0)) * per_l0).astype(int)
-    last = np.maximum(last, first + 1)
-    first = np.maximum(first, 0)
-    for i in np.flatnonzero(finite):
-        box = np.s_[first[i, 1] : last[i, 1], first[i, 0] : last[i, 0]]
-        total[box] += np.clip((amounts[i] - limits[0]) / span, 0, 1)
-        count[box] += 1
-    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    level = np.rint(255 * total / np.maximum(count, 1)).astype(np.uint8)
-    tinted = cv2.addWeighted(grey, 1 - opacity, _coloured(level), opacity, 0)
-    picture = np.where((count > 0)[..., None], tinted, grey).astype(np.uint8)
-    return _with_panel(picture, [], _um(um_per_px, zoom), title, bar=(label, limits))
-
-
-def _coloured(level: NDArray[np.uint8]) -> Picture:
-    import cv2
-
-    return np.ascontiguousarray(cv2.applyColorMap(level, cv2.COLORMAP_VIRIDIS)[..., ::-1], np.uint8)
+    return _with_panel(picture, [], um_per_px, title, bar, lines)
 
 
 def write_image(path: Path | str, rgb: Picture, *, quality: int = 90) -> None:
@@ -274,7 +255,8 @@ def _with_panel(
     entries: Sequence[_Entry],
     um_per_px: float | None,
     title: str,
-    bar: tuple[str, tuple[float, float]] | None = None,
+    bar: ColourBar | None = None,
+    lines: Sequence[str] = (),
 ) -> Picture:
     """The picture with a title, a legend, a colour bar and a scale bar on white below it."""
     from PIL import Image, ImageDraw
@@ -286,7 +268,7 @@ def _with_panel(
     font = _font(size)
     right = _scale_bar(width, um_per_px)
     room = width - 2 * margin - (right[0] + 2 * margin if right else 0)
-    rows = ([title] if title else []) + [e.text for e in entries]
+    rows = ([title] if title else []) + [e.text for e in entries] + list(lines)
     panel_height = margin + line * max(len(rows) + (1 if bar else 0), 1) + margin // 2
     # The panel alone: PIL takes and gives back copies, of which the picture would need three.
     image = Image.new("RGB", (width, panel_height), (255, 255, 255))
@@ -304,7 +286,11 @@ def _with_panel(
         draw.text((margin + 2 * size, y + line // 2), text, fill=_INK, font=font, anchor="lm")
         y += line
     if bar is not None:
-        _colour_bar(image, draw, font, (margin, y), max(room, 1), line, *bar)
+        _colour_bar(image, draw, font, (margin, y), max(room, 1), line, bar)
+        y += line
+    for text in lines:
+        draw.text((margin, y + line // 2), _fitted(draw, text, font, room), fill=_INK, font=font, anchor="lm")
+        y += line
     if right is not None and um_per_px is not None:
         length, text = right
         x1, y1 = width - margin, margin + line
@@ -321,18 +307,17 @@ def _font(size: int) -> Any:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def _colour_bar(
-    image: Any, draw: Any, font: Any, at: tuple[int, int], room: int, line: int, label: str, limits: tuple[float, float]
-) -> None:
+def _colour_bar(image: Any, draw: Any, font: Any, at: tuple[int, int], room: int, line: int, bar: ColourBar) -> None:
     from PIL import Image
 
     x, y = at
-    texts = [f"{label}  {limits[0]:.3g}", f"{limits[1]:.3g}"]
+    texts = [f"{bar.label}  {bar.limits[0]:.3g}", f"{bar.limits[1]:.3g}"]
     widths = [round(draw.textlength(text, font=font)) for text in texts]
     gap = line // 2
     length = max(20, min(240, room - sum(widths) - 2 * gap))
     draw.text((x, y + line // 2), texts[0], fill=_INK, font=font, anchor="lm")
-    ramp = _coloured(np.tile(np.linspace(0, 255, length).astype(np.uint8), (line * 2 // 3, 1)))
+    colours = viridis() if bar.colours is None else bar.colours
+    ramp = colours[np.tile(np.linspace(0, 255, length).astype(np.uint8), (line * 2 // 3, 1))]
     image.paste(Image.fromarray(ramp), (x + widths[0] + gap, y + line // 6))
     draw.text((x + widths[0] + 2 * gap + length, y + line // 2), texts[1], fill=_INK, font=font, anchor="lm")
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from lrmil.api.given import PathLike
 from lrmil.checkpoint import ModelCard, read_card
 from lrmil.experiment import RunFigures
-from lrmil.experiment.slide_files import attention_of
+from lrmil.experiment.slide_files import Ground, attention_of
+from lrmil.pictures.heatmap import LONGEST_PX
 from lrmil.predictor import Predictor, SlidePrediction, find_encoder, predict_slides
 from wsi_pipe.api.grids import as_label
 from wsi_pipe.api.show import card, number
@@ -105,15 +106,19 @@ class Model:
             return prediction
         return [found[i] for i in range(len(given))]
 
-    def heatmap(self, prediction: SlidePrediction, slide: Slide | None = None) -> NDArray[np.uint8] | None:
-        """A slide's attention, as percentiles in colour, over its picture in grey, uint8 (H, W, 3).
+    def heatmap(
+        self, prediction: SlidePrediction, slide: Slide | None = None, *, smooth: bool = False
+    ) -> NDArray[np.uint8] | None:
+        """A slide's attention as a share of its maximum, in colour over the stained slide, uint8 (H, W, 3).
 
-        slide: for the picture, by default that which the job of the bag keeps, else none. None for a model without an
-        attention per tile, and a slide without tiles.
+        slide: for the picture, by default the file that the bag names, else what its job keeps. smooth: interpolated
+        between tiles. None for a model without an attention per tile, and a slide without tiles.
         """
-        overview = None if slide is None else slide.thumbnail(1024)
-        extent = None if slide is None else (float(slide.size[0]), float(slide.size[1]))
-        return attention_of(prediction, overview, extent)
+        ground = None
+        if slide is not None:
+            extent = (float(slide.size[0]), float(slide.size[1]))
+            ground = Ground(np.asarray(slide.thumbnail(LONGEST_PX), np.uint8), extent, slide.mpp)
+        return attention_of(prediction, ground, smooth=smooth)
 
     def __repr__(self) -> str:
         return f"<Model {self.card.model.name} of {', '.join(self.classes)}, {self.card.level or 'unstated level'}>"

@@ -35,7 +35,7 @@ LRMIL = Layout(
         "Figures": (
             "--part", "--positive", "--at-sensitivity", "--replicates", "evaluate --seed", "compare --seed",
         ),
-        "Pictures and tables": ("--heatmaps", "--geojson", "--attention", "--top"),
+        "Pictures and tables": ("--heatmaps", "--pyramids", "--smooth", "--geojson", "--attention", "--top"),
         "Machine": (
             "--device", "--devices", "--precision", "--threads", "--cache-mib", "--targets-mib", "--allow-random",
         ),
@@ -51,6 +51,7 @@ LRMIL = Layout(
         "--teacher-bags", "--teacher-level", "--mil-teacher", "--targets", "--targets-dir", "--layers",
         "--layer-variance", "--patch", "--final", "--l-ce", "--l-bag", "--l-soft", "--l-hard", "--temperature",
         "--instances", "--random-teacher", "--positive", "--at-sensitivity", "--replicates", "--attention", "--top",
+        "--smooth", "--pyramids",
         "--precision", "--threads", "--cache-mib", "--targets-mib", "--allow-random", "distill --seed",
         "distill --slides", "distill --labels", "--cases",
     }),

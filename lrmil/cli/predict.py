@@ -45,6 +45,10 @@ OUTPUTS = {
 @click.option("--attention/--no-attention", default=False, show_default=True, help="Write attention into the bags.")
 @click.option("--geojson/--no-geojson", default=False, show_default=True, help="Write tiles for QuPath.")
 @click.option("--heatmaps/--no-heatmaps", default=True, show_default=True, help="Write a picture a slide.")
+@click.option(
+    "--pyramids/--no-pyramids", default=False, show_default=True, help="Write each picture as OME-TIFF for QuPath, too."
+)
+@click.option("--smooth/--no-smooth", default=False, show_default=True, help="Interpolate pictures between tiles.")
 @click.option("--device", metavar="DEV", default="auto", show_default=True, help="cpu, cuda:0 or auto.")
 def predict(**values: Any) -> int:
     """Classify SLIDES, or bags that exist, with a trained model.
@@ -66,7 +70,7 @@ def predict(**values: Any) -> int:
         raise click.UsageError("give SLIDES, or --bags, and not both")
     refuse_foreign_outputs(values["out"], OUTPUTS)
     predictor = Predictor.load(values["model"], device=values["device"], name=values["name"])
-    wanted = {name: values[name] for name in ("attention", "geojson", "heatmaps")}
+    wanted = {name: values[name] for name in ("attention", "geojson", "heatmaps", "pyramids", "smooth")}
     found: list[Any] = []
     try:
         results = _from_bags(predictor, values) if values["bags"] else _from_slides(predictor, values)

@@ -15,6 +15,7 @@ from lrmil.predictor.predict import Predictor, SlidePrediction
 from lrmil.store import check_readable
 from wsi_pipe.errors import BagError
 from wsi_pipe.files import write_text_atomically
+from wsi_pipe.pictures import viridis
 from wsi_pipe.tables import csv_text
 from wsi_pipe.tissue import frame_statement, qupath_origin
 from wsi_pipe.tissue.frame import MEMBER
@@ -135,7 +136,9 @@ def write_attention(prediction: SlidePrediction, model: str) -> bool:
 
 
 def attention_geojson(prediction: SlidePrediction, model: str) -> dict[str, Any]:
-    """Tiles as a GeoJSON that QuPath opens: one tile object each, with attention and its percentile as measurements.
+    """Tiles as a GeoJSON that QuPath opens: one tile object each, coloured by its attention as a share of the highest.
+
+    Measurements: attention, that share, and its percentile.
 
     Coordinates are level-0 pixels from where QuPath counts, the corner of the scan's bounds; of bags that do not state
     them, from the whole image's. The file says which. Raises StoreError when the bag's coordinates are not level-0
@@ -157,16 +160,25 @@ def attention_geojson(prediction: SlidePrediction, model: str) -> dict[str, Any]
     # Attention is spread over thousands of tiles: the percentile is what a colour scale can show.
     order = np.argsort(np.argsort(attention, kind="stable"), kind="stable")
     percentile = 100.0 * (order + 1) / len(attention)
+    share = attention / max(float(attention.max(initial=0.0)), 1e-30)
+    colours = viridis()[np.rint(255 * share).astype(np.uint8)]
     features = []
     coords = prediction.coords - origin
-    for (x, y), value, rank in zip(coords.tolist(), attention.tolist(), percentile.tolist(), strict=True):
+    values = zip(
+        coords.tolist(), attention.tolist(), share.tolist(), percentile.tolist(), colours.tolist(), strict=True
+    )
+    for (x, y), value, part, rank, colour in values:
         ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
-        measurements = {f"{model} attention": value, f"{model} attention percentile": rank}
+        measurements = {
+            f"{model} attention": value,
+            f"{model} attention, share of the highest": part,
+            f"{model} attention percentile": rank,
+        }
         features.append(
             {
                 "type": "Feature",
                 "geometry": {"type": "Polygon", "coordinates": [ring]},
-                "properties": {"objectType": "tile", "measurements": measurements},
+                "properties": {"objectType": "tile", "color": colour, "measurements": measurements},
             }
         )
     return {"type": "FeatureCollection", "features": features, MEMBER: stated}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,21 @@ def test_what_the_command_line_refuses_is_raised_before_any_work(
     seen: list[tuple[str, str, int]] = []
     job.run(slides[1], resolutions="5x", say=told.append, progress=lambda *step: seen.append(step))
     assert sum(count for slide, what, count in seen if (slide, what) == ("b", "5x")) == len(job.bag("b")["5x"])
+
+
+def test_bars_count_slides_and_tiles(
+    slides: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    job = wp.Job(tmp_path / "job")
+    job.run(slides[:2], resolutions="5x", progress=True)
+    said = capsys.readouterr()
+    tiles = sum(len(job.bag(name)["5x"]) for name in "ab")
+    assert re.search(r"slides +\S+ 2/2", said.err), said.err
+    assert re.search(rf"tiles +\S+ {tiles}/{tiles}", said.err), said.err
+    assert said.out == ""
+    job.run(progress=False)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import lrmil
 import lrmil.distill.call
@@ -180,12 +181,15 @@ def test_a_heatmap_lies_over_the_slide(distill_cohort: Path, trained: lrmil.Mode
         over = trained.heatmap(prediction, slide)
     assert over is not None
     assert over.shape[2] == 3
-    # Tiles are in colour, the rest is grey.
-    coloured = (over.max(axis=2).astype(int) - over.min(axis=2)) > 25
+    # Where tiles with tissue are the stain is tinted, and nothing else is touched; below it is the panel.
     held = wp.open_bag(bag)
+    with wp.open(slide_path) as slide:
+        plain = np.asarray(Image.fromarray(slide.thumbnail(2000)).resize((over.shape[1], over.shape[1]), 3))
+    changed = np.abs(over[: over.shape[1]].astype(int) - plain).max(axis=2) > 12
     side = np.asarray(held["5x"].tile_size_l0) * over.shape[1] / held.size[0]
     assert prediction.coords is not None
-    assert coloured.mean() == pytest.approx(len(prediction.coords) * side.prod() / coloured.size, abs=0.1)
+    assert 0.3 < changed.sum() / (len(prediction.coords) * side.prod()) <= 1
+    assert over.shape[0] > over.shape[1]
     assert trained.heatmap(prediction) is not None
 
 

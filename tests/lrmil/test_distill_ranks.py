@@ -112,7 +112,8 @@ def test_two_processes_train_the_student_of_one(distill_cohort: Path, tmp_path: 
     # Gathered by other threads, the same sums may differ in the last bit.
     assert both.baseline.keys() == alone.baseline.keys()
     for name, figures in alone.baseline.items():
-        assert dataclasses.astuple(both.baseline[name]) == pytest.approx(dataclasses.astuple(figures), rel=1e-9, abs=1e-12)
+        as_before = pytest.approx(dataclasses.astuple(figures), rel=1e-9, abs=1e-12)
+        assert dataclasses.astuple(both.baseline[name]) == as_before
     # It goes on where it was, with as many processes or fewer.
     again = run_distillation(dataclasses.replace(request, devices=()))
     assert again.history.epochs == both.history.epochs

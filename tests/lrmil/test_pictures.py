@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import sklearn.metrics as sk
+from numpy.typing import NDArray
 
 from lrmil.errors import FiguresError
 from lrmil.metrics import evaluate, roc_curve, softmax
 from lrmil.metrics.curves import upper_edge
 from lrmil.pictures import draw_attention, draw_calibration, draw_confusion, draw_curves, draw_roc
-from lrmil.pictures.heatmap import attention_layer
+from lrmil.pictures.heatmap import Caption, attention_layer, attention_overlay, attention_picture, shares
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -94,13 +96,13 @@ def test_equal_input_gives_equal_files(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_attention_layer_puts_percentiles_on_tiles() -> None:
+def test_attention_layer_puts_shares_of_the_highest_on_tiles() -> None:
     coords = np.array([[0.0, 0.0], [100.0, 0.0], [100.0, 100.0]])
     layer = attention_layer(coords, (100.0, 100.0), np.array([0.1, 0.6, 0.3], np.float32), (6, 4), (50.0, 50.0))
     assert layer.shape == (4, 6)
-    assert layer[:2, :2] == pytest.approx(np.full((2, 2), 1 / 3))
+    assert layer[:2, :2] == pytest.approx(np.full((2, 2), 1 / 6))
     assert layer[:2, 2:4] == pytest.approx(np.ones((2, 2)))
-    assert layer[2:, 2:4] == pytest.approx(np.full((2, 2), 2 / 3))
+    assert layer[2:, 2:4] == pytest.approx(np.full((2, 2), 1 / 2))
     assert np.isnan(layer[2:, :2]).all()
     assert np.isnan(layer[:, 4:]).all()
 
@@ -111,20 +113,79 @@ def test_tiles_that_hang_over_the_edge_do_not_wrap_round() -> None:
     assert layer[0, 0] == 1
 
 
-def test_heatmap_colours_tiles_and_leaves_the_rest_grey(tmp_path: Path) -> None:
-    overview = np.full((50, 100, 3), (200, 120, 160), np.uint8)
-    coords = np.array([[0.0, 0.0], [1000.0, 0.0]])
-    attention = np.array([0.1, 0.9], np.float32)
-    draw_attention(tmp_path / "h.png", coords, (1000.0, 1000.0), attention, overview=overview, extent=(10000.0, 5000.0))
-    image = cv2.imread(str(tmp_path / "h.png"))
-    assert image is not None
-    assert image.shape == (400, 800, 3)
-    rgb = image[..., ::-1].astype(int)
-    assert np.ptp(rgb[200:, :].reshape(-1, 3), axis=1).max() == 0  # grey where no tile is
-    low, high = rgb[40, 40], rgb[40, 120]
-    assert high[1] > low[1] + 20  # viridis runs from violet to yellow: green grows
-    assert (rgb[:80, :80] == low).all()
-    draw_attention(tmp_path / "bare.png", coords, (1000.0, 1000.0), attention)
+STAIN = (200, 120, 160)
+
+
+def stained(width: int = 100, height: int = 50) -> NDArray[np.uint8]:
+    """A picture of tissue with glass at its right quarter."""
+    picture = np.full((height, width, 3), STAIN, np.uint8)
+    picture[:, width * 3 // 4 :] = 244
+    return picture
+
+
+def test_colour_lies_over_stained_tissue_and_glass_stays_clear() -> None:
+    coords = np.array([[0.0, 0.0], [2500.0, 0.0], [5000.0, 0.0]])
+    attention = np.array([0.1, 0.3, 0.6], np.float32)
+    picture, scales = attention_overlay(
+        coords, (2500.0, 2500.0), attention, overview=stained(800, 400), extent=(10000.0, 5000.0)
+    )
+    assert (picture.shape, scales) == ((400, 800, 3), (12.5, 12.5))
+    rgb = picture.astype(int)
+    assert (rgb[220:, :600] == STAIN).all(), "no tile: the slide as it is, in colour"
+    assert (rgb[:, 610:] == 244).all(), "glass"
+    low, middle, high = rgb[100, 100], rgb[100, 300], rgb[100, 500]
+    assert low[1] < middle[1] < high[1], "viridis runs from violet to yellow: green grows"
+    assert high[2] < low[2], "and blue falls"
+    assert np.abs(low - STAIN).max() < np.abs(high - STAIN).max(), "little attention shows the stain"
+    # A tile that hangs over glass is coloured on its tissue alone.
+    over, _ = attention_overlay(
+        coords + np.array([1250.0, 0.0]),
+        (2500.0, 2500.0),
+        attention,
+        overview=stained(800, 400),
+        extent=(10000.0, 5000.0),
+    )
+    assert (over[100, 590] != STAIN).any()
+    assert (over[100, 640] == 244).all()
+
+
+def test_flat_attention_looks_flat_and_pale_tissue_does_not_vanish() -> None:
+    coords = np.array([[0.0, 0.0], [2500.0, 0.0], [7500.0, 0.0]])
+    flat = np.full(3, 1 / 3, np.float32)
+    picture, _ = attention_overlay(coords, (2500.0, 2500.0), flat, overview=stained(800, 400), extent=(10000.0, 5000.0))
+    assert (picture[100, 100] == picture[100, 300]).all()
+    # The last tile has nothing that is told from glass: it is coloured whole.
+    assert (picture[100, 700] != 244).any()
+    # What differs by a hundredth differs by a hundredth of the scale, and not by its whole length.
+    assert np.ptp(shares(np.array([0.333, 0.3333, 0.3337], np.float32))) < 0.01
+    assert shares(np.zeros(2, np.float32)).tolist() == [0, 0]
+
+
+def test_smoothing_is_asked_for_and_stays_within_tiles() -> None:
+    coords, attention = np.array([[0.0, 0.0], [100.0, 0.0]]), np.array([0.2, 0.8], np.float32)
+    plain = attention_layer(coords, (100.0, 100.0), attention, (300, 100), (1.0, 1.0))
+    smooth = attention_layer(coords, (100.0, 100.0), attention, (300, 100), (1.0, 1.0), smooth=True)
+    assert np.unique(plain[np.isfinite(plain)]).tolist() == [0.25, 1.0]
+    assert np.array_equal(np.isfinite(plain), np.isfinite(smooth))
+    assert 0.25 < smooth[50, 100] < 1.0
+    assert (np.diff(smooth[50, :200]) >= -1e-6).all()
+
+
+def test_a_heatmap_says_whose_it_is_and_how_long_it_is(tmp_path: Path) -> None:
+    coords, attention = np.array([[0.0, 0.0], [2500.0, 0.0]]), np.array([0.1, 0.9], np.float32)
+    draw = partial(
+        attention_picture, coords, (2500.0, 2500.0), attention, overview=stained(800, 400), extent=(10000.0, 5000.0)
+    )
+    plain, named = draw(), draw(caption=Caption("s1: tumour", 0.25))
+    assert plain.shape[1] == named.shape[1] == 800
+    assert named.shape[0] > plain.shape[0] > 400, "a line for the title"
+    assert (named[:400] == plain[:400]).all()
+    # The scale bar: 500 um are 160 px at 0.25 um per unit and 12.5 units per px.
+    dark = np.asarray((named[400:] < 60).all(axis=2))[:, 600:]
+    assert max(len(run) for row in dark for run in "".join("x" if v else " " for v in row).split()) == pytest.approx(
+        160, abs=2
+    )
+    draw_attention(tmp_path / "bare.png", coords, (2500.0, 2500.0), attention)
     bare = cv2.imread(str(tmp_path / "bare.png"))
     assert bare is not None
-    assert bare.shape == (32, 64, 3)
+    assert bare.shape[1] == 64

@@ -16,6 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import wsi_pipe as wp
 from lrmil.checkpoint import ModelCard, save_model
 from lrmil.config import ModelSettings
 from lrmil.errors import ModelMismatchError, StoreError
@@ -218,6 +219,10 @@ def test_geojson_places_tiles_in_level_0_pixels(make_bag: MakeBag) -> None:
     ranks = [f["properties"]["measurements"]["m attention percentile"] for f in data["features"]]
     assert sorted(ranks) == pytest.approx([100 * (i + 1) / 12 for i in range(12)])
     assert int(np.argmax(ranks)) == int(got.attention.argmax())
+    parts = [f["properties"]["measurements"]["m attention, share of the highest"] for f in data["features"]]
+    assert parts == pytest.approx((got.attention / got.attention.max()).tolist())
+    colours = [f["properties"]["color"] for f in data["features"]]
+    assert colours[int(got.attention.argmax())] == [253, 231, 37], "the end of viridis"
     json.dumps(data, allow_nan=False)
 
 
@@ -324,8 +329,19 @@ def test_slides_in_one_go_read_one_resolution_only(make_slide: Callable[..., Pat
     assert got["good"].case_id == "p1"
     again = predictor.predict_bag(bag)
     assert again.probabilities == got["good"].probabilities
-    drawn = write_slide_files(got["good"], predictor, tmp_path, heatmaps=True, geojson=True)
+    drawn = write_slide_files(got["good"], predictor, tmp_path, heatmaps=True, geojson=True, pyramids=True)
     assert drawn.status == "done"
+    assert (tmp_path / "heatmaps" / "good.png").is_file()
+    # The pyramid lies where the slide does: its um are the slide's.
+    with wp.open(tmp_path / "heatmaps" / "good.ome.tif") as pyramid, wp.open(good) as slide:
+        assert pyramid.mpp is not None
+        assert slide.mpp is not None
+        assert pyramid.size[0] * pyramid.mpp[0] == pytest.approx(slide.size[0] * slide.mpp[0], rel=1e-3)
+        assert len(pyramid.levels) > 1
+    # Without its file the picture is the job's own.
+    good.unlink()
+    (tmp_path / "heatmaps" / "good.png").unlink()
+    assert write_slide_files(got["good"], predictor, tmp_path, heatmaps=True).status == "done"
     assert (tmp_path / "heatmaps" / "good.png").is_file()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_pipe.api.bags import Bag, open_bag
+from wsi_pipe.api.bars import Bars
 from wsi_pipe.api.grids import as_mpp
 from wsi_pipe.api.show import table
 from wsi_pipe.asked import Say
@@ -123,7 +124,7 @@ class Job:
         cache_gib: float | None = None,
         keep_features: bool = False,
         report: bool = True,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         say: Say | None = None,
         **settings: Any,
     ) -> pd.DataFrame:
@@ -135,7 +136,8 @@ class Job:
         until: an earlier stage, "segment", "tile" or "extract". slide_list: of ``--slides``. settings: any other of
         segmentation, tiling and extraction by its name, as ``tile_px=256``, ``min_tissue=0.5``, ``stain_min=0.02``,
         ``dtype="float32"``, ``batch_size=32``; mask_mpp: that of the mask. What is not given is as the job has it, else
-        the default. progress: called with slide id, what is going on and by how much it advanced, from any thread.
+        the default. progress: True shows bars of slides and tiles; a function is called
+        with slide id, what is going on and by how much it advanced, from any thread.
         say: told what is to be known, a line at a time; by default the logger "wsi_pipe", as warnings. The others: as
         of ``wsi-pipe run``.
 
@@ -227,10 +229,11 @@ class Job:
 class _Told(Watch):
     """Hands on what a run tells."""
 
-    def __init__(self, say: Say | None, progress: Progress | None) -> None:
+    def __init__(self, say: Say | None, progress: Progress | bool | None) -> None:
         # What is left out is never left out in silence.
         self._say: Say = say or logging.getLogger("wsi_pipe").warning
         self._progress = progress
+        self._bars: Bars | None = None
 
     def say(self, line: str) -> None:
         self._say(line)
@@ -242,12 +245,21 @@ class _Told(Watch):
     @contextmanager
     def working(self, slides: int) -> Iterator[Callable[[str, str, int], None] | None]:
         given = self._progress
+        if given is True:
+            with Bars(slides) as self._bars:
+                yield self._bars.step
+        elif not given:
+            yield None
+        else:
 
-        def advance(slide_id: str, what: str, amount: int) -> None:
-            if given is not None:
+            def advance(slide_id: str, what: str, amount: int) -> None:
                 given(slide_id, what, amount)
 
-        yield None if given is None else advance
+            yield advance
+
+    def finished(self, outcome: SlideOutcome) -> None:
+        if self._bars is not None:
+            self._bars.finished()
 
 
 def _values(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,8 +100,11 @@ def print_outcomes(outcomes: Sequence[SlideOutcome], seconds: float, places: Map
         print_table({"": "left", " ": "left"}, [[what, str(path)] for what, path in places.items()])
 
 
-def print_failures(failed: Sequence[SlideOutcome]) -> None:
-    """Failures by their cause, the most frequent first: one slide's own words, the remedy, and whom it befell."""
+def print_failures(failed: Sequence[SlideOutcome], *, verb: str = "failed", others: str = "see failures.csv") -> None:
+    """Failures by their cause, the most frequent first: one slide's own words, the remedy, and whom it befell.
+
+    others: where those are that are not named here.
+    """
     from wsi_pipe.report.summary import cause_of
 
     causes: dict[object, list[SlideOutcome]] = {}
@@ -112,13 +115,13 @@ def print_failures(failed: Sequence[SlideOutcome]) -> None:
         first = group[0]
         where = f" in {first.stage}" if first.stage else ""
         click.echo()
-        click.echo(click.style(f"{len(group):,} {'slide' if len(group) == 1 else 'slides'} failed{where}", fg="red"))
+        click.echo(click.style(f"{len(group):,} {'slide' if len(group) == 1 else 'slides'} {verb}{where}", fg="red"))
         click.echo(paragraph(first.reason or "", first="  cause   ", indent=" " * 10))
         if first.remedy:
             click.echo(paragraph(first.remedy, first="  remedy  ", indent=" " * 10))
         named = [outcome.slide_id for outcome in group[:SHOWN_OF_A_CAUSE]]
-        more = f" and {len(group) - len(named):,} more: see failures.csv" if len(group) > len(named) else ""
+        more = f" and {len(group) - len(named):,} more: {others}" if len(group) > len(named) else ""
         click.echo(paragraph(f"{', '.join(named)}{more}", first="  slides  ", indent=" " * 10))
     if len(ordered) > SHOWN_CAUSES:
         rest = sum(map(len, ordered[SHOWN_CAUSES:]))
-        click.echo(f"\nand {rest:,} slides failed for {len(ordered) - SHOWN_CAUSES:,} other causes: see failures.csv")
+        click.echo(f"\nand {rest:,} slides {verb} for {len(ordered) - SHOWN_CAUSES:,} other causes: {others}")

@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from wsi_pipe.cli import EXIT_FAILED, messages
-from wsi_pipe.cli.display import print_json, print_table
+from wsi_pipe.cli.display import print_failures, print_json, print_table
 from wsi_pipe.cli.options import (
     changes_option,
     collect_entries,
@@ -28,6 +29,7 @@ from wsi_pipe.errors import NotOursError, OutputError, StaleWorkError, WsiPipeEr
 from wsi_pipe.job import JobPaths
 from wsi_pipe.job.changes import duration
 from wsi_pipe.job.private import job_salt
+from wsi_pipe.outcome import SlideOutcome
 from wsi_pipe.slides.passed_over import PassedOver
 
 __all__ = ["plan"]
@@ -136,7 +138,8 @@ def plan(
     by_id = {entry.slide_id: entry for entry in entries}
     room = SpaceCount(job or Path())
     with MetadataCache(metadata) as cache:
-        tried = [p for p in survey(spread_sample(entries, sample), settings, cache) if not p.problem and not p.note]
+        look = partial(survey, settings=settings, cache=cache, job=JobPaths(held) if held is not None else None)
+        tried = [p for p in look(spread_sample(entries, sample)) if not p.problem and not p.note]
         exact = {p.slide_id: exact_tiles(by_id[p.slide_id], p, settings) for p in tried}
         kept = kept_share(exact.values())
         lines = each.open("w", encoding="utf-8") if each else None
@@ -150,7 +153,7 @@ def plan(
                 lines.write(json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n")
 
         try:
-            plans = (exact.get(p.slide_id, p) for p in survey(entries, settings, cache, kept=kept))
+            plans = (exact.get(p.slide_id, p) for p in look(entries, kept=kept))
             totals = total(plans, see)
         finally:
             if lines:
@@ -237,12 +240,11 @@ def _show(shown: list[Any], totals: Any, rates: Any, workers: int, disk: str) ->
         rows.append(["gigabytes", f"{rates.gigabytes(totals):.3f} of bags"])
     rows.append(["disk", disk])
     print_table({"": "left", " ": "left"}, rows)
-    if totals.failing:
-        click.echo()
-        print_table(
-            {"will fail": "left", "cause": "left", "remedy": "left"},
-            ([p.slide_id, p.problem, p.remedy or ""] for p in totals.failing[:SHOWN]),
-        )
+    # A share that is not mounted fails a whole archive, and is one cause.
+    failing = [
+        SlideOutcome(p.slide_id, "failed", reason=p.problem, remedy=p.remedy, path=p.path) for p in totals.failing
+    ]
+    print_failures(failing, verb="will fail", others="--each FILE writes them all")
 
 
 def _row(p: Any, labels: list[str]) -> list[str]:

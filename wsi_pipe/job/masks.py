@@ -32,7 +32,7 @@ from wsi_pipe.slides.base import Slide
 from wsi_pipe.tissue import GivenMask, find_tissue, mask_from_geojson, mask_to_geojson, qupath_origin
 from wsi_pipe.tissue.frame import MEMBER
 
-__all__ = ["SlideMask", "how_found", "make_mask", "mask_content", "slide_mask", "stored_mask_content"]
+__all__ = ["SlideMask", "how_found", "make_mask", "mask_content", "slide_mask", "stored_mask", "stored_mask_content"]
 
 PICTURE_PX = 1024
 """Longest side of the pictures in ``thumbnails/``."""

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from wsi_pipe.config import JobSettings, TileSettings
-from wsi_pipe.errors import MissingMppError, WsiPipeError, in_words
+from wsi_pipe.errors import MaskError, MissingMppError, WsiPipeError, in_words
 from wsi_pipe.geometry import FloatPair, Pyramid, TissueMask
-from wsi_pipe.job.masks import slide_mask
+from wsi_pipe.job.masks import slide_mask, stored_mask
 from wsi_pipe.job.opening import missing_mpp, open_entry
+from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.manifest import SlideEntry, settings_of
 from wsi_pipe.plan.metadata import NEEDS_STAGING, MetadataCache, SlideFacts, opened_how, slide_facts
 from wsi_pipe.tiling import plan_grids
@@ -63,10 +64,11 @@ def survey(
     *,
     kept: Mapping[str, float] | None = None,
     describe: Callable[[SlideEntry, str], SlideFacts] | None = None,
+    job: JobPaths | None = None,
 ) -> Iterator[SlidePlan]:
     """The plan of each slide from its metadata alone, one after the other, in bounded memory; no slide is copied.
 
-    describe: ``slide_facts`` by default.
+    describe: ``slide_facts`` by default. job: the job that there is, whose masks may have been edited.
     kept: by label, the share of covering tiles that hold tissue, as ``exact_tiles`` of a sample gives it.
     """
     look = describe or partial(slide_facts, cache=settings.cache)
@@ -76,7 +78,13 @@ def survey(
         if facts is None:
             facts = look(entry, settings.reader)
             cache.put(entry.path, how, facts)
-        yield _plan(entry, facts, settings, kept or {})
+        found = _plan(entry, facts, settings, kept or {})
+        if job is not None and not found.problem:
+            try:
+                stored_mask(job.tissue(entry.slide_id))
+            except MaskError as error:
+                found = dataclasses.replace(found, problem=error.message, remedy=error.remedy)
+        yield found
 
 
 def _plan(entry: SlideEntry, facts: SlideFacts, settings: JobSettings, kept: Mapping[str, float]) -> SlidePlan:

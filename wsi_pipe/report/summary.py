@@ -248,8 +248,9 @@ def cause_of(outcome: SlideOutcome) -> tuple[str, str, str]:
     reason = outcome.reason or ""
     last = outcome.path.rstrip("/").rpartition("/")[2]
     for name in sorted({outcome.path, last, outcome.slide_id}, key=len, reverse=True):
-        if len(name) > 2:
-            reason = reason.replace(name, "...")
+        # A short name is a part of many words: only as the name of a file is it the slide's.
+        part = re.escape(name) if len(name) > 2 else rf"(?<=/){re.escape(name)}(?=\.)"
+        reason = re.sub(part, "...", reason) if name else reason
     return outcome.stage or "", outcome.error or "", re.sub(r"\d+", "#", reason)
 
 
