@@ -317,6 +317,39 @@ def test_a_model_file_without_a_target_tells_classes() -> None:
         ModelCard(ModelSettings("mean", 4, 2), ("a", "b"), target_state=Regression("age").to_json())
 
 
+def test_classes_among_several_are_masked_too() -> None:
+    from lrmil.targets import Classification
+
+    target = Several("", (Classification("kind", ("a", "b", "c")), Regression("age")))
+    truth = np.array([[0.0, 50.0], [2.0, np.nan], [np.nan, 60.0], [1.0, 40.0]])
+    fitted = target.fitted(truth)
+    z = RNG.normal(size=(4, 4))
+    known = np.array([0, 1, 3])
+    p = np.exp(z[known, :3]) / np.exp(z[known, :3]).sum(1, keepdims=True)
+    ce = -np.log(p[np.arange(3), [0, 2, 1]]).mean()
+    off = (truth[[0, 2, 3], 1] - 50) / truth[[0, 2, 3], 1].std() - z[[0, 2, 3], 3]
+    huber = np.where(np.abs(off) <= 1, off**2 / 2, np.abs(off) - 0.5).mean()
+    assert float(fitted.loss(torch.from_numpy(z), torch.from_numpy(truth))) == pytest.approx((ce + huber) / 2, rel=1e-6)
+    found = fitted.figures(truth, z)
+    assert found["kind.accuracy"] == pytest.approx((z[known, :3].argmax(1) == [0, 2, 1]).mean())
+    assert list(fitted.said(z))[:2] == ["kind", "probability_kind_a"]
+
+
+def test_a_validation_part_without_an_event_has_no_loss() -> None:
+    truth = np.array([[1.0, 0], [2.0, 0]])
+    found = Cox("os", horizons=(1.5,)).validation(truth, np.zeros((2, 1)))
+    assert np.isnan(found["loss"])
+    assert np.isnan(found["concordance"])
+
+
+def test_a_heat_map_is_titled_by_what_the_target_says_first() -> None:
+    from lrmil.experiment.slide_files import caption_of
+    from lrmil.predictor import SlidePrediction
+
+    said = {"os_group": "high", "os_risk": 1.5}
+    assert caption_of(SlidePrediction("s1", "done", predicted="high", said=said)) == "s1: os_group high"
+
+
 def test_what_a_student_learns_of_its_teachers_outputs() -> None:
     z, t = torch.tensor([[1.0], [3.0]], requires_grad=True), torch.tensor([[2.0], [1.0]])
     assert Regression("age").distilled(z, t, 2.0).item() == pytest.approx((1 + 4) / 2)
