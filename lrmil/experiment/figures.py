@@ -210,7 +210,7 @@ def evaluate_run(
             seed=seed,
         )
         points = _operating_points(folder, p, sought, at_sensitivity)
-        by_case, torn = case_estimates([as_fold(p)], replicates=replicates, seed=seed)
+        by_case, torn = case_estimates([as_fold(p, sought)], replicates=replicates, seed=seed)
         cases = len(set(p.case_ids))
         folds.append(FoldFigures(folder.name, len(p.labels), cases, estimates, prevalences(p), points, by_case, torn))
         name = FIGURES_NAME if part == "test" else f"figures-{part}.json"
@@ -218,7 +218,7 @@ def evaluate_run(
         if pictures:
             draw_fold(folder, p, part)
     result = summarise(part, folds, found, positive=sought, replicates=replicates, seed=seed)
-    by_case, _ = case_estimates([as_fold(p) for p in found], replicates=replicates, seed=seed)
+    by_case, _ = case_estimates([as_fold(p, sought) for p in found], replicates=replicates, seed=seed)
     return _written(run, folders, replace(result, by_case=by_case))
 
 
@@ -230,11 +230,11 @@ def _written(run: Path, folders: Sequence[Path], result: RunFigures) -> RunFigur
     return result
 
 
-def as_fold(p: FoldPredictions) -> Fold:
+def as_fold(p: FoldPredictions, positive: int = 1) -> Fold:
     """Classes as their target has them: outputs whose softmax is the calibrated probabilities."""
     with np.errstate(divide="ignore"):
         outputs = np.maximum(np.log(p.probabilities), -700.0)
-    return Fold(Classification(classes=p.classes), p.labels, outputs, p.case_ids)
+    return Fold(Classification(classes=p.classes, positive=positive), p.labels, outputs, p.case_ids)
 
 
 def _evaluate_targets(

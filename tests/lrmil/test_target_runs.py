@@ -149,6 +149,10 @@ def test_slides_that_disagree_are_averaged_by_patient(
     test = [row for (_, part), row in cases.items() if part == "test"]
     right = [(float(row["probability_luminal"]) > 0.5) == (row["label"] == "luminal") for row in test]
     assert figures["by_case"]["accuracy"]["value"] == pytest.approx(np.mean(right))
+    capsys.readouterr()
+    assert lrmil("evaluate", run, "--positive", "Basal", "--replicates", 50, "--json") == 0
+    turned = json.loads(capsys.readouterr().out)["folds"][0]["by_case"]
+    assert turned["sensitivity"]["value"] == figures["by_case"]["specificity"]["value"]
 
 
 def test_joined_bags_hold_the_tiles_of_a_patient_and_know_all_of_its_slides(archive: Path, tmp_path: Path) -> None:
