@@ -174,7 +174,10 @@ class Classification(Target):
             labels = _labels(fold.truth)
             known = labels >= 0
             cases = [case for case, there in zip(fold.cases, known.tolist(), strict=True) if there]
-            found.append((labels[known], fold.target.probabilities(fold.outputs[known]), cases))
+            if cases:
+                found.append((labels[known], fold.target.probabilities(fold.outputs[known]), cases))
+        if not found:
+            return {name: Estimate(np.nan, np.nan, np.nan, "no slide has a label") for name in NAMES}
         if len(found) == 1:
             return evaluate(*found[0], classes=self.classes, positive=self.positive, replicates=replicates, seed=seed)
         return evaluate_folds(

@@ -330,6 +330,8 @@ def test_classes_among_several_are_masked_too() -> None:
     off = (truth[[0, 2, 3], 1] - 50) / truth[[0, 2, 3], 1].std() - z[[0, 2, 3], 3]
     huber = np.where(np.abs(off) <= 1, off**2 / 2, np.abs(off) - 0.5).mean()
     assert float(fitted.loss(torch.from_numpy(z), torch.from_numpy(truth))) == pytest.approx((ce + huber) / 2, rel=1e-6)
+    blank = Fold(fitted, np.full_like(truth, np.nan), z, ("a", "b", "c", "d"))
+    assert "no slide" in str(fitted.estimates([blank], replicates=10)["kind.auc"].reason)
     found = fitted.figures(truth, z)
     assert found["kind.accuracy"] == pytest.approx((z[known, :3].argmax(1) == [0, 2, 1]).mean())
     assert list(fitted.said(z))[:2] == ["kind", "probability_kind_a"]
