@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from lrmil.checkpoint import MODEL_NAME, ModelCard, load_model, read_card
 from lrmil.config import TrainSettings
 from lrmil.errors import ModelFileError, ModelMismatchError
@@ -17,9 +19,11 @@ from lrmil.model import MILModel
 from lrmil.splits import SPLITS_NAME, SplitTable, read_splits
 from lrmil.store import FeatureStore, ResidentStore
 from lrmil.targets import TargetTable
-from lrmil.trainer import TrainResult, choose_device, choose_precision, train
+from lrmil.trainer import TrainResult, bag_logits, choose_device, choose_precision, train
+from lrmil.trainer.predictions import predictions_csv
 from wsi_pipe.encoders.elsewhere import slug_asked_for
 from wsi_pipe.errors import ConfigError
+from wsi_pipe.files import write_text_atomically
 from wsi_pipe.seen import NOBODY, Seen
 
 __all__ = [
@@ -31,6 +35,10 @@ __all__ = [
     "load_teacher",
     "train_folds",
 ]
+
+SLIDE_PREDICTIONS_NAME = "predictions-slides.csv"
+"""Of single slides, by a model of cases."""
+SLIDE_TOKENS = 32768
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,8 @@ def train_folds(
                 say=tell,
                 sites=confounded.to_json() if confounded else {},
             )
+            if cohort.slides is not None:
+                _write_slides(out / folder / SLIDE_PREDICTIONS_NAME, results[folder], cohort, device)
             write_model_card(out / folder)
     write_run_card(out)
     return results
@@ -213,6 +223,22 @@ def keep_splits(splits: SplitTable, out: Path) -> None:
         if there.is_file() and any((out / name).is_dir() for name in splits.folds):
             raise ConfigError(f"{there} holds other folds", remedy=f"give --splits {there}, or another --out")
         splits.write(there)
+
+
+def _write_slides(path: Path, result: TrainResult, cohort: Cohort, device: torch.device) -> None:
+    """What a model of joined bags says of each slide alone, which has its case's truth."""
+    assert cohort.slides is not None
+    resident = ResidentStore.of(cohort.slides, device, place="mapped")
+    place = {case: i for i, case in enumerate(cohort.store.slide_ids)}
+    rows = []
+    for case in result.predictions:
+        own = [i for i in cohort.members[place[case.slide_id]].tolist() if resident.lengths[i]]
+        logits = bag_logits(result.model, resident, own, token_budget=SLIDE_TOKENS).tolist()
+        rows += [
+            replace(case, slide_id=cohort.slides.slide_ids[i], logits=tuple(z))
+            for i, z in zip(own, logits, strict=True)
+        ]
+    write_text_atomically(path, predictions_csv(rows, result.card))
 
 
 def load_teacher(path: Path, cohort: Cohort) -> tuple[MILModel, Seen]:
