@@ -19,7 +19,9 @@ class ClassWise(nn.Linear):
     """A linear classifier a class, each on the bag vector of its own class: (B, C * H) -> (B, C)."""
 
     def forward(self, bags: Tensor) -> Tensor:
-        return (bags.unflatten(1, self.weight.shape) * self.weight).sum(2) + self.bias
+        own = bags.reshape(len(bags), *self.weight.shape)
+        logits: Tensor = (own * self.weight).sum(2) + self.bias
+        return logits
 
 
 class ClamMB(MILModel):
