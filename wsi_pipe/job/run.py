@@ -239,7 +239,7 @@ class _Run:
         """Segment and tile; ``work.error`` says where the slide failed. In any thread: nothing is noted."""
         self.progress(work.entry.slide_id, "segment", 1)
         try:
-            into_bag = self.until == "assemble"
+            into_bag = self.until == "assemble" and not self.keep_features
             work.prepared = prepare(work.entry, self.settings, self.paths, work.clock, tile=tile, into_bag=into_bag)
         except OutputError:
             raise
