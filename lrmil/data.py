@@ -29,9 +29,10 @@ class BagBatch(NamedTuple):
     """Whole bags, one after the other; T rows in B bags.
 
     features: (T, D), the store's type. offsets: int64 (B + 1,). segment: int64 (T,), which of the B bags each row is
-    of. labels: int64 (B,) classes, or float32 (B, W) of a target (see
-    ``lrmil.targets``). bag_index: int64 (B,), the bags' places in the store. parent: int64 (T,) or None, each
-    row's parent within its own bag at the store's parent level.
+    of. labels: int64 (B,) classes, or float32 (B, W) of a target (see ``lrmil.targets``). bag_index: int64 (B,), the
+    bags' places in the store. parent: int64 (T,) or None, each row's parent within its own bag at the store's parent
+    level. rows: int64 (T,), which row of its bag in the store each is, where a batch holds some of a bag's rows; None
+    where it holds all, in their order.
     """
 
     features: Tensor
@@ -40,6 +41,7 @@ class BagBatch(NamedTuple):
     labels: Tensor
     bag_index: Tensor
     parent: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)

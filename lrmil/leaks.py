@@ -6,7 +6,7 @@ on, and, for models from before there were records, the splits that lie beside t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +17,16 @@ from lrmil.checkpoint import ModelCard
 from lrmil.errors import LeakageError
 from lrmil.splits import SplitTable, seen_cases
 from lrmil.store import BagRecord
-from wsi_pipe.seen import Seen
+from wsi_pipe.seen import Seen, case_mark
 
-__all__ = ["Judged", "check_encoder", "check_model", "judged_of", "seen_of"]
+__all__ = ["Judged", "check_encoder", "check_model", "check_tuned", "judged_of", "seen_of"]
 
 SHOWN = 5
 WORDS = {
     "train": "trained on",
     "val": "stopped or calibrated by",
     "unlabelled": "distilled from, without labels,",
+    "tuned": "made on",
 }
 
 
@@ -123,6 +124,33 @@ def check_encoder(
             "or take features of an encoder that saw none of these"
         )
         _refuse(f"encoder {encoder}, whose features these {part} slides have,", found, remedy, allow, say or print)
+
+
+def check_tuned(
+    marks: Collection[str],
+    path: Path,
+    judged: Judged,
+    *,
+    allow: bool = False,
+    say: Callable[[str], object] | None = None,
+) -> None:
+    """Raise LeakageError when settings were chosen on cases that a model of them is to be judged on.
+
+    marks: of these cases, as the settings file keeps them. path: of that file.
+    """
+    found = [
+        (slide, "tuned")
+        for slide, case in zip(judged.slide_ids, judged.case_ids, strict=True)
+        if case_mark(case) in marks
+    ]
+    if found:
+        _refuse(
+            f"the choice of the settings {path}",
+            found,
+            "tune them on this fold: lrmil tune --fold",
+            allow,
+            say or print,
+        )
 
 
 def _slides(judged: Judged) -> list[tuple[str, str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lrmil.cli.options import (
+    ABSTAIN,
     CASE_FROM,
     EXISTING,
     MAP,
@@ -36,7 +37,12 @@ PART = click.Choice(["test", "val"])
 @click.command()
 @click.argument("run", required=False, type=EXISTING)
 @click.option("--part", type=PART, default="test", show_default=True, help="Of a run's predictions.")
-@click.option("--model", type=EXISTING, metavar="FILE", help="Instead of a run: this model on other bags.")
+@click.option(
+    "--model",
+    type=EXISTING,
+    metavar="FILE|RUN",
+    help="Instead of a run: this model, or a run's folds together, on other bags.",
+)
 @click.option("--bags", type=EXISTING, metavar="DIR", help="With --model: bags or a store.")
 @click.option("--labels", type=EXISTING, metavar="CSV", help="With --model: labels of the bags.")
 @click.option("--label-column", metavar="NAME", help="With --model.  [label]")
@@ -53,6 +59,7 @@ PART = click.Choice(["test", "val"])
 @click.option("--replicates", type=click.IntRange(10), default=2000, show_default=True, help="Of the bootstrap.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
 @positive_options
+@ABSTAIN
 @seen_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(run: Path | None, as_json: bool, **values: Any) -> int:
@@ -60,6 +67,7 @@ def evaluate(run: Path | None, as_json: bool, **values: Any) -> int:
 
     \b
     lrmil evaluate run
+    lrmil evaluate run --abstain coverage=0.8
     lrmil evaluate --model run/fold_1/model.safetensors --bags other/bags --labels other.csv -o external
     """
     from lrmil.experiment import evaluate_run
@@ -74,6 +82,7 @@ def evaluate(run: Path | None, as_json: bool, **values: Any) -> int:
             at_sensitivity=values["at_sensitivity"],
             replicates=values["replicates"],
             seed=values["seed"],
+            abstain=values["abstain"],
         )
     else:
         result = _evaluate_model(values)
@@ -85,9 +94,9 @@ def evaluate(run: Path | None, as_json: bool, **values: Any) -> int:
 
 
 def _evaluate_model(values: dict[str, Any]) -> Any:
-    from lrmil.checkpoint import read_card
     from lrmil.experiment import evaluate_model, load_cohort
     from lrmil.experiment.cohort import open_features
+    from lrmil.predictor import read_cards
     from lrmil.splits import read_splits
 
     lacking = [f"--{name}" for name in ("bags", "labels", "out") if not values[name]]
@@ -99,7 +108,7 @@ def _evaluate_model(values: dict[str, Any]) -> Any:
         )
     if values["fold"] and not values["splits"]:
         raise ConfigError("--fold needs --splits", remedy="add --splits CSV")
-    card = read_card(values["model"])
+    card = read_cards(values["model"])[0]
     store = open_features(
         values["bags"],
         level=level_of(values["resolution"]) or card.level or None,
@@ -128,6 +137,7 @@ def _evaluate_model(values: dict[str, Any]) -> Any:
         values["model"],
         cohort,
         values["out"],
+        abstain=values["abstain"],
         indices=indices,
         splits=None if splits is None else (splits, fold),
         positive=values["positive"],

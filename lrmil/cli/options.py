@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from lrmil.metrics import Estimate
 
 __all__ = [
+    "ABSTAIN",
     "CASE_FROM",
     "MAP",
     "PATH",
     "SLIDE_TABLE",
     "TARGET",
+    "UNIT",
     "bag_options",
+    "estimate",
     "label_options",
     "level_of",
     "pack_progress",
@@ -33,6 +36,7 @@ __all__ = [
     "print_figures",
     "print_notes",
     "seen_option",
+    "stack",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -61,6 +65,14 @@ SLIDE_TABLE = click.option(
 )
 
 
+ABSTAIN = click.option(
+    "--abstain",
+    metavar="RULE",
+    help="No answer where the model is unsure: accuracy=0.95 or coverage=0.8, reached on its validation slides, or "
+    "threshold=0.9.",
+)
+
+
 TARGET = click.option(
     "--target",
     "targets",
@@ -76,6 +88,12 @@ MAP = click.option(
     metavar="OLD=NEW",
     help="A value of the labels that means another, or nothing (OLD=); repeatable.",
 )
+UNIT = click.option(
+    "--by",
+    "unit",
+    type=click.Choice(["slide", "case"]),
+    help="What is predicted: a slide, or a case, whose slides are then one bag.  [slide]",
+)
 CASE_FROM = click.option(
     "--case-from",
     type=click.Choice(["tcga"]),
@@ -83,7 +101,8 @@ CASE_FROM = click.option(
 )
 
 
-def _stack(function: F, *decorators: Callable[[F], F]) -> F:
+def stack(function: F, *decorators: Callable[[F], F]) -> F:
+    """``function`` under decorators, the first outermost."""
     for decorator in reversed(decorators):
         function = decorator(function)
     return function
@@ -91,7 +110,7 @@ def _stack(function: F, *decorators: Callable[[F], F]) -> F:
 
 def bag_options(function: F) -> F:
     """Which features: --bags, -r and --encoder."""
-    return _stack(
+    return stack(
         function,
         click.option(
             "--bags",
@@ -112,8 +131,8 @@ def bag_options(function: F) -> F:
 
 
 def label_options(function: F) -> F:
-    """Which labels, and of what: --labels, --labels-by, --label-column, --map, --slide-table, --case-from and --by."""
-    return _stack(
+    """Which labels, and of what: --labels, --labels-by, --label-column, --map, --slide-table and --case-from."""
+    return stack(
         function,
         click.option(
             "--labels",
@@ -133,12 +152,6 @@ def label_options(function: F) -> F:
         MAP,
         SLIDE_TABLE,
         CASE_FROM,
-        click.option(
-            "--by",
-            "unit",
-            type=click.Choice(["slide", "case"]),
-            help="What is predicted: a slide, or a case, whose slides are then one bag.  [slide]",
-        ),
     )
 
 
@@ -202,12 +215,12 @@ def _pooled_prevalence(result: RunFigures) -> dict[str, float]:
 def seen_option(function: F) -> F:
     """--allow-seen."""
     text = "Judge on cases that model or encoder have seen all the same; the result says so."
-    return _stack(function, click.option("--allow-seen", is_flag=True, help=text))
+    return stack(function, click.option("--allow-seen", is_flag=True, help=text))
 
 
 def positive_options(function: F) -> F:
     """Which class is looked for, and at which sensitivities: --positive and --at-sensitivity."""
-    return _stack(
+    return stack(
         function,
         click.option("--positive", metavar="CLASS", help="Which of two classes is looked for.  [the second]"),
         click.option(
@@ -257,6 +270,8 @@ def print_figures(result: RunFigures) -> None:
             click.echo(f"{fold.name}: {line}")
     if result.positive is not None:
         click.echo(f"positive class: {result.positive}; choose another with --positive")
+    if any(fold.answered for fold in result.folds):
+        _print_answered(result)
     for fold in result.folds:
         for point in fold.operating:
             shares = {
@@ -276,3 +291,16 @@ def print_figures(result: RunFigures) -> None:
                 reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
             click.echo(f"{fold.name}: {', '.join(names)}: {reason}")
+
+
+def _print_answered(result: RunFigures) -> None:
+    """What abstention comes to: thresholds, coverage, and the figures of all slides beside those answered."""
+    for fold in result.folds:
+        if fold.answered is not None:
+            c = fold.answered.coverage
+            share = f"answered {number(c.value)} ({number(c.low)} to {number(c.high)}) of {fold.slides} slides"
+            click.echo(f"{fold.name}: {fold.answered.abstention}: {share}")
+    whole = result.folds[0].estimates if len(result.folds) == 1 else result.mean
+    if result.answered:
+        rows = [[name, estimate(whole[name]), estimate(result.answered[name])] for name in SHOWN]
+        print_table({"figure": "left", "all slides": "left", "those answered": "left"}, rows)

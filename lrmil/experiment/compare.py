@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from lrmil.checkpoint import read_card
+from lrmil.checkpoint import no_nan, read_card
 from lrmil.errors import FiguresError
 from lrmil.experiment.figures import (
     PREDICTIONS_NAME,
     FoldPredictions,
     fold_folders,
-    no_nan,
     positive_class,
     read_predictions,
 )

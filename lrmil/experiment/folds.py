@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
-from lrmil.checkpoint import ModelCard, load_model, read_card
+from lrmil.checkpoint import MODEL_NAME, ModelCard, load_model, read_card
 from lrmil.config import TrainSettings
 from lrmil.errors import ModelFileError, ModelMismatchError
 from lrmil.experiment.cohort import Cohort
+from lrmil.experiment.guided import Guide
+from lrmil.experiment.model_card import write_model_card, write_run_card
 from lrmil.leaks import check_encoder, check_model, judged_of
 from lrmil.model import MILModel
 from lrmil.splits import SPLITS_NAME, SplitTable, read_splits
@@ -24,9 +26,16 @@ from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.seen import NOBODY, Seen
 
-__all__ = ["SPLITS_NAME", "TeacherSource", "check_store", "train_folds"]
+__all__ = [
+    "SPLITS_NAME",
+    "TeacherSource",
+    "check_folds",
+    "check_store",
+    "keep_splits",
+    "load_teacher",
+    "train_folds",
+]
 
-MODEL_NAME = "model.safetensors"
 SLIDE_PREDICTIONS_NAME = "predictions-slides.csv"
 """Of single slides, by a model of cases."""
 SLIDE_TOKENS = 32768
@@ -108,6 +117,7 @@ def train_folds(
     seeds: Sequence[int] = (),
     teacher: TeacherSource | None = None,
     hr_store: FeatureStore | None = None,
+    guide: Guide | None = None,
     progress: Callable[[str, Mapping[str, float | None]], object] | None = None,
     allow_seen: bool = False,
     say: Callable[[str], object] | None = None,
@@ -115,8 +125,9 @@ def train_folds(
     """Train each fold into ``out/<fold>`` over one resident store; the splits are written beside them.
 
     Every fold starts from fresh weights and, with a teacher, has that fold's own. seeds: train each fold with every
-    one of them, into ``out/<fold>-seed_<seed>``; none is the settings' own seed alone. progress: called with folder
-    name and figures of each epoch. Returns results by folder name.
+    one of them, into ``out/<fold>-seed_<seed>``; none is the settings' own seed alone. guide: train on parts of bags
+    too, see ``lrmil.experiment.guided``. progress: called with folder name and figures of each epoch. Returns results
+    by folder name.
 
     Raises LeakageError before anything is trained where the features' encoder or the teacher saw validation or test
     cases; with allow_seen such an overlap is told to ``say`` and stated in the models' cards. The rest as
@@ -124,33 +135,19 @@ def train_folds(
     """
     names = [splits.fold_name(fold) for fold in folds]
     indices = {name: cohort.fold(splits, name) for name in names}
-    allowed: dict[str, list[str]] = {name: [] for name in names}
-    for name in names:
-        notes = allowed[name]
-        for part in ("val", "test"):
-            judged = judged_of(cohort.store.records, cohort.table.case_ids, getattr(indices[name], part))
-            encoder = cohort.store.meta.encoder or "of these bags"
-            check_encoder(encoder, judged, part=f"{name} {part}", allow=allow_seen, say=notes.append)
-    if teacher is not None:
-        for name in names:
-            teacher.check_leakage(name, splits, cohort, allow=allow_seen, say=allowed[name].append)
-            if hr_store is not None:
-                check_store(read_card(teacher.model_path(name)), hr_store, teacher.model_path(name))
-    for name, notes in allowed.items():
-        for note in notes:
-            (say or (lambda text: None))(f"{name}: {note}")
-    there = out / SPLITS_NAME
-    if not there.is_file() or read_splits(there) != splits:
-        if there.is_file() and any((out / name).is_dir() for name in splits.folds):
-            raise ConfigError(f"{there} holds other folds", remedy=f"give --splits {there}, or another --out")
-        splits.write(there)
+    allowed = check_folds(cohort, splits, names, teacher=teacher, hr_store=hr_store, allow_seen=allow_seen, say=say)
+    keep_splits(splits, out)
+    if guide is not None:
+        if teacher is not None:
+            raise ConfigError("a student is not trained on parts of bags", remedy="leave out --guided-by or --teacher")
+        guide.check(names, splits, cohort, allow=allow_seen, say=say)
     device = choose_device(settings.device)
     resident = ResidentStore.of(cohort.store, device, choose_precision(settings.precision, device))
     hr_resident: ResidentStore | None = None if hr_store is None else ResidentStore.of(hr_store, device)
     results = {}
     confounded = cohort.confounding(splits)
     for name in names:
-        master, saw = (None, NOBODY) if teacher is None else _master(teacher.model_path(name), cohort)
+        master, saw = (None, NOBODY) if teacher is None else load_teacher(teacher.model_path(name), cohort)
         for seed in seeds or (settings.seed,):
             folder = f"{name}-seed_{seed}" if seeds else name
 
@@ -162,10 +159,12 @@ def train_folds(
                 if say is not None:
                     say(f"{folder}: {text}")
 
+            whole = (resident, cohort.table, indices[name])
+            store, table, split = whole if guide is None else guide.extend(whole, name, seed, settings)
             results[folder] = train(
-                resident,
-                cohort.table,
-                indices[name],
+                store,
+                table,
+                split,
                 replace(settings, seed=seed),
                 out / folder,
                 teacher=master,
@@ -179,6 +178,8 @@ def train_folds(
             )
             if cohort.slides is not None:
                 _write_slides(out / folder / SLIDE_PREDICTIONS_NAME, results[folder], cohort, device)
+            write_model_card(out / folder)
+    write_run_card(out)
     return results
 
 
@@ -198,7 +199,49 @@ def _write_slides(path: Path, result: TrainResult, cohort: Cohort, device: torch
     write_text_atomically(path, predictions_csv(rows, result.card))
 
 
-def _master(path: Path, cohort: Cohort) -> tuple[MILModel, Seen]:
+def check_folds(
+    cohort: Cohort,
+    splits: SplitTable,
+    names: Sequence[str],
+    *,
+    teacher: TeacherSource | None = None,
+    hr_store: FeatureStore | None = None,
+    allow_seen: bool = False,
+    say: Callable[[str], object] | None = None,
+) -> dict[str, list[str]]:
+    """What was let pass in each fold, in words, which is told to ``say`` too.
+
+    Raises LeakageError where the encoder of the cohort's store or the fold's teacher saw validation or test cases,
+    unless ``allow_seen``; ModelMismatchError where ``hr_store`` is not what the teacher was trained on.
+    """
+    allowed: dict[str, list[str]] = {name: [] for name in names}
+    for name in names:
+        fold, notes = cohort.fold(splits, name), allowed[name]
+        for part in ("val", "test"):
+            judged = judged_of(cohort.store.records, cohort.table.case_ids, getattr(fold, part))
+            encoder = cohort.store.meta.encoder or "of these bags"
+            check_encoder(encoder, judged, part=f"{name} {part}", allow=allow_seen, say=notes.append)
+    if teacher is not None:
+        for name in names:
+            teacher.check_leakage(name, splits, cohort, allow=allow_seen, say=allowed[name].append)
+            if hr_store is not None:
+                check_store(read_card(teacher.model_path(name)), hr_store, teacher.model_path(name))
+    for name, notes in allowed.items():
+        for note in notes:
+            (say or (lambda text: None))(f"{name}: {note}")
+    return allowed
+
+
+def keep_splits(splits: SplitTable, out: Path) -> None:
+    """Write the splits of a run into its folder. Raises ConfigError where it holds folds of others."""
+    there = out / SPLITS_NAME
+    if not there.is_file() or read_splits(there) != splits:
+        if there.is_file() and any((out / name).is_dir() for name in splits.folds):
+            raise ConfigError(f"{there} holds other folds", remedy=f"give --splits {there}, or another --out")
+        splits.write(there)
+
+
+def load_teacher(path: Path, cohort: Cohort) -> tuple[MILModel, Seen]:
     """A fold's teacher, and whom it saw. Raises ModelMismatchError when it knows other classes."""
     master, card = load_model(path)
     table = cohort.table

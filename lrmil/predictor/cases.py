@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from lrmil.predictor.predict import Predictor, SlidePrediction
+from lrmil.predictor.predict import Answer, Predictor, SlidePrediction
 from lrmil.store.formats import read_features
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.tables import csv_text
@@ -22,12 +20,12 @@ CASE_TABLE_NAME = "predictions-cases.csv"
 
 @dataclass(frozen=True)
 class CasePrediction:
-    """What a model says of a case. slides: that it rests on. outputs: float64 (O,), before calibration. joined: whether
-    the slides were one bag, as in training, or their predictions were averaged."""
+    """What a model says of a case. slides: that it rests on. said: columns of the table, by name. joined: whether the
+    slides were one bag, as in training, or their predictions were averaged."""
 
     case_id: str
     slides: tuple[str, ...]
-    outputs: NDArray[np.float64]
+    said: Mapping[str, object]
     joined: bool
 
 
@@ -35,7 +33,8 @@ def case_predictions(predictor: Predictor, found: Sequence[SlidePrediction]) -> 
     """One prediction a case, in the order of its first slide; slides that failed or are empty are left out.
 
     A model that was trained ``--by case`` sees all tiles of a case together, whose features are read again from the
-    bags; of another the slides' predictions are averaged (``Target.together``). A slide without a case is its own.
+    bags; of another the slides' predictions are averaged (``Target.together``: probabilities, where there are some). A
+    slide without a case is its own.
     """
     members: dict[str, list[SlidePrediction]] = {}
     for slide in found:
@@ -43,36 +42,38 @@ def case_predictions(predictor: Predictor, found: Sequence[SlidePrediction]) -> 
             members.setdefault(slide.case_id or slide.slide_id, []).append(slide)
     joined = predictor.card.training.get("unit") == "case"
     for case, slides in members.items():
-        outputs = np.array([slide.logits for slide in slides], np.float64)
-        if joined and len(slides) > 1:
-            own = _together(predictor, slides)
+        one = len(slides) == 1
+        answer = _together(predictor, slides) if joined and not one else None
+        if predictor.card.target_state:
+            target = predictor.card.target
+            outputs = np.array([slide.logits for slide in slides], np.float64)
+            own = answer.logits if answer else outputs[0] if one else target.together(outputs)
+            said: dict[str, object] = {name: values[0] for name, values in target.said(own[None]).items()}
         else:
-            own = outputs[0] if len(slides) == 1 else predictor.card.target.together(outputs)
-        yield CasePrediction(case, tuple(slide.slide_id for slide in slides), own, joined)
+            classes = predictor.card.classes
+            each = np.array([[slide.probabilities[name] for name in classes] for slide in slides])
+            p = answer.probabilities if answer else each.mean(axis=0)
+            said = {"predicted": classes[int(p.argmax())]}
+            said |= {f"probability_{name}": float(value) for name, value in zip(classes, p, strict=True)}
+        yield CasePrediction(case, tuple(slide.slide_id for slide in slides), said, joined)
 
 
-@torch.inference_mode()
-def _together(predictor: Predictor, slides: Sequence[SlidePrediction]) -> NDArray[np.float64]:
-    parts = [torch.from_numpy(read_features(slide.bag)) for slide in slides if slide.bag is not None]
-    features = torch.cat(parts).to(predictor.device)
-    offsets = torch.tensor([0, len(features)], dtype=torch.int64, device=predictor.device)
-    return np.asarray(predictor.model(features, offsets).logits[0].double().cpu().numpy())
+def _together(predictor: Predictor, slides: Sequence[SlidePrediction]) -> Answer:
+    return predictor.answer(np.concatenate([read_features(slide.bag) for slide in slides if slide.bag is not None]))
 
 
-def case_table(cases: Sequence[CasePrediction], predictor: Predictor) -> str:
+def case_table(cases: Sequence[CasePrediction]) -> str:
     """The predictions of cases as CSV text, one row a case."""
-    target = predictor.card.target
-    outputs = np.array([case.outputs for case in cases], np.float64).reshape(len(cases), len(target.outputs))
-    said = target.said(outputs)
+    columns = list(dict.fromkeys(name for case in cases for name in case.said))
     rows = [
-        [case.case_id, len(case.slides), "joined" if case.joined else "averaged", *_row(said, k)]
-        for k, case in enumerate(cases)
+        [case.case_id, len(case.slides), "joined" if case.joined else "averaged", *map(_cell, case.said.values())]
+        for case in cases
     ]
-    return csv_text(["case_id", "slides", "how", *said], rows)
+    return csv_text(["case_id", "slides", "how", *columns], rows)
 
 
-def _row(said: dict[str, list[object]], k: int) -> list[object]:
-    return [f"{v[k]:.6g}" if isinstance(v[k], float) else v[k] for v in said.values()]
+def _cell(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def write_case_predictions(out: Path, found: Sequence[SlidePrediction], predictor: Predictor) -> int:
@@ -81,5 +82,5 @@ def write_case_predictions(out: Path, found: Sequence[SlidePrediction], predicto
     cases = list(case_predictions(predictor, found))
     if all(len(case.slides) == 1 for case in cases):
         return 0
-    write_text_atomically(out / CASE_TABLE_NAME, case_table(cases, predictor))
+    write_text_atomically(out / CASE_TABLE_NAME, case_table(cases))
     return len(cases)

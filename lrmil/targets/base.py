@@ -191,6 +191,20 @@ class Target(ABC):
 
     # What is settled once the model is fitted
 
+    def linear_held_out(
+        self, values: Array, truth: NDArray[Any], folds: NDArray[np.int64], penalties: Sequence[float]
+    ) -> Array:
+        """Outputs (P, N, O) of linear models that did not see the row: one path of penalties for each of the folds.
+
+        values: (N, R). folds: (N,), from 0, which part each row is in.
+        """
+        found = np.empty((len(penalties), len(truth), len(self.outputs)))
+        for fold in range(int(folds.max()) + 1):
+            out = folds == fold
+            for i, (weight, bias) in enumerate(self.linear_path(values[~out], truth[~out], penalties)):
+                found[i, out] = values[out] @ weight.T + bias
+        return found
+
     def settled(self, outputs: Array, truth: NDArray[Any]) -> Self:
         """With what the training bags' outputs give, such as the cut between risk groups."""
         return self

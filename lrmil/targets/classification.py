@@ -21,6 +21,7 @@ from lrmil.metrics.intervals import Estimate
 from lrmil.targets.base import Columns, Fold, Target
 from lrmil.targets.cells import levels_of
 from lrmil.targets.logistic import log_losses, logistic_path
+from lrmil.targets.newton import MOST_NUMBERS, newton_paths
 
 __all__ = ["Classification", "class_weights"]
 
@@ -122,6 +123,23 @@ class Classification(Target):
         known = labels >= 0
         weights = np.asarray(self.weights or (1.0,) * len(self.classes))[labels[known]]
         return logistic_path(values[known], labels[known], weights, len(self.classes), penalties)
+
+    def linear_held_out(
+        self, values: Array, truth: NDArray[Any], folds: NDArray[np.int64], penalties: Sequence[float]
+    ) -> Array:
+        labels = _labels(truth)
+        if len(self.classes) != 2 or values.shape[1] > MOST_NUMBERS or (labels < 0).any():
+            return super().linear_held_out(values, truth, folds, penalties)
+        # Two classes and few numbers: the folds are fitted together.
+        weights = np.asarray(self.weights or (1.0, 1.0))[labels]
+        kept = folds != np.arange(int(folds.max()) + 1)[:, None]
+        rows = np.arange(len(labels))
+        return np.stack(
+            [
+                (values[None] @ weight.transpose(0, 2, 1) + bias[:, None])[folds, rows]
+                for weight, bias in newton_paths(values, labels, weights, kept, penalties)
+            ]
+        )
 
     def calibrated(self, outputs: Array, truth: NDArray[Any], cases: Sequence[str]) -> Self:
         labels = _labels(truth)

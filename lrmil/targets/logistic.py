@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrmil.metrics.figures import Array
+from lrmil.targets.newton import MOST_NUMBERS, newton_paths
 
 __all__ = ["log_losses", "logistic_path"]
 
@@ -27,9 +28,12 @@ def logistic_path(
     Minimises the weighted mean of the negative log-likelihood + penalty / 2 * |weights|^2; the biases are free. Each
     begins where the one before ended.
     """
+    width = values.shape[1]
+    if classes == 2 and width <= MOST_NUMBERS:
+        everything = np.ones((1, len(labels)), bool)
+        return [(weight[0], bias[0]) for weight, bias in newton_paths(values, labels, weights, everything, penalties)]
     from scipy.optimize import minimize
 
-    width = values.shape[1]
     truth = np.eye(classes)[labels]
     share = (weights / weights.sum())[:, None]
 

@@ -52,7 +52,9 @@ def fit_model(run: Run, step: Step, cases: Sequence[str], *, taught: bool = Fals
     own = [cases[i] for i in train.tolist()]
     # A linear model and inner folds see the features as stored, whatever type the loop computes in.
     exact = ResidentStore.of(run.store.store, run.store.device, place="mapped")
-    small = run.settings.small_cohorts == "auto" and not taught and is_small(exact, train, own)
+    # Networks of small cohorts are trained together through their projections.
+    small = run.settings.small_cohorts == "auto" and run.settings.model.projection and not taught
+    small = small and is_small(exact, train, own)
     if name == "linear":
         return _fitted(_linear(run, exact, own))
     if name in SMALL_MODELS and small:

@@ -161,12 +161,7 @@ def _choose_penalty(
     values: Array, truth: NDArray[Any], target: Target, folds: NDArray[np.int64]
 ) -> tuple[float, Array, float]:
     """The penalty of the least held-out loss, the held-out outputs (N, O) at it, and that loss."""
-    held_out = np.empty((len(PENALTIES), len(truth), len(target.outputs)))
-    for fold in range(int(folds.max()) + 1):
-        out = folds == fold
-        fits = target.linear_path(values[~out], truth[~out], PENALTIES)
-        for i, (weight, bias) in enumerate(fits):
-            held_out[i, out] = values[out] @ weight.T + bias
+    held_out = target.linear_held_out(values, truth, folds, PENALTIES)
     losses = [float(target.row_losses(outputs, truth).mean()) for outputs in held_out]
     best = int(np.argmin(losses))
     return PENALTIES[best], held_out[best], losses[best]

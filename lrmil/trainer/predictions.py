@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,22 @@ def truth_of(rows: Sequence[Prediction], target: Target) -> NDArray[Any]:
     return np.empty((0, len(target.truth_names)))
 
 
-def write_predictions(out: Path, predictions: Sequence[Prediction], card: ModelCard) -> None:
+def write_predictions(
+    out: Path,
+    predictions: Sequence[Prediction],
+    card: ModelCard,
+    calibrated: NDArray[np.float64] | None = None,
+) -> None:
     """Write ``predictions.csv``, ``predictions-cases.csv`` where a case has several slides, and ``target.json`` where
-    the target is no plain class. Raises OutputError when one cannot be written."""
-    write_text_atomically(out / PREDICTIONS_NAME, predictions_csv(predictions, card))
-    by_case = case_predictions_csv(predictions, card)
+    the target is no plain class. calibrated: as of ``predictions_csv``. Raises OutputError when one cannot be written.
+    """
+    write_text_atomically(out / PREDICTIONS_NAME, predictions_csv(predictions, card, calibrated))
+    if calibrated is None:
+        by_case = case_predictions_csv(predictions, card.target)
+    else:
+        logs = np.log(np.maximum(calibrated, 1e-300)).tolist()
+        rows = [replace(p, logits=tuple(own)) for p, own in zip(predictions, logs, strict=True)]
+        by_case = case_predictions_csv(rows, Classification(classes=card.classes))
     if by_case is not None:
         write_text_atomically(out / CASE_PREDICTIONS_NAME, by_case)
     if card.target_state:
@@ -70,24 +81,28 @@ def write_predictions(out: Path, predictions: Sequence[Prediction], card: ModelC
         write_text_atomically(out / TARGET_NAME, text + "\n")
 
 
-def predictions_csv(predictions: Sequence[Prediction], card: ModelCard) -> str:
+def predictions_csv(
+    predictions: Sequence[Prediction], card: ModelCard, calibrated: NDArray[np.float64] | None = None
+) -> str:
     """The table of predictions: ids, part, truth, outputs, and what the target says of them (of a class: label, logits
-    and calibrated probabilities)."""
+    and calibrated probabilities).
+
+    calibrated: (N, C) probabilities of classes, where they do not follow from the card, as those of an ensemble.
+    """
     target = card.target
     outputs = np.array([p.logits for p in predictions], np.float64).reshape(len(predictions), len(card.classes))
     ids: list[list[object]] = [[p.slide_id, p.case_id, p.part] for p in predictions]
     truth = truth_of(predictions, target)
-    return _table(["slide_id", "case_id", "part"], ids, target, truth, outputs)
+    return _table(["slide_id", "case_id", "part"], ids, target, truth, outputs, calibrated)
 
 
-def case_predictions_csv(predictions: Sequence[Prediction], card: ModelCard) -> str | None:
+def case_predictions_csv(predictions: Sequence[Prediction], target: Target) -> str | None:
     """The table of cases, whose predictions are the mean of those of their slides; None where each has but one.
 
     A case whose slides are labelled differently has no label here.
     """
     if len({p.case_id for p in predictions}) == len(predictions):
         return None
-    target = card.target
     found: list[tuple[list[object], NDArray[Any], NDArray[np.float64]]] = []
     for part in dict.fromkeys(p.part for p in predictions):
         rows = [p for p in predictions if p.part == part]
@@ -102,9 +117,16 @@ def case_predictions_csv(predictions: Sequence[Prediction], card: ModelCard) -> 
 
 
 def _table(
-    head: Sequence[str], ids: Sequence[list[object]], target: Target, truth: NDArray[Any], outputs: NDArray[np.float64]
+    head: Sequence[str],
+    ids: Sequence[list[object]],
+    target: Target,
+    truth: NDArray[Any],
+    outputs: NDArray[np.float64],
+    calibrated: NDArray[np.float64] | None = None,
 ) -> str:
     said = target.said(outputs)
+    if calibrated is not None:
+        said |= {f"probability_{name}": calibrated[:, c].tolist() for c, name in enumerate(target.outputs)}
     plain = isinstance(target, Classification) and not target.name
     if plain:
         # The class that is called is the most probable one; a column of its own would say nothing new.

@@ -31,6 +31,8 @@ __all__ = ["Recipe", "Trained", "train_replicas"]
 
 STACK_NUMBERS = 1 << 23
 """Projected numbers of all networks together in one step, which bounds its memory."""
+KEPT_NUMBERS = 1 << 24
+"""Numbers of standardised features that are kept, 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def train_replicas(
     decayed = [stack[n] for n in names if not n.endswith("bias")]
     plain = [stack[n] for n in names if n.endswith("bias")]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    bags_of = _Bags(store, train, moments)
     optimizer = AdamW(groups, recipe.learning_rate)
     # A network does not know the truth of the bags that it leaves out.
     seen = torch.from_numpy(~left_out).to(device)
@@ -103,11 +106,11 @@ def train_replicas(
         total = 0.0
         for chosen in plan:
             bags = torch.from_numpy(place[chosen]).to(device)
-            logits = _forward(stack, *_batch(store, chosen, moments), settings, training=True)
+            logits = _forward(stack, *bags_of(chosen), settings, training=True)
             if target.relative:
                 # Bags are compared with all others, those of other steps as they were seen last.
                 if whole is None:
-                    whole = torch.cat(list(_look(stack, store, train, moments, settings, rows)), 1)
+                    whole = torch.cat(list(_look(stack, store, train, bags_of, settings, rows)), 1)
                 asked, wanted = whole.index_copy(1, bags, logits), own
                 whole = asked.detach()
             else:
@@ -123,7 +126,7 @@ def train_replicas(
         if epoch % recipe.look_every and epoch != recipe.epochs:
             continue
         looks.append(epoch)
-        logits = torch.cat(list(_look(stack, store, train, moments, settings, rows)), 1).double().cpu()
+        logits = torch.cat(list(_look(stack, store, train, bags_of, settings, rows)), 1).double().cpu()
         outputs = target.centred(logits.numpy(), ~left_out)
         found.append(np.where(left_out[:, :, None], outputs, np.nan))
         stacks.append({name: value.detach().cpu().clone() for name, value in stack.items()})
@@ -163,11 +166,35 @@ def _initial(settings: ModelSettings, count: int, device: torch.device) -> dict[
     return {name: value.to(device).requires_grad_() for name, value in stack.items()}
 
 
-def _batch(
-    store: ResidentStore, chosen: NDArray[np.int64], moments: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, int]:
-    rows = store.gather(chosen)
-    return (rows.features.float() - moments[0]) * moments[1], rows.segment, len(chosen)
+class _Bags:
+    """Standardised features of some bags: kept where they are few, since each is asked for in every epoch.
+
+    moments: shift and scale (D,). Called with bags of ``train`` it gives features (T, D), segment (T,) and their count.
+    """
+
+    def __init__(self, store: ResidentStore, train: NDArray[np.int64], moments: tuple[Tensor, Tensor]) -> None:
+        self._store, self._moments = store, moments
+        self._kept: Tensor | None = None
+        lengths = store.lengths[train]
+        if int(lengths.sum()) * store.dim <= KEPT_NUMBERS:
+            self._kept = self._scaled(store.gather(train).features)
+        self._starts = np.zeros(len(store), np.int64)
+        self._starts[train] = np.cumsum(lengths) - lengths
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        return (features.float() - self._moments[0]) * self._moments[1]
+
+    def __call__(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor, int]:
+        if self._kept is None:
+            rows = self._store.gather(chosen)
+            return self._scaled(rows.features), rows.segment, len(chosen)
+        lengths = self._store.lengths[chosen]
+        segment = np.repeat(np.arange(len(chosen)), lengths)
+        # Each row's place: where its bag begins, and how far it is into the bag.
+        first = self._starts[chosen] - (np.cumsum(lengths) - lengths)
+        place = np.arange(len(segment)) + first[segment]
+        device = self._kept.device
+        return self._kept[torch.from_numpy(place).to(device)], torch.from_numpy(segment).to(device), len(chosen)
 
 
 def _forward(
@@ -203,12 +230,12 @@ def _look(
     stack: dict[str, Tensor],
     store: ResidentStore,
     train: NDArray[np.int64],
-    moments: tuple[Tensor, Tensor],
+    bags_of: _Bags,
     settings: ModelSettings,
     rows: int,
 ) -> Iterator[Tensor]:
     for chosen in plan_batches(store.lengths, train, token_budget=rows, shuffle_seed=None):
-        yield _forward(stack, *_batch(store, chosen, moments), settings, training=False)
+        yield _forward(stack, *bags_of(chosen), settings, training=False)
 
 
 def _clip(stack: dict[str, Tensor], largest: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,33 +15,41 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-import lrmil
-from lrmil.checkpoint import MODEL_KIND, ModelCard, read_card, read_tensors, save_model
-from lrmil.config import ATTENTION_MODELS, MODELS, TrainSettings
+from lrmil.checkpoint import MODEL_KIND, MODEL_NAME, ModelCard, read_card, read_tensors, save_model
+from lrmil.config import ATTENTION_MODELS, MODELS, TrainSettings, deciding
 from lrmil.data import LabelTable
 from lrmil.errors import ModelFileError, ResumeError, SettingsError, SplitError, TrainingError
 from lrmil.leaks import seen_of
 from lrmil.model import MILModel
+from lrmil.ood import Reference
 from lrmil.splits import FoldIndices
 from lrmil.store import FeatureStore, ResidentStore
 from lrmil.targets import Classification, Target, TargetTable
 from lrmil.trainer.compute import bag_logits, choose_device, choose_precision, deterministic, place
-from lrmil.trainer.fitting import Fitted, fit_model
+from lrmil.trainer.fitting import fit_model
 from lrmil.trainer.loop import HISTORY_NAME, STATE_NAME, EpochFigures, Run, write_history
-from lrmil.trainer.predictions import PREDICTIONS_NAME, Prediction, truth_of, write_predictions
-from lrmil.trainer.state import STATE_KIND, check_state, comparable, run_fingerprint
+from lrmil.trainer.outcome import model_card, weights_hash
+from lrmil.trainer.predictions import PREDICTIONS_NAME, Prediction, predictions_csv, truth_of, write_predictions
+from lrmil.trainer.record import with_record
+from lrmil.trainer.state import STATE_KIND, check_state, run_fingerprint
 from lrmil.trainer.steps import Step, WholeStep, target_step, taught_step
 from lrmil.trainer.targets import TeacherTargets, teacher_targets
-from wsi_pipe.config import dump_toml, to_mapping
-from wsi_pipe.encoders.random_id import RANDOM, is_random
+from wsi_pipe.config import dump_toml
 from wsi_pipe.files import remove_partial_files, write_text_atomically
 from wsi_pipe.locking import hold_file
 from wsi_pipe.ownership import claim_folder
 from wsi_pipe.seen import NOBODY, Seen
 
-__all__ = ["MODEL_NAME", "PREDICTIONS_NAME", "Prediction", "TrainResult", "train"]
+__all__ = [
+    "MODEL_NAME",
+    "PREDICTIONS_NAME",
+    "Prediction",
+    "TrainResult",
+    "hold_run",
+    "predictions_csv",
+    "train",
+]
 
-MODEL_NAME = "model.safetensors"
 MARKER = ".lrmil-run"
 LOCK_NAME = ".lock"
 
@@ -53,6 +60,7 @@ class TrainResult:
 
     model: with the weights of the best epoch, in evaluation mode. card: what its file says. history: figures of every
     epoch. best_epoch: from 1. predictions: of validation and test bags. model_path: None without an output folder.
+    reference: the training tiles, by which new slides are told from them; None without an output folder.
     """
 
     model: MILModel
@@ -61,6 +69,7 @@ class TrainResult:
     best_epoch: int
     predictions: tuple[Prediction, ...]
     model_path: Path | None = None
+    reference: Reference | None = None
 
 
 def train(
@@ -116,7 +125,7 @@ def train(
         hashes = {"features": resident.store.content_hash}
         if teacher is not None and hr_store is not None:
             hr = hr_store.store if isinstance(hr_store, ResidentStore) else hr_store
-            hashes |= {"teacher": _weights_hash(teacher), "hr_features": hr.content_hash}
+            hashes |= {"teacher": weights_hash(teacher), "hr_features": hr.content_hash}
         fingerprint = run_fingerprint(settings, split, torch.from_numpy(asked.fingerprinted), names, hashes)
     with nullcontext() if out is None else hold_run(out):
         if out is not None:
@@ -173,12 +182,9 @@ def _check_resumable(
         card = read_card(out / MODEL_NAME)
     except ModelFileError as error:
         raise ResumeError(error.message, remedy=remedy) from error
-    unused = comparable(TrainSettings()).keys() ^ to_mapping(TrainSettings()).keys()
     same = {**card.training, "device": "", "save_every": 0, "tensorboard": False}
-    wanted = {**to_mapping(replace(settings, device="", save_every=0, tensorboard=False))}
-    # A model of a version that did not have these settings is of their defaults.
-    same = {**{name: to_mapping(TrainSettings())[name] for name in unused}, **same}
-    if json.dumps(same, sort_keys=True) != json.dumps(wanted, sort_keys=True) or (
+    wanted = deciding(replace(settings, device="", save_every=0, tensorboard=False))
+    if json.dumps(deciding(same), sort_keys=True) != json.dumps(wanted, sort_keys=True) or (
         card.features_sha256 and card.features_sha256 != hashes.get("features")
     ):
         raise ResumeError(f"{out / MODEL_NAME} is a model of other settings or features", remedy=remedy)
@@ -216,15 +222,26 @@ def _train(
     if say is not None and fitted.choice:
         say(str(fitted.choice["said"]))
     seen = seen_of(resident.store.records, asked.cases, {"train": split.train, "val": split.val}) | teacher_saw
-    card = _card(settings, fitted, target, resident.store, predictions, fold, hashes, teacher)
-    card = replace(card, seen=seen, allowed=tuple(allowed), sites=sites)
-    result = TrainResult(fitted.model, card, fitted.history, fitted.best_epoch, predictions)
+    card = model_card(settings, fitted.model.settings, target, resident.store.meta, predictions)
+    card = replace(
+        card,
+        choice=fitted.choice,
+        fold=fold,
+        features_sha256=hashes.get("features", ""),
+        teacher={} if teacher is None else {"model": teacher.settings.name, "sha256": hashes.get("teacher", "")},
+        seen=seen,
+        allowed=tuple(allowed),
+        sites=sites,
+    )
+    val = np.array([p.logits for p in predictions if p.part == "val"]).reshape(-1, len(target.outputs))
+    card, reference = with_record(card, resident, split, asked.strata, asked.cases, val, keep_tiles=out is not None)
+    result = TrainResult(fitted.model, card, fitted.history, fitted.best_epoch, predictions, reference=reference)
     if out is None:
         return result
     write_predictions(out, predictions, card)
     if fitted.history:
         write_history(out / HISTORY_NAME, fitted.history)
-    save_model(out / MODEL_NAME, fitted.model, card)
+    save_model(out / MODEL_NAME, fitted.model, card, reference)
     return replace(result, model_path=out / MODEL_NAME)
 
 
@@ -333,7 +350,13 @@ def _step(
             hr_store if isinstance(hr_store, ResidentStore) else ResidentStore.of(hr_store, store.device, place=where)
         )
         targets = teacher_targets(
-            teacher, hr_resident, store, split.train, attention=attention, token_budget=settings.token_budget
+            teacher,
+            hr_resident,
+            store,
+            split.train,
+            attention=attention,
+            token_budget=settings.token_budget,
+            parents=settings.loss.parents,
         )
     return taught_step(target, settings.loss, targets)
 
@@ -361,54 +384,3 @@ def _predict(model: MILModel, run: Run, asked: _Labels, target: Target) -> tuple
     val = [p for p in found if p.part == "val"]
     outputs = np.array([p.logits for p in val], np.float64).reshape(len(val), len(target.outputs))
     return target.calibrated(outputs, truth_of(val, target), [p.case_id for p in val]), tuple(found)
-
-
-def _card(
-    settings: TrainSettings,
-    fitted: Fitted,
-    target: Target,
-    store: FeatureStore,
-    predictions: Sequence[Prediction],
-    fold: str | None,
-    hashes: Mapping[str, str],
-    teacher: MILModel | None,
-) -> ModelCard:
-    metrics: dict[str, float] = {}
-    for part in ("val", "test"):
-        rows = [p for p in predictions if p.part == part]
-        if rows:
-            outputs = np.array([p.logits for p in rows], np.float64)
-            found = target.figures(truth_of(rows, target), outputs)
-            metrics |= {f"{part}_{name}": value for name, value in found.items()}
-    meta = store.meta
-    plain = isinstance(target, Classification) and not target.name
-    return ModelCard(
-        fitted.model.settings,
-        target.outputs,
-        encoder=meta.encoder,
-        weights_sha256=meta.weights_sha256,
-        weights=RANDOM if is_random(meta.encoder, meta.weights_sha256) else "",
-        level=meta.level,
-        mpp=meta.mpp,
-        tile_px=meta.tile_px,
-        temperature=target.temperature if isinstance(target, Classification) else 1.0,
-        bias=target.bias if isinstance(target, Classification) else (),
-        calibration=target.calibration,
-        training=to_mapping(settings),
-        choice=fitted.choice,
-        metrics=metrics,
-        fold=fold,
-        features_sha256=hashes.get("features", ""),
-        teacher={} if teacher is None else {"model": teacher.settings.name, "sha256": hashes.get("teacher", "")},
-        lrmil_version=lrmil.__version__,
-        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        target_state={} if plain else target.to_json(),
-    )
-
-
-def _weights_hash(model: MILModel) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -96,5 +96,5 @@ def test_every_figure_can_be_monitored() -> None:
 
 def test_shares_of_the_second_loss() -> None:
     shares = {name: ModelSettings(name=name).second_loss_share for name in MODELS}
-    assert shares == {**dict.fromkeys(MODELS, 0.0), "clam-sb": 0.3, "dsmil": 0.5}
+    assert shares == {**dict.fromkeys(MODELS, 0.0), "clam-sb": 0.3, "clam-mb": 0.3, "dsmil": 0.5, "dtfd": 0.5}
     assert ModelSettings(name="dsmil", auxiliary_weight=0.0).second_loss_share == 0

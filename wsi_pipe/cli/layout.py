@@ -104,7 +104,7 @@ def sections(
 
 def record(option: click.Option, layout: Layout, ctx: click.Context) -> tuple[str, str]:
     """Spellings with what stands for the value, and help with default and bounds in brackets."""
-    names = [name for name in option.opts if name not in layout.spellings]
+    names = [name for name in option.opts if name not in layout.spellings] or list(option.opts)
     # Short ones first.
     shown = ", ".join(sorted(names, key=lambda name: name.startswith("--")))
     one_of = ""
