@@ -82,8 +82,8 @@ def predict(**values: Any) -> int:
     from lrmil.cascade.card import is_cascade
     from lrmil.cli.cascade import predict_with_cascade
     from lrmil.experiment.slide_files import write_slide_files
-    from lrmil.predictor import load_predictor, write_predictions
-    from lrmil.predictor.cases import CASE_TABLE_NAME, write_case_predictions
+    from lrmil.predictor import load_predictor, write_case_predictions, write_predictions
+    from lrmil.predictor.cases import CASE_TABLE_NAME
 
     if bool(values["bags"]) == bool(values["sources"] or values["manifest"]):
         raise click.UsageError("give SLIDES, or --bags, and not both")

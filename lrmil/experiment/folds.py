@@ -183,6 +183,22 @@ def train_folds(
     return results
 
 
+def _write_slides(path: Path, result: TrainResult, cohort: Cohort, device: torch.device) -> None:
+    """What a model of joined bags says of each slide alone, which has its case's truth."""
+    assert cohort.slides is not None
+    resident = ResidentStore.of(cohort.slides, device, place="mapped")
+    place = {case: i for i, case in enumerate(cohort.store.slide_ids)}
+    rows = []
+    for case in result.predictions:
+        own = [i for i in cohort.members[place[case.slide_id]].tolist() if resident.lengths[i]]
+        logits = bag_logits(result.model, resident, own, token_budget=SLIDE_TOKENS).tolist()
+        rows += [
+            replace(case, slide_id=cohort.slides.slide_ids[i], logits=tuple(z))
+            for i, z in zip(own, logits, strict=True)
+        ]
+    write_text_atomically(path, predictions_csv(rows, result.card))
+
+
 def check_folds(
     cohort: Cohort,
     splits: SplitTable,
@@ -223,22 +239,6 @@ def keep_splits(splits: SplitTable, out: Path) -> None:
         if there.is_file() and any((out / name).is_dir() for name in splits.folds):
             raise ConfigError(f"{there} holds other folds", remedy=f"give --splits {there}, or another --out")
         splits.write(there)
-
-
-def _write_slides(path: Path, result: TrainResult, cohort: Cohort, device: torch.device) -> None:
-    """What a model of joined bags says of each slide alone, which has its case's truth."""
-    assert cohort.slides is not None
-    resident = ResidentStore.of(cohort.slides, device, place="mapped")
-    place = {case: i for i, case in enumerate(cohort.store.slide_ids)}
-    rows = []
-    for case in result.predictions:
-        own = [i for i in cohort.members[place[case.slide_id]].tolist() if resident.lengths[i]]
-        logits = bag_logits(result.model, resident, own, token_budget=SLIDE_TOKENS).tolist()
-        rows += [
-            replace(case, slide_id=cohort.slides.slide_ids[i], logits=tuple(z))
-            for i, z in zip(own, logits, strict=True)
-        ]
-    write_text_atomically(path, predictions_csv(rows, result.card))
 
 
 def load_teacher(path: Path, cohort: Cohort) -> tuple[MILModel, Seen]:
