@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from lrmil.checkpoint import MODEL_NAME, ModelCard, load_model, read_card
-from lrmil.config import TrainSettings
-from lrmil.errors import ModelFileError, ModelMismatchError
+from lrmil.config import ATTENTION_MODELS, LossSettings, TrainSettings
+from lrmil.errors import ModelFileError, ModelMismatchError, SettingsError
 from lrmil.experiment.cohort import Cohort
 from lrmil.experiment.guided import Guide
 from lrmil.experiment.model_card import write_model_card, write_run_card
@@ -31,6 +31,7 @@ __all__ = [
     "TeacherSource",
     "check_folds",
     "check_store",
+    "check_teachers",
     "keep_splits",
     "load_teacher",
     "train_folds",
@@ -129,12 +130,14 @@ def train_folds(
     too, see ``lrmil.experiment.guided``. progress: called with folder name and figures of each epoch. Returns results
     by folder name.
 
-    Raises LeakageError before anything is trained where the features' encoder or the teacher saw validation or test
+    Raises SettingsError where a teacher has no attention to learn from, and
+    LeakageError before anything is trained where the features' encoder or the teacher saw validation or test
     cases; with allow_seen such an overlap is told to ``say`` and stated in the models' cards. The rest as
     ``lrmil.trainer.train`` does.
     """
     names = [splits.fold_name(fold) for fold in folds]
     indices = {name: cohort.fold(splits, name) for name in names}
+    check_teachers(teacher, names, settings.loss)
     allowed = check_folds(cohort, splits, names, teacher=teacher, hr_store=hr_store, allow_seen=allow_seen, say=say)
     keep_splits(splits, out)
     if guide is not None:
@@ -230,6 +233,27 @@ def check_folds(
         for note in notes:
             (say or (lambda text: None))(f"{name}: {note}")
     return allowed
+
+
+def check_teachers(teacher: TeacherSource | None, names: Sequence[str], loss: LossSettings) -> None:
+    """Raise SettingsError where a fold's teacher has no attention, but its attention is to be learned.
+
+    A linear model's mean over tiles is no attention: taken for one, it would teach that every tile matters alike.
+    """
+    if teacher is None or not (loss.soft > 0 or loss.hard > 0):
+        return
+    for name in names:
+        path = teacher.model_path(name)
+        card = read_card(path)
+        if card.model.name in ATTENTION_MODELS:
+            continue
+        asked = card.training.get("model", {}).get("name")
+        chosen = ", which auto chose for this fold" if asked == "auto" else ""
+        raise SettingsError(
+            f"the teacher {path} is a {card.model.name} model{chosen}, and has no attention to learn from",
+            remedy="train it with --model gated-abmil in a folder of its own, or learn from its probabilities alone: "
+            "--l-soft 0 --l-hard 0",
+        )
 
 
 def keep_splits(splits: SplitTable, out: Path) -> None:
