@@ -78,6 +78,7 @@ def test_tiles_below_the_most_attended_are_chosen() -> None:
 
 
 def test_parts_of_training_bags_are_trained_on_and_nobody_is_judged_on_them(runs: Path) -> None:
+    assert json.loads((runs / "hr" / "guided.json").read_text())["budget"] == 0.5
     whole = FeatureStore.open(runs / "hr" / "store")
     assert len(whole) == CASES
     for fold in ("fold_1", "fold_2"):
