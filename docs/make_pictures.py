@@ -1,4 +1,7 @@
-"""Draw the pictures of docs/tissue.md, annotations.md, synthetic.md and lrmil.md: ``python docs/make_pictures.py``."""
+"""Draw the pictures of docs/tissue.md, annotations.md, synthetic.md, lrmil.md and targets.md.
+
+``python docs/make_pictures.py`` draws them all.
+"""
 
 from __future__ import annotations
 
@@ -104,8 +107,30 @@ def settings_picture() -> None:
     figure.savefig(OUT / "lrmil-settings.png", dpi=110)
 
 
+def target_pictures() -> None:
+    """A survival time and a number of 120 made-up cases, of which a model knows something, as runs draw them."""
+    from lrmil.targets import Fold
+    from lrmil.targets.cox import Cox
+    from lrmil.targets.regression import Regression
+
+    rng = np.random.default_rng(3)
+    cases = tuple(f"case {i}" for i in range(120))
+    known = rng.normal(size=120)
+    true, lost = rng.exponential(40 * np.exp(-0.9 * known)), rng.uniform(12, 90, size=120)
+    truth = np.stack([np.minimum(true, lost), true <= lost], axis=1).astype(float)
+    outputs = (known + 0.5 * rng.normal(size=120))[:, None]
+    cox = Cox("os").fitted(truth[:60]).settled(outputs[:60], truth[:60])
+    age = 62 + 9 * known[:, None] + 4 * rng.normal(size=(120, 1))
+    regression = Regression("age").fitted(age[:60])
+    cox.draw(OUT, "", Fold(cox, truth[60:], outputs[60:], cases[60:]))
+    regression.draw(OUT, "", Fold(regression, age[60:], 0.7 * outputs[60:], cases[60:]))
+    for name in ("os-survival", "age-agreement"):
+        (OUT / f"{name}.png").replace(OUT / f"targets-{name}.png")
+
+
 if __name__ == "__main__":
     slide_pictures()
     annotation_picture()
     signal_picture()
     settings_picture()
+    target_pictures()

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lrmil.api.finetuning import finetune
     from lrmil.api.model import Model, load
     from lrmil.api.training import evaluate, train
     from lrmil.config import TrainSettings
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "distill",
     "evaluate",
+    "finetune",
     "load",
     "make_splits",
     "read_splits",
@@ -37,6 +39,7 @@ _PLACES = {
     "SlidePrediction": "lrmil.predictor",
     "TrainSettings": "lrmil.config",
     "evaluate": "lrmil.api.training",
+    "finetune": "lrmil.api.finetuning",
     "load": "lrmil.api.model",
     "make_splits": "lrmil.splits",
     "read_splits": "lrmil.splits",

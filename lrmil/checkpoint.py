@@ -5,29 +5,50 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from lrmil.config import ModelSettings
 from lrmil.errors import ModelFileError
 from lrmil.metrics import softmax
-from lrmil.model import MILModel, build_model, widest_weight
 from wsi_pipe.config import from_mapping, to_mapping
 from wsi_pipe.encoders.tensor_file import tensors_sha256, write_tensor_file
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import atomic_path, parse_json
 from wsi_pipe.seen import Seen
 
-__all__ = ["MODEL_KIND", "ModelCard", "load_model", "read_card", "read_tensors", "save_model", "write_tensors"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lrmil.model import MILModel
+    from lrmil.ood import Reference
+    from lrmil.targets import Target
+
+__all__ = [
+    "MODEL_KIND",
+    "MODEL_NAME",
+    "ModelCard",
+    "load_model",
+    "load_whole",
+    "no_nan",
+    "optimizer_tensors",
+    "read_card",
+    "read_tensors",
+    "restore_optimizer",
+    "save_model",
+    "write_tensors",
+]
 
 MODEL_KIND = "lrmil.model"
+MODEL_NAME = "model.safetensors"
+"""What training calls a model's file."""
+REFERENCE = "reference."
+"""What the names of the tensors of ``lrmil.ood`` begin with."""
 FORMAT_VERSION = 1
 
 
@@ -44,7 +65,11 @@ class ModelCard:
     fold: which one. features_sha256: content hash of the training store. teacher: name and hash of a student's teacher,
     for the record only, since predicting needs no teacher. seen: cases and slides of training and validation, as marks.
     allowed: overlaps that a user has let pass, in words. sites: how labels and sites of the cohort hang together, see
-    ``lrmil.sites.Confounding``.
+    ``lrmil.sites.Confounding``. data: slides, cases, tiles and slides by class of each part. validation: of the slides
+    of the validation part, without their names: "confidence" (the greatest calibrated probability) and "correct" (1 or
+    0), in the order of the confidence, and "distance" from the training tiles (``lrmil.ood``), in its own order.
+    target_state: the target with its constants, as ``lrmil.targets`` writes it, and ``classes`` are then the names of
+    the outputs; empty where the model tells the classes of a label column.
     """
 
     model: ModelSettings
@@ -69,14 +94,30 @@ class ModelCard:
     created_utc: str = ""
     weights: str = ""
     sites: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    target_state: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.target_state and self.target.outputs != self.classes:
+            raise ConfigError("the card's target has other outputs than its model")
         if len(self.classes) != self.model.classes:
             raise ConfigError(f"{len(self.classes)} class names for a model of {self.model.classes} classes")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ConfigError(f"temperature {self.temperature} must be above 0 and finite")
         if self.bias and not (len(self.bias) == len(self.classes) and all(map(math.isfinite, self.bias))):
             raise ConfigError(f"the bias {self.bias} must be a finite number for each of {len(self.classes)} classes")
+
+    @property
+    def target(self) -> Target:
+        """What the model says of a bag."""
+        from lrmil.targets import Classification, target_from_json
+
+        if self.target_state:
+            return target_from_json(self.target_state)
+        return Classification(
+            classes=self.classes, temperature=self.temperature, bias=self.bias, method=self.calibration or "none"
+        )
 
     def probabilities(self, logits: ArrayLike) -> NDArray[np.float64]:
         """Calibrated probabilities, float64 (N, C), of logits (N, C)."""
@@ -90,7 +131,8 @@ class ModelCard:
         values["bias"] = list(self.bias)
         values["seen"] = self.seen.to_json()
         values["allowed"] = list(self.allowed)
-        return cast(dict[str, Any], _without_nan(values))
+        values["target_state"] = dict(self.target_state)
+        return cast(dict[str, Any], no_nan(values))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelCard:
@@ -109,25 +151,41 @@ class ModelCard:
         known["bias"] = tuple(map(float, known.get("bias") or ()))
         metrics = known.get("metrics") or {}
         known["metrics"] = {str(name): math.nan if v is None else float(v) for name, v in metrics.items()}
+        told = known.get("validation") or {}
+        known["validation"] = {str(name): tuple(map(float, values)) for name, values in told.items()}
         return cls(**known)
 
 
-def save_model(path: Path, module: MILModel, card: ModelCard) -> None:
+def save_model(path: Path, module: MILModel, card: ModelCard, reference: Reference | None = None) -> None:
     """Write a model's weights and card so that ``path`` holds all of it or what it held before.
 
-    The file is read back before it takes its place. Raises OutputError when it cannot be written.
+    reference: the training tiles, by which new slides are told from them. The file is read back before it takes its
+    place. Raises OutputError when it cannot be written.
     """
-    write_tensors(path, module.state_dict(), MODEL_KIND, card.to_json(), check=load_model)
+    kept = {} if reference is None else {REFERENCE + name: value for name, value in reference.tensors().items()}
+    write_tensors(path, module.state_dict() | kept, MODEL_KIND, card.to_json(), check=load_model)
 
 
 def load_model(path: Path) -> tuple[MILModel, ModelCard]:
-    """A model in evaluation mode on the CPU, and its card. The global random state is not touched.
+    """A model in evaluation mode on the CPU, and its card. Raises ModelFileError as ``load_whole`` does."""
+    module, card, _ = load_whole(path)
+    return module, card
 
-    Raises ModelFileError when the file is missing, truncated, of another kind or version, or when its weights do not
-    fit its architecture or are not finite.
+
+def load_whole(path: Path) -> tuple[MILModel, ModelCard, Reference | None]:
+    """A model in evaluation mode on the CPU, its card, and its training tiles, None in files that keep none.
+
+    The global random state is not touched. Raises ModelFileError when the file is missing, truncated, of another kind
+    or version, or when its weights do not fit its architecture or are not finite.
     """
+    # Here and not above: the card of a classifier that runs without torch is made by this module too.
+    import torch
+
+    from lrmil.model import build_model, widest_weight
+
     tensors, values = read_tensors(path, MODEL_KIND)
     card = _card(path, values)
+    kept = {name.removeprefix(REFERENCE): tensors.pop(name) for name in list(tensors) if name.startswith(REFERENCE)}
     try:
         name, wanted_shape = widest_weight(card.model)
     except ConfigError as error:
@@ -150,7 +208,24 @@ def load_model(path: Path) -> tuple[MILModel, ModelCard]:
         if not tensor.isfinite().all():
             raise ModelFileError(f"{path}: {name} is not finite", remedy="train the model again")
     module.load_state_dict(tensors)
-    return module.eval(), card
+    return module.eval(), card, _reference(path, kept, card.model.in_dim)
+
+
+def _reference(path: Path, tensors: Mapping[str, Tensor], dim: int) -> Reference | None:
+    if not tensors:
+        return None
+    try:
+        from lrmil.ood import Reference
+
+        reference = Reference.from_tensors(tensors)
+        if reference.dim != dim:
+            raise ValueError(f"the training tiles have {reference.dim} features instead of {dim}")
+    except ValueError as error:
+        raise ModelFileError(f"{path}: {error}", remedy=_REMEDY) from error
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ModelFileError(f"{path}: {REFERENCE}{bad[0]} is not finite", remedy="train the model again")
+    return reference
 
 
 def read_card(path: Path) -> ModelCard:
@@ -185,6 +260,34 @@ def _text_sha256(text: str) -> str:
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file of that kind. Raises ModelFileError when it is missing, broken or another kind."""
     return _open(path, kind, with_tensors=True)
+
+
+def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
+    """AdamW's moments and step counts by "optimizer.NUMBER.MOMENT", parameters counted through its groups."""
+    import torch
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        f"optimizer.{i}.{moment}": torch.as_tensor(value)
+        for i, parameter in enumerate(parameters)
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of ``optimizer_tensors``; other names among ``tensors`` are passed over."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, tensor in tensors.items():
+        head, _, rest = name.partition(".")
+        if head != "optimizer":
+            continue
+        number, _, moment = rest.partition(".")
+        parameter = parameters[int(number)]
+        # AdamW keeps its step count on the CPU.
+        value = tensor.clone() if moment == "step" else tensor.to(parameter.device, copy=True)
+        if parameter not in optimizer.state:
+            optimizer.state[parameter] = {}
+        optimizer.state[parameter][moment] = value
 
 
 _REMEDY = "give a model file that lrmil train has written, or copy it again"
@@ -235,9 +338,10 @@ def _card(path: Path, values: Mapping[str, Any]) -> ModelCard:
         raise ModelFileError(f"{path}: its card is wrong: {message}", remedy=_REMEDY) from error
 
 
-def _without_nan(value: Any) -> Any:
+def no_nan(value: Any) -> Any:
+    """``value`` with None for every float that is not finite, which JSON cannot hold."""
     if isinstance(value, Mapping):
-        return {str(k): _without_nan(v) for k, v in value.items()}
+        return {str(k): no_nan(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
+        return [no_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

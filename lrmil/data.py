@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lrmil.errors import LabelError
-from lrmil.tables import CASE_COLUMNS, SLIDE_COLUMNS, read, whole_number
+from lrmil.tables import CASE_COLUMNS, LABEL_COLUMNS, SLIDE_COLUMNS, read, renamed, whole_number
 from wsi_pipe.ids import Ids, id_of, same_name, table_ids
 from wsi_pipe.tables import Table, is_missing
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BagBatch", "LabelTable", "batches", "cases_by_table", "load_labels", "plan_batches", "read_case_labels"]
 
-LABEL_COLUMNS = ("label", "class", "target")
 UNLABELLED = -1
 
 
@@ -30,8 +29,10 @@ class BagBatch(NamedTuple):
     """Whole bags, one after the other; T rows in B bags.
 
     features: (T, D), the store's type. offsets: int64 (B + 1,). segment: int64 (T,), which of the B bags each row is
-    of. labels: int64 (B,). bag_index: int64 (B,), the bags' places in the store. parent: int64 (T,) or None, each
-    row's parent within its own bag at the store's parent level.
+    of. labels: int64 (B,) classes, or float32 (B, W) of a target (see ``lrmil.targets``). bag_index: int64 (B,), the
+    bags' places in the store. parent: int64 (T,) or None, each row's parent within its own bag at the store's parent
+    level. rows: int64 (T,), which row of its bag in the store each is, where a batch holds some of a bag's rows; None
+    where it holds all, in their order.
     """
 
     features: Tensor
@@ -40,6 +41,7 @@ class BagBatch(NamedTuple):
     labels: Tensor
     bag_index: Tensor
     parent: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def load_labels(
     label_column: str | None = None,
     classes: Sequence[str] | None = None,
     empty_reasons: Mapping[str, str] | None = None,
+    renames: Mapping[str, str] | None = None,
 ) -> LabelTable:
     """Join a label CSV to bags.
 
@@ -149,7 +152,7 @@ def load_labels(
     case. slide_ids, case_ids, lengths: of the bags. by: "slide", "case" or "auto". classes: in this order instead of
     sorted, as a trained model has them. Which bag a row means is told by ``wsi_pipe.ids``: a slide's file suffix, its
     folder and the form of its accents do not count. A label that is empty, NA or NaN is missing; whole numbers are one
-    class with or without ``.0``.
+    class with or without ``.0``. renames: values of the table that mean another.
 
     Raises LabelError for a missing column, an unknown label, or one id with two labels; when no bag at all has a label;
     or when fewer than two classes are left.
@@ -170,7 +173,12 @@ def load_labels(
         )
     own_cases = [same_name(case) for case in case_ids] if case_ids is not None else list(slide_ids)
     by_key, case_of = _collect(
-        table, key_place, label_place, case_place if by_slide else None, slide_ids if by_slide else own_cases
+        table,
+        key_place,
+        label_place,
+        case_place if by_slide else None,
+        slide_ids if by_slide else own_cases,
+        renames or {},
     )
     by_key = _one_spelling(by_key, classes)
     names = tuple(classes) if classes is not None else tuple(sorted(set(by_key.values()), key=_natural))
@@ -225,7 +233,12 @@ def _natural(name: str) -> tuple[int, int, str]:
 
 
 def _collect(
-    table: Table, key_place: int, label_place: int, case_place: int | None, known: Sequence[str]
+    table: Table,
+    key_place: int,
+    label_place: int,
+    case_place: int | None,
+    known: Sequence[str],
+    renames: Mapping[str, str],
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Label of each id, and case of each slide where the table has one. Raises LabelError for what contradicts."""
     key_name, label_name = table.columns[key_place], table.columns[label_place]
@@ -240,7 +253,7 @@ def _collect(
                 f"{table.where(row)}: {key_name} is {'empty' if not cells[key_place] else repr(cells[key_place])}",
                 remedy="write the id, or delete the row",
             )
-        key, value = ids.match(cells[key_place]) or name, same_name(cells[label_place])
+        key, value = ids.match(cells[key_place]) or name, renamed(same_name(cells[label_place]), renames)
         first = seen.setdefault(key, row)
         if not is_missing(value) and whole_number(labels.setdefault(key, value)) != whole_number(value):
             raise LabelError(
@@ -257,7 +270,9 @@ def _collect(
     return labels, cases
 
 
-def read_case_labels(path: str | Path, *, label_column: str | None = None) -> dict[str, str]:
+def read_case_labels(
+    path: str | Path, *, label_column: str | None = None, renames: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Class of each case in a label table, whether or not there are bags; see ``load_labels`` for its columns.
 
     A slide without a case is its own case. Raises LabelError as ``load_labels`` does.
@@ -267,7 +282,7 @@ def read_case_labels(path: str | Path, *, label_column: str | None = None) -> di
     if place is None:
         place = table.find(*CASE_COLUMNS)
     ids = table_ids([cells[place] for _, cells in table.rows]) if place is not None else []
-    return load_labels(path, list(dict.fromkeys(ids)), label_column=label_column).case_labels()
+    return load_labels(path, list(dict.fromkeys(ids)), label_column=label_column, renames=renames).case_labels()
 
 
 def plan_batches(
@@ -312,14 +327,17 @@ def batches(
 ) -> Iterator[BagBatch]:
     """Batches of the bags ``indices``; see plan_batches for how they are filled.
 
-    store: a resident one, or a plain one, which then stays mapped on the CPU. labels: int (bags,) over the whole store.
+    store: a resident one, or a plain one, which then stays mapped on the CPU. labels: int (bags,), or
+    float (bags, W) of a target, over the whole store.
     """
     import torch
 
     from lrmil.store import FeatureStore, ResidentStore
 
     resident = ResidentStore.of(store, "cpu", place="mapped") if isinstance(store, FeatureStore) else store
-    targets = torch.as_tensor(np.asarray(labels, np.int64))
+    truth = np.asarray(labels)
+    # Classes are whole numbers; the truth of other targets is rows of numbers.
+    targets = torch.as_tensor(truth.astype(np.int64) if truth.ndim == 1 else truth.astype(np.float32))
     plan = plan_batches(
         resident.lengths, indices, token_budget=token_budget, shuffle_seed=shuffle_seed, max_bags=max_bags
     )

@@ -14,6 +14,7 @@
         │   └── RandomFeaturesError          features of random weights, which are for tests alone
         ├── ModelFileError (ValueError)      a model file that is missing, truncated or of another kind
         │   └── ModelMismatchError           a bag or store that the model was not trained for
+        ├── ExportError (ValueError)         a model that cannot be exported, or whose copy would answer otherwise
         └── TrainingError (RuntimeError)
             ├── DivergedError (ArithmeticError)  the loss or the logits became NaN or infinite
             └── ResumeError (ValueError)     a run directory made with other settings, splits or data
@@ -28,6 +29,7 @@ from wsi_pipe.errors import WsiPipeError
 __all__ = [
     "BagMismatchError",
     "DivergedError",
+    "ExportError",
     "FiguresError",
     "LabelError",
     "LeakageError",
@@ -85,6 +87,10 @@ class ModelFileError(LrmilError, ValueError):
 
 class ModelMismatchError(ModelFileError):
     """A bag or a store that the model was not trained for."""
+
+
+class ExportError(LrmilError, ValueError):
+    """A model that cannot be exported, or whose exported copy would answer otherwise."""
 
 
 class TrainingError(LrmilError, RuntimeError):

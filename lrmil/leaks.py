@@ -6,7 +6,7 @@ on, and, for models from before there were records, the splits that lie beside t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +17,16 @@ from lrmil.checkpoint import ModelCard
 from lrmil.errors import LeakageError
 from lrmil.splits import SplitTable, seen_cases
 from lrmil.store import BagRecord
-from wsi_pipe.seen import Seen
+from wsi_pipe.seen import Seen, case_mark
 
-__all__ = ["Judged", "check_encoder", "check_model", "judged_of", "seen_of"]
+__all__ = ["Judged", "check_encoder", "check_model", "check_tuned", "judged_of", "seen_of"]
 
 SHOWN = 5
 WORDS = {
     "train": "trained on",
     "val": "stopped or calibrated by",
     "unlabelled": "distilled from, without labels,",
+    "tuned": "made on",
 }
 
 
@@ -43,13 +44,18 @@ def judged_of(
     records: Sequence[BagRecord], case_ids: Sequence[str], indices: Sequence[int] | NDArray[np.int64]
 ) -> Judged:
     """The slides of a store at ``indices``. case_ids: of all its bags."""
-    chosen = np.asarray(indices, np.int64).tolist()
+    chosen = [(i, mark) for i in np.asarray(indices, np.int64).tolist() for mark in _marks(records[i])]
     return Judged(
-        tuple(records[i].slide_id for i in chosen),
-        tuple(case_ids[i] for i in chosen),
-        tuple(records[i].slide_fingerprint for i in chosen),
-        tuple(records[i].encoder_saw for i in chosen),
+        tuple(records[i].slide_id for i, _ in chosen),
+        tuple(case_ids[i] for i, _ in chosen),
+        tuple(mark for _, mark in chosen),
+        tuple(records[i].encoder_saw for i, _ in chosen),
     )
+
+
+def _marks(record: BagRecord) -> list[str]:
+    """The fingerprints of a bag's slides, of which a case that is joined to one bag has several."""
+    return record.slide_fingerprint.split(" ")
 
 
 def seen_of(
@@ -58,7 +64,7 @@ def seen_of(
     """The record of a model that was trained on these parts of a store."""
     return Seen.of(
         {
-            part: [(case_ids[i], records[i].slide_fingerprint) for i in np.asarray(indices, np.int64).tolist()]
+            part: [(case_ids[i], mark) for i in np.asarray(indices, np.int64).tolist() for mark in _marks(records[i])]
             for part, indices in parts.items()
         }
     )
@@ -118,6 +124,33 @@ def check_encoder(
             "or take features of an encoder that saw none of these"
         )
         _refuse(f"encoder {encoder}, whose features these {part} slides have,", found, remedy, allow, say or print)
+
+
+def check_tuned(
+    marks: Collection[str],
+    path: Path,
+    judged: Judged,
+    *,
+    allow: bool = False,
+    say: Callable[[str], object] | None = None,
+) -> None:
+    """Raise LeakageError when settings were chosen on cases that a model of them is to be judged on.
+
+    marks: of these cases, as the settings file keeps them. path: of that file.
+    """
+    found = [
+        (slide, "tuned")
+        for slide, case in zip(judged.slide_ids, judged.case_ids, strict=True)
+        if case_mark(case) in marks
+    ]
+    if found:
+        _refuse(
+            f"the choice of the settings {path}",
+            found,
+            "tune them on this fold: lrmil tune --fold",
+            allow,
+            say or print,
+        )
 
 
 def _slides(judged: Judged) -> list[tuple[str, str, str]]:

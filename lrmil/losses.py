@@ -46,21 +46,29 @@ def bag_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Te
 
 
 def teacher_mass(
-    attention_logits: Tensor, hr_offsets: Tensor, parent: Tensor, lr_offsets: Tensor
+    attention_logits: Tensor, hr_offsets: Tensor, parent: Tensor, lr_offsets: Tensor, rule: str = "sum"
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's attention summed into the LR tiles that its HR tiles lie in.
+    """The teacher's attention on the LR tiles that its HR tiles lie in.
+
+    rule: "sum" of its softmax over all HR tiles; or, as published, the "mean" or the "max" of the children's logits,
+    and the softmax over the covered LR tiles of these.
 
     attention_logits: (T_hr,) float. hr_offsets, lr_offsets: (B + 1,) int64 of the same bags. parent: (T_hr,) int64, the
     row of the LR tile within its own bag, or -1 for none. Returns mass (T_lr,) float32, whose sum over a bag is 1 where
     every HR tile has a parent, and covered (T_lr,) bool: tiles with at least one HR tile.
     """
-    attention = segment_softmax(attention_logits.detach(), hr_offsets)
+    logits = attention_logits.detach()
     has_parent = parent >= 0
     row = (parent + lr_offsets[:-1][segment_ids(hr_offsets, len(parent))])[has_parent]
-    mass = attention.new_zeros(int(lr_offsets[-1])).index_add(0, row, attention[has_parent])
+    attention = segment_softmax(logits, hr_offsets)
+    mass = attention.new_zeros(int(lr_offsets[-1]))
     covered = torch.zeros_like(mass, dtype=torch.bool)
     covered[row] = True
-    return mass, covered
+    if rule == "sum":
+        return mass.index_add(0, row, attention[has_parent]), covered
+    how = {"mean": "mean", "max": "amax"}[rule]
+    joint = mass.scatter_reduce(0, row, logits[has_parent].to(mass.dtype), how, include_self=False)
+    return segment_softmax(joint.where(covered, -torch.inf), lr_offsets).where(covered, 0.0), covered
 
 
 def attention_distillation(

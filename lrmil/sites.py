@@ -23,7 +23,16 @@ from lrmil.tables import CASE_COLUMNS, SLIDE_COLUMNS, read
 from wsi_pipe.ids import Ids, same_name, table_ids
 from wsi_pipe.tables import is_missing
 
-__all__ = ["Confounding", "Sites", "confounding", "cramers_v", "read_case_sites", "read_sites", "tcga_site"]
+__all__ = [
+    "Confounding",
+    "Sites",
+    "confounding",
+    "cramers_v",
+    "read_case_sites",
+    "read_sites",
+    "tcga_case",
+    "tcga_site",
+]
 
 SITE_COLUMNS = (
     "site", "site_id", "hospital", "hospital_id", "center", "centre", "center_id", "institution", "institute",
@@ -52,6 +61,12 @@ def tcga_site(barcode: str) -> str:
     """The tissue source site of a TCGA barcode, "A1" of ``TCGA-A1-A0SB-01Z``; "" for other names."""
     found = BARCODE.match(barcode)
     return found.group(1).upper() if found else ""
+
+
+def tcga_case(barcode: str) -> str:
+    """The patient of a TCGA barcode, ``TCGA-A1-A0SB`` of ``TCGA-A1-A0SB-01Z-00-DX1.svs``; "" for other names."""
+    found = BARCODE.match(barcode)
+    return found.group(0).upper() if found else ""
 
 
 def read_sites(

@@ -18,13 +18,15 @@ from lrmil.store import FeatureStore, ResidentStore
 from lrmil.trainer import TrainResult, train
 from lrmil.trainer.targets import teacher_targets
 from pipelines.efficiency_features import CohortFeatures, thinned
-from pipelines.efficiency_settings import EfficiencySettings
+from pipelines.efficiency_settings import EfficiencySettings, EndToEndSettings
 from pipelines.end_to_end import train_end_to_end
+from wsi_pipe.errors import ConfigError
 
-__all__ = ["ARMS", "CONTROLS", "Parts", "linear_model", "run_arms"]
+__all__ = ["ARMS", "CONTROLS", "Parts", "arms_at", "linear_model", "run_arms"]
 
 HR, HR_FEW, HR_LINEAR = "HR", "HR, LR's number of tiles", "HR, linear"
 LR_LINEAR, LR, END_TO_END = "LR, linear", "LR", "LR, end to end"
+LONGER = "LR, end to end, longer"
 STAGE2, STAGE1, STAGE1_LINEAR, BOTH = "LR, stage 2 alone", "LR, stage 1", "LR, stage 1, linear", "LR, stages 1 and 2"
 TUNED, TAUGHT, TUNED_BOTH = "LR, stage 1, fine-tuned", "LR, stage 2, end to end", "LR, stages 1 and 2, fine-tuned"
 CONTROLS = (TUNED, TAUGHT)
@@ -36,6 +38,7 @@ ARMS = (
     LR_LINEAR,
     LR,
     END_TO_END,
+    LONGER,
     STAGE2,
     STAGE1,
     STAGE1_LINEAR,
@@ -44,6 +47,20 @@ ARMS = (
     TAUGHT,
     TUNED_BOTH,
 )
+
+
+def arms_at(settings: EfficiencySettings, count: int) -> tuple[str, ...]:
+    """The arms that are run with ``count`` labelled cases. Raises ConfigError for a name that is none."""
+    unknown = [arm for arm in settings.arms if arm not in ARMS]
+    if unknown:
+        raise ConfigError(f"no arm is called {unknown[0]!r}", remedy=f"known ones are: {'; '.join(ARMS)}")
+    return tuple(
+        arm
+        for arm in ARMS
+        if (not settings.arms or arm in settings.arms or arm == HR)
+        and (arm not in CONTROLS or count in settings.controls_at)
+        and (arm != LONGER or settings.longer_steps)
+    )
 
 
 NOBODY = np.zeros(0, np.int64)
@@ -168,7 +185,7 @@ def run_arms(
             result = mil(store, fold, taught, pseudo, teacher=master.model, hr_store=features.hr)
             keep(arm, _probabilities(result))
 
-    def end_to_end(arm: str, student: str | Path, taught: bool) -> None:
+    def end_to_end(arm: str, student: str | Path, taught: bool, how: EndToEndSettings) -> None:
         if arm not in arms:
             return
         learned = fold.train if taught else parts.labelled
@@ -179,16 +196,19 @@ def run_arms(
                 master.model, *stores, learned, attention=True, token_budget=settings.mil.token_budget
             )
         probabilities = train_end_to_end(
-            features.tiles, pseudo if taught else known, learned.tolist(), parts.test.tolist(), classes=len(names),
-            student=student, head=settings.mil.model, settings=settings.end_to_end, seed=seed, targets=targets,
+            features.tiles, pseudo if taught else known, learned.tolist(), parts.test.tolist(), classes=names,
+            student=student, head=settings.mil.model, settings=how, seed=seed, targets=targets,
             loss=settings.student_loss if taught else None,
         )  # fmt: skip
         keep(arm, probabilities)
 
-    end_to_end(END_TO_END, settings.student, False)
-    end_to_end(TUNED_BOTH, features.student, True)
-    end_to_end(TUNED, features.student, False)
-    end_to_end(TAUGHT, settings.student, True)
+    how = settings.end_to_end
+    end_to_end(END_TO_END, settings.student, False, how)
+    end_to_end(TUNED_BOTH, features.student, True, how)
+    end_to_end(TUNED, features.student, False, how)
+    end_to_end(TAUGHT, settings.student, True, how)
+    if settings.longer_steps:
+        end_to_end(LONGER, settings.student, False, dataclasses.replace(how, steps=settings.longer_steps))
     return found
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrmil.distill import DistillRequest, run_distillation
+from lrmil.experiment.baselines import random_rows
 from lrmil.experiment.cohort import open_features
 from lrmil.leaks import Judged, check_encoder
 from lrmil.store import FeatureStore, StoreMeta
@@ -174,10 +175,6 @@ def distilled_store(
 
 def thinned(hr: FeatureStore, budget: NDArray[np.int64], seed: int) -> FeatureStore:
     """As many random HR tiles of each slide as ``budget`` says: as many as LR has."""
-    rng = np.random.default_rng(seed)
-    arrays = []
-    for i, count in enumerate(budget.tolist()):
-        rows = hr.bag(i)
-        chosen = np.sort(rng.permutation(len(rows))[:count])
-        arrays.append(np.asarray(rows[chosen], np.float32))
+    chosen = random_rows(hr.lengths.tolist(), budget.tolist(), seed)
+    arrays = [np.asarray(hr.bag(i)[rows], np.float32) for i, rows in enumerate(chosen)]
     return FeatureStore.from_arrays(arrays, hr.slide_ids, case_ids=hr.case_ids, meta=hr.meta)

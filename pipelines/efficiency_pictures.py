@@ -11,14 +11,21 @@ from lrmil.pictures.canvas import COLOURS, canvas
 __all__ = ["draw_curves"]
 
 PANELS = (
-    ("HR", "LR, stages 1 and 2, fine-tuned", "LR, end to end", "LR, stage 1, fine-tuned", "LR, stage 2, end to end"),
+    (
+        "HR",
+        "LR, stages 1 and 2, fine-tuned",
+        "LR, end to end",
+        "LR, stage 1, fine-tuned",
+        "LR, stage 2, end to end",
+        "LR, end to end, longer",
+    ),
     ("HR, linear", "LR, stages 1 and 2", "LR, stage 1", "LR, stage 1, linear", "LR, linear"),
     ("HR, LR's number of tiles", "LR", "LR, stage 2 alone"),
 )
 TITLES = ("HR, and networks that learn", "frozen features", "undistilled features and fewer tiles")
-MARKERS = "osD^v"
-BLUE, RED, GREEN, PINK, ORANGE = COLOURS[:5]
-SHADES = (BLUE, GREEN, ORANGE, RED, PINK)
+MARKERS = "osD^vP"
+BLUE, RED, GREEN, PINK, ORANGE, SKY = COLOURS[:6]
+SHADES = (BLUE, GREEN, ORANGE, RED, PINK, SKY)
 
 
 class Point(Protocol):

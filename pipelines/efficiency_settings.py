@@ -93,8 +93,9 @@ class EfficiencySettings:
     every MIL classifier. student_loss: of stage 2. stage2_unlabelled: stage 2 learns the teacher's word on unlabelled
     training slides as well. end_to_end: of all networks that learn end to end. controls_at: numbers of labelled cases
     at which what the stages add is taken apart: fine-tuning on labels alone, and teaching a network of random weights.
+    longer_steps: of the network that learns end to end on labels alone, once more with more steps; 0 for not at all.
     linear_spread: linear models see mean and spread of the features, not the mean alone. c_grid: inverse penalties
-    that they choose from.
+    that they choose from. arms: names of those to run, () for all; HR always is, since it teaches.
     """
 
     name: str = "middle"
@@ -115,8 +116,10 @@ class EfficiencySettings:
     stage2_unlabelled: bool = True
     end_to_end: EndToEndSettings = EndToEndSettings()
     controls_at: tuple[int, ...] = (40,)
+    longer_steps: int = 0
     linear_spread: bool = False
     c_grid: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    arms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.labelled) != len(self.draws) or min(self.draws, default=0) < 1:
@@ -129,6 +132,8 @@ class EfficiencySettings:
             raise ConfigError(f"tile_px {self.tile_px} must be one of lr_tiles {self.lr_tiles}")
         if not self.hr_mpp < self.lr_mpp:
             raise ConfigError(f"hr_mpp {self.hr_mpp:g} must be finer than lr_mpp {self.lr_mpp:g}")
+        if self.longer_steps < 0:
+            raise ConfigError(f"longer_steps {self.longer_steps} must be at least 0")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise ConfigError(f"seeds {self.seeds} must be there and differ")
 

@@ -1,10 +1,11 @@
 """How many labels each way to classify needs: learning curves on fresh cohorts, with every control beside them.
 
-    python -m pipelines.label_efficiency pipelines/presets/labels-middle.toml -o out
-    python -m pipelines.label_efficiency pipelines/presets/labels-middle.toml -o out --seed 101
+    python -m pipelines.label_efficiency pipelines/presets/labels/middle.toml -o out
+    python -m pipelines.label_efficiency pipelines/presets/labels/middle.toml -o out --seed 101
 
 The seeds of the cohorts stand in the preset, which is committed before the run; result files name the commit.
-``--seed`` runs one cohort alone, so that several may run side by side; the summary is written as soon as all are there.
+``--seed`` runs one cohort alone, so that several may run side by side, and ``--labelled`` one number of labelled cases;
+the summary is written as soon as all are there.
 Run again, it goes on where it stopped.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.efficiency_arms import ARMS, CONTROLS, Parts, run_arms
+from pipelines.efficiency_arms import Parts, arms_at, run_arms
 from pipelines.efficiency_cohort import PlannedSlide, labelled_cases, make_slides, validation_cases
 from pipelines.efficiency_features import (
     CohortFeatures,
@@ -77,12 +78,14 @@ def run_cohort(
     seed: int,
     out: Path,
     *,
-    arms: Sequence[str] = ARMS,
+    labelled: int | None = None,
+    arms: Sequence[str] | None = None,
     progress: Callable[[str], object] = say,
 ) -> None:
     """Every draw of one cohort into ``out``, a file each; what is there is kept.
 
-    Raises ConfigError where ``out`` holds a cohort of other settings, LeakageError where the student saw a test case,
+    labelled: draws of this number of labelled cases alone. arms: those of the settings unless given. Raises ConfigError
+    where ``out`` holds a cohort of other settings, LeakageError where the student saw a test case,
     and what the stages raise.
     """
     origin = provenance()
@@ -95,7 +98,7 @@ def run_cohort(
         (count, draw)
         for count, draws in zip(settings.labelled, settings.draws, strict=True)
         for draw in range(draws)
-        if not draw_file(out, count, draw).is_file()
+        if labelled in (None, count) and not draw_file(out, count, draw).is_file()
     ]
     if not todo:
         return
@@ -119,7 +122,7 @@ def run_cohort(
     for count, draw in todo:
         progress(f"cohort {seed}: {count} labelled cases, draw {draw + 1}")
         parts = draw_parts(slides, hr.slide_ids, settings, seed, draw, count)
-        own = [arm for arm in arms if arm not in CONTROLS or count in settings.controls_at]
+        own = [arm for arm in arms_at(settings, count) if arms is None or arm in arms]
         found = run_arms(features, labels, parts, settings, draw, arms=own)
         write_text_atomically(
             draw_file(out, count, draw),
@@ -159,16 +162,19 @@ def read_draws(settings: EfficiencySettings, out: Path) -> list[dict[str, Any]] 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, print the tables; 2 for the user's mistakes."""
     parser = argparse.ArgumentParser(prog="label_efficiency", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("preset", type=Path, help="TOML settings, such as pipelines/presets/labels-middle.toml")
+    parser.add_argument("preset", type=Path, help="TOML settings, such as pipelines/presets/labels/middle.toml")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the experiment")
     parser.add_argument("--seed", type=int, help="run this cohort of the preset alone")
+    parser.add_argument("--labelled", type=int, help="run this number of labelled cases of the preset alone")
     given = parser.parse_args(arguments)
     try:
         settings = load_efficiency(given.preset)
         if given.seed is not None and given.seed not in settings.seeds:
             raise ConfigError(f"{given.preset}: has no cohort of the seed {given.seed}, only {settings.seeds}")
+        if given.labelled is not None and given.labelled not in settings.labelled:
+            raise ConfigError(f"{given.preset}: has no {given.labelled} labelled cases, only {settings.labelled}")
         for seed in settings.seeds if given.seed is None else (given.seed,):
-            run_cohort(settings, seed, given.out / f"cohort-{seed}")
+            run_cohort(settings, seed, given.out / f"cohort-{seed}", labelled=given.labelled)
         draws = read_draws(settings, given.out)
         if draws is not None:
             write_summary(given.out, summarise(settings, draws))
@@ -179,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("label_efficiency: interrupted; run again to go on", file=sys.stderr)
         return 130
     if draws is None:
-        print("other cohorts of the preset are not there yet: no summary", file=sys.stderr)
+        print("other draws of the preset are not there yet: no summary", file=sys.stderr)
     else:
         print((given.out / "results.md").read_text(encoding="utf-8"))
     return 0

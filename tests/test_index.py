@@ -93,6 +93,8 @@ def test_what_changed_is_looked_at_in_full_and_alone(
     archive: Path, tmp_path: Path, looked: list[str], name: str, change: Callable[[Path, Path, Path], None]
 ) -> None:
     job = tmp_path / "job"
+    # Stage by stage, so that grids have files of their own too.
+    assert cli("tile", archive, "-o", job, "-r", "5x") == 0
     assert cli("run", archive, "-o", job, "-r", "5x") == 0
     looked.clear()
     change(tmp_path / name, archive, job)

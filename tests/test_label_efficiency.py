@@ -15,7 +15,19 @@ from lrmil.config import ModelSettings, TrainSettings
 from lrmil.errors import LeakageError
 from lrmil.metrics.auc import auc_difference, one_auc
 from lrmil.store import FeatureStore, StoreMeta
-from pipelines.efficiency_arms import ARMS, CONTROLS, END_TO_END, HR, TAUGHT, Parts, linear_model, run_arms
+from pipelines.efficiency_arms import (
+    ARMS,
+    CONTROLS,
+    END_TO_END,
+    HR,
+    LONGER,
+    TAUGHT,
+    TUNED_BOTH,
+    Parts,
+    arms_at,
+    linear_model,
+    run_arms,
+)
 from pipelines.efficiency_cohort import labelled_cases, plan_slides, shifted, validation_cases
 from pipelines.efficiency_features import CohortFeatures, distilled_store, thinned
 from pipelines.efficiency_results import pooled_auc, pooled_difference
@@ -40,17 +52,31 @@ PRESETS = Path(__file__).parents[1] / "pipelines" / "presets" / "labels"
 @pytest.mark.parametrize("name", sorted(path.name for path in PRESETS.glob("*.toml")))
 def test_every_preset_is_valid_and_no_reported_seed_was_met_before(name: str) -> None:
     settings = load_efficiency(PRESETS / name)
-    # 11 to 13 are the cohorts of lrmil_experiment, 900 and above those that settings were found on.
+    # 11 to 13 are the cohorts of lrmil experiment, 900 and above those that settings were found on.
     assert not set(settings.seeds) & {11, 12, 13}
     assert max(settings.seeds) < 900
     assert 40 in settings.labelled or name == "tiny.toml"
 
 
 def test_presets_report_different_cohorts_with_the_same_classifiers() -> None:
-    found = [load_efficiency(path) for path in sorted(PRESETS.glob("*.toml")) if path.name != "tiny.toml"]
+    found = [load_efficiency(PRESETS / f"{name}.toml") for name in ("middle", "shift", "classes")]
     seeds = [seed for settings in found for seed in settings.seeds]
     assert len(seeds) == len(set(seeds))
     assert all((s.mil, s.distill, s.end_to_end) == (found[0].mil, found[0].distill, found[0].end_to_end) for s in found)
+
+
+def test_the_longer_control_is_of_middle_s_cohorts_and_settings() -> None:
+    longer, middle = (load_efficiency(PRESETS / f"{name}.toml") for name in ("middle-longer", "middle"))
+    same = {"name": "", "arms": (), "longer_steps": 0, "controls_at": (), "draws": middle.draws, "lr_tiles": (64,)}
+    assert dataclasses.replace(longer, **same) == dataclasses.replace(middle, **same)  # type: ignore[arg-type]
+    assert longer.longer_steps == 4 * longer.end_to_end.steps
+    for count in longer.labelled:
+        assert arms_at(longer, count) == (HR, END_TO_END, LONGER, TUNED_BOTH)
+    assert LONGER not in arms_at(middle, 40)
+    assert set(CONTROLS) <= set(arms_at(middle, 40))
+    assert not set(CONTROLS) & set(arms_at(middle, 80))
+    with pytest.raises(ConfigError, match="no arm is called 'LR, worse'"):
+        arms_at(dataclasses.replace(longer, arms=("LR, worse",)), 40)
 
 
 def test_draws_are_nested_balanced_and_depend_on_no_order() -> None:
@@ -219,7 +245,8 @@ def little_cohort() -> tuple[CohortFeatures, np.ndarray, Parts]:
 
 def quick_settings() -> EfficiencySettings:
     mil = TrainSettings(ModelSettings("gated-abmil", hidden=8, attention_dim=4), epochs=2, precision="float32")
-    return EfficiencySettings(lr_tiles=(64,), mil=mil, end_to_end=EndToEndSettings(steps=2, bags=4), c_grid=(0.1, 1.0))
+    steps = EndToEndSettings(steps=2, bags=4)
+    return EfficiencySettings(lr_tiles=(64,), mil=mil, end_to_end=steps, longer_steps=4, c_grid=(0.1, 1.0))
 
 
 def test_no_arm_reads_the_labels_of_hidden_and_test_cases(
@@ -260,7 +287,7 @@ def test_a_network_learns_end_to_end_and_the_same_from_the_same_seed(
 
     def trained(seed: int) -> np.ndarray:
         return train_end_to_end(
-            features.tiles, labels, range(16), range(16, 24), classes=2, student="timm:test_resnet",
+            features.tiles, labels, range(16), range(16, 24), classes="ab", student="timm:test_resnet",
             head=ModelSettings("gated-abmil", hidden=8, attention_dim=4), settings=settings, seed=seed,
         )  # fmt: skip
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import tracemalloc
 from collections import Counter
+from contextlib import closing
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -18,8 +20,10 @@ from numpy.typing import NDArray
 from wsi_pipe.errors import MissingMppError, ResolutionError, SlideReadError
 from wsi_pipe.geometry import FloatPair, IntPair, Pyramid
 from wsi_pipe.overview import overview_scale, read_overview
+from wsi_pipe.slides import open_slide
 from wsi_pipe.slides.array import ArraySlide
 from wsi_pipe.slides.base import BaseSlide, Plane, SlideInfo
+from wsi_pipe.slides.writing.write import write_pyramid
 
 RGBArray = NDArray[np.uint8]
 
@@ -183,6 +187,65 @@ def test_a_bad_block_surfaces_and_the_threads_end() -> None:
     with pytest.raises(SlideReadError, match="bad Huffman code"):
         read_overview(Broken([picture(2_000, 1_500)], mpp=0.25, block_px=(100, 100)), 8.0)
     assert not [t for t in threading.enumerate() if t.name.startswith("overview")]
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+@pytest.mark.parametrize("origin_px", [(0, 0), (-64, -96)])
+def test_means_of_whole_boxes_are_the_sums_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, side: int, origin_px: IntPair
+) -> None:
+    """Of noise, whose means end in halves, with blocks that hang over all edges and some that are missing."""
+
+    class Blocks(BaseSlide):
+        def __init__(self, level: RGBArray) -> None:
+            super().__init__()
+            size = (level.shape[1], level.shape[0])
+            self.level, self.pyramid = level, Pyramid.from_sizes([size], (8 / side, 8 / side))
+            self.info = SlideInfo("blocks", "generic", "drawn", "made for a test", "0" * 64)
+            self.planes = (Plane(0, 1, (1.0, 1.0), size, (128, 160), origin_px),)
+
+        def fetch(self, plane: Plane, cells: Any) -> list[Any]:
+            return [None if cell == (2, 1) else cell for cell in cells]
+
+        def decode(self, plane: Plane, cell: IntPair, data: Any) -> RGBArray:
+            x, y = plane.corner_px(cell)
+            height, width = min(160, plane.size_px[1] - y), min(128, plane.size_px[0] - x)
+            block = np.full((height, width, 3), 255, np.uint8)
+            part = self.level[max(y, 0) : y + height, max(x, 0) : x + width]
+            block[max(-y, 0) :, max(-x, 0) :] = part
+            return block
+
+    slide = Blocks(np.random.default_rng(7).integers(0, 256, (701, 523, 3), dtype=np.uint8))
+    boxes = read_overview(slide, 8.0, threads=3)
+    assert slide.stats.blocks_missing == 1
+    monkeypatch.setattr("wsi_pipe.overview._whole_boxes", lambda plane, factor: None)
+    sums = read_overview(slide, 8.0, threads=3)
+    assert boxes.scale_l0 == sums.scale_l0 == (side, side)
+    assert np.array_equal(boxes.rgb, sums.rgb)
+
+
+def test_a_level_is_read_in_a_few_calls_at_the_codec_s_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of the lowest level that does, each decoded once and at 1/2, a row of them in one call."""
+    full = picture(4_096, 3_072)
+    levels = [full, full[::4, ::4].copy(), full[::16, ::16].copy()]
+    write_pyramid(tmp_path / "a.svs", levels, mpp=0.25, tile_px=64)
+    with closing(open_slide(tmp_path / "a.svs")) as slide:
+        reader: Any = slide
+        if not reader.reads_into(slide.planes[0]):
+            pytest.skip("the decoder was not built")
+        calls: list[tuple[int, int, int]] = []
+        plain = reader.read_into
+
+        def counting(plane: Plane, cells: Any, room: Any) -> Any:
+            calls.append((plane.level, plane.reduce, len(cells)))
+            return plain(plane, cells, room)
+
+        monkeypatch.setattr(reader, "read_into", counting)
+        before = slide.stats.blocks_decoded
+        view = read_overview(slide, 8.0, threads=1)
+        assert view.rgb.shape == (96, 128, 3)
+        assert calls == [(2, 2, 4)] * 3
+        assert slide.stats.blocks_decoded - before == 12
 
 
 def test_memory_is_the_picture_and_a_few_blocks() -> None:

@@ -126,6 +126,7 @@ def test_another_s_hdf5_file_in_the_place_of_a_finished_output_fails_its_slide(
     make_slide(slides / "b.svs", seed=1)
     assert cli("run", slides, "-o", job, "-r", "5x") == 0
     path = job / kind / "a.h5"
+    path.parent.mkdir(exist_ok=True)
     with h5py.File(path, "w") as file:
         file["mine"] = np.arange(3)
     before = path.read_bytes()

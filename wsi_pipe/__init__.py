@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wsi_pipe.api.bags import Bag, BagLevel, open_bag, write_bag
     from wsi_pipe.api.dataset import TileDataset
+    from wsi_pipe.api.encoders import register_encoder
     from wsi_pipe.api.features import TileFeatures
     from wsi_pipe.api.grids import Grid, Grids, TileBatch
     from wsi_pipe.api.job import Job
@@ -39,6 +40,7 @@ __all__ = [
     "load_encoder",
     "open",
     "open_bag",
+    "register_encoder",
     "write_bag",
 ]
 
@@ -58,6 +60,7 @@ _PLACES = {
     "load_encoder": "wsi_pipe.encoders",
     "open": "wsi_pipe.api.slide",
     "open_bag": "wsi_pipe.api.bags",
+    "register_encoder": "wsi_pipe.api.encoders",
     "write_bag": "wsi_pipe.api.bags",
 }
 

@@ -48,7 +48,7 @@ CLEARED = "-"
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "slide": ("wsi", "file", "path", "filename", "image", "slide_path", "wsi_path", "file_path", "image_path"),
     "slide_id": ("image_id", "slide_name"),
-    "case_id": ("case", "patient_id", "patient"),
+    "case_id": ("case", "patient_id", "patient", "p_id", "case_submitter_id", "bcr_patient_barcode"),
 }
 """What other tools call the columns of a slide list."""
 

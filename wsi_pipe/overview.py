@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from wsi_pipe.cores import available_cores
 from wsi_pipe.errors import MissingMppError, ResolutionError
 from wsi_pipe.geometry import FloatPair, IntPair
-from wsi_pipe.slides.base import WHITE, Plane, RGBArray, Slide
+from wsi_pipe.slides.base import WHITE, Plane, RGBArray, Slide, paste
+from wsi_pipe.slides.room import ReadsInto, Room
 
 __all__ = ["Overview", "overview_scale", "read_overview", "read_thumbnail"]
 
@@ -32,6 +33,12 @@ REDUCED_COST = {1: 1.0, 2: 0.5, 4: 0.35, 8: 0.3}
 MAX_PRODUCT = 200_000
 """Multiplications in one matrix product, below the 262,144 from which OpenBLAS starts threads. Those fight with ours:
 on a busy machine they cost twenty times the processor time of the product."""
+
+PIXELS_PER_STRETCH = 1 << 21
+"""Pixels that one thread decodes at once where boxes are whole: 6 MiB, and 24 more while means are taken."""
+
+MAX_BOX = 64
+"""Plane pixels to a side of the largest box whose sums are exact in float32."""
 
 MAX_PIXELS = 48_000_000
 """Of a picture, which takes 12 bytes for each while it is made: 250 x 190 mm at 32 um/px, more than any glass slide."""
@@ -162,6 +169,9 @@ def _average(slide: Slide, scale: FloatPair, threads: int) -> RGBArray:
     plane = cheapest_plane(slide, scale)
     width, height = (math.ceil(size / s - SCALE_EPSILON) for size, s in zip(slide.pyramid.size_l0, scale, strict=True))
     factor = (scale[0] / plane.downsample[0], scale[1] / plane.downsample[1])
+    whole = _whole_boxes(plane, factor)
+    if whole is not None:
+        return _box_means(slide, plane, whole, (width, height), threads)
     # Sums of what is darker than white: what no block covers stays white.
     darker = np.zeros((height, width, 3), np.float32)
     columns, rows = (
@@ -188,6 +198,92 @@ def _average(slide: Slide, scale: FloatPair, threads: int) -> RGBArray:
         darker[y : y + part.shape[0], x : x + part.shape[1]] += part
     np.subtract(WHITE + 0.5, darker, out=darker)
     return np.clip(darker, 0, WHITE, out=darker).astype(np.uint8)
+
+
+def _whole_boxes(plane: Plane, factor: FloatPair) -> int | None:
+    """Plane pixels to a side of a picture pixel where all picture pixels are whole boxes within the plane's blocks, and
+    their means come out exactly: a power of two. Else None."""
+    side = round(factor[0])
+    if factor[0] != side or factor[1] != side or side & (side - 1) or side > MAX_BOX:
+        return None
+    fits = all(n % side == 0 for n in (*plane.block_px, *plane.origin_px))
+    return side if fits else None
+
+
+def _box_means(slide: Slide, plane: Plane, side: int, size_px: IntPair, threads: int) -> RGBArray:
+    """The picture of ``size_px`` (width, height) as means of boxes of ``side`` pixels, a stretch of blocks at a time.
+
+    The same, bit for bit, as the sums of ``_average``, which are exact for such boxes. All blocks of a stretch come out
+    of the file in one call where the slide can do that.
+    """
+    (columns, rows), (block_w, block_h) = plane.blocks, plane.block_px
+    left, top = plane.origin_px
+    out = np.empty((size_px[1], size_px[0], 3), np.uint8)
+    step = max(PIXELS_PER_STRETCH // (block_w * block_h), 1)
+    stretches = ((row, c, min(c + step, columns)) for row in range(rows) for c in range(0, columns, step))
+
+    def put(row: int, begin: int, end: int) -> None:
+        x, y = left + begin * block_w, top + row * block_h
+        # What lies before the plane's corner is none of it.
+        pixels = _means(_stretch(slide, plane, row, begin, end)[max(-y, 0) :, max(-x, 0) :], side)
+        place = out[max(y, 0) // side :, max(x, 0) // side :][: len(pixels), : pixels.shape[1]]
+        place[:] = pixels[: len(place), : place.shape[1]]
+
+    pending: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="overview") as pool:
+        try:
+            for stretch in stretches:
+                pending.append(pool.submit(put, *stretch))
+                if len(pending) > 2 * threads:
+                    pending.popleft().result()
+            for future in pending:
+                future.result()
+        finally:
+            for future in pending:
+                future.cancel()
+    return out
+
+
+def _stretch(slide: Slide, plane: Plane, row: int, begin: int, end: int) -> RGBArray:
+    """Blocks of a row side by side, uint8 (h, w, 3), h and w of whole blocks; white where there is nothing."""
+    block_w, block_h = plane.block_px
+    pixels = np.full((1, block_h, (end - begin) * block_w, 3), WHITE, np.uint8)
+    columns = np.arange(begin, end)
+    done = np.zeros(len(columns), np.bool_)
+    reader: object = slide
+    if isinstance(reader, ReadsInto) and reader.reads_into(plane):
+        cells = np.stack([columns, np.full(len(columns), row)], axis=1)
+        room = Room.at(pixels, (columns - begin) * (3 * block_w), plane.block_px)
+        done = reader.read_into(plane, cells, room).done
+    rest = [(int(column), row) for column in columns[~done]]
+    for cell, data in zip(rest, slide.fetch(plane, rest) if rest else [], strict=True):
+        place = pixels[0][:, (cell[0] - begin) * block_w : (cell[0] - begin + 1) * block_w]
+        place[:] = WHITE
+        if data is None:
+            slide.stats.add(missing=1)
+        else:
+            paste(place, slide.decode(plane, cell, data), 0, 0)
+    stretch: RGBArray = pixels[0]
+    return stretch
+
+
+def _means(pixels: RGBArray, side: int) -> RGBArray:
+    """Means of boxes of ``side`` pixels, a power of two, halves rounded up; the last are filled up with white."""
+    import cv2
+
+    if side == 1:
+        return pixels
+    height, width = -(-pixels.shape[0] // side), -(-pixels.shape[1] // side)
+    whole = pixels
+    if pixels.shape[:2] != (height * side, width * side):
+        whole = np.full((height * side, width * side, 3), WHITE, np.uint8)
+        whole[: pixels.shape[0], : pixels.shape[1]] = pixels
+    if side == 2:
+        # (a + b + c + d + 2) >> 2
+        return np.asarray(cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+    # Sums of bytes over a power of two are exact in float32.
+    means = cv2.resize(whole.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+    return np.asarray(np.floor(means.reshape(height, width, 3) + np.float32(0.5)), np.uint8)
 
 
 def _product(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:

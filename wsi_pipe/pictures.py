@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "GRID_COLOURS",
     "TISSUE_COLOUR",
     "ColourBar",
+    "Outlines",
     "thumbnail_with_contours",
     "thumbnail_with_grids",
     "viridis",
@@ -33,6 +35,8 @@ __all__ = [
 
 RGB = tuple[int, int, int]
 Picture = NDArray[np.uint8]
+Outlines = Sequence[Sequence[NDArray[np.int64]]]
+"""What ``trace_mask`` gives."""
 
 TISSUE_COLOUR: RGB = (0, 128, 64)
 GRID_COLOURS: tuple[RGB, ...] = ((16, 72, 200), (0, 140, 105), (196, 120, 0), (90, 90, 90))
@@ -42,6 +46,8 @@ _MAX_PX = 1600
 _MIN_PX = 900
 _SHIFT = 4
 _INK = (40, 40, 40)
+_SEEN_PX = 0.75
+_PLAIN_POINTS = 8
 
 
 @dataclass(frozen=True)
@@ -63,16 +69,24 @@ class ColourBar:
 
 
 def thumbnail_with_contours(
-    rgb: Picture, mask: TissueMask, *, um_per_px: FloatPair | None = None, title: str = "", max_px: int = _MAX_PX
+    rgb: Picture,
+    mask: TissueMask,
+    *,
+    um_per_px: FloatPair | None = None,
+    title: str = "",
+    max_px: int = _MAX_PX,
+    outlines: Outlines | None = None,
 ) -> Picture:
     """A thumbnail with the outlines of the tissue.
 
     rgb: uint8 (H, W, 3), the whole slide. mask: of the whole slide, at any scale. um_per_px: of rgb, for scale bar and
-    area. An empty mask gives the thumbnail with the reason below it.
+    area. outlines: the mask's (``trace_mask``), where they are known. An empty mask gives the thumbnail with the reason
+    below it.
     """
     picture, zoom = _sized(rgb, max_px)
     scale = (picture.shape[1] / mask.mask.shape[1], picture.shape[0] / mask.mask.shape[0])
-    rings = [ring * scale for rings in trace_mask(mask.mask) for ring in rings]
+    polygons = trace_mask(mask.mask) if outlines is None else outlines
+    rings = [ring * scale for rings in polygons for ring in rings]
     _draw_rings(picture, rings, TISSUE_COLOUR, 2.0)
     if mask.is_empty:
         entries = [_Entry((150, 150, 150), mask.empty_reason or "no tissue")]
@@ -95,11 +109,13 @@ def thumbnail_with_grids(
     title: str = "",
     max_px: int = _MAX_PX,
     regions: Sequence[Region] = (),
+    outlines: Outlines | None = None,
 ) -> Picture:
     """A thumbnail with the tiles of one or more grids.
 
     rgb: uint8 (H, W, 3), the whole slide. scale_l0: level-0 pixels per pixel of rgb, (x, y). grids: any number,
-    coarsest first, each in its own colour; the coarser ones have the thicker lines. mask: drawn too, if given.
+    coarsest first, each in its own colour; the coarser ones have the thicker lines. mask: drawn too, if given, by its
+    ``outlines`` where they are known.
     regions: annotated classes, filled with a tint of their colours, those of less ground over those of more.
     """
     import cv2
@@ -135,7 +151,8 @@ def thumbnail_with_grids(
             _draw_rings(picture, list(corners), colour, 2.0, casing=1.0)
     if mask is not None:
         scale = (picture.shape[1] / mask.mask.shape[1], picture.shape[0] / mask.mask.shape[0])
-        _draw_rings(picture, [r * scale for rings in trace_mask(mask.mask) for r in rings], (0, 0, 0), 1.0, casing=1.0)
+        polygons = trace_mask(mask.mask) if outlines is None else outlines
+        _draw_rings(picture, [r * scale for rings in polygons for r in rings], (0, 0, 0), 1.0, casing=1.0)
         entries.append(_Entry((0, 0, 0), "tissue"))
     for region, filled in zip(regions, painted, strict=True):
         lines = [ring * per_l0 for rings in region.polygons for ring in rings]
@@ -168,7 +185,7 @@ def _grid_text(grid: TileGrid) -> str:
     return f"{grid.label}: {len(grid):,} {noun} of {grid.spec.size_px} px, {mpp:.4g} µm/px"
 
 
-@cache
+@lru_cache(maxsize=1)
 def viridis() -> Picture:
     """The 256 colours of viridis, uint8 (256, 3): even steps to the eye, and told apart with any colour vision."""
     import cv2
@@ -243,11 +260,20 @@ def _draw_rings(
 
     if not rings:
         return
-    paths = [np.rint((ring - 0.5) * (1 << _SHIFT)).astype(np.int32).reshape(-1, 1, 2) for ring in rings]
+    paths = [np.rint((_plainer(ring) - 0.5) * (1 << _SHIFT)).astype(np.int32).reshape(-1, 1, 2) for ring in rings]
     if casing > 0:
         thickness = max(1, round(width + 2 * casing))
         cv2.polylines(picture, paths, True, (255, 255, 255), thickness, cv2.LINE_AA, _SHIFT)
     cv2.polylines(picture, paths, True, colour, max(1, round(width)), cv2.LINE_AA, _SHIFT)
+
+
+def _plainer(ring: NDArray[Any]) -> NDArray[Any]:
+    """A ring without the points that change it by less than what is seen: outlines along pixels are stairs."""
+    import cv2
+
+    if len(ring) <= _PLAIN_POINTS:
+        return ring
+    return np.asarray(cv2.approxPolyDP(ring.astype(np.float32).reshape(-1, 1, 2), _SEEN_PX, True)).reshape(-1, 2)
 
 
 def _with_panel(
@@ -299,12 +325,18 @@ def _with_panel(
     return np.concatenate([picture, np.asarray(image, np.uint8)])
 
 
+@lru_cache(maxsize=8)
 def _font(size: int) -> Any:
-    """DejaVu Sans, which matplotlib brings along: PIL's own font has no µ and few accents."""
-    import matplotlib
+    """DejaVu Sans, which matplotlib brings along: PIL's own font has no µ and few accents.
+
+    Where it lies is asked for without importing matplotlib, which takes longer than a slide.
+    """
     from PIL import ImageFont
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    spec = find_spec("matplotlib")
+    assert spec is not None, "matplotlib is a requirement"
+    assert spec.origin is not None, "matplotlib is a package with a file"
+    return ImageFont.truetype(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def _colour_bar(image: Any, draw: Any, font: Any, at: tuple[int, int], room: int, line: int, bar: ColourBar) -> None:

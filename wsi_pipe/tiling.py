@@ -66,12 +66,13 @@ def plan_grids(pyramid: Pyramid, mask: TissueMask, settings: TileSettings) -> tu
     finest = _finest_scale(slide_mpp, specs[-1].mpp, settings)
 
     grids: list[TileGrid] = []
+    running = _running_sums(mask)
     for i, spec in enumerate(specs):
         multiple = math.prod(factors[i:])
         mpp = (finest.mpp[0] * multiple, finest.mpp[1] * multiple)
         downsample = (finest.downsample[0] * multiple, finest.downsample[1] * multiple)
         coarser = (grids[-1], factors[i - 1]) if grids else None
-        grids.append(_lay(pyramid.size_l0, slide_mpp, mask, settings, spec, mpp, downsample, coarser))
+        grids.append(_lay(pyramid.size_l0, slide_mpp, mask, running, settings, spec, mpp, downsample, coarser))
     return tuple(grids)
 
 
@@ -114,6 +115,7 @@ def _lay(
     size_l0: IntPair,
     slide_mpp: FloatPair,
     mask: TissueMask,
+    running: NDArray[np.int32],
     settings: TileSettings,
     spec: TileSpec,
     mpp: FloatPair,
@@ -125,7 +127,7 @@ def _lay(
     stride = _stride(spec, downsample)
     # A cell that would begin on the slide by nothing but rounding is none.
     columns, rows = (max(math.ceil(size / step - 1e-9), 1) for size, step in zip(size_l0, stride, strict=True))
-    kept = _judge(size_l0, mask, settings, spec, downsample, (columns, rows))
+    kept = _judge(size_l0, mask, running, settings, spec, downsample, (columns, rows))
     parent_row: NDArray[np.int32] | None = None
     if coarser is not None:
         column_of, row_of = (_parents(np.arange(n), spec, coarser[1]) for n in (columns, rows))
@@ -134,7 +136,7 @@ def _lay(
         kept &= parents >= 0
         parent_row = parents[kept]
     row, column = np.nonzero(kept)
-    fractions = tissue_fractions(mask, size_l0, (0.0, 0.0), stride, tile, (columns, rows))
+    fractions = tissue_fractions(mask, size_l0, (0.0, 0.0), stride, tile, (columns, rows), running)
     return TileGrid(
         spec=spec,
         mpp_effective=mpp,
@@ -157,6 +159,7 @@ def _stride(spec: TileSpec, downsample: FloatPair) -> FloatPair:
 def _judge(
     size_l0: IntPair,
     mask: TissueMask,
+    running: NDArray[np.int32],
     settings: TileSettings,
     spec: TileSpec,
     downsample: FloatPair,
@@ -173,7 +176,8 @@ def _judge(
     step = (side[0] * (1 - overlap), side[1] * (1 - overlap))
     inside = math.floor((count - 1) / (1 - overlap) + FRACTION_EPSILON) + 1
     cells = ((shape[0] - 1) * count + inside, (shape[1] - 1) * count + inside)
-    tissue = tissue_fractions(mask, size_l0, (0.0, 0.0), step, side, cells) >= settings.min_tissue - FRACTION_EPSILON
+    fractions = tissue_fractions(mask, size_l0, (0.0, 0.0), step, side, cells, running)
+    tissue = fractions >= settings.min_tissue - FRACTION_EPSILON
     by_row = np.zeros((shape[1], cells[0]), bool)
     for i in range(inside):
         by_row |= tissue[i : i + (shape[1] - 1) * count + 1 : count]
@@ -190,11 +194,13 @@ def tissue_fractions(
     stride_l0: FloatPair,
     tile_size_l0: FloatPair,
     shape: IntPair,
+    running: NDArray[np.int32] | None = None,
 ) -> NDArray[np.float64]:
     """Area of tissue over area of tile for each cell of a regular grid, float64 (rows, columns), exact.
 
-    shape: (columns, rows). Mask pixels that a tile cuts count by the part inside it; what lies off the slide or off
-    the mask is not tissue, also where the last mask pixels reach beyond the slide.
+    shape: (columns, rows). running: the mask's sums down its columns, where several grids share them. Mask pixels that
+    a tile cuts count by the part inside it; what lies off the slide or off the mask is not tissue, also where the last
+    mask pixels reach beyond the slide.
     """
     height, width = mask.mask.shape
     limit = (min(size_l0[0] / mask.scale_l0[0], width), min(size_l0[1] / mask.scale_l0[1], height))
@@ -207,9 +213,7 @@ def tissue_fractions(
         for axis in (0, 1)
     ]
     # A running sum is linear between pixel edges, so its value at a fractional edge is exact. One axis at a time.
-    rows = np.zeros((height + 1, width), np.int32)
-    rows[1:] = mask.mask
-    np.cumsum(rows, axis=0, out=rows)
+    rows = _running_sums(mask) if running is None else running
     by_row = _at(rows, edges[1][1]) - _at(rows, edges[1][0])
     columns = np.zeros((shape[1], width + 1), np.float64)
     np.cumsum(by_row, axis=1, out=columns[:, 1:])
@@ -218,6 +222,15 @@ def tissue_fractions(
     tile_area = (tile_size_l0[0] / mask.scale_l0[0]) * (tile_size_l0[1] / mask.scale_l0[1])
     # Differences of sums round: nothing is tissue by -1e-17.
     return np.clip(area / tile_area, 0.0, 1.0)
+
+
+def _running_sums(mask: TissueMask) -> NDArray[np.int32]:
+    """Sums of a mask's pixels down its columns, int32 (H + 1, W), from 0 on."""
+    rows = np.zeros((mask.mask.shape[0] + 1, mask.mask.shape[1]), np.int32)
+    # Row by row: numpy's own sum along this axis goes down column by column.
+    for above, own, below in zip(rows[:-1], mask.mask, rows[1:], strict=True):
+        np.add(above, own, out=below)
+    return rows
 
 
 def _at(sums: NDArray[np.int32] | NDArray[np.float64], position: NDArray[np.float64]) -> NDArray[np.float64]:

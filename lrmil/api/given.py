@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lrmil.config import LossSettings, ModelSettings, TrainSettings
 from wsi_pipe.config import from_mapping, to_mapping
@@ -14,8 +14,10 @@ from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.tables import csv_text
 
-__all__ = ["Labels", "PathLike", "label_file", "train_settings"]
+__all__ = ["Labels", "PathLike", "label_file", "train_settings", "with_values"]
 
+S = TypeVar("S")
+GROUPS = {"model": ModelSettings, "loss": LossSettings}
 PathLike = str | os.PathLike[str]
 Labels = PathLike | Mapping[str, object] | Any
 """A CSV, a mapping from slide ids to classes, or a pandas DataFrame with the columns of such a CSV."""
@@ -25,15 +27,23 @@ def train_settings(
     base: TrainSettings | None, model: str | None, values: Mapping[str, Any], has_teacher: bool
 ) -> TrainSettings:
     """Settings with single ones over them. Raises ConfigError for an unknown one, or one that is refused."""
-    plain = to_mapping(base or TrainSettings())
-    names = {cls: {f.name for f in dataclasses.fields(cls)} for cls in (TrainSettings, ModelSettings, LossSettings)}
-    groups = {"model": names[ModelSettings], "loss": names[LossSettings]}
+    return with_values(base or TrainSettings(), model, values, has_teacher, "train")
+
+
+def with_values(base: S, model: str | None, values: Mapping[str, Any], has_teacher: bool, where: str) -> S:
+    """``base``, with ``model`` and ``loss`` in it, under single settings of any of the three, by name.
+
+    model: the architecture's name. where: for messages. Raises ConfigError for an unknown one, or one that is refused.
+    """
+    plain = to_mapping(base)
+    own = set(plain) - {"model", "loss"}
+    groups = {group: {f.name for f in dataclasses.fields(cls)} for group, cls in GROUPS.items()}
     if model is not None:
         plain["model"] = plain["model"] | {"name": model}
     for name, value in values.items():
-        owner = next((group for group, own in groups.items() if name in own), None)
-        if owner is None and name not in names[TrainSettings]:
-            known = sorted(set().union(*names.values()))
+        owner = next((group for group, names in groups.items() if name in names), None)
+        if owner is None and name not in own:
+            known = sorted(own.union(*groups.values()))
             raise ConfigError(f"there is no setting {name!r}", remedy=f"known ones are {', '.join(known)}")
         if owner is None:
             plain[name] = value
@@ -44,7 +54,7 @@ def train_settings(
             raise ConfigError("weights of a teacher are given, but no teacher", remedy="add teacher=...")
         # Without a teacher its terms are nothing, whatever the settings say.
         plain["loss"] = plain["loss"] | {"bag": 0.0, "soft": 0.0, "hard": 0.0}
-    return from_mapping(TrainSettings, plain, "train")
+    return from_mapping(type(base), plain, where)
 
 
 def label_file(labels: Labels, out: Path) -> Path:

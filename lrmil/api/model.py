@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrmil.api.given import PathLike
-from lrmil.checkpoint import ModelCard, read_card
+from lrmil.checkpoint import ModelCard
 from lrmil.experiment import RunFigures
 from lrmil.experiment.slide_files import Ground, attention_of
 from lrmil.pictures.heatmap import LONGEST_PX
-from lrmil.predictor import Predictor, SlidePrediction, find_encoder, predict_slides
+from lrmil.predictor import Predictor, SlidePrediction, find_encoder, load_predictor, predict_slides, read_cards
 from wsi_pipe.api.grids import as_label
 from wsi_pipe.api.show import card, number
 from wsi_pipe.api.slide import Slide
@@ -33,18 +33,23 @@ SHOWN = ("auc", "balanced_accuracy", "accuracy")
 
 
 class Model:
-    """A trained model: asked about slides or bags. ``figures``: of its test cases, where it was trained just now."""
+    """A trained model, or the models of a run's folds together: asked about slides or bags.
+
+    card: what its file says; of a run, its first fold's. cards: of every fold. figures: of its test cases, where it was
+    trained just now.
+    """
 
     def __init__(self, path: PathLike, *, device: str = "auto", figures: RunFigures | None = None) -> None:
         self.path = Path(path)
         self.device = device
         self.figures = figures
-        self.card: ModelCard = read_card(self.path)
+        self.cards: tuple[ModelCard, ...] = tuple(read_cards(self.path))
+        self.card = self.cards[0]
 
     @cached_property
     def predictor(self) -> Predictor:
-        """The network, loaded when it is first asked."""
-        return Predictor.load(self.path, device=self.device)
+        """The network, or those of the folds, loaded when it is first asked."""
+        return load_predictor(self.path, device=self.device)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -61,17 +66,23 @@ class Model:
         settings: JobSettings | None = None,
         reader: str | None = None,
         top_tiles: int = 10,
+        abstain: str | None = None,
     ) -> SlidePrediction | list[SlidePrediction]:
         """What the model says of a slide or a bag, or of several, in their order; bags end in .h5 or .hdf5.
 
         A slide is read at the model's own resolution with the model's own encoder, and at no other. encoder: its name
         or file, where the model does not say it or it lies elsewhere; of a bag that does not state it, too. resolution:
         of such a bag. job: folder where masks and bags of slides go and are found again, by default one that is removed
-        afterwards. settings: of segmentation. reader: of slides.
+        afterwards. settings: of segmentation. reader: of slides. abstain: "accuracy=0.95", "coverage=0.8", reached on
+        the model's validation slides, or "threshold=0.9": below it ``abstained`` is True.
 
         Of one slide, what is wrong is raised: SlideError, ModelMismatchError for an encoder, resolution or weights that
         are not the model's, StoreError. Of several, a slide that fails has status "failed" and the reason.
         """
+        if abstain is None:
+            self.predictor.abstention = None
+        else:
+            self.predictor.abstain(abstain)
         one = isinstance(what, (str, os.PathLike, Slide))
         given: list[PathLike | Slide] = [what] if isinstance(what, (str, os.PathLike, Slide)) else list(what)
         places = {i: Path(item) for i, item in enumerate(given) if not isinstance(item, Slide) and _is_bag(item)}
@@ -93,7 +104,7 @@ class Model:
                         entries,
                         folder,
                         encoder=find_encoder(self.card, self.path, encoder),
-                        base=settings or load_settings(folder) or JobSettings(),
+                        base=settings or load_settings(folder) or self.predictor.settings,
                         reader=reader,
                         top_tiles=top_tiles,
                     )
@@ -121,7 +132,9 @@ class Model:
         return attention_of(prediction, ground, smooth=smooth)
 
     def __repr__(self) -> str:
-        return f"<Model {self.card.model.name} of {', '.join(self.classes)}, {self.card.level or 'unstated level'}>"
+        several = f"{len(self.cards)} x " if len(self.cards) > 1 else ""
+        level = self.card.level or "unstated level"
+        return f"<Model {several}{self.card.model.name} of {', '.join(self.classes)}, {level}>"
 
     def _repr_html_(self) -> str:
         facts: list[tuple[str, object]] = [
@@ -142,7 +155,12 @@ class Model:
 
 
 def load(path: PathLike, *, device: str = "auto") -> Model:
-    """A model from its file, ``model.safetensors`` of a run. Raises ModelFileError when it is missing or broken."""
+    """A model from its file, ``model.safetensors`` of a run or ``.onnx`` of ``lrmil export``, or the folds of a
+    run together, from its folder.
+
+    Raises ModelFileError when a file is missing or broken, ModelMismatchError when the folds have other classes, or
+    features of other encoders.
+    """
     return Model(path, device=device)
 
 

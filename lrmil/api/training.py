@@ -10,26 +10,26 @@ from typing import Any
 
 from lrmil.api.given import Labels, PathLike, label_file, train_settings
 from lrmil.api.model import Model
+from lrmil.checkpoint import MODEL_NAME
 from lrmil.config import TrainSettings
-from lrmil.errors import FiguresError
 from lrmil.experiment import (
+    Cohort,
     RunFigures,
     evaluate_model,
     evaluate_run,
     load_cohort,
     open_teacher,
-    read_predictions,
     train_folds,
 )
 from lrmil.experiment.cohort import open_features
-from lrmil.experiment.figures import PREDICTIONS_NAME
-from lrmil.experiment.folds import MODEL_NAME, SPLITS_NAME
+from lrmil.experiment.figures import PREDICTIONS_NAME, parts_of
+from lrmil.experiment.folds import SPLITS_NAME
 from lrmil.splits import SplitTable, make_splits, read_splits
 from lrmil.store.dtypes import StoreDtype
 from wsi_pipe.api.grids import as_label
 from wsi_pipe.errors import ConfigError
 
-__all__ = ["evaluate", "train"]
+__all__ = ["evaluate", "fold_figures", "splits_for", "train"]
 
 Say = Callable[[str], object]
 
@@ -49,8 +49,12 @@ def train(
     folds: int = 5,
     val_fraction: float = 0.2,
     split_seed: int = 0,
-    by: str = "auto",
+    by: str | None = None,
+    labels_by: str = "auto",
     label_column: str | None = None,
+    targets: Sequence[str] = (),
+    renames: Mapping[str, str] | None = None,
+    case_from: str | None = None,
     slide_table: PathLike | None = None,
     site_column: str | None = None,
     teacher: PathLike | Model | None = None,
@@ -73,6 +77,8 @@ def train(
     bags: a folder such as ``JOB/bags``, or bags. labels: a CSV; a mapping from slide ids to classes; or a pandas
     DataFrame with the columns of such a CSV. out: folder of the run; called again with the same, training goes on, and
     with another ``fold`` it adds that one. splits: a CSV or table of folds; by default ``folds`` folds are made.
+    targets: instead of classes, such as ``["os:survival"]``. by: "case" makes one bag of all slides of a case.
+    renames: values of the labels that mean another. case_from: "tcga" for the patient of a barcode.
     teacher: a model, or the folder of a run on the same splits, to distil from. settings: a ``TrainSettings``; single
     ones of them, of the model and of the loss by name: ``model="abmil"``, ``epochs=20``, ``hidden=128``, ``soft=0.5``.
     The others: as of ``lrmil train``. progress: called with the figures of each epoch. say: told what is
@@ -82,7 +88,10 @@ def train(
     encoder or teacher saw cases that the model is judged by, RandomFeaturesError.
     """
     out, tell = Path(out), say or _log.warning
-    chosen = train_settings(settings, model, values, teacher is not None)
+    asked: dict[str, Any] = {} if by is None else {"unit": by}
+    if targets:
+        asked["targets"] = [targets] if isinstance(targets, str) else list(targets)
+    chosen = train_settings(settings, model, values | asked, teacher is not None)
     where: Any = Path(bags) if isinstance(bags, (str, os.PathLike)) else [Path(item) for item in bags]
     features = open_features(
         where,
@@ -95,18 +104,16 @@ def train(
     cohort = load_cohort(
         features,
         label_file(labels, out),
-        by=by,
+        by=labels_by,
         label_column=label_column,
         slide_table=None if slide_table is None else Path(slide_table),
         site_column=site_column,
+        targets=chosen.targets,
+        renames=renames,
+        case_from=case_from,
+        unit=chosen.unit,
     )
-    if splits is None:
-        table = make_splits(cohort.table.case_labels(), folds, split_seed, val_fraction)
-        there = out / SPLITS_NAME
-        if there.is_file() and read_splits(there) != table:
-            raise ConfigError(f"{there} holds other folds", remedy=f"give splits={str(there)!r}, or another folder")
-    else:
-        table = splits if isinstance(splits, SplitTable) else read_splits(Path(splits))
+    table = splits_for(cohort, splits, out, folds, split_seed, val_fraction)
     for note in cohort.notes(table):
         tell(note)
     name = table.fold_name(fold)
@@ -135,7 +142,7 @@ def train(
         allow_seen=allow_seen,
         say=tell,
     )
-    figures = _figures(out / name, positive, replicates)
+    figures = fold_figures(out / name, positive, replicates)
     return Model(out / name / MODEL_NAME, device=chosen.device, figures=figures)
 
 
@@ -154,6 +161,7 @@ def evaluate(
     slide_table: PathLike | None = None,
     positive: str | None = None,
     at_sensitivity: Sequence[float] = (),
+    abstain: str | None = None,
     replicates: int = 2000,
     seed: int = 0,
     allow_seen: bool = False,
@@ -161,14 +169,13 @@ def evaluate(
 ) -> RunFigures:
     """Figures with 95 % intervals by case: of a run's predictions, or of a model on other labelled bags.
 
-    what: the folder of a run; or a model or its file, with bags, labels, and ``out`` for predictions and figures. part:
-    of a run, "test" or "val". splits, fold: of a model, only the test part of that fold. The others: as of ``lrmil
-    evaluate``. Raises FiguresError where nothing is to be judged, LeakageError where the model or the encoder has seen
-    cases that it would be judged by, ModelMismatchError.
+    what: the folder of a run; or a model, its file or a run whose folds are asked together, with bags, labels, and
+    ``out`` for predictions and figures. part: of a run's predictions, "test" or "val". abstain: figures of the slides
+    that are answered too, by a rule such as "accuracy=0.95". splits, fold: of a model, only the test part of that fold.
+    The others: as of ``lrmil evaluate``. Raises FiguresError where nothing is to be judged, LeakageError where the
+    model or the encoder has seen cases that it would be judged by, ModelMismatchError.
     """
-    if not isinstance(what, Model) and Path(what).is_dir():
-        if bags is not None or labels is not None:
-            raise ConfigError("bags or labels are given with a run", remedy="give a model, or the run alone")
+    if not isinstance(what, Model) and Path(what).is_dir() and bags is None and labels is None:
         return evaluate_run(
             Path(what),
             part=part,
@@ -176,6 +183,7 @@ def evaluate(
             at_sensitivity=at_sensitivity,
             replicates=replicates,
             seed=seed,
+            abstain=abstain,
         )
     if bags is None or labels is None or out is None:
         raise ConfigError("a model is judged on labelled bags", remedy="give bags, labels and out")
@@ -198,6 +206,9 @@ def evaluate(
         label_column=label_column,
         classes=judged.card.classes,
         slide_table=None if slide_table is None else Path(slide_table),
+        targets=judged.card.training.get("targets", ()),
+        like=judged.card.target if judged.card.target_state else None,
+        unit=str(judged.card.training.get("unit", "slide")),
     )
     table = None if splits is None else splits if isinstance(splits, SplitTable) else read_splits(Path(splits))
     for note in cohort.notes(table):
@@ -207,6 +218,7 @@ def evaluate(
         judged.path,
         cohort,
         folder,
+        abstain=abstain,
         indices=None if table is None else cohort.fold(table, name).test,
         splits=None if table is None else (table, name),
         positive=positive,
@@ -218,12 +230,23 @@ def evaluate(
     )
 
 
-def _figures(folder: Path, positive: str | None, replicates: int) -> RunFigures | None:
+def fold_figures(folder: Path, positive: str | None, replicates: int) -> RunFigures | None:
     """Of the test cases, else of the validation cases; None where the fold has neither."""
     for part in ("test", "val"):
-        try:
-            read_predictions(folder / PREDICTIONS_NAME, part)
-        except FiguresError:
+        if part not in parts_of(folder / PREDICTIONS_NAME):
             continue
         return evaluate_run(folder, part=part, positive=positive, replicates=replicates)
     return None
+
+
+def splits_for(
+    cohort: Cohort, splits: PathLike | SplitTable | None, out: Path, folds: int, seed: int, val_fraction: float
+) -> SplitTable:
+    """The splits given, or folds made of the cohort's cases. Raises ConfigError where ``out`` holds others."""
+    if splits is not None:
+        return splits if isinstance(splits, SplitTable) else read_splits(Path(splits))
+    table = make_splits(cohort.table.case_labels(), folds, seed, val_fraction)
+    there = out / SPLITS_NAME
+    if there.is_file() and read_splits(there) != table:
+        raise ConfigError(f"{there} holds other folds", remedy=f"give splits={str(there)!r}, or another folder")
+    return table

@@ -8,16 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from lrmil.cascade.losses import LOSSES
 from lrmil.cascade.scores import SCORES
 from lrmil.checkpoint import MODEL_KIND, read_tensors, write_tensors
 from lrmil.errors import ModelFileError
 from wsi_pipe.seen import Seen
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["CASCADE_KIND", "CascadeCard", "is_cascade", "read_cascade_card", "save_cascade", "unpacked"]
 
@@ -94,6 +96,8 @@ def save_cascade(path: Path, card: CascadeCard, low: Sequence[Path], high: Seque
 
     Raises ModelFileError for a model file that cannot be read, OutputError where the cascade cannot be written.
     """
+    import torch
+
     tensors = {}
     for part, names, files in (("low", card.low, low), ("high", card.high, high)):
         for name, file in zip(names, files, strict=True):

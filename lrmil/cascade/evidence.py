@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lrmil.checkpoint import load_model, read_card
+from lrmil.checkpoint import MODEL_NAME, load_model, read_card
 from lrmil.errors import FiguresError, ModelMismatchError
 from lrmil.experiment.cohort import Cohort
 from lrmil.experiment.figures import PREDICTIONS_NAME, FoldPredictions, fold_folders, read_predictions
-from lrmil.experiment.folds import MODEL_NAME, check_store
+from lrmil.experiment.folds import check_store
 from lrmil.experiment.guided import GUIDED_NAME, attention_of_bag, match_bags, parents_of_bag
 from lrmil.leaks import Judged, check_encoder, check_model, judged_of
 from lrmil.predictor import Predictor
@@ -263,5 +263,10 @@ def as_predictors(models: RunModels, device: str = "auto") -> list[Predictor]:
     found = []
     for path in models.files:
         module, card = load_model(path)
+        if card.target_state:
+            raise ModelMismatchError(
+                f"{path} predicts {card.target.kind}: a cascade decides between classes",
+                remedy="give runs that were trained on a label column",
+            )
         found.append(Predictor(module, card, device=device, name=path.parent.name))
     return found

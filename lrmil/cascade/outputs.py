@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lrmil.cascade.predict import CascadePrediction, CascadePredictor, Cost
-from lrmil.experiment.figures import no_nan
+from lrmil.checkpoint import no_nan
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.tables import csv_text
 

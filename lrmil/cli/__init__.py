@@ -19,10 +19,21 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pack": ("lrmil.cli.prepare:pack", "Copy features of many bags into one store that trains fast."),
     "distill": ("lrmil.cli.distill:distill", "Distil a low-resolution encoder from a high-resolution one (stage 1)."),
     "train": ("lrmil.cli.train:train", "Train a MIL model, a teacher or a student, on one fold or all."),
+    "finetune": (
+        "lrmil.cli.finetune:finetune",
+        "Train an encoder further, together with its classifier (stage 2, not frozen).",
+    ),
+    "tune": ("lrmil.cli.tune:tune", "Choose settings by search inside a fold's training cases."),
     "evaluate": ("lrmil.cli.evaluate:evaluate", "Figures with intervals, of a run or of a model on other bags."),
+    "experiment": (
+        "lrmil.cli.experiment:experiment",
+        "The whole experiment by a preset: every fold of HR, LR and LRMIL, one table.",
+    ),
     "compare": ("lrmil.cli.evaluate:compare", "Compare two runs on the same slides: bootstrap and DeLong."),
     "resolve": ("lrmil.cli.resolve:resolve", "Say which resolution is needed, and what each costs."),
     "cascade": ("lrmil.cli.cascade:cascade", "Low resolution first, high where it is unsure, at a bounded risk."),
+    "export": ("lrmil.cli.export:export", "Write a classifier and its encoder as one ONNX file."),
+    "probe": ("lrmil.cli.probe:probe", "Say what features tell: linear, neighbours, few-shot."),
     "predict": ("lrmil.cli.predict:predict", "Classify bags, or slides in one go, with a trained model."),
 }
 

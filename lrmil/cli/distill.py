@@ -31,7 +31,11 @@ __all__ = ["distill"]
     help="Encoder of the HR tiles; any of wsi-pipe encoders. Several are learned from at once.",
 )
 @click.option(
-    "--student", default="copy", show_default=True, metavar="NAME", help="copy (of the teacher), or another network."
+    "--student",
+    default="copy",
+    show_default=True,
+    metavar="NAME",
+    help="copy (of the teacher), fast or balanced (small networks for processors), or another network.",
 )
 @click.option(
     "-r",
@@ -120,6 +124,7 @@ def distill(**values: Any) -> int:
     """
     from lrmil.data import read_cases
     from lrmil.distill import DistillRequest, run_distillation
+    from lrmil.distill.presets import preset_of
     from lrmil.distill.ranks import speaks, training_devices
     from lrmil.pictures.distill import draw_distillation
     from lrmil.splits import read_splits
@@ -156,11 +161,12 @@ def distill(**values: Any) -> int:
         raise ConfigError(
             "whom the student may see is not clear", remedy="give --splits with --fold, or --all, or --cases FILE"
         )
+    network, side_px = preset_of(values["student"], values["student_px"])
     request = DistillRequest(
         bags=values["bags"],
         teacher=values["teachers"][0],
         more_teachers=values["teachers"][1:],
-        student=values["student"],
+        student=network,
         lr=level_label(resolutions[1]),
         hr=level_label(resolutions[0]),
         splits=read_splits(values["splits"]) if values["splits"] else None,
@@ -175,7 +181,7 @@ def distill(**values: Any) -> int:
         targets_dir=values["targets_dir"],
         random_teacher=values["random_teacher"],
         random_student=values["random_student"],
-        student_px=values["student_px"],
+        student_px=side_px,
         devices=tuple(training_devices(values["devices"])) if values["devices"] else (),
     )
     result = run_distillation(request, None if values["as_json"] else messages.say)
@@ -196,9 +202,9 @@ def distill(**values: Any) -> int:
     rows = []
     for name in [key.removesuffix("_cosine") for key in result.figures if key.endswith("_cosine")]:
         base = result.baseline.get(name)
-        student = [f"{result.figures[f'{name}_{what}']:.3f}" for what in ("explained_variance", "cosine")]
+        learned = [f"{result.figures[f'{name}_{what}']:.3f}" for what in ("explained_variance", "cosine")]
         linear = [f"{base.explained_variance:.3f}", f"{base.cosine:.3f}"] if base else ["-", "-"]
-        rows.append([name, *student, *linear])
+        rows.append([name, *learned, *linear])
     if rows:
         columns = {"of HR features": "left", "explained": "right", "cosine": "right"}
         print_table(columns | {"linear: explained": "right", "linear: cosine": "right"}, rows)

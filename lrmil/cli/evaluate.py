@@ -8,10 +8,14 @@ from typing import Any
 import click
 
 from lrmil.cli.options import (
+    ABSTAIN,
+    CASE_FROM,
     EXISTING,
+    MAP,
     PATH,
     SHOWN,
     SLIDE_TABLE,
+    TARGET,
     level_of,
     number,
     pack_progress,
@@ -20,6 +24,7 @@ from lrmil.cli.options import (
     print_notes,
     seen_option,
 )
+from lrmil.tables import parse_renames
 from wsi_pipe.cli.display import print_json, print_table
 from wsi_pipe.cli.options import RESOLUTION
 from wsi_pipe.errors import ConfigError
@@ -32,11 +37,19 @@ PART = click.Choice(["test", "val"])
 @click.command()
 @click.argument("run", required=False, type=EXISTING)
 @click.option("--part", type=PART, default="test", show_default=True, help="Of a run's predictions.")
-@click.option("--model", type=EXISTING, metavar="FILE", help="Instead of a run: this model on other bags.")
+@click.option(
+    "--model",
+    type=EXISTING,
+    metavar="FILE|RUN",
+    help="Instead of a run: this model, or a run's folds together, on other bags.",
+)
 @click.option("--bags", type=EXISTING, metavar="DIR", help="With --model: bags or a store.")
 @click.option("--labels", type=EXISTING, metavar="CSV", help="With --model: labels of the bags.")
 @click.option("--label-column", metavar="NAME", help="With --model.  [label]")
+@MAP
 @SLIDE_TABLE
+@CASE_FROM
+@TARGET
 @click.option("--splits", type=EXISTING, metavar="CSV", help="With --model: only the test part of --fold.")
 @click.option("--fold", metavar="K", help="With --splits.  [1]")
 @click.option("-r", "--resolution", type=RESOLUTION, metavar="RES", help="With --model: where bags do not state it.")
@@ -46,6 +59,7 @@ PART = click.Choice(["test", "val"])
 @click.option("--replicates", type=click.IntRange(10), default=2000, show_default=True, help="Of the bootstrap.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
 @positive_options
+@ABSTAIN
 @seen_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(run: Path | None, as_json: bool, **values: Any) -> int:
@@ -53,6 +67,7 @@ def evaluate(run: Path | None, as_json: bool, **values: Any) -> int:
 
     \b
     lrmil evaluate run
+    lrmil evaluate run --abstain coverage=0.8
     lrmil evaluate --model run/fold_1/model.safetensors --bags other/bags --labels other.csv -o external
     """
     from lrmil.experiment import evaluate_run
@@ -67,6 +82,7 @@ def evaluate(run: Path | None, as_json: bool, **values: Any) -> int:
             at_sensitivity=values["at_sensitivity"],
             replicates=values["replicates"],
             seed=values["seed"],
+            abstain=values["abstain"],
         )
     else:
         result = _evaluate_model(values)
@@ -78,9 +94,9 @@ def evaluate(run: Path | None, as_json: bool, **values: Any) -> int:
 
 
 def _evaluate_model(values: dict[str, Any]) -> Any:
-    from lrmil.checkpoint import read_card
     from lrmil.experiment import evaluate_model, load_cohort
     from lrmil.experiment.cohort import open_features
+    from lrmil.predictor import read_cards
     from lrmil.splits import read_splits
 
     lacking = [f"--{name}" for name in ("bags", "labels", "out") if not values[name]]
@@ -92,7 +108,7 @@ def _evaluate_model(values: dict[str, Any]) -> Any:
         )
     if values["fold"] and not values["splits"]:
         raise ConfigError("--fold needs --splits", remedy="add --splits CSV")
-    card = read_card(values["model"])
+    card = read_cards(values["model"])[0]
     store = open_features(
         values["bags"],
         level=level_of(values["resolution"]) or card.level or None,
@@ -107,6 +123,11 @@ def _evaluate_model(values: dict[str, Any]) -> Any:
         label_column=values["label_column"],
         classes=card.classes,
         slide_table=values["slide_table"],
+        targets=values["targets"] or card.training.get("targets", ()),
+        like=card.target if card.target_state else None,
+        renames=parse_renames(values["renames"]),
+        case_from=values["case_from"],
+        unit=str(card.training.get("unit", "slide")),
     )
     splits = read_splits(values["splits"]) if values["splits"] else None
     print_notes(cohort.notes(splits))
@@ -116,6 +137,7 @@ def _evaluate_model(values: dict[str, Any]) -> Any:
         values["model"],
         cohort,
         values["out"],
+        abstain=values["abstain"],
         indices=indices,
         splits=None if splits is None else (splits, fold),
         positive=values["positive"],
@@ -163,7 +185,7 @@ def compare(
         print_json(result.to_json())
         return 0
     rows = []
-    for name in SHOWN:
+    for name in [name for name in SHOWN if name in result.differences] or list(result.differences):
         d = result.differences[name]
         interval = d.reason or f"{number(d.low)} to {number(d.high)}"
         rows.append([name, number(d.a), number(d.b), number(d.value), interval, number(d.p, 4)])

@@ -20,9 +20,15 @@ if TYPE_CHECKING:
     from lrmil.metrics import Estimate
 
 __all__ = [
+    "ABSTAIN",
+    "CASE_FROM",
+    "MAP",
     "PATH",
     "SLIDE_TABLE",
+    "TARGET",
+    "UNIT",
     "bag_options",
+    "estimate",
     "label_options",
     "level_of",
     "pack_progress",
@@ -30,6 +36,7 @@ __all__ = [
     "print_figures",
     "print_notes",
     "seen_option",
+    "stack",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -58,7 +65,44 @@ SLIDE_TABLE = click.option(
 )
 
 
-def _stack(function: F, *decorators: Callable[[F], F]) -> F:
+ABSTAIN = click.option(
+    "--abstain",
+    metavar="RULE",
+    help="No answer where the model is unsure: accuracy=0.95 or coverage=0.8, reached on its validation slides, or "
+    "threshold=0.9.",
+)
+
+
+TARGET = click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="NAME:KIND",
+    help="Instead of a class: os:survival, os:survival-discrete, age:regression, grade:ordinal, markers:multilabel or "
+    "NAME:class, with :OPTION=VALUE,... after it; repeatable, for several at once.  [the label column]",
+)
+MAP = click.option(
+    "--map",
+    "renames",
+    multiple=True,
+    metavar="OLD=NEW",
+    help="A value of the labels that means another, or nothing (OLD=); repeatable.",
+)
+UNIT = click.option(
+    "--by",
+    "unit",
+    type=click.Choice(["slide", "case"]),
+    help="What is predicted: a slide, or a case, whose slides are then one bag.  [slide]",
+)
+CASE_FROM = click.option(
+    "--case-from",
+    type=click.Choice(["tcga"]),
+    help="Take each slide's patient from its TCGA barcode.  [tables and bags]",
+)
+
+
+def stack(function: F, *decorators: Callable[[F], F]) -> F:
+    """``function`` under decorators, the first outermost."""
     for decorator in reversed(decorators):
         function = decorator(function)
     return function
@@ -66,7 +110,7 @@ def _stack(function: F, *decorators: Callable[[F], F]) -> F:
 
 def bag_options(function: F) -> F:
     """Which features: --bags, -r and --encoder."""
-    return _stack(
+    return stack(
         function,
         click.option(
             "--bags",
@@ -87,8 +131,8 @@ def bag_options(function: F) -> F:
 
 
 def label_options(function: F) -> F:
-    """Which labels: --labels, --by and --label-column."""
-    return _stack(
+    """Which labels, and of what: --labels, --labels-by, --label-column, --map, --slide-table and --case-from."""
+    return stack(
         function,
         click.option(
             "--labels",
@@ -98,14 +142,16 @@ def label_options(function: F) -> F:
             help="Columns slide_id, case_id or both, and label.",
         ),
         click.option(
-            "--by",
+            "--labels-by",
             type=click.Choice(["auto", "slide", "case"]),
             default="auto",
             show_default=True,
             help="What a row of the labels is about.",
         ),
-        click.option("--label-column", metavar="NAME", help="Column that holds the label.  [label]"),
+        click.option("--label-column", metavar="NAME", help="Column that holds the label.  [label, class, subtype]"),
+        MAP,
         SLIDE_TABLE,
+        CASE_FROM,
     )
 
 
@@ -140,6 +186,24 @@ def estimate(e: Estimate) -> str:
     return number(e.value) if math.isnan(e.low) else f"{number(e.value)} ({number(e.low)} to {number(e.high)})"
 
 
+def _extra_lines(extra: Mapping[str, Any], head: str = "") -> list[str]:
+    """What a target says beside its figures, a line each."""
+    lines = []
+    for name, value in extra.items():
+        if isinstance(value, Mapping) and any(isinstance(inner, Mapping) for inner in value.values()):
+            lines += _extra_lines(value, f"{head}{name}: ")
+        elif isinstance(value, Mapping):
+            lines.append(f"{head}{name.replace('_', ' ')}: " + ", ".join(f"{n} {_short(v)}" for n, v in value.items()))
+        else:
+            parts = value if isinstance(value, (list, tuple)) else [value]
+            lines.append(f"{head}{name.replace('_', ' ')}: {', '.join(map(_short, parts))}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _pooled_prevalence(result: RunFigures) -> dict[str, float]:
     total = sum(fold.slides for fold in result.folds)
     return {
@@ -151,12 +215,12 @@ def _pooled_prevalence(result: RunFigures) -> dict[str, float]:
 def seen_option(function: F) -> F:
     """--allow-seen."""
     text = "Judge on cases that model or encoder have seen all the same; the result says so."
-    return _stack(function, click.option("--allow-seen", is_flag=True, help=text))
+    return stack(function, click.option("--allow-seen", is_flag=True, help=text))
 
 
 def positive_options(function: F) -> F:
     """Which class is looked for, and at which sensitivities: --positive and --at-sensitivity."""
-    return _stack(
+    return stack(
         function,
         click.option("--positive", metavar="CLASS", help="Which of two classes is looked for.  [the second]"),
         click.option(
@@ -176,7 +240,8 @@ def print_figures(result: RunFigures) -> None:
     if several:
         columns |= {"mean over folds": "left", "SD": "right", "least": "right", "greatest": "right"}
     rows = []
-    for name in SHOWN:
+    names = [name for name in SHOWN if name in result.mean] or list(result.mean)
+    for name in names:
         if several:
             spread: Mapping[str, float] = result.spread[name]
             ends = [number(spread[key]) for key in ("std", "min", "max")]
@@ -190,8 +255,23 @@ def print_figures(result: RunFigures) -> None:
     )
     prevalence = result.folds[0].prevalence if not several else _pooled_prevalence(result)
     click.echo("prevalence: " + ", ".join(f"{name} {share:.3f}" for name, share in prevalence.items()))
+    if result.by_case:
+        shown_names = [name for name in names if name in result.by_case]
+        print_table(
+            {"by case": "left", "mean over folds" if several else result.folds[0].name: "left"},
+            [[name, estimate(result.by_case[name])] for name in shown_names],
+        )
+    for fold in result.folds:
+        if fold.torn:
+            click.echo(
+                f"{fold.name}: not judged by case, since their slides are labelled differently: {', '.join(fold.torn)}"
+            )
+        for line in _extra_lines(fold.extra):
+            click.echo(f"{fold.name}: {line}")
     if result.positive is not None:
         click.echo(f"positive class: {result.positive}; choose another with --positive")
+    if any(fold.answered for fold in result.folds):
+        _print_answered(result)
     for fold in result.folds:
         for point in fold.operating:
             shares = {
@@ -205,9 +285,22 @@ def print_figures(result: RunFigures) -> None:
             click.echo(f"{fold.name}: {chosen}: {shown}")
     for fold in result.folds:
         reasons: dict[str, list[str]] = {}
-        for name in SHOWN:
+        for name in names:
             reason = fold.estimates[name].reason
             if reason:
                 reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
             click.echo(f"{fold.name}: {', '.join(names)}: {reason}")
+
+
+def _print_answered(result: RunFigures) -> None:
+    """What abstention comes to: thresholds, coverage, and the figures of all slides beside those answered."""
+    for fold in result.folds:
+        if fold.answered is not None:
+            c = fold.answered.coverage
+            share = f"answered {number(c.value)} ({number(c.low)} to {number(c.high)}) of {fold.slides} slides"
+            click.echo(f"{fold.name}: {fold.answered.abstention}: {share}")
+    whole = result.folds[0].estimates if len(result.folds) == 1 else result.mean
+    if result.answered:
+        rows = [[name, estimate(whole[name]), estimate(result.answered[name])] for name in SHOWN]
+        print_table({"figure": "left", "all slides": "left", "those answered": "left"}, rows)

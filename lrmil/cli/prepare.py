@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from lrmil.cli.options import EXISTING, PATH, bag_options, level_of, pack_progress
+from lrmil.cli.options import EXISTING, MAP, PATH, TARGET, bag_options, level_of, pack_progress
+from lrmil.tables import parse_renames
 from wsi_pipe.cli.display import print_table
 from wsi_pipe.errors import ConfigError
 
@@ -16,7 +17,9 @@ __all__ = ["pack", "split"]
 
 @click.command()
 @click.option("--labels", required=True, type=EXISTING, metavar="CSV", help="Columns slide_id, case_id or both, label.")
-@click.option("--label-column", metavar="NAME", help="Column that holds the label.  [label]")
+@click.option("--label-column", metavar="NAME", help="Column that holds the label.  [label, class, subtype]")
+@MAP
+@TARGET
 @click.option("-o", "--out", required=True, type=PATH, metavar="CSV", help="Where the folds go.")
 @click.option("--folds", type=click.IntRange(1), default=5, show_default=True, help="1 is a single hold-out.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the folds.")
@@ -35,6 +38,8 @@ __all__ = ["pack", "split"]
 def split(
     labels: Path,
     label_column: str | None,
+    renames: tuple[str, ...],
+    targets: tuple[str, ...],
     out: Path,
     folds: int,
     seed: int,
@@ -55,7 +60,13 @@ def split(
 
     if site_column and by != "site":
         raise ConfigError("--site-column is given, but cases are divided", remedy="add --by site")
-    cases = read_case_labels(labels, label_column=label_column)
+    if targets:
+        from lrmil.targets import parse_targets
+        from lrmil.targets.labels import read_case_strata
+
+        cases = read_case_strata(labels, parse_targets(targets), renames=parse_renames(renames))
+    else:
+        cases = read_case_labels(labels, label_column=label_column, renames=parse_renames(renames))
     notes: list[str] = []
     if by == "site":
         sites = read_case_sites(labels, column=site_column)

@@ -20,7 +20,7 @@ from wsi_pipe.encoders.recipe import Recipe
 from wsi_pipe.encoders.torch_encoder import TorchEncoder
 from wsi_pipe.errors import ConfigError
 
-__all__ = ["fresh_student"]
+__all__ = ["fresh_student", "load_student"]
 
 
 def fresh_student(
@@ -41,12 +41,13 @@ def fresh_student(
             request.teacher, device="cpu", precision="float32", random_weights=request.random_teacher, input_px=side
         )
     else:
-        source = _load_student(request, side or slide.lr.spec.size_px)
+        source = load_student(
+            request.student, side or slide.lr.spec.size_px, random_weights=request.random_student, input_px=side
+        )
     encoder = cast(TorchEncoder, source)
     recipe = encoder.recipe
-    if encoder.network.depth and (side or request.student != COPY):
-        # The network interpolates its position embeddings to another input than it was built for.
-        recipe = dataclasses.replace(recipe, args={**recipe.args, "dynamic_img_size": True})
+    if encoder.network.depth and side and request.student == COPY:
+        recipe = _of_any_side(recipe)
     network: PooledNetwork = encoder.network
     first, *others = (
         Head(_blocks(one, network), [layer.shape[1] for layer in own.layers], own.final.shape[1])
@@ -73,15 +74,31 @@ def _blocks(teacher: Teacher, network: PooledNetwork) -> list[int]:
     return relative_blocks(teacher.layers, teacher.depth, network.depth) if teacher.layers and network.depth else []
 
 
-def _load_student(request: DistillRequest, side: int) -> Encoder:
-    options = {"device": "cpu", "precision": "float32", "random_weights": request.random_student}
-    if not request.student.startswith("timm:"):
-        return load_encoder(request.student, **options, input_px=request.student_px)  # type: ignore[arg-type]
+def load_student(name: str, side: int, *, random_weights: bool = False, input_px: int | None = None) -> TorchEncoder:
+    """A network to be trained, on the CPU in float32, with the recipe to export it by.
+
+    side: of its inputs where it is one of timm's, which has no say in it. input_px: of another network's, None for its
+    own. Raises SettingsError for an encoder that is no network, and as ``load_encoder`` does.
+    """
+    options = {"device": "cpu", "precision": "float32", "random_weights": random_weights}
+    wanted = side if name.startswith("timm:") else input_px
     try:
-        return load_encoder(request.student, **options, input_px=side)  # type: ignore[arg-type]
+        encoder: Encoder = load_encoder(name, **options, input_px=wanted)  # type: ignore[arg-type]
     except ConfigError:
+        if not name.startswith("timm:"):
+            raise
         # A ConvNet takes any side as it is; only its preprocessing names one.
-        encoder = cast(TorchEncoder, load_encoder(request.student, **options))  # type: ignore[arg-type]
+        encoder = load_encoder(name, **options)  # type: ignore[arg-type]
+        assert isinstance(encoder, TorchEncoder)
         pre = dataclasses.replace(encoder.recipe.preprocessing, input_px=side, resize_px=None)
         encoder.recipe = dataclasses.replace(encoder.recipe, preprocessing=pre)
-        return encoder
+    if not isinstance(encoder, TorchEncoder):
+        raise SettingsError(f"{name} is no network that could be trained", remedy="give another, such as timm:MODEL")
+    if encoder.network.depth:
+        encoder.recipe = _of_any_side(encoder.recipe)
+    return encoder
+
+
+def _of_any_side(recipe: Recipe) -> Recipe:
+    """So that a ViT interpolates its position embeddings to another input than it was built for."""
+    return dataclasses.replace(recipe, args={**recipe.args, "dynamic_img_size": True})

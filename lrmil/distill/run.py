@@ -226,6 +226,8 @@ def _stated(settings: DistillSettings) -> dict[str, Any]:
     """
     mapping = to_mapping(settings)
     del mapping["targets_mib"]
+    if settings.schedule == DistillSettings().schedule:
+        del mapping["schedule"]
     return mapping
 
 

@@ -18,7 +18,8 @@ class DistillSettings:
     only layer. layer_variance: divide each layer's loss, and the final one, by its variance on training tiles (off
     reproduces the paper). patch, final: weights of the two losses. standardise: learn targets with each dimension
     standardised on training tiles: "auto" does so for teachers without blocks, whose dimensions have units of their
-    own. epochs, batch_size, lr, weight_decay, warmup, clip: of AdamW with a cosine schedule. patience: epochs without a
+    own. epochs, batch_size, lr, weight_decay, warmup, clip: of AdamW; clip 0 is for none. schedule: of the rate,
+    "cosine" to zero or "constant". patience: epochs without a
     lower validation loss before stopping. val_fraction: of the fold's training cases, for that. stain, flips:
     augmentation. jitters: this many more grids of each training slide, moved by a part of an LR tile, on which the
     teacher is run; for students that start from random weights on few slides.
@@ -52,6 +53,7 @@ class DistillSettings:
     cache_mib: int = 2048
     targets_mib: int = 4096
     threads: int = 0
+    schedule: str = "cosine"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience", "mix_mib"):
@@ -62,8 +64,10 @@ class DistillSettings:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 0")
         if self.patch == 0 and self.final == 0:
             raise ConfigError("both losses have weight 0", remedy="give patch or final a weight above 0")
-        if not self.lr > 0 or not self.clip > 0:
-            raise ConfigError("lr and clip must be above 0")
+        if not self.lr > 0 or not self.clip >= 0:
+            raise ConfigError("lr must be above 0, clip at least 0")
+        if self.schedule not in ("cosine", "constant"):
+            raise ConfigError(f"schedule {self.schedule!r} must be cosine or constant")
         if not 0 <= self.val_fraction < 1 or not 0 <= self.warmup < 1:
             raise ConfigError("val_fraction and warmup must be at least 0 and below 1")
         if self.precision not in ("auto", "float32", "bfloat16"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 import json
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lrmil.checkpoint import read_tensors, write_tensors
+from lrmil.checkpoint import optimizer_tensors, read_tensors, restore_optimizer, write_tensors
 from lrmil.distill.feed import Feed, ReadyBatch, TargetBatch
 from lrmil.distill.pixels import PixelSource
 from lrmil.distill.ranks import ALONE, Ranks
@@ -184,9 +183,11 @@ def make_optimizer(student: Student, settings: DistillSettings) -> torch.optim.A
 
 
 def _rate(settings: DistillSettings, at: float) -> float:
-    """Learning rate at a share of the run: linear warm-up, then a cosine to zero."""
+    """Learning rate at a share of the run: linear warm-up, then a cosine to zero, or the same rate to the end."""
     if at < settings.warmup:
         return settings.lr * at / settings.warmup
+    if settings.schedule == "constant":
+        return settings.lr
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (at - settings.warmup) / (1 - settings.warmup)))
 
 
@@ -247,7 +248,8 @@ def train_step(
     loss = _loss(run(batch.pixels), batch, variances, settings)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(run.student.parameters(), settings.clip)
+    if settings.clip:
+        torch.nn.utils.clip_grad_norm_(run.student.parameters(), settings.clip)
     optimizer.step()
     return loss
 
@@ -334,10 +336,7 @@ def _save(
     run: str,
 ) -> None:
     tensors = {f"model.{n}": v for n, v in student.state_dict().items()} | {f"best.{n}": v for n, v in best.items()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, parameter in enumerate(parameters):
-        for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{i}.{moment}"] = torch.as_tensor(value)
+    tensors |= optimizer_tensors(optimizer)
     header: dict[str, Any] = {
         "run": run, "best": history.best, "finished": history.finished, "epochs": json.dumps(history.epochs),
         "best_value": best_value,
@@ -361,12 +360,6 @@ def _resume(
         head, _, rest = name.partition(".")
         parts[head][rest] = tensor
     student.load_state_dict(parts["model"])
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, tensor in parts["optimizer"].items():
-        number, _, moment = name.partition(".")
-        parameter = parameters[int(number)]
-        # AdamW keeps its step count on the CPU.
-        place = tensor if moment == "step" else tensor.to(parameter.device)
-        optimizer.state[parameter][moment] = copy.copy(place)
+    restore_optimizer(optimizer, tensors)
     history = DistillHistory(parse_json(header["epochs"]), int(header["best"]), bool(header["finished"]))
     return history, float(header["best_value"]), parts["best"]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lrmil.data import LabelTable, cases_by_table, load_labels
-from lrmil.errors import RandomFeaturesError
-from lrmil.sites import Confounding, Sites, confounding, read_sites
+from lrmil.errors import LabelError, RandomFeaturesError
+from lrmil.sites import Confounding, Sites, confounding, read_sites, tcga_case
 from lrmil.splits import FoldIndices, SplitTable
 from lrmil.store import FeatureStore, find_bags, inspect_bag, pack_bags
 from lrmil.store.dtypes import StoreDtype
+from lrmil.store.joined import join_cases
+from lrmil.targets import Target, TargetTable, load_targets, parse_targets
+from lrmil.targets.cases import table_by_case
 from wsi_pipe.encoders.random_id import is_random
 
 __all__ = ["Cohort", "load_cohort", "open_features"]
@@ -22,12 +26,13 @@ __all__ = ["Cohort", "load_cohort", "open_features"]
 @dataclass(frozen=True)
 class Cohort:
     """A store, the labels of its bags, and the sites of their cases as far as they are known. remarks: on the table
-    that told the bags' cases, where one did."""
+    that told the bags' cases, where one did. unit: what a bag is, a slide or a case."""
 
     store: FeatureStore
     table: LabelTable
     sites: Sites = field(default_factory=Sites)
     remarks: tuple[str, ...] = ()
+    unit: str = "slide"
 
     def fold(self, splits: SplitTable, name: str) -> FoldIndices:
         """A fold's usable bags: labelled, and with tiles. Raises SplitError or LeakageError as SplitTable does."""
@@ -53,7 +58,7 @@ class Cohort:
             stray = splits.unassigned(slides, [self.table.case_ids[i] for i in usable])
             if stray:
                 notes.append(f"left out: {len(stray)} not in the splits: {', '.join(stray)}")
-        if self.table.case_ids == self.store.slide_ids:
+        if self.unit == "slide" and self.table.case_ids == self.store.slide_ids:
             notes.append("no case ids are known: every slide counts as a case of its own")
         if self.store.placeless:
             notes.append(f"{self.store.placeless} bags hold no coordinates: no heat map can be drawn of them")
@@ -118,27 +123,56 @@ def load_cohort(
     classes: Sequence[str] | None = None,
     slide_table: Path | None = None,
     site_column: str | None = None,
+    targets: Sequence[str] = (),
+    like: Target | None = None,
+    renames: Mapping[str, str] | None = None,
+    case_from: str | None = None,
+    unit: str = "slide",
 ) -> Cohort:
     """Join a label CSV to a store. Raises LabelError as ``load_labels`` and ``read_sites`` do.
 
     slide_table: a CSV or workbook that tells which slide is whose, as STAMP's with ``PATIENT`` and ``FILENAME``; it
     goes before the cases that bags state. site_column: that says where cases come from, see ``lrmil.sites.read_sites``.
+    targets: what to predict in place of classes, each ``NAME:KIND``; like: the target of a trained model, whose levels
+    stand. renames: values of the labels that mean another. case_from: "tcga" takes the patient from the barcode of each
+    slide that has one. unit: "case" makes one bag of all slides of a case.
     """
+    cases, remarks = cases_of(store, slide_table, case_from)
+    reasons = {record.slide_id: record.empty_reason or "no tiles" for record in store.records}
+    common: dict[str, Any] = {"lengths": store.lengths, "by": by, "empty_reasons": reasons, "renames": renames}
+    # Bags without a case of their own are given their slide's name by the store, so the table may override them.
+    table: LabelTable
+    if targets:
+        table = load_targets(labels, store.slide_ids, cases, parse_targets(targets), like=like, **common)
+    else:
+        table = load_labels(labels, store.slide_ids, cases, label_column=label_column, classes=classes, **common)
+    if unit == "case":
+        store, slides = join_cases(store, table.case_ids)
+        table = table_by_case(table, slides, store.slide_ids, store.lengths)
+        several = sum(len(own) > 1 for own in slides)
+        remarks = (*remarks, f"{len(slides)} cases as one bag each, {several} of them of several slides")
+    if isinstance(table, TargetTable):
+        remarks = (*remarks, *table.counts())
+    sites = read_sites(labels, store.slide_ids, table.case_ids, column=site_column)
+    return Cohort(store, table, sites, remarks, unit)
+
+
+def cases_of(
+    store: FeatureStore, slide_table: Path | None = None, case_from: str | None = None
+) -> tuple[Sequence[str], tuple[str, ...]]:
+    """Case of each bag, and what is to be said of it; see ``load_cohort``. Raises LabelError where nothing fits."""
     cases: Sequence[str] = store.case_ids
     remarks: tuple[str, ...] = ()
     if slide_table is not None:
         cases, remarks = cases_by_table(slide_table, store.slide_ids, store.case_ids)
-    reasons = {record.slide_id: record.empty_reason or "no tiles" for record in store.records}
-    # Bags without a case of their own are given their slide's name by the store, so the table may override them.
-    table = load_labels(
-        labels,
-        store.slide_ids,
-        cases,
-        lengths=store.lengths,
-        by=by,
-        label_column=label_column,
-        classes=classes,
-        empty_reasons=reasons,
-    )
-    sites = read_sites(labels, store.slide_ids, table.case_ids, column=site_column)
-    return Cohort(store, table, sites, remarks)
+    if case_from is None:
+        return cases, remarks
+    found = [tcga_case(slide) for slide in store.slide_ids]
+    strange = [slide for slide, case in zip(store.slide_ids, found, strict=True) if not case]
+    if len(strange) == len(found):
+        raise LabelError(
+            f"no slide is called by a TCGA barcode, such as {strange[0]}", remedy="leave out --case-from tcga"
+        )
+    if strange:
+        remarks = (*remarks, f"without a TCGA barcode, of the case that their bags state: {', '.join(strange)}")
+    return [barcode or own for barcode, own in zip(found, cases, strict=True)], remarks

@@ -10,18 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from lrmil.checkpoint import read_card
+from lrmil.checkpoint import no_nan, read_card
 from lrmil.errors import FiguresError
 from lrmil.experiment.figures import (
     PREDICTIONS_NAME,
     FoldPredictions,
     fold_folders,
-    no_nan,
     positive_class,
     read_predictions,
 )
+from lrmil.experiment.target_figures import is_target_run, read_fold
 from lrmil.leaks import Judged, check_model
 from lrmil.metrics import DeLong, Difference, compare, delong
+from lrmil.metrics.intervals import bootstrap_compare
+from lrmil.targets import Fold
 
 __all__ = ["Comparison", "compare_runs"]
 
@@ -75,13 +77,17 @@ def compare_runs(
         raise FiguresError(
             f"{a} has {', '.join(names_a)}, {b} has {', '.join(names_b)}", remedy="compare runs with the same folds"
         )
+    if is_target_run(folders_a[0]) or is_target_run(folders_b[0]):
+        if positive is not None:
+            raise FiguresError("a positive class is for two classes", remedy="leave it out")
+        return _compare_targets(names, folders_a, folders_b, part, replicates, seed, allow_seen, say)
     pairs = [
         _paired(read_predictions(x / PREDICTIONS_NAME, part), read_predictions(y / PREDICTIONS_NAME, part), x, y)
         for x, y in zip(folders_a, folders_b, strict=True)
     ]
     if part == "test":
         for folder, (x, _) in zip((*folders_a, *folders_b), (*pairs, *pairs), strict=True):
-            _check_seen(folder, x, allow_seen, say)
+            _check_seen(folder, x.slide_ids, x.case_ids, allow_seen, say)
     sought = positive_class(pairs[0][0].classes, positive)
     differences = compare(
         [x.labels for x, _ in pairs],
@@ -102,27 +108,70 @@ def compare_runs(
     return Comparison(tuple(names), sum(len(x.labels) for x, _ in pairs), differences, tests, mean)
 
 
-def _check_seen(folder: Path, p: FoldPredictions, allow: bool, say: Callable[[str], object] | None) -> None:
+def _compare_targets(
+    names: Sequence[str],
+    folders_a: Sequence[Path],
+    folders_b: Sequence[Path],
+    part: str,
+    replicates: int,
+    seed: int,
+    allow: bool,
+    say: Callable[[str], object] | None,
+) -> Comparison:
+    """``compare_runs`` of targets that are no plain class: a paired bootstrap by case of the target's own figures."""
+    folds, slides = [], 0
+    for a, b in zip(folders_a, folders_b, strict=True):
+        for folder, other in ((a, b), (b, a)):
+            if not is_target_run(folder):
+                raise FiguresError(f"{folder} predicts classes, and {other} does not", remedy="compare like with like")
+        (x, ids), (y, theirs) = (read_fold(folder, PREDICTIONS_NAME, part) for folder in (a, b))
+        _check_same(ids, theirs, a, b)
+        if x.target.truth_names != y.target.truth_names:
+            raise FiguresError(f"{a} and {b} predict different targets", remedy="train both for the same targets")
+        place = {slide: i for i, slide in enumerate(theirs)}
+        order = [place[slide] for slide in ids]
+        y = Fold(y.target, y.truth[order], y.outputs[order], x.cases)
+        if not np.array_equal(x.truth, y.truth, equal_nan=True):
+            raise FiguresError(f"slides have other labels in {a} than in {b}", remedy="train both on the same labels")
+        if part == "test":
+            for folder in (a, b):
+                _check_seen(folder, ids, x.cases, allow, say)
+        folds.append((x.cases, x.weighing(), y.weighing()))
+        slides += len(ids)
+    return Comparison(tuple(names), slides, bootstrap_compare(folds, replicates=replicates, seed=seed), {}, None)
+
+
+def _check_seen(
+    folder: Path,
+    slide_ids: tuple[str, ...],
+    case_ids: tuple[str, ...],
+    allow: bool,
+    say: Callable[[str], object] | None,
+) -> None:
     path = folder / "model.safetensors"
     if not path.is_file():
         return
     card = read_card(path)
     if card.seen:
-        blank = ("",) * len(p.slide_ids)
-        check_model(card, path, Judged(p.slide_ids, p.case_ids, blank, blank), allow=allow, say=say)
+        blank = ("",) * len(slide_ids)
+        check_model(card, path, Judged(slide_ids, case_ids, blank, blank), allow=allow, say=say)
 
 
-def _paired(x: FoldPredictions, y: FoldPredictions, a: Path, b: Path) -> tuple[FoldPredictions, FoldPredictions]:
-    """Both in the order of the first."""
-    if x.classes != y.classes:
-        raise FiguresError(f"{a} has classes {', '.join(x.classes)}, {b} has {', '.join(y.classes)}")
-    odd = sorted(set(x.slide_ids) ^ set(y.slide_ids))
+def _check_same(ours: Sequence[str], theirs: Sequence[str], a: Path, b: Path) -> None:
+    odd = sorted(set(ours) ^ set(theirs))
     if odd:
         more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
         raise FiguresError(
             f"{a} and {b} did not predict the same slides: {', '.join(odd[:5])}{more}",
             remedy="train both on the same splits and bags",
         )
+
+
+def _paired(x: FoldPredictions, y: FoldPredictions, a: Path, b: Path) -> tuple[FoldPredictions, FoldPredictions]:
+    """Both in the order of the first."""
+    if x.classes != y.classes:
+        raise FiguresError(f"{a} has classes {', '.join(x.classes)}, {b} has {', '.join(y.classes)}")
+    _check_same(x.slide_ids, y.slide_ids, a, b)
     place = {slide: i for i, slide in enumerate(y.slide_ids)}
     order = [place[slide] for slide in x.slide_ids]
     labels = y.labels[order]

@@ -6,23 +6,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lrmil.checkpoint import ModelCard, load_model, read_card
+from lrmil.checkpoint import MODEL_NAME, ModelCard, load_model, read_card
 from lrmil.config import TrainSettings
 from lrmil.errors import ModelFileError, ModelMismatchError
 from lrmil.experiment.cohort import Cohort
 from lrmil.experiment.guided import Guide
+from lrmil.experiment.model_card import write_model_card, write_run_card
 from lrmil.leaks import check_encoder, check_model, judged_of
 from lrmil.model import MILModel
 from lrmil.splits import SPLITS_NAME, SplitTable, read_splits
 from lrmil.store import FeatureStore, ResidentStore
+from lrmil.targets import TargetTable
 from lrmil.trainer import TrainResult, choose_device, choose_precision, train
 from wsi_pipe.encoders.elsewhere import slug_asked_for
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.seen import NOBODY, Seen
 
-__all__ = ["SPLITS_NAME", "TeacherSource", "check_store", "train_folds"]
-
-MODEL_NAME = "model.safetensors"
+__all__ = [
+    "SPLITS_NAME",
+    "TeacherSource",
+    "check_folds",
+    "check_store",
+    "keep_splits",
+    "load_teacher",
+    "train_folds",
+]
 
 
 @dataclass(frozen=True)
@@ -119,26 +127,8 @@ def train_folds(
     """
     names = [splits.fold_name(fold) for fold in folds]
     indices = {name: cohort.fold(splits, name) for name in names}
-    allowed: dict[str, list[str]] = {name: [] for name in names}
-    for name in names:
-        notes = allowed[name]
-        for part in ("val", "test"):
-            judged = judged_of(cohort.store.records, cohort.table.case_ids, getattr(indices[name], part))
-            encoder = cohort.store.meta.encoder or "of these bags"
-            check_encoder(encoder, judged, part=f"{name} {part}", allow=allow_seen, say=notes.append)
-    if teacher is not None:
-        for name in names:
-            teacher.check_leakage(name, splits, cohort, allow=allow_seen, say=allowed[name].append)
-            if hr_store is not None:
-                check_store(read_card(teacher.model_path(name)), hr_store, teacher.model_path(name))
-    for name, notes in allowed.items():
-        for note in notes:
-            (say or (lambda text: None))(f"{name}: {note}")
-    there = out / SPLITS_NAME
-    if not there.is_file() or read_splits(there) != splits:
-        if there.is_file() and any((out / name).is_dir() for name in splits.folds):
-            raise ConfigError(f"{there} holds other folds", remedy=f"give --splits {there}, or another --out")
-        splits.write(there)
+    allowed = check_folds(cohort, splits, names, teacher=teacher, hr_store=hr_store, allow_seen=allow_seen, say=say)
+    keep_splits(splits, out)
     if guide is not None:
         if teacher is not None:
             raise ConfigError("a student is not trained on parts of bags", remedy="leave out --guided-by or --teacher")
@@ -150,7 +140,7 @@ def train_folds(
     results = {}
     confounded = cohort.confounding(splits)
     for name in names:
-        master, saw = (None, NOBODY) if teacher is None else _master(teacher.model_path(name), cohort)
+        master, saw = (None, NOBODY) if teacher is None else load_teacher(teacher.model_path(name), cohort)
         for seed in seeds or (settings.seed,):
             folder = f"{name}-seed_{seed}" if seeds else name
 
@@ -179,15 +169,61 @@ def train_folds(
                 say=tell,
                 sites=confounded.to_json() if confounded else {},
             )
+            write_model_card(out / folder)
+    write_run_card(out)
     return results
 
 
-def _master(path: Path, cohort: Cohort) -> tuple[MILModel, Seen]:
+def check_folds(
+    cohort: Cohort,
+    splits: SplitTable,
+    names: Sequence[str],
+    *,
+    teacher: TeacherSource | None = None,
+    hr_store: FeatureStore | None = None,
+    allow_seen: bool = False,
+    say: Callable[[str], object] | None = None,
+) -> dict[str, list[str]]:
+    """What was let pass in each fold, in words, which is told to ``say`` too.
+
+    Raises LeakageError where the encoder of the cohort's store or the fold's teacher saw validation or test cases,
+    unless ``allow_seen``; ModelMismatchError where ``hr_store`` is not what the teacher was trained on.
+    """
+    allowed: dict[str, list[str]] = {name: [] for name in names}
+    for name in names:
+        fold, notes = cohort.fold(splits, name), allowed[name]
+        for part in ("val", "test"):
+            judged = judged_of(cohort.store.records, cohort.table.case_ids, getattr(fold, part))
+            encoder = cohort.store.meta.encoder or "of these bags"
+            check_encoder(encoder, judged, part=f"{name} {part}", allow=allow_seen, say=notes.append)
+    if teacher is not None:
+        for name in names:
+            teacher.check_leakage(name, splits, cohort, allow=allow_seen, say=allowed[name].append)
+            if hr_store is not None:
+                check_store(read_card(teacher.model_path(name)), hr_store, teacher.model_path(name))
+    for name, notes in allowed.items():
+        for note in notes:
+            (say or (lambda text: None))(f"{name}: {note}")
+    return allowed
+
+
+def keep_splits(splits: SplitTable, out: Path) -> None:
+    """Write the splits of a run into its folder. Raises ConfigError where it holds folds of others."""
+    there = out / SPLITS_NAME
+    if not there.is_file() or read_splits(there) != splits:
+        if there.is_file() and any((out / name).is_dir() for name in splits.folds):
+            raise ConfigError(f"{there} holds other folds", remedy=f"give --splits {there}, or another --out")
+        splits.write(there)
+
+
+def load_teacher(path: Path, cohort: Cohort) -> tuple[MILModel, Seen]:
     """A fold's teacher, and whom it saw. Raises ModelMismatchError when it knows other classes."""
     master, card = load_model(path)
-    if card.classes != cohort.table.classes:
+    table = cohort.table
+    wanted = table.target.outputs if isinstance(table, TargetTable) else table.classes
+    if card.classes != wanted or bool(card.target_state) != isinstance(table, TargetTable):
         raise ModelMismatchError(
-            f"the teacher knows {', '.join(card.classes)}, the labels {', '.join(cohort.table.classes)}",
+            f"the teacher knows {', '.join(card.classes)}, the labels {', '.join(wanted)}",
             remedy="train the teacher on the same labels",
         )
     return master, card.seen

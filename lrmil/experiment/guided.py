@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lrmil.checkpoint import load_model, read_card
+from lrmil.checkpoint import MODEL_NAME, load_model, read_card
 from lrmil.config import TrainSettings
 from lrmil.data import LabelTable
 from lrmil.errors import BagMismatchError, ModelFileError, SettingsError
@@ -34,7 +34,6 @@ from wsi_pipe.files import write_text_atomically
 
 __all__ = ["GUIDED_NAME", "Guide", "attention_of_bag", "match_bags", "parents_of_bag", "with_subsets"]
 
-MODEL_NAME = "model.safetensors"
 GUIDED_NAME = "guided.json"
 
 

@@ -121,7 +121,7 @@ def weighted_figures(
 def _chunk(y: NDArray[np.int64], p: Array, weights: Array, positive: int, chance: int) -> dict[str, Array]:
     classes = p.shape[1]
     columns = [positive] if classes == 2 else list(range(classes))
-    ranked = [_ranking(y == c, p[:, c], weights) for c in columns]
+    ranked = [ranking(y == c, p[:, c], weights) for c in columns]
     predicted = p.argmax(axis=1)
     cells = np.zeros((len(y), classes * classes))
     cells[np.arange(len(y)), y * classes + predicted] = 1
@@ -156,7 +156,7 @@ def _chunk(y: NDArray[np.int64], p: Array, weights: Array, positive: int, chance
         }
 
 
-def _ranking(positive: NDArray[np.bool_], scores: Array, weights: Array) -> tuple[Array, Array]:
+def ranking(positive: NDArray[np.bool_], scores: Array, weights: Array) -> tuple[Array, Array]:
     """AUC and average precision, (R,) each, from one sort."""
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]

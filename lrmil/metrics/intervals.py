@@ -6,7 +6,7 @@ of a bootstrap that draws cases. An interval of no width is none, and says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,19 @@ from lrmil.metrics.cases import case_numbers
 from lrmil.metrics.figures import NAMES, Array, check, undefined_reasons, weighted_figures
 from lrmil.metrics.proportions import Share, mean_share, share_of
 
-__all__ = ["Difference", "Estimate", "compare", "evaluate", "evaluate_folds", "summarise_folds"]
+__all__ = [
+    "Difference",
+    "Estimate",
+    "bootstrap_compare",
+    "bootstrap_folds",
+    "compare",
+    "evaluate",
+    "evaluate_folds",
+    "summarise_folds",
+]
+
+Figures = Callable[[Array], Mapping[str, Array]]
+"""Figures, name -> (R,), for weights (R, N) of slides."""
 
 LEVEL = 0.95
 LEAST_DEFINED = 0.5
@@ -151,6 +163,50 @@ def _estimates(
         if not np.isnan(found[name].value):
             found[name] = _closed(mean_share([share[name] for share in shares]), found[name])
     return found
+
+
+def bootstrap_folds(
+    folds: Sequence[tuple[Sequence[str], Figures]], *, replicates: int, seed: int
+) -> dict[str, Estimate]:
+    """Any figures as means over folds, with 95 % percentile intervals by drawing cases, the same in all folds.
+
+    folds: of each the cases of its N slides, and what gives figures, name -> (R,), for weights (R, N) of these slides.
+    """
+    numbers = case_numbers([case for cases, _ in folds for case in cases], sum(len(cases) for cases, _ in folds))
+    ends = np.cumsum([0, *(len(cases) for cases, _ in folds)])
+    weights = resample_weights(numbers, replicates, np.random.default_rng(seed))
+    points = [figures(np.ones((1, len(cases)))) for cases, figures in folds]
+    drawn = [figures(weights[:, ends[k] : ends[k + 1]]) for k, (_, figures) in enumerate(folds)]
+    names = list(dict.fromkeys(name for point in points for name in point))
+    absent = np.full(1, np.nan)
+    return {
+        name: _estimate(
+            float(_mean_defined(np.array([point.get(name, absent) for point in points]))[0]),
+            _mean_defined(np.array([d.get(name, np.full(replicates, np.nan)) for d in drawn])),
+            None,
+            int(numbers.max()) + 1,
+        )
+        for name in names
+    }
+
+
+def bootstrap_compare(
+    folds: Sequence[tuple[Sequence[str], Figures, Figures]], *, replicates: int, seed: int
+) -> dict[str, Difference]:
+    """Differences of any figures of two runs on the same slides, by a paired bootstrap that draws cases.
+
+    folds: of each the cases of its N slides, and what gives the figures of run A and B, see ``bootstrap_folds``. Means
+    over folds and p as in ``compare``.
+    """
+    numbers = case_numbers([case for cases, *_ in folds for case in cases], sum(len(cases) for cases, *_ in folds))
+    ends = np.cumsum([0, *(len(cases) for cases, *_ in folds)])
+    weights = resample_weights(numbers, replicates, np.random.default_rng(seed))
+    points = [(a(np.ones((1, len(cases)))), b(np.ones((1, len(cases))))) for cases, a, b in folds]
+    drawn = [
+        (a(weights[:, ends[k] : ends[k + 1]]), b(weights[:, ends[k] : ends[k + 1]]))
+        for k, (_, a, b) in enumerate(folds)
+    ]
+    return {name: _difference(name, points, drawn, int(numbers.max()) + 1) for name in points[0][0]}
 
 
 def _defined(aucs: Sequence[Auc]) -> bool:

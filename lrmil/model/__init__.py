@@ -9,7 +9,9 @@ from __future__ import annotations
 from lrmil.config import MODELS, ModelSettings
 from lrmil.model.attention import ABMIL, ClamSB, MaxPooling, MeanPooling
 from lrmil.model.base import MILModel, MILOutput
+from lrmil.model.clam_mb import ClamMB
 from lrmil.model.dsmil import DSMIL
+from lrmil.model.dtfd import DTFD
 from lrmil.model.ensemble import Ensemble, linear_settings, member_settings
 from lrmil.model.linear import LinearModel, pooled_width
 from lrmil.model.transmil import TransMIL
@@ -24,7 +26,9 @@ _CLASSES: dict[str, type[MILModel]] = {
     "abmil": ABMIL,
     "gated-abmil": ABMIL,
     "clam-sb": ClamSB,
+    "clam-mb": ClamMB,
     "dsmil": DSMIL,
+    "dtfd": DTFD,
     "transmil": TransMIL,
 }
 
@@ -49,6 +53,8 @@ def widest_weight(settings: ModelSettings) -> tuple[str, tuple[int, int]]:
     _check_chosen(settings)
     if settings.members > 1 or settings.linear_share > 0:
         return "members.0.projection.weight", (settings.hidden, settings.in_dim)
+    if not settings.projection:
+        return "attention.weight", (settings.attention_dim * (1 if settings.name == "abmil" else 2), settings.in_dim)
     if settings.name == "linear":
         return "classifier.weight", (settings.classes, pooled_width(settings.pooling, settings.in_dim))
     return "projection.weight", (settings.hidden, settings.in_dim)

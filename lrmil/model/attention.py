@@ -33,18 +33,25 @@ class ABMIL(MILModel):
     """Attention pooling, plain or gated.
 
     Plain: ``a = w . tanh(V h)``; gated: ``a = w . (tanh(V h) * sigmoid(U h))``; the bag is the sum of ``softmax(a) h``.
+    h is a tile's projection or, without ``settings.projection``, its standardised features.
     Ilse, Tomczak and Welling, Attention-based Deep Multiple Instance Learning, ICML 2018, equations 7 to 9.
     """
 
     def __init__(self, settings: ModelSettings) -> None:
-        super().__init__(settings)
+        own = settings.hidden if settings.projection else settings.in_dim
+        super().__init__(settings, own, projected=settings.projection)
         self.gated = settings.name != "abmil"
         width = settings.attention_dim
         # One matrix product for both branches: V in the first rows, U in the second.
-        self.attention = nn.Linear(settings.hidden, 2 * width if self.gated else width)
+        self.attention = nn.Linear(own, 2 * width if self.gated else width)
         self.attention_score = nn.Linear(width, 1)
+        if not settings.projection:
+            self.instance_head = nn.Linear(own, 2)
 
     def embed(self, features: Tensor, offsets: Tensor) -> tuple[Tensor, Pooled]:
+        if not self.settings.projection:
+            instances = (self.drop_inputs(features.to(self.input_mean.dtype)) - self.input_mean) * self.input_scale
+            return instances, self.pool(instances, offsets)
         if features.device.type != "cpu":
             return super().embed(features, offsets)
         (weight, bias), score = self.input_weights(), self.attention_score

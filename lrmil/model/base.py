@@ -55,7 +55,8 @@ class MILModel(nn.Module, ABC):
     Subclasses add their pooling. All parts begin with the same projection and the instance head sits on its result, so
     a loss on single tiles trains what the bag branch sees. The projection sees features standardised by ``input_mean``
     and ``input_scale`` (in_dim,), which ``standardise`` sets and the model's file keeps; they are 0 and 1 in a new one.
-    A model that is not ``projected`` has neither projection nor instance head, and pools the features themselves.
+    A model that is not ``projected`` has no projection, no instance head unless it makes one, and pools the features
+    themselves.
     """
 
     input_mean: Tensor

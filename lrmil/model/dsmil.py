@@ -20,6 +20,8 @@ class DSMIL(MILModel):
 
     Class c attends with ``softmax(q_i . q_critical(c) / sqrt(Q))``; the classifier sees the C bag vectors side by side.
     The attention of a tile is the mean over the classes. The second loss is the cross-entropy of the largest scores.
+    With ``stream_average`` the answer is the mean of both streams' probabilities, as the published code gives on
+    request; in training each stream has its own loss as ever.
     Li, Li and Eliceiri, Dual-stream Multiple Instance Learning Network, CVPR 2021.
     """
 
@@ -32,6 +34,16 @@ class DSMIL(MILModel):
             nn.Linear(settings.attention_dim, settings.attention_dim),
             nn.Tanh(),
         )
+
+    def forward(self, features: Tensor, offsets: Tensor) -> MILOutput:
+        output = super().forward(features, offsets)
+        if self.training or not self.settings.stream_average:
+            return output
+        assert output.second_logits is not None
+        # An empty bag has no largest tile.
+        largest = output.second_logits.where(output.second_logits.isfinite(), 0.0)
+        both = torch.stack([output.logits.log_softmax(1), largest.to(output.logits.dtype).log_softmax(1)])
+        return output._replace(logits=both.logsumexp(0) - math.log(2))
 
     def pool(self, instances: Tensor, offsets: Tensor) -> Pooled:
         scores = self.instance_classifier(instances).float()

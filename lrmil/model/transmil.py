@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from lrmil.config import ModelSettings
 from lrmil.model.base import Dropout, MILModel, Pooled
 
-__all__ = ["TransMIL"]
+__all__ = ["PINV_STEPS", "VALUE_KERNEL", "SequenceAttention", "TransMIL"]
 
-_VALUE_KERNEL = 33
-_PINV_STEPS = 6
+VALUE_KERNEL = 33
+PINV_STEPS = 6
 
 
 class TransMIL(MILModel):
@@ -30,9 +30,9 @@ class TransMIL(MILModel):
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__(settings)
         self.class_token = nn.Parameter(torch.randn(settings.hidden) * 0.02)
-        self.first = _Attention(settings)
+        self.first = SequenceAttention(settings)
         self.position = _PyramidPosition(settings.hidden)
-        self.second = _Attention(settings)
+        self.second = SequenceAttention(settings)
         self.norm = nn.LayerNorm(settings.hidden)
 
     def pool(self, instances: Tensor, offsets: Tensor) -> Pooled:
@@ -58,7 +58,7 @@ class TransMIL(MILModel):
         return bag, torch.logaddexp(log_attention[1 : 1 + count], copies)
 
 
-class _Attention(nn.Module):
+class SequenceAttention(nn.Module):
     """Multi-head attention over one sequence (S, H), after a layer norm, with a convolution over the values added."""
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -68,7 +68,7 @@ class _Attention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.values = nn.Conv1d(
-            self.heads, self.heads, _VALUE_KERNEL, padding=_VALUE_KERNEL // 2, groups=self.heads, bias=False
+            self.heads, self.heads, VALUE_KERNEL, padding=VALUE_KERNEL // 2, groups=self.heads, bias=False
         )
         self.out = nn.Linear(width, width)
         self.dropout = Dropout(settings.dropout)
@@ -89,7 +89,7 @@ class _Attention(nn.Module):
         scores = (q[:, :1] @ k.transpose(1, 2))[:, 0].float() / math.sqrt(q.shape[2])
         log_attention = scores.log_softmax(1)
         mixed = (log_attention.exp().to(v.dtype)[:, None] @ v)[:, 0]
-        mixed = mixed + self._convolved(v[:, : _VALUE_KERNEL // 2 + 1])[:, 0]
+        mixed = mixed + self._convolved(v[:, : VALUE_KERNEL // 2 + 1])[:, 0]
         log_mean = torch.logsumexp(log_attention, dim=0) - math.log(self.heads)
         return self.dropout(self.out(mixed.flatten())), log_mean
 
@@ -142,7 +142,7 @@ def _pinv(matrix: Tensor) -> Tensor:
     identity = torch.eye(matrix.shape[-1], device=matrix.device, dtype=matrix.dtype)
     scale = matrix.abs().sum(-2).amax(-1) * matrix.abs().sum(-1).amax(-1)
     z = matrix.transpose(-1, -2) / scale[:, None, None]
-    for _ in range(_PINV_STEPS):
+    for _ in range(PINV_STEPS):
         mz = matrix @ z
         z = 0.25 * z @ (13 * identity - mz @ (15 * identity - mz @ (7 * identity - mz)))
     return z

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from lrmil.distill.evaluate import Agreement
-from lrmil.distill.train import DistillHistory
 from lrmil.pictures.canvas import COLOURS, canvas
 
 __all__ = ["draw_distillation"]
@@ -14,7 +13,27 @@ __all__ = ["draw_distillation"]
 SUFFIX = "_explained_variance"
 
 
-def draw_distillation(path: Path, history: DistillHistory, baseline: Mapping[str, Agreement]) -> None:
+class Course(Protocol):
+    """What is drawn of ``lrmil.distill.DistillHistory``."""
+
+    @property
+    def epochs(self) -> Sequence[Mapping[str, float]]:
+        """Figures of every epoch."""
+
+    @property
+    def best(self) -> int:
+        """The epoch kept, from 1; 0 for none."""
+
+
+class Explained(Protocol):
+    """What is drawn of ``lrmil.distill.Agreement``."""
+
+    @property
+    def explained_variance(self) -> float:
+        """Of HR features, at most 1."""
+
+
+def draw_distillation(path: Path, history: Course, baseline: Mapping[str, Explained]) -> None:
     """Losses by epoch, and the explained variance of each layer with the linear baseline as a dashed line.
 
     baseline: by the names of the layers, empty where there is none. Raises OutputError when it cannot be written.

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from lrmil.predictor.ensemble import EnsemblePredictor, load_predictor, model_files, read_cards
 from lrmil.predictor.outputs import attention_geojson, predictions_table, write_attention, write_predictions
-from lrmil.predictor.predict import Predictor, SlidePrediction, TopTile
+from lrmil.predictor.predict import Disagreement, Predictor, SlidePrediction, TopTile
 from lrmil.predictor.slides import find_encoder, predict_slides
 
 __all__ = [
+    "Disagreement",
+    "EnsemblePredictor",
     "Predictor",
     "SlidePrediction",
     "TopTile",
     "attention_geojson",
     "find_encoder",
+    "load_predictor",
+    "model_files",
     "predict_slides",
     "predictions_table",
+    "read_cards",
     "write_attention",
     "write_predictions",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lrmil.checkpoint import no_nan
 from lrmil.errors import StoreError
 from lrmil.predictor.predict import Predictor, SlidePrediction
 from lrmil.store import check_readable
@@ -23,13 +25,24 @@ from wsi_pipe.tissue.frame import MEMBER
 __all__ = ["attention_geojson", "predictions_table", "write_attention", "write_predictions"]
 
 
-def predictions_table(predictions: Sequence[SlidePrediction], classes: Sequence[str]) -> str:
-    """The predictions as CSV text, one row a slide; failed and empty slides have their reason and no numbers."""
-    columns = [f"probability_{name}" for name in classes]
-    last = ["entropy_nats", "tiles", "top_tile_x", "top_tile_y", "reason"]
+def predictions_table(predictions: Sequence[SlidePrediction], predictor: Predictor) -> str:
+    """The predictions as CSV text, one row a slide; failed and empty slides have their reason and no numbers.
+
+    Columns of abstention, of the members of an ensemble and of the distance from the training tiles are there where
+    the predictor has them.
+    """
+    classes = () if predictor.card.target_state else predictor.card.classes
+    said = list(dict.fromkeys(name for p in predictions for name in p.said))
+    # Another target than a class has columns of its own.
+    columns = said or [f"probability_{name}" for name in classes]
+    last = ["entropy_nats", "tiles", "top_tile_x", "top_tile_y", *_more_columns(predictor), "reason"]
     rows: list[list[object]] = []
     for p in predictions:
-        numbers: list[object] = [f"{p.probabilities[name]:.6g}" if p.probabilities else "" for name in classes]
+        numbers: list[object] = (
+            [_cell(p.said.get(name, "")) for name in said]
+            if said
+            else [f"{p.probabilities[name]:.6g}" if p.probabilities else "" for name in classes]
+        )
         entropy = "" if math.isnan(p.entropy_nats) else f"{p.entropy_nats:.6g}"
         place = [f"{p.top_tiles[0].x:.10g}", f"{p.top_tiles[0].y:.10g}"] if p.top_tiles else ["", ""]
         row: list[object] = [
@@ -41,16 +54,55 @@ def predictions_table(predictions: Sequence[SlidePrediction], classes: Sequence[
             entropy,
             p.tiles,
             *place,
+            *_more_cells(p, predictor),
         ]
         rows.append([*row, p.reason or ""])
     return csv_text(["slide_id", "case_id", "status", "predicted", *columns, *last], rows)
 
 
+def _more_columns(predictor: Predictor) -> list[str]:
+    """The columns that not every predictor has: ``_more_cells`` fills them in this order."""
+    columns = ["abstained"] if predictor.abstention is not None else []
+    if len(predictor.members) > 1:
+        columns += ["members", *(f"sd_{name}" for name in predictor.card.classes)]
+        columns += ["mutual_information_nats", "vote_share"]
+    return [*columns, *(["ood_distance", "ood_percentile", "ood", "ood_note"] if predictor.keeps_tiles else [])]
+
+
+def _more_cells(p: SlidePrediction, predictor: Predictor) -> list[object]:
+    cells: list[object] = []
+    if predictor.abstention is not None:
+        cells.append("" if p.abstained is None else _yes(p.abstained))
+    if len(predictor.members) > 1:
+        d = p.disagreement
+        classes = predictor.card.classes
+        cells += (
+            [""] * (3 + len(classes)) if d is None else [len(d.probabilities), *(_digits(d.sd[c]) for c in classes)]
+        )
+        cells += [] if d is None else [_digits(d.mutual_information_nats), _digits(d.vote_share)]
+    if predictor.keeps_tiles:
+        o = p.ood
+        cells += [""] * 4 if o is None else [_digits(o.distance), _digits(o.percentile), _yes(o.beyond), o.note]
+    return cells
+
+
+def _digits(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6g}"
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
+def _cell(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
 def write_predictions(out: Path, predictions: Sequence[SlidePrediction], predictor: Predictor) -> None:
     """Write ``predictions.csv`` and ``predictions.json`` into ``out``. Raises OutputError when it cannot."""
-    write_text_atomically(out / "predictions.csv", predictions_table(predictions, predictor.card.classes))
+    write_text_atomically(out / "predictions.csv", predictions_table(predictions, predictor))
     card = predictor.card
-    head = {
+    head: dict[str, Any] = {
         "name": predictor.name,
         "sha256": predictor.sha256,
         "architecture": card.model.name,
@@ -62,8 +114,17 @@ def write_predictions(out: Path, predictions: Sequence[SlidePrediction], predict
         "bias": list(card.bias),
         "calibration": card.calibration,
     }
+    if len(predictor.members) > 1:
+        # Calibration is each member's own.
+        for name in ("temperature", "bias", "calibration"):
+            del head[name]
+        head["members"] = [_member(member) for member in predictor.members]
+    if predictor.abstention is not None:
+        head["abstention"] = {**dataclasses.asdict(predictor.abstention), "rule": str(predictor.abstention.rule)}
+    if card.target_state:
+        head["target"] = dict(card.target_state)
     body = {"model": head, "slides": [_plain(p) for p in predictions]}
-    write_text_atomically(out / "predictions.json", json.dumps(body, indent=1, allow_nan=False) + "\n")
+    write_text_atomically(out / "predictions.json", json.dumps(no_nan(body), indent=1, allow_nan=False) + "\n")
 
 
 def _plain(p: SlidePrediction) -> dict[str, Any]:
@@ -73,11 +134,15 @@ def _plain(p: SlidePrediction) -> dict[str, Any]:
             "predicted": p.predicted,
             "probabilities": dict(p.probabilities),
             "entropy_nats": p.entropy_nats,
+            **({"said": dict(p.said)} if p.said else {}),
             "logits": list(p.logits),
-            "top_tiles": [
-                {"row": t.row, "x": _number(t.x), "y": _number(t.y), "attention": t.attention} for t in p.top_tiles
-            ],
+            "top_tiles": [{"row": t.row, "x": t.x, "y": t.y, "attention": t.attention} for t in p.top_tiles],
         }
+        if p.abstained is not None:
+            values["abstained"] = p.abstained
+        for name, found in (("disagreement", p.disagreement), ("ood", p.ood)):
+            if found is not None:
+                values[name] = dataclasses.asdict(found)
     if p.bag is not None:
         values |= {"bag": p.bag.path, "coords_unit": p.bag.coords_unit}
     if p.reason:
@@ -85,8 +150,17 @@ def _plain(p: SlidePrediction) -> dict[str, Any]:
     return values
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _member(member: Predictor) -> dict[str, Any]:
+    card = member.card
+    return {
+        "file": str(member.path or member.name),
+        "sha256": member.sha256,
+        "architecture": card.model.name,
+        "fold": card.fold,
+        "temperature": card.temperature,
+        "bias": list(card.bias),
+        "calibration": card.calibration,
+    }
 
 
 def write_attention(prediction: SlidePrediction, model: str) -> bool:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrmil.checkpoint import ModelCard
+from lrmil.deploy.header import is_classifier
+from lrmil.deploy.match import describe, refuse_other_encoder
 from lrmil.errors import ModelMismatchError
-from lrmil.predictor.predict import TOP_TILES, Predictor, SlidePrediction, describe
+from lrmil.predictor.predict import TOP_TILES, Predictor, SlidePrediction
 from wsi_pipe.config import JobSettings
-from wsi_pipe.errors import WsiPipeError
+from wsi_pipe.errors import ConfigError, EncoderError, WsiPipeError
 from wsi_pipe.files import file_sha256
 
 if TYPE_CHECKING:
@@ -25,9 +27,15 @@ __all__ = ["find_encoder", "predict_slides"]
 def find_encoder(card: ModelCard, model_path: Path, given: str | None = None) -> str:
     """The name or file of the encoder that a model needs: the one given, else as the card has it.
 
-    An encoder's file is looked for where it was in training and beside the model, and is the one whose content the card
-    names. Raises ModelMismatchError when it is at neither place, or the card names none.
+    model_path: the model's file, or the folder of a run. An encoder's file is looked for where it was in training and
+    beside the model, and is the one whose content the card names. An exported classifier holds its
+    own. Raises ModelMismatchError when it is at neither place, or the card names none, ConfigError when another is
+    given for a classifier.
     """
+    if is_classifier(model_path):
+        if given:
+            raise ConfigError(f"{model_path} holds its own encoder", remedy="leave out --encoder")
+        return card.encoder
     name = given or card.encoder
     if not name:
         raise ModelMismatchError(
@@ -35,7 +43,8 @@ def find_encoder(card: ModelCard, model_path: Path, given: str | None = None) ->
         )
     if given or not name.endswith(".safetensors") or name.startswith("timm:"):
         return name
-    there = [path for path in (Path(name), model_path.parent / Path(name).name) if path.is_file()]
+    beside = [model_path, model_path.parent] if model_path.is_dir() else [model_path.parent]
+    there = [path for path in (Path(name), *(folder / Path(name).name for folder in beside)) if path.is_file()]
     # Another file of that name may lie at one of the places; where no content is the one, loading tells.
     same = [path for path in there if len(there) > 1 and file_sha256(path) == card.weights_sha256]
     for path in (*same, *there):
@@ -70,20 +79,18 @@ def load_matching_encoder(predictor: Predictor, settings: JobSettings) -> dict[s
     """
     from wsi_pipe.job.run import load_encoders
 
+    classifier = predictor.classifier
+    if classifier is not None:
+        own, asked = classifier.encoder(), settings.extract.precision
+        if asked not in ("auto", own.info.precision):
+            raise EncoderError(
+                f"the classifier computes in {own.info.precision}, and {asked} is asked for",
+                remedy=f"leave extract.precision at auto, or export the model in {asked}",
+            )
+        return {own.info.name: own}
     encoders = load_encoders(settings)
-    card = predictor.card
     for name, encoder in encoders.items():
-        info = encoder.info
-        if card.weights_sha256 and info.weights_sha256 != card.weights_sha256:
-            raise ModelMismatchError(
-                f"encoder {name} has weights {info.weights_sha256[:12]}, the model was trained on {describe(card)}",
-                remedy="give the encoder of training: --encoder NAME or FILE",
-            )
-        if info.dim != card.model.in_dim:
-            raise ModelMismatchError(
-                f"encoder {name} gives {info.dim} features, the model takes {card.model.in_dim}",
-                remedy="give the encoder of training: --encoder NAME or FILE",
-            )
+        refuse_other_encoder(predictor.card, encoder.info, name)
     return encoders
 
 

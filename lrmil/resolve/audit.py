@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from lrmil.checkpoint import no_nan
 from lrmil.config import TrainSettings
 from lrmil.errors import FiguresError, LabelError
 from lrmil.experiment.cohort import Cohort, load_cohort, open_features
-from lrmil.experiment.figures import PREDICTIONS_NAME, no_nan, positive_class, read_predictions, write_json
+from lrmil.experiment.figures import PREDICTIONS_NAME, positive_class, read_predictions, write_json
 from lrmil.experiment.folds import train_folds
 from lrmil.resolve.cost import ArmCost, job_costs
 from lrmil.resolve.verdict import Comparison, Fold, Verdict, compare_arms, decide, own_auc

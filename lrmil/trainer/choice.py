@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lrmil.metrics import figures, softmax
-from lrmil.trainer.linear import log_losses
+from lrmil.targets import Classification, Target
 
 __all__ = ["SHARES", "Choice", "choose_share"]
 
@@ -24,7 +24,7 @@ CLEARLY_BETTER = 0.5
 class Choice:
     """share: of the linear model in the logits; 0 is attention alone, 1 the linear model alone.
 
-    figures: loss and AUC of bags whose cases were left out, by candidate.
+    figures: loss and the target's main figure (AUC) of bags whose cases were left out, by candidate.
     """
 
     share: float
@@ -35,18 +35,28 @@ class Choice:
         chosen = {0.0: attention, 1.0: "linear"}.get(
             self.share, f"{self.share:g} linear + {1 - self.share:g} {attention}"
         )
-        found = ", ".join(f"{name} AUC {f['auc']:.3f} (loss {f['loss']:.3f})" for name, f in self.figures.items())
+        found = ", ".join(f"{name} {_shown(f)}" for name, f in self.figures.items())
         return f"auto chose {chosen}; on {where}: {found}"
 
 
-def choose_share(linear: Array, attention: Array, labels: NDArray[np.int64], weights: Array, name: str) -> Choice:
-    """The share of the linear model, from logits (N, C) of bags that neither model was fitted to.
+def _shown(figures: Mapping[str, float]) -> str:
+    """The main figure, and the loss in brackets."""
+    main = [f"{'AUC' if name == 'auc' else name} {value:.3f}" for name, value in figures.items() if name != "loss"]
+    return f"{', '.join(main)} (loss {figures['loss']:.3f})" if main else f"loss {figures['loss']:.3f}"
 
-    labels: (N,). weights: (N,), of the bags' losses. name: of the attention model. The share is the first of
+
+def choose_share(
+    linear: Array, attention: Array, truth: NDArray[Any], target: Target, name: str, *, weighted: bool = True
+) -> Choice:
+    """The share of the linear model, from outputs (N, O) of bags that neither model was fitted to.
+
+    truth: of the bags. weighted: their losses as in training, else as bags are judged. name: of the attention model.
+    The share is the first of
     ``SHARES`` whose mean loss no other beats by ``CLEARLY_BETTER`` standard errors of the difference.
     """
-    rows = {share: log_losses(share * linear + (1 - share) * attention, labels) for share in SHARES}
-    rows = {share: losses * weights / weights.mean() for share, losses in rows.items()}
+    rows = {
+        share: target.row_losses(share * linear + (1 - share) * attention, truth, weighted=weighted) for share in SHARES
+    }
     best = min(rows, key=lambda share: float(rows[share].mean()))
     share = best
     for candidate, losses in rows.items():
@@ -57,5 +67,13 @@ def choose_share(linear: Array, attention: Array, labels: NDArray[np.int64], wei
     shown = {"linear": linear, name: attention}
     if 0 < share < 1:
         shown["both"] = share * linear + (1 - share) * attention
-    found = {key: figures(labels, softmax(logits)) for key, logits in shown.items()}
-    return Choice(share, {key: {what: f[what] for what in ("auc", "loss")} for key, f in found.items()})
+    found = {key: _judged(target, truth, outputs, weighted) for key, outputs in shown.items()}
+    return Choice(share, found)
+
+
+def _judged(target: Target, truth: NDArray[Any], outputs: Array, weighted: bool) -> dict[str, float]:
+    # Classes are judged by what the loss has made of them: of balanced weights, no prior is taken back.
+    plain = replace(target, weights=()) if weighted and isinstance(target, Classification) else target
+    found = plain.validation(truth, outputs)
+    heads = [n for n in (target.headline, *(f"{p.name}.{p.headline}" for p in getattr(target, "parts", ()))) if n]
+    return {name: found[name] for name in (*heads, "loss")}

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lrmil.config import AUTO_ATTENTION, SMALL_MODELS, ModelSettings
 from lrmil.errors import SettingsError
 from lrmil.model import MILModel, build_model
 from lrmil.model.ensemble import Ensemble
 from lrmil.store import ResidentStore
+from lrmil.targets import Classification
 from lrmil.trainer.choice import Choice, choose_share
 from lrmil.trainer.compute import bag_logits, threads_for
 from lrmil.trainer.linear import LinearFit, fit_linear
@@ -41,37 +41,38 @@ class Fitted:
     choice: Mapping[str, Any] = field(default_factory=dict)
 
 
-def fit_model(run: Run, step: Step, cases: Sequence[str], class_weights: Tensor, *, taught: bool = False) -> Fitted:
+def fit_model(run: Run, step: Step, cases: Sequence[str], *, taught: bool = False) -> Fitted:
     """Fit the model that the settings name to the training bags of a run.
 
     step: the loss of a batch, for models that are trained by gradient steps. cases: of every bag of the store.
-    class_weights: (C,). taught: whether the step asks a teacher, which only gradient steps can. Random numbers are
+    taught: whether the step asks a teacher, which only gradient steps can. Random numbers are
     torch's.
     """
     name, train = run.settings.model.name, run.split.train
     own = [cases[i] for i in train.tolist()]
     # A linear model and inner folds see the features as stored, whatever type the loop computes in.
     exact = ResidentStore.of(run.store.store, run.store.device, place="mapped")
-    small = run.settings.small_cohorts == "auto" and not taught and is_small(exact, train, own)
+    # Networks of small cohorts are trained together through their projections.
+    small = run.settings.small_cohorts == "auto" and run.settings.model.projection and not taught
+    small = small and is_small(exact, train, own)
     if name == "linear":
-        return _fitted(_linear(run, exact, own, class_weights))
+        return _fitted(_linear(run, exact, own))
     if name in SMALL_MODELS and small:
-        found = _small(run, exact, own, class_weights, name)
+        found = _small(run, exact, own, name)
         return Fitted(_averaged(found, run), found.history, found.epoch, {"said": _said(found)})
     if name != "auto":
         return _by_steps(run, step)
     if taught:
         fitted = _by_steps(_named(run, AUTO_ATTENTION), step)
         return replace(fitted, choice={"said": f"auto took {AUTO_ATTENTION}: a student needs attention and steps"})
-    linear = _linear(run, exact, own, class_weights)
+    linear = _linear(run, exact, own)
     if not small:
-        return _large(run, step, linear, class_weights, cases)
-    found = _small(run, exact, own, class_weights, AUTO_ATTENTION)
+        return _large(run, step, linear, cases)
+    found = _small(run, exact, own, AUTO_ATTENTION)
     if linear.held_out is None or found.held_out is None:
         return _fitted(linear)
     y = run.labels[train]
-    weights = np.asarray(class_weights.tolist())[y]
-    choice = choose_share(linear.held_out, found.held_out, y, weights, AUTO_ATTENTION)
+    choice = choose_share(linear.held_out, found.held_out, y, run.goal, AUTO_ATTENTION)
     where = f"{len(y)} training slides of {len(set(own))} cases, each left out in turn"
     return _chosen(choice, linear, found.members, found.settings, run, where, found.history, found.epoch)
 
@@ -97,7 +98,7 @@ def _by_steps(run: Run, step: Step) -> Fitted:
     return Fitted(model.eval(), tuple(state.history), state.best_epoch)
 
 
-def _linear(run: Run, exact: ResidentStore, cases: Sequence[str], class_weights: Tensor) -> LinearFit:
+def _linear(run: Run, exact: ResidentStore, cases: Sequence[str]) -> LinearFit:
     train, model = run.split.train, replace(run.settings.model, name="linear", members=1, linear_share=0.0)
     with threads_for(2.0 * len(train) * min(len(train), model.in_dim) * model.classes):
         return fit_linear(
@@ -106,22 +107,27 @@ def _linear(run: Run, exact: ResidentStore, cases: Sequence[str], class_weights:
             run.labels[train],
             cases,
             model,
-            np.asarray(class_weights.tolist()),
+            run.goal,
             standardise=run.settings.standardise,
             seed=run.settings.seed,
         )
 
 
 def _fitted(found: LinearFit) -> Fitted:
-    choice = {"said": found.said, "penalty": found.penalty, "losses": dict(found.losses), "linear_share": 1.0}
+    choice = {
+        "said": found.said,
+        "penalty": found.penalties[0] if len(found.penalties) == 1 else list(found.penalties),
+        "losses": dict(found.losses),
+        "linear_share": 1.0,
+    }
     return Fitted(found.model.eval(), choice=choice)
 
 
-def _small(run: Run, exact: ResidentStore, cases: Sequence[str], class_weights: Tensor, name: str) -> SmallFit:
+def _small(run: Run, exact: ResidentStore, cases: Sequence[str], name: str) -> SmallFit:
     train, settings = run.split.train, small_settings(run.settings, name)
     tiles = float(exact.lengths[train].mean()) * len(train) / 6
     with threads_for(2.0 * tiles * settings.model.in_dim * settings.model.hidden):
-        return fit_small(exact, train, run.labels[train], cases, settings, class_weights, exact.moments(train))
+        return fit_small(exact, train, run.labels[train], cases, settings, run.goal, exact.moments(train))
 
 
 def _said(found: SmallFit) -> str:
@@ -138,22 +144,22 @@ def _averaged(found: SmallFit, run: Run) -> MILModel:
     return Ensemble(found.settings, list(found.members)).to(run.store.device).eval()
 
 
-def _large(run: Run, step: Step, linear: LinearFit, class_weights: Tensor, cases: Sequence[str]) -> Fitted:
+def _large(run: Run, step: Step, linear: LinearFit, cases: Sequence[str]) -> Fitted:
     """Attention as ever, and a linear model beside it; the validation bags, which stop the training, choose."""
     attention = _by_steps(_named(run, AUTO_ATTENTION), step)
     val = run.split.val
     y = run.labels[val]
     present = {cases[i] for i in val.tolist()}
-    if len(present) < LEAST_VAL or len(set(y.tolist())) < run.settings.model.classes:
+    strata, groups = run.goal.strata(y) if len(y) else ((), y)
+    if len(present) < LEAST_VAL or (isinstance(run.goal, Classification) and len(set(groups.tolist())) < len(strata)):
         said = f"auto took {AUTO_ATTENTION}: {len(present)} validation cases are too few to choose by them"
         return replace(attention, choice={"said": said, "linear_share": 0.0})
     exact = ResidentStore.of(run.store.store, run.store.device, place="mapped")
-    prior = np.asarray(run.prior)
     scores: list[NDArray[np.float64]] = []
     for model in (linear.model.to(run.store.device).eval(), attention.model):
         logits = bag_logits(model, exact, val, token_budget=run.settings.token_budget)
-        scores.append(logits.double().numpy() + prior)
-    choice = choose_share(scores[0], scores[1], y, np.ones(len(y)), AUTO_ATTENTION)
+        scores.append(logits.double().numpy())
+    choice = choose_share(scores[0], scores[1], y, run.goal, AUTO_ATTENTION, weighted=False)
     where = f"{len(y)} validation slides of {len(present)} cases"
     settings = replace(attention.model.settings, pooling=linear.model.settings.pooling)
     return _chosen(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lrmil.metrics.cases import case_numbers
+from lrmil.targets import Classification, Target
 
-__all__ = ["INNER_FOLDS", "inner_folds"]
+__all__ = ["INNER_FOLDS", "inner_folds", "target_folds"]
 
 INNER_FOLDS = 5
+LEAST_OF_STRATUM = 2 * INNER_FOLDS
+"""Slides of a stratum of a target that is no classification; fewer are dealt out with another stratum's."""
 
 
 def inner_folds(
@@ -35,3 +39,18 @@ def inner_folds(
     found: NDArray[np.int64] = fold[number]
     kept = [set(labels[found != k].tolist()) for k in range(count)]
     return found if all(len(present) == classes for present in kept) else None
+
+
+def target_folds(
+    target: Target, truth: NDArray[Any], cases: Sequence[str], *, seed: int = 0
+) -> NDArray[np.int64] | None:
+    """``inner_folds`` for any target, even over its strata; only a classification needs each of them in every part."""
+    names, strata = target.strata(truth)
+    if isinstance(target, Classification):
+        return inner_folds(strata, cases, len(names), seed=seed)
+    counts = np.bincount(np.maximum(strata, 0), minlength=len(names))
+    common = int(counts.argmax())
+    groups = np.where(counts[np.maximum(strata, 0)] < LEAST_OF_STRATUM, common, np.maximum(strata, 0))
+    there, number = np.unique(groups, return_inverse=True)
+    found = inner_folds(number.astype(np.int64), cases, len(there), seed=seed)
+    return found if found is not None or len(there) == 1 else inner_folds(np.zeros_like(strata), cases, 1, seed=seed)

@@ -1,9 +1,10 @@
-"""Fitting the linear model: logistic regression with an L2 penalty, everything chosen inside the training cases."""
+"""Fitting the linear model: the target's loss with an L2 penalty, everything chosen inside the training cases."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +14,11 @@ from lrmil.config import POOLINGS, ModelSettings
 from lrmil.data import plan_batches
 from lrmil.model.linear import LinearModel
 from lrmil.store import ResidentStore
-from lrmil.trainer.inner import inner_folds
+from lrmil.targets import Several, Target
+from lrmil.targets.logistic import log_losses, logistic_path
+from lrmil.trainer.inner import target_folds
 
-__all__ = ["LinearFit", "bag_summaries", "fit_linear", "logistic_path"]
+__all__ = ["LinearFit", "bag_summaries", "fit_linear", "log_losses", "logistic_path"]
 
 Array = NDArray[np.float64]
 ROWS_AT_ONCE = 4096
@@ -29,21 +32,23 @@ CLEARLY_BETTER = 0.5
 
 @dataclass(frozen=True)
 class LinearFit:
-    """A fitted linear model.
+    """A fitted linear model. penalties: one, or one for each of several targets.
 
-    held_out: logits (N, C) of the training bags from inner folds that left their case out, at the pooling and penalty
+    held_out: outputs (N, O) of the training bags from inner folds that left their case out, at the pooling and penalty
     chosen; None where there are too few cases for folds. losses: the mean inner loss of the best penalty by pooling.
     """
 
     model: LinearModel
-    penalty: float
+    penalties: tuple[float, ...]
     held_out: Array | None
     losses: Mapping[str, float]
 
     @property
     def said(self) -> str:
         """What was chosen and why, in words."""
-        chosen = f"linear, {self.model.settings.pooling} of the tiles, penalty {self.penalty:g}"
+        chosen = (
+            f"linear, {self.model.settings.pooling} of the tiles, penalty {', '.join(f'{p:g}' for p in self.penalties)}"
+        )
         if self.held_out is None:
             return f"{chosen}: not chosen, since a class has fewer than two training cases that inner folds could use"
         found = ", ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
@@ -53,43 +58,44 @@ class LinearFit:
 def fit_linear(
     store: ResidentStore,
     train: NDArray[np.int64],
-    labels: NDArray[np.int64],
+    truth: NDArray[Any],
     cases: Sequence[str],
     settings: ModelSettings,
-    class_weights: Array,
+    target: Target,
     *,
     standardise: bool = True,
     seed: int = 0,
 ) -> LinearFit:
-    """Fit a linear model to the bags ``train``; labels and cases are those of these bags.
+    """Fit a linear model to the bags ``train``; truth and cases are those of these bags.
 
-    class_weights: (C,), of the loss. The penalty is that of the least loss of bags whose case was left out, over at
-    most five folds of cases; the pooling, where the settings leave it open, is the simplest that no other beats by
-    ``CLEARLY_BETTER`` standard errors. seed: of the folds.
+    target: fitted to them; its loss is what the model is fitted by. The penalty is that of the least loss of bags whose
+    case was left out, over at most five folds of cases; the pooling, where the settings leave it open, is the simplest
+    that no other beats by ``CLEARLY_BETTER`` standard errors. seed: of the folds.
     """
-    classes = settings.classes
     mean, std = store.moments(train)
     poolings = POOLINGS if settings.pooling == "auto" else (settings.pooling,)
-    folds = inner_folds(labels, cases, classes, seed=seed)
+    folds = target_folds(target, truth, cases, seed=seed)
     if folds is None and settings.pooling == "auto":
         poolings = (UNCHOSEN_POOLING,)
-    weights = class_weights[labels]
     values: dict[str, Array] = {}
-    chosen: dict[str, tuple[float, Array | None, float]] = {}
+    chosen: dict[str, tuple[tuple[float, ...], Array | None, float]] = {}
     for pooling in poolings:
         values[pooling] = bag_summaries(store, train, pooling, mean.cpu().numpy(), std.cpu().numpy(), standardise)
-        chosen[pooling] = _choose_penalty(_rotated(values[pooling])[0], labels, weights, classes, folds)
-    best = _simplest({name: found[1] for name, found in chosen.items()}, labels, weights)
-    penalty, held_out, _ = chosen[best]
+        chosen[pooling] = _choose_penalties(_rotated(values[pooling])[0], truth, target, folds)
+    best = _simplest({name: found[1] for name, found in chosen.items()}, truth, target)
+    penalties, held_out, _ = chosen[best]
     reduced, back, centre = _rotated(values[best])
-    path = PENALTIES[: PENALTIES.index(penalty) + 1]
-    weight, bias = list(logistic_path(reduced, labels, weights, classes, path))[-1]
+    fits = [
+        part.linear_path(reduced, own, PENALTIES[: PENALTIES.index(penalty) + 1])[-1]
+        for (part, own), penalty in zip(_parts(target, truth), penalties, strict=True)
+    ]
+    weight, bias = (np.concatenate([fit[k] for fit in fits]) for k in range(2))
     weight = weight @ back
     module = LinearModel(replace(settings, pooling=best))
     if standardise:
         module.standardise(mean.cpu(), std.cpu())
     module.set_weights(torch.from_numpy(weight), torch.from_numpy(bias - weight @ centre))
-    return LinearFit(module, penalty, held_out, {name: found[2] for name, found in chosen.items()})
+    return LinearFit(module, penalties, held_out, {name: found[2] for name, found in chosen.items()})
 
 
 def bag_summaries(
@@ -121,9 +127,9 @@ def _rotated(values: Array) -> tuple[Array, Array, Array]:
     return left[:, kept] * size[kept], right[kept] * scale, centre
 
 
-def _simplest(held_out: Mapping[str, Array | None], labels: NDArray[np.int64], weights: Array) -> str:
+def _simplest(held_out: Mapping[str, Array | None], truth: NDArray[Any], target: Target) -> str:
     """The first of the poolings, which come from simple to rich, whose loss none of the others clearly beats."""
-    rows = {name: log_losses(z, labels) * weights / weights.mean() for name, z in held_out.items() if z is not None}
+    rows = {name: target.row_losses(z, truth) for name, z in held_out.items() if z is not None}
     if not rows:
         return next(iter(held_out))
     best = min(rows, key=lambda name: float(rows[name].mean()))
@@ -134,57 +140,28 @@ def _simplest(held_out: Mapping[str, Array | None], labels: NDArray[np.int64], w
     return best
 
 
-def _choose_penalty(
-    values: Array, labels: NDArray[np.int64], weights: Array, classes: int, folds: NDArray[np.int64] | None
-) -> tuple[float, Array | None, float]:
-    """The penalty of the least held-out loss, the held-out logits (N, C) at it, and that loss."""
+def _parts(target: Target, truth: NDArray[Any]) -> list[tuple[Target, NDArray[Any]]]:
+    """A target and its truth, or those of each of several, which are fitted one by one."""
+    return [(part, own) for part, own, _ in target.each(truth)] if isinstance(target, Several) else [(target, truth)]
+
+
+def _choose_penalties(
+    values: Array, truth: NDArray[Any], target: Target, folds: NDArray[np.int64] | None
+) -> tuple[tuple[float, ...], Array | None, float]:
+    """The penalty of the least held-out loss of each target, held-out outputs (N, O) at them, and their mean loss."""
+    parts = _parts(target, truth)
     if folds is None:
-        return UNCHOSEN_PENALTY, None, float("nan")
-    held_out = np.empty((len(PENALTIES), len(labels), classes))
-    for fold in range(int(folds.max()) + 1):
-        out = folds == fold
-        fits = logistic_path(values[~out], labels[~out], weights[~out], classes, PENALTIES)
-        for i, (weight, bias) in enumerate(fits):
-            held_out[i, out] = values[out] @ weight.T + bias
-    losses = [float(np.average(log_losses(logits, labels), weights=weights)) for logits in held_out]
+        return (UNCHOSEN_PENALTY,) * len(parts), None, float("nan")
+    found = [_choose_penalty(values, own, part, folds) for part, own in parts]
+    outputs = np.concatenate([held_out for _, held_out, _ in found], axis=1)
+    return tuple(penalty for penalty, *_ in found), outputs, float(np.mean([loss for *_, loss in found]))
+
+
+def _choose_penalty(
+    values: Array, truth: NDArray[Any], target: Target, folds: NDArray[np.int64]
+) -> tuple[float, Array, float]:
+    """The penalty of the least held-out loss, the held-out outputs (N, O) at it, and that loss."""
+    held_out = target.linear_held_out(values, truth, folds, PENALTIES)
+    losses = [float(target.row_losses(outputs, truth).mean()) for outputs in held_out]
     best = int(np.argmin(losses))
     return PENALTIES[best], held_out[best], losses[best]
-
-
-def log_losses(logits: Array, labels: NDArray[np.int64]) -> Array:
-    """Negative log-likelihood of each row, (N,)."""
-    peak = logits.max(axis=1)
-    total = np.log(np.exp(logits - peak[:, None]).sum(axis=1)) + peak
-    return np.asarray(total - logits[np.arange(len(labels)), labels])
-
-
-def logistic_path(
-    values: Array, labels: NDArray[np.int64], weights: Array, classes: int, penalties: Sequence[float]
-) -> list[tuple[Array, Array]]:
-    """Multinomial logistic regression for each of falling penalties: weights (C, R) and biases (C,).
-
-    Minimises the weighted mean of the negative log-likelihood + penalty / 2 * |weights|^2; the biases are free. Each
-    begins where the one before ended.
-    """
-    from scipy.optimize import minimize
-
-    width = values.shape[1]
-    truth = np.eye(classes)[labels]
-    share = (weights / weights.sum())[:, None]
-
-    def loss(flat: Array, penalty: float) -> tuple[float, Array]:
-        weight, bias = flat[: classes * width].reshape(classes, width), flat[classes * width :]
-        z = values @ weight.T + bias
-        z -= z.max(axis=1, keepdims=True)
-        e = np.exp(z)
-        total = e.sum(axis=1, keepdims=True)
-        value = float((share * truth * (np.log(total) - z)).sum() + penalty / 2 * (weight * weight).sum())
-        off = share * (e / total - truth)
-        return value, np.concatenate([(off.T @ values + penalty * weight).ravel(), off.sum(axis=0)])
-
-    at = np.zeros(classes * (width + 1))
-    found = []
-    for penalty in penalties:
-        at = minimize(loss, at, (penalty,), jac=True, method="L-BFGS-B", options={"maxiter": 300, "gtol": 1e-6}).x
-        found.append((at[: classes * width].reshape(classes, width).copy(), at[classes * width :].copy()))
-    return found

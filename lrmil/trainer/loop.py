@@ -20,14 +20,14 @@ from torch import Tensor
 from lrmil.config import TrainSettings
 from lrmil.data import batches, plan_batches
 from lrmil.errors import DivergedError, SettingsError
-from lrmil.metrics import LOWER_IS_BETTER, figures, softmax
 from lrmil.model import MILModel
 from lrmil.splits import FoldIndices
 from lrmil.store import ResidentStore
+from lrmil.targets import Classification, Target
 from lrmil.trainer.compute import bag_logits, rounding
 from lrmil.trainer.optimise import AdamW, learning_rate, make_optimizer, set_learning_rate
 from lrmil.trainer.state import Progress, load_state, save_state
-from lrmil.trainer.steps import Step
+from lrmil.trainer.steps import Step, WholeStep
 from wsi_pipe.errors import ConfigError
 from wsi_pipe.files import write_text_atomically
 
@@ -42,18 +42,24 @@ EpochFigures = Mapping[str, float | None]
 class Run:
     """What a run works on. out_dir: None keeps everything in memory. fingerprint: of all that decides its numbers.
 
-    prior: (C,), what is added to logits so that the classes' weights in the loss do not shift probabilities.
+    labels: int64 (bags,) classes, or float (bags, W) of another target. target: with the constants of the training
+    bags; none is classes of equal weight, as many as the model has.
     """
 
     store: ResidentStore
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     split: FoldIndices
     settings: TrainSettings
     precision: torch.dtype
     out_dir: Path | None = None
     fingerprint: str = ""
     progress: Callable[[EpochFigures], object] | None = None
-    prior: tuple[float, ...] = ()
+    target: Target | None = None
+
+    @property
+    def goal(self) -> Target:
+        """The target, or classes of equal weight."""
+        return self.target or Classification(classes=tuple(map(str, range(self.settings.model.classes))))
 
 
 def fit(model: MILModel, step: Step, run: Run) -> Progress:
@@ -102,6 +108,9 @@ def _train_epoch(model: MILModel, step: Step, optimizer: AdamW, run: Run, epoch:
     # The order is a function of seed and epoch alone, so resuming needs no state of a shuffler.
     order_seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
     size: dict[str, Any] = {"token_budget": settings.token_budget, "max_bags": settings.max_bags}
+    if isinstance(step, WholeStep):
+        budget = settings.token_budget
+        step.begin(bag_logits(model, store, train, token_budget=budget, precision=run.precision), store.device)
     steps = len(plan_batches(store.lengths, train, shuffle_seed=order_seed, **size))
     sums: dict[str, Tensor] = {}
     for i, batch in enumerate(batches(store, run.labels, train, shuffle_seed=order_seed, **size)):
@@ -131,7 +140,7 @@ def _validate(model: MILModel, run: Run) -> dict[str, float | None]:
     if not len(val):
         return {}
     logits = bag_logits(model, run.store, val, token_budget=run.settings.token_budget, precision=run.precision)
-    found = figures(run.labels[val], softmax(logits.numpy(), bias=run.prior))
+    found = run.goal.validation(run.labels[val], logits.double().numpy())
     return {f"val_{name}": value if math.isfinite(value) else None for name, value in found.items()}
 
 
@@ -140,13 +149,16 @@ def _keep_best(model: MILModel, progress: Progress, row: EpochFigures, run: Run)
         progress.best_epoch = progress.epoch
         return
     monitor = run.settings.monitor
+    if f"val_{monitor}" not in row:
+        known = ", ".join(name.removeprefix("val_") for name in row if name.startswith("val_"))
+        raise SettingsError(f"{monitor} is no figure of this target", remedy=f"monitor one of {known}")
     value = row[f"val_{monitor}"]
     if value is None:
         raise SettingsError(
             f"{monitor} is undefined on the validation bags, so it cannot be monitored",
             remedy="monitor the loss, or make splits with every class among the validation cases",
         )
-    sign = 1.0 if monitor in LOWER_IS_BETTER else -1.0
+    sign = 1.0 if monitor.rpartition(".")[2] in run.goal.lower_is_better else -1.0
     if progress.best_value is None or sign * value < sign * progress.best_value:
         progress.best_value, progress.best_epoch = value, progress.epoch
         progress.best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}

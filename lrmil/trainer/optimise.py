@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lrmil.config import TrainSettings
-from lrmil.errors import SplitError
 from lrmil.model import MILModel
+from lrmil.targets.classification import class_weights
 
 __all__ = ["AdamW", "class_weights", "learning_rate", "make_optimizer", "set_learning_rate"]
 
@@ -103,19 +100,3 @@ def set_learning_rate(optimizer: AdamW, rate: float) -> None:
     """Set the rate of all groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def class_weights(
-    labels: NDArray[np.int64], train: NDArray[np.int64], classes: Sequence[str], *, balanced: bool
-) -> Tensor:
-    """Weight of each class, (C,) float32, whose mean over the training bags is 1.
-
-    Raises SplitError, naming it, when a class has no training bag.
-    """
-    counts = np.bincount(labels[train], minlength=len(classes))
-    if (counts == 0).any():
-        raise SplitError(
-            f"class {classes[int(counts.argmin())]!r} has no training bag", remedy="make the splits anew, stratified"
-        )
-    weights = len(train) / (len(classes) * counts) if balanced else np.ones(len(classes))
-    return torch.from_numpy(weights.astype(np.float32))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +23,16 @@ from lrmil.data import plan_batches
 from lrmil.model.attention import ABMIL
 from lrmil.model.fused import byte_dropout
 from lrmil.store import ResidentStore
+from lrmil.targets import Target
+from lrmil.targets.base import truth_without
 from lrmil.trainer.optimise import AdamW
 
 __all__ = ["Recipe", "Trained", "train_replicas"]
 
 STACK_NUMBERS = 1 << 23
 """Projected numbers of all networks together in one step, which bounds its memory."""
+KEPT_NUMBERS = 1 << 24
+"""Numbers of standardised features that are kept, 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Trained:
-    """epochs: at which was looked, from 1. held_out: logits (looks, R, N, C), NaN where a network trained on the bag.
+    """epochs: at which was looked, from 1. held_out: outputs (looks, R, N, C), NaN where a network trained on the bag.
 
     losses: training loss of each epoch, mean over the networks. stacks: their weights at each look, on the CPU.
     """
@@ -59,8 +64,8 @@ class Trained:
 def train_replicas(
     store: ResidentStore,
     train: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    class_weights: Tensor,
+    truth: NDArray[Any],
+    target: Target,
     left_out: NDArray[np.bool_],
     settings: ModelSettings,
     recipe: Recipe,
@@ -70,9 +75,9 @@ def train_replicas(
 ) -> Trained:
     """Train R networks of ``settings`` (ABMIL, gated or not) on the bags ``train``.
 
-    labels: (N,), of these bags. left_out: (R, N), which bags each network does not see. moments: shift and scale (D,)
-    of the features. Random numbers are torch's; seed: of the order of the bags. enough: asked after each look, with the
-    logits of the bags left out, whether to end before the last epoch.
+    truth: of these bags; target: gives the loss. left_out: (R, N), which bags each network does not see. moments:
+    shift and scale (D,) of the features. Random numbers are torch's; seed: of the order of the bags. enough: asked
+    after each look, with the outputs of the bags left out, whether to end before the last epoch.
     """
     device, count = store.device, len(left_out)
     stack = _initial(settings, count, device)
@@ -80,10 +85,13 @@ def train_replicas(
     decayed = [stack[n] for n in names if not n.endswith("bias")]
     plain = [stack[n] for n in names if n.endswith("bias")]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    bags_of = _Bags(store, train, moments)
     optimizer = AdamW(groups, recipe.learning_rate)
-    seen = torch.from_numpy(~left_out).to(device, torch.float32)
-    truth = torch.from_numpy(labels).to(device)
-    weights = class_weights.to(device)
+    # A network does not know the truth of the bags that it leaves out.
+    seen = torch.from_numpy(~left_out).to(device)
+    known = torch.from_numpy(truth if truth.ndim == 1 else truth.astype(np.float32)).to(device)
+    own = truth_without(known.expand(count, *known.shape), seen)
+    whole: Tensor | None = None
     per_step = max(recipe.least_bags, math.ceil(len(train) / recipe.steps_an_epoch))
     rows = max(1, STACK_NUMBERS // (count * settings.hidden))
     place = np.full(len(store), -1, np.int64)
@@ -98,10 +106,17 @@ def train_replicas(
         total = 0.0
         for chosen in plan:
             bags = torch.from_numpy(place[chosen]).to(device)
-            logits = _forward(stack, *_batch(store, chosen, moments), settings, training=True)
-            ce = F.cross_entropy(logits.flatten(0, 1), truth[bags].repeat(count), weights, reduction="none")
-            share = seen[:, bags]
-            by_network = (ce.view(count, -1) * share).sum(1) / share.sum(1).clamp_min(1)
+            logits = _forward(stack, *bags_of(chosen), settings, training=True)
+            if target.relative:
+                # Bags are compared with all others, those of other steps as they were seen last.
+                if whole is None:
+                    whole = torch.cat(list(_look(stack, store, train, bags_of, settings, rows)), 1)
+                asked, wanted = whole.index_copy(1, bags, logits), own
+                whole = asked.detach()
+            else:
+                asked, wanted = logits, own[:, bags]
+            found_losses, counts = target.losses(asked, wanted)
+            by_network = found_losses.sum(1) / counts.sum(1).clamp_min(1)
             optimizer.zero_grad()
             by_network.sum().backward()  # type: ignore[no-untyped-call]
             _clip(stack, recipe.clip_norm)
@@ -111,8 +126,9 @@ def train_replicas(
         if epoch % recipe.look_every and epoch != recipe.epochs:
             continue
         looks.append(epoch)
-        logits = torch.cat(list(_look(stack, store, train, moments, settings, rows)), 1).double().cpu()
-        found.append(np.where(left_out[:, :, None], logits.numpy(), np.nan))
+        logits = torch.cat(list(_look(stack, store, train, bags_of, settings, rows)), 1).double().cpu()
+        outputs = target.centred(logits.numpy(), ~left_out)
+        found.append(np.where(left_out[:, :, None], outputs, np.nan))
         stacks.append({name: value.detach().cpu().clone() for name, value in stack.items()})
         if enough(found[-1]):
             break
@@ -150,11 +166,35 @@ def _initial(settings: ModelSettings, count: int, device: torch.device) -> dict[
     return {name: value.to(device).requires_grad_() for name, value in stack.items()}
 
 
-def _batch(
-    store: ResidentStore, chosen: NDArray[np.int64], moments: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, int]:
-    rows = store.gather(chosen)
-    return (rows.features.float() - moments[0]) * moments[1], rows.segment, len(chosen)
+class _Bags:
+    """Standardised features of some bags: kept where they are few, since each is asked for in every epoch.
+
+    moments: shift and scale (D,). Called with bags of ``train`` it gives features (T, D), segment (T,) and their count.
+    """
+
+    def __init__(self, store: ResidentStore, train: NDArray[np.int64], moments: tuple[Tensor, Tensor]) -> None:
+        self._store, self._moments = store, moments
+        self._kept: Tensor | None = None
+        lengths = store.lengths[train]
+        if int(lengths.sum()) * store.dim <= KEPT_NUMBERS:
+            self._kept = self._scaled(store.gather(train).features)
+        self._starts = np.zeros(len(store), np.int64)
+        self._starts[train] = np.cumsum(lengths) - lengths
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        return (features.float() - self._moments[0]) * self._moments[1]
+
+    def __call__(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor, int]:
+        if self._kept is None:
+            rows = self._store.gather(chosen)
+            return self._scaled(rows.features), rows.segment, len(chosen)
+        lengths = self._store.lengths[chosen]
+        segment = np.repeat(np.arange(len(chosen)), lengths)
+        # Each row's place: where its bag begins, and how far it is into the bag.
+        first = self._starts[chosen] - (np.cumsum(lengths) - lengths)
+        place = np.arange(len(segment)) + first[segment]
+        device = self._kept.device
+        return self._kept[torch.from_numpy(place).to(device)], torch.from_numpy(segment).to(device), len(chosen)
 
 
 def _forward(
@@ -190,12 +230,12 @@ def _look(
     stack: dict[str, Tensor],
     store: ResidentStore,
     train: NDArray[np.int64],
-    moments: tuple[Tensor, Tensor],
+    bags_of: _Bags,
     settings: ModelSettings,
     rows: int,
 ) -> Iterator[Tensor]:
     for chosen in plan_batches(store.lengths, train, token_budget=rows, shuffle_seed=None):
-        yield _forward(stack, *_batch(store, chosen, moments), settings, training=False)
+        yield _forward(stack, *bags_of(chosen), settings, training=False)
 
 
 def _clip(stack: dict[str, Tensor], largest: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from lrmil.config import ModelSettings, TrainSettings
 from lrmil.model import MILModel
 from lrmil.store import ResidentStore
-from lrmil.trainer.inner import inner_folds
-from lrmil.trainer.linear import log_losses
+from lrmil.targets import Target
+from lrmil.trainer.inner import target_folds
 from lrmil.trainer.replicas import Recipe, train_replicas, unstack
 
 __all__ = ["SMALL_CASES", "SMALL_TILES", "SmallFit", "fit_small", "is_small"]
@@ -34,7 +35,7 @@ MODEL_IN_PLACE: Mapping[str, float] = {"hidden": 32, "attention_dim": 16, "input
 class SmallFit:
     """Networks that were trained alike on all training bags.
 
-    held_out: logits (N, C) of the training bags, each the mean over networks that left its case out, at the epoch
+    held_out: outputs (N, O) of the training bags, each the mean over networks that left its case out, at the epoch
     chosen; None where there are too few cases for folds. epoch: chosen. history: one row for each look;
     "inner_loss" is the mean over three looks of the loss of bags left out.
     """
@@ -68,41 +69,40 @@ def small_settings(settings: TrainSettings, name: str) -> TrainSettings:
 def fit_small(
     store: ResidentStore,
     train: NDArray[np.int64],
-    labels: NDArray[np.int64],
+    truth: NDArray[Any],
     cases: Sequence[str],
     settings: TrainSettings,
-    class_weights: Tensor,
+    target: Target,
     moments: tuple[Tensor, Tensor],
 ) -> SmallFit:
-    """Train attention networks on a small cohort; settings: as from ``small_settings``; labels, cases: of ``train``.
+    """Train attention networks on a small cohort; settings: as from ``small_settings``; truth, cases: of ``train``.
 
     Beside the networks that see all cases, ``REPEATS`` times as many as there are inner folds are trained that each
     leave out a fold. The epoch is that of the least loss of the bags left out, whose logits are the mean of the
     networks that left them out; without folds it is the last.
     """
-    model, classes = settings.model, settings.model.classes
-    kept = [inner_folds(labels, cases, classes, seed=settings.seed + 1000 * r) for r in range(REPEATS)]
+    model = settings.model
+    kept = [target_folds(target, truth, cases, seed=settings.seed + 1000 * r) for r in range(REPEATS)]
     rows = [folds == k for folds in kept if folds is not None for k in range(int(folds.max()) + 1)]
     left_out = np.stack([*rows, *[np.zeros(len(train), bool)] * model.members])
     mean, std = moments
     scale = torch.where(std > 0, 1 / torch.where(std > 0, std, 1.0), 0.0)
     flat = (torch.zeros_like(mean), torch.ones_like(std))
     recipe = Recipe(settings.epochs, settings.learning_rate, settings.weight_decay, settings.clip_norm)
-    weights = np.asarray(class_weights.tolist())[labels]
     losses: list[float] = []
 
     def enough(logits: Array) -> bool:
         if not rows:
             return False
         held_out = np.nanmean(logits[: len(rows)], axis=0)
-        losses.append(float(np.average(log_losses(held_out, labels), weights=weights)))
+        losses.append(float(target.row_losses(held_out, truth).mean()))
         return len(losses) - 1 - int(np.argmin(_smooth(losses))) >= PATIENCE
 
     found = train_replicas(
         store,
         train,
-        labels,
-        class_weights,
+        truth,
+        target,
         left_out,
         replace(model, members=1),
         recipe,

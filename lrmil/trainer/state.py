@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrmil.checkpoint import read_tensors, write_tensors
-from lrmil.config import TrainSettings
+from lrmil.checkpoint import optimizer_tensors, read_tensors, write_tensors
+from lrmil.config import TrainSettings, deciding
 from lrmil.errors import ModelFileError, ResumeError
 from lrmil.model import MILModel
 from lrmil.splits import FoldIndices
 from lrmil.trainer.optimise import AdamW
-from wsi_pipe.config import fingerprint, to_mapping
+from wsi_pipe.config import fingerprint
 
 __all__ = ["STATE_KIND", "Progress", "check_state", "load_state", "run_fingerprint", "save_state"]
 
@@ -45,9 +45,9 @@ def run_fingerprint(
     settings: TrainSettings, split: FoldIndices, labels: Tensor, classes: tuple[str, ...], hashes: Mapping[str, str]
 ) -> str:
     """SHA-256 of everything that decides a run's numbers. hashes: of the features and the teacher."""
-    deciding = replace(settings, device="", tensorboard=False, save_every=0)
+    plain = replace(settings, device="", tensorboard=False, save_every=0)
     parts = [np.asarray(part).tolist() for part in (split.train, split.val, split.test)]
-    return fingerprint(to_mapping(deciding), parts, labels.tolist(), list(classes), dict(hashes))
+    return fingerprint(deciding(plain), parts, labels.tolist(), list(classes), dict(hashes))
 
 
 def save_state(
@@ -56,9 +56,7 @@ def save_state(
     """Write the state so that ``path`` holds all of it or the one before."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"best.{name}": value for name, value in progress.best_weights.items()}
-    for i, parameter in enumerate(_parameters(optimizer)):
-        for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{i}.{moment}"] = torch.as_tensor(value)
+    tensors |= optimizer_tensors(optimizer)
     tensors["random.cpu"] = torch.random.get_rng_state()
     if device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
@@ -86,7 +84,7 @@ def load_state(path: Path, model: MILModel, optimizer: AdamW, run: str, device: 
     for i, parameter in enumerate(_parameters(optimizer)):
         found = {m: tensors[f"optimizer.{i}.{m}"] for m in _MOMENTS if f"optimizer.{i}.{m}" in tensors}
         if found:
-            # AdamW keeps "step" where it was; only the moments follow the parameter.
+            # The fused kernel wants its step count beside the moments.
             moved: dict[str, Any] = {m: v.to(parameter.device) for m, v in found.items()}
             optimizer.state[parameter] = moved
     torch.random.set_rng_state(tensors["random.cpu"])

@@ -46,7 +46,9 @@ class TeacherTargets:
         logits = self.logits[batch.bag_index]
         if self.mass is None or self.covered is None:
             return BatchTargets(logits, None, None)
-        within = torch.arange(len(batch.segment), device=batch.segment.device) - batch.offsets[batch.segment]
+        within = batch.rows
+        if within is None:
+            within = torch.arange(len(batch.segment), device=batch.segment.device) - batch.offsets[batch.segment]
         rows = self.offsets[batch.bag_index][batch.segment] + within
         return BatchTargets(logits, self.mass[rows], self.covered[rows])
 
@@ -60,11 +62,12 @@ def teacher_targets(
     *,
     attention: bool,
     token_budget: int,
+    parents: str = "sum",
 ) -> TeacherTargets:
     """Logits of a teacher on HR bags, and its attention summed into their LR tiles.
 
     indices: the bags of ``lr_store`` to ask for; their HR bags are found by slide id. attention: whether the attention
-    is wanted. token_budget: HR tiles at a time.
+    is wanted. token_budget: HR tiles at a time. parents: see ``teacher_mass``.
 
     Raises BagMismatchError, naming the slides, when HR bags are missing or their parents do not fit the LR bags;
     SettingsError when the teacher has no attention but it is wanted.
@@ -107,7 +110,7 @@ def teacher_targets(
                 remedy="make LR and HR features of the same tiling",
             )
         packed = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        bag_mass, bag_covered = teacher_mass(output.attention_logits, batch.offsets, batch.parent, packed)
+        bag_mass, bag_covered = teacher_mass(output.attention_logits, batch.offsets, batch.parent, packed, parents)
         segment = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
         rows = torch.arange(len(segment), device=device) - packed[segment] + offsets[lr_bags][segment]
         mass[rows] = bag_mass

@@ -228,6 +228,90 @@ def resnet50() -> Shapes:
     return shapes | {"fc.weight": (1000, 2048), "fc.bias": (1000,)}
 
 
+def without_head(shapes: Shapes) -> Shapes:
+    """Without the classifier, as RetCCL's authors save it (get_feature.py takes ``fc`` off before it loads)."""
+    return {key: shape for key, shape in shapes.items() if not key.startswith("fc.")}
+
+
+def keep(depth: int) -> Shapes:
+    """KEEP: a timm ViT-L/16 whose LayerScale is called ``weight``, a head of two layers, and some of its text tower.
+
+    Source: raw2features, embedders/keep_embedder.py.
+    """
+    trunk = timm_vit(1024, depth, patch=16, tokens=197, fc1=4096, fc2=4096, scale=True)
+    shapes = {f"visual.{key.replace('gamma', 'weight')}": shape for key, shape in trunk.items()}
+    for layer, width in ((0, 1024), (2, 768)):
+        shapes |= {f"visual_head.{layer}.weight": (768, width), f"visual_head.{layer}.bias": (768,)}
+    return shapes | {"logit_scale": (), "text.embeddings.word_embeddings.weight": (30522, 768)}
+
+
+def _hf_tower_blocks(dim: int, depth: int, hidden: int) -> Shapes:
+    """Blocks of the vision models of transformers' CLIPModel and SiglipModel."""
+    shapes: Shapes = {}
+    for layer in range(depth):
+        at = f"vision_model.encoder.layers.{layer}."
+        parts = {f"self_attn.{part}_proj": (dim, dim) for part in ("k", "v", "q", "out")}
+        parts |= {"layer_norm1": (dim,), "layer_norm2": (dim,), "mlp.fc1": (hidden, dim), "mlp.fc2": (dim, hidden)}
+        for name, shape in parts.items():
+            shapes |= {f"{at}{name}.weight": shape, f"{at}{name}.bias": shape[:1]}
+    return shapes
+
+
+def plip(depth: int) -> Shapes:
+    """PLIP: transformers' CLIPModel, ViT-B/32. Source: transformers v4.46, models/clip/modeling_clip.py."""
+    at = "vision_model.embeddings."
+    shapes: Shapes = {
+        f"{at}class_embedding": (768,), f"{at}position_ids": (1, 50), f"{at}position_embedding.weight": (50, 768),
+        f"{at}patch_embedding.weight": (768, 3, 32, 32), "visual_projection.weight": (512, 768),
+        "text_projection.weight": (512, 512), "logit_scale": (), "text_model.final_layer_norm.weight": (512,),
+    }  # fmt: skip
+    for norm in ("pre_layrnorm", "post_layernorm"):
+        shapes |= {f"vision_model.{norm}.{kind}": (768,) for kind in ("weight", "bias")}
+    return shapes | _hf_tower_blocks(768, depth, 3072)
+
+
+def medsiglip(depth: int) -> Shapes:
+    """MedSigLIP: transformers' SiglipModel, So400m/14 at 448 px.
+
+    Source: transformers v4.46, models/siglip/modeling_siglip.py; widths of So400m: timm, vision_transformer.py.
+    """
+    at, head = "vision_model.embeddings.", "vision_model.head."
+    shapes: Shapes = {
+        f"{at}patch_embedding.weight": (1152, 3, 14, 14), f"{at}patch_embedding.bias": (1152,),
+        f"{at}position_embedding.weight": (1024, 1152), f"{head}probe": (1, 1, 1152),
+        f"{head}attention.in_proj_weight": (3456, 1152), f"{head}attention.in_proj_bias": (3456,),
+        "logit_scale": (1,), "logit_bias": (1,), "text_model.head.weight": (1152, 1152),
+    }  # fmt: skip
+    parts = {
+        "vision_model.post_layernorm": (1152,), f"{head}attention.out_proj": (1152, 1152), f"{head}layernorm": (1152,),
+        f"{head}mlp.fc1": (4304, 1152), f"{head}mlp.fc2": (1152, 4304),
+    }  # fmt: skip
+    for name, shape in parts.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes | _hf_tower_blocks(1152, depth, 4304)
+
+
+def dinov3(dim: int, depth: int) -> Shapes:
+    """DINOv3 as timm saves it: rotary positions, 4 registers, no bias of query, key and value.
+
+    Source: timm/models/eva.py.
+    """
+    shapes: Shapes = {
+        "cls_token": (1, 1, dim), "reg_token": (1, 4, dim), "patch_embed.proj.weight": (dim, 3, 16, 16),
+        "patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,),
+    }  # fmt: skip
+    for block in range(depth):
+        at = f"blocks.{block}."
+        parts = {
+            "norm1": (dim,), "norm2": (dim,), "attn.proj": (dim, dim), "mlp.fc1": (4 * dim, dim),
+            "mlp.fc2": (dim, 4 * dim),
+        }  # fmt: skip
+        for name, shape in parts.items():
+            shapes |= {f"{at}{name}.weight": shape, f"{at}{name}.bias": shape[:1]}
+        shapes |= {f"{at}attn.qkv.weight": (3 * dim, dim), f"{at}gamma_1": (dim,), f"{at}gamma_2": (dim,)}
+    return shapes
+
+
 def _plain(dim: int, patch: int, tokens: int, *, scale: bool = False, registers: int = 0) -> Callable[[int], Shapes]:
     hidden = 4 * dim
     return lambda depth: timm_vit(
@@ -246,6 +330,7 @@ PUBLISHED: dict[str, tuple[int | None, Callable[[int], Shapes], int]] = {
     "uni": (24, _plain(1024, 16, 197, scale=True), 1024),
     "uni2-h": (24, _gated(1536, 14, 256, 8192, registers=8), 1536),
     "conch": (12, conch_v1, 512),
+    "conch_trunk": (12, conch_v1, 768),
     "conch_v1_5": (24, conch_v1_5, 768),
     "virchow": (32, _gated(1280, 14, 257, 6832), 2560),
     "virchow2": (32, _gated(1280, 14, 261, 6832, registers=4), 2560),
@@ -272,4 +357,29 @@ PUBLISHED: dict[str, tuple[int | None, Callable[[int], Shapes], int]] = {
         1536,
     ),
     "resnet50": (None, lambda depth: resnet50(), 2048),
+    "gigapath-flash": (12, _gated(384, 16, 197, 2048), 384),
+    "pathorchestra": (24, _plain(1024, 16, 197, scale=True), 1024),
+    "mstar": (24, _plain(1024, 16, 197, scale=True), 1024),
+    "digepath": (24, _plain(1024, 16, 197, scale=True), 1024),
+    "keep": (24, keep, 768),
+    "plip": (12, plip, 512),
+    # A network without CLS, into which one cannot look block by block: its depth counts as none.
+    "medsiglip": (27, medsiglip, 1152),
+    "sp22m": (12, lambda depth: {f"encoder.{key}": shape for key, shape in _plain(384, 16, 197)(depth).items()}, 384),
+    "lunit-vits16": (12, _plain(384, 16, 197), 384),
+    "retccl": (None, lambda depth: without_head(resnet50()), 2048),
+    "dinobloom-s": (12, _plain(384, 14, 257, scale=True), 384),
+    "dinobloom-b": (12, _plain(768, 14, 257, scale=True), 768),
+    "dinobloom-l": (24, _plain(1024, 14, 257, scale=True), 1024),
+    "dinobloom-g": (40, _gated(1536, 14, 257, 8192), 1536),
+    "dinov2-s": (12, _plain(384, 14, 1370, scale=True), 384),
+    "dinov2-b": (12, _plain(768, 14, 1370, scale=True), 768),
+    "dinov2-l": (24, _plain(1024, 14, 1370, scale=True), 1024),
+    "dinov2-g": (40, _gated(1536, 14, 1370, 8192), 1536),
+    "dinov3-s": (12, lambda depth: dinov3(384, depth), 384),
+    "dinov3-b": (12, lambda depth: dinov3(768, depth), 768),
+    "dinov3-l": (24, lambda depth: dinov3(1024, depth), 1024),
 }
+
+NO_LAYERS = {"medsiglip"}
+"""Networks of blocks, of which none has a CLS to be taken."""

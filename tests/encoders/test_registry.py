@@ -46,6 +46,7 @@ def _published() -> ModuleType:
 
 
 PUBLISHED: dict[str, Any] = _published().PUBLISHED
+NO_LAYERS: set[str] = _published().NO_LAYERS
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +112,8 @@ def test_published_keys_and_shapes_fit_the_whole_network(name: str) -> None:
         features = network(torch.empty(1, 3, entry.input_px, entry.input_px))
     assert features.shape == (1, dim)
     assert entry.dim == dim
-    assert network.depth == (depth or 0)
+    assert entry.parameters == round(sum(weight.numel() for weight in network.parameters()) / 1e6)
+    assert network.depth == (0 if name in NO_LAYERS else depth or 0)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -239,6 +241,10 @@ def test_a_users_table_adds_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"interpolation": "lanczos"}, "interpolation 'lanczos'"),
         ({"precision": "int8"}, "precision 'int8'"),
         ({"args": 3}, "args must be a table"),
+        ({"mpp_min": 0.5}, "mpp_min and mpp_max go together"),
+        ({"mpp_min": 2.0, "mpp_max": 0.5}, "at most mpp_max"),
+        ({"revision": "main"}, "40 hexadecimal digits"),
+        ({"sha256": {"model.bin": "12"}}, "sha256 of model.bin"),
     ],
 )
 def test_errors_in_a_users_table_name_file_encoder_and_setting(

@@ -73,7 +73,7 @@ def test_a_file_names_itself_and_the_key(tmp_path: Path) -> None:
         {"final_lr_share": 1.5},
         {"token_budget": 0},
         {"max_bags": 0},
-        {"model": {"classes": 1}},
+        {"model": {"classes": 0}},
         {"model": {"dropout": 1.0}},
         {"model": {"name": "transmil", "hidden": 100, "heads": 8}},
         {"model": {"name": "abmil", "auxiliary_weight": 0.5}},
@@ -96,5 +96,5 @@ def test_every_figure_can_be_monitored() -> None:
 
 def test_shares_of_the_second_loss() -> None:
     shares = {name: ModelSettings(name=name).second_loss_share for name in MODELS}
-    assert shares == {**dict.fromkeys(MODELS, 0.0), "clam-sb": 0.3, "dsmil": 0.5}
+    assert shares == {**dict.fromkeys(MODELS, 0.0), "clam-sb": 0.3, "clam-mb": 0.3, "dsmil": 0.5, "dtfd": 0.5}
     assert ModelSettings(name="dsmil", auxiliary_weight=0.0).second_loss_share == 0

@@ -100,7 +100,9 @@ def test_shapes_and_who_has_attention(name: str) -> None:
         assert output.attention_logits is None
 
 
-@pytest.mark.parametrize("name", ["linear", "mean", "max", "abmil", "gated-abmil", "clam-sb", "dsmil"])
+@pytest.mark.parametrize(
+    "name", ["linear", "mean", "max", "abmil", "gated-abmil", "clam-sb", "clam-mb", "dsmil", "dtfd"]
+)
 def test_the_order_of_the_tiles_does_not_matter(name: str) -> None:
     model = model_of(name).eval()
     features, offsets = packed([50])
@@ -111,7 +113,7 @@ def test_the_order_of_the_tiles_does_not_matter(name: str) -> None:
         torch.testing.assert_close(plain.attention_logits[order], shuffled.attention_logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mean", "max", "abmil", "gated-abmil", "clam-sb", "dsmil"])
+@pytest.mark.parametrize("name", ["mean", "max", "abmil", "gated-abmil", "clam-sb", "clam-mb", "dsmil"])
 def test_every_tile_twice_halves_the_attention_and_leaves_the_logits(name: str) -> None:
     model = model_of(name).eval()
     features, offsets = packed([40])

@@ -22,6 +22,7 @@ from lrmil.model.ensemble import Ensemble
 from lrmil.model.segments import segment_ids, segment_softmax
 from lrmil.splits import FoldIndices
 from lrmil.store import FeatureStore, ResidentStore, StoreMeta
+from lrmil.targets import Classification
 from lrmil.trainer import TrainResult, small, train
 from lrmil.trainer.choice import choose_share
 from lrmil.trainer.compute import threads_for
@@ -50,6 +51,9 @@ def cohort(kind: str, count: int = 60, seed: int = 0) -> tuple[FeatureStore, NDA
         arrays.append(values.astype(np.float32))
     store = FeatureStore.from_arrays(arrays, meta=StoreMeta("net", "ab" * 32, "5x", 2.0, 256), dtype="float32")
     return store, labels.astype(np.int64)
+
+
+TWO = Classification(classes=("0", "1"))
 
 
 def run(store: FeatureStore, labels: NDArray[np.int64], settings: TrainSettings = AUTO, **more: Any) -> TrainResult:
@@ -85,7 +89,7 @@ def test_a_stack_learns_as_its_networks_would_alone() -> None:
     resident, every = ResidentStore.of(store), np.arange(12)
     flat = (torch.zeros(DIM), torch.ones(DIM))
     torch.manual_seed(3)
-    found = train_replicas(resident, every, labels, torch.ones(2), left_out, settings, recipe, flat, 0, lambda z: False)
+    found = train_replicas(resident, every, labels, TWO, left_out, settings, recipe, flat, 0, lambda z: False)
     torch.manual_seed(3)
     begun = _initial(settings, 2, torch.device("cpu"))
     for i in range(2):
@@ -212,10 +216,9 @@ def test_the_better_one_is_chosen_and_of_equals_the_mean() -> None:
     rng = np.random.default_rng(0)
     y = np.arange(200) % 2
     good, bad = logits_of(3.0 * (2 * y - 1) + rng.normal(size=200)), logits_of(2 * rng.normal(size=200))
-    ones = np.ones(200)
-    assert choose_share(good, bad, y, ones, "abmil").share == 1.0
-    assert choose_share(bad, good, y, ones, "abmil").share == 0.0
-    same = choose_share(good, good, y, ones, "abmil")
+    assert choose_share(good, bad, y, TWO, "abmil").share == 1.0
+    assert choose_share(bad, good, y, TWO, "abmil").share == 0.0
+    same = choose_share(good, good, y, TWO, "abmil")
     assert same.share == 0.5
     assert same.figures["both"] == same.figures["linear"]
 

@@ -1,4 +1,4 @@
-"""Bags out of another tool's features: coordinates are checked against the slide, tiles mapped into our grids."""
+"""Bags out of another tool's features: coordinates checked against the slide, tiles mapped into our own grids."""
 
 from __future__ import annotations
 

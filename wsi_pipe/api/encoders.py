@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,14 @@ from wsi_pipe.errors import ConfigError, EncoderOutputError, UnknownEncoderError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "CallableEncoder", "EncodesTiles", "ready_encoder"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "CallableEncoder",
+    "EncodesTiles",
+    "ready_encoder",
+    "register_encoder",
+]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -131,6 +139,49 @@ def ready_encoder(
         )
     _refuse(own, ("name", "version"), "a callable")
     return CallableEncoder.of(encoder, _own_name(encoder, name), version, tile_px)
+
+
+def register_encoder(
+    name: str,
+    encoder: Encoder | torch.nn.Module | EncodesTiles,
+    *,
+    version: str = "",
+    tile_px: int = 256,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    input_px: int | None = None,
+    mpp: float | None = None,
+    licence: str | None = None,
+    device: str = "auto",
+) -> Encoder:
+    """Give an encoder of your own a name that jobs, grids and ``load_encoder`` of this process know.
+
+    encoder: a callable on tiles uint8 (B, H, W, 3) that gives (B, D); a network on images float32 (B, 3, S, S),
+    ``(tile / 255 - mean) / std`` (ImageNet's by default), resized to ``input_px`` where that is given; or one that is
+    ready. version: tells a callable's features from those of an earlier version of it. tile_px: side of the tile that
+    its width is tried with. mpp: um/px that it was made for. device: of a network. A name that was registered before
+    is given anew. It is known in this process alone: for the command line and for worker processes write a TOML table
+    (docs/encoders.md).
+
+    Raises ConfigError for a name that is taken and for arguments that do not go with it, EncoderOutputError for one
+    that gives no features (B, D).
+    """
+    from wsi_pipe.encoders.own import forget, remember
+
+    forget(name)
+    settings = ExtractSettings(devices=tuple(device.split(",")))
+    made: Any = ready_encoder(
+        encoder, settings, tile_px=tile_px, name=name, version=version, mean=mean, std=std, input_px=input_px
+    )
+    facts = {"mpp": mpp, "licence": licence}
+    try:
+        made.info = dataclasses.replace(made.info, **{key: value for key, value in facts.items() if value is not None})
+    except AttributeError:
+        if any(facts.values()):
+            raise ConfigError("mpp and licence are given with an encoder that states its own") from None
+    remember(name, made)
+    ready: Encoder = made
+    return ready
 
 
 HARDWARE = ("device", "precision", "compile", "random_weights")

@@ -12,6 +12,7 @@ from wsi_pipe.bag.read import (
     BagLevelView,
     FeatureFileHeader,
     FeatureHeader,
+    read_attention,
     read_attrs,
     read_bag,
     read_feature_file,
@@ -20,11 +21,22 @@ from wsi_pipe.bag.read import (
     read_header,
     read_level,
     read_quality,
+    read_slide_vectors,
 )
 from wsi_pipe.bag.safety import refuse_unsafe, unreachable
 from wsi_pipe.bag.skim import skim_file
-from wsi_pipe.bag.values import SCHEMA, SCHEMA_VERSION, Bag, BagAttrs, BagLevel, Features, TileValues, content_digest
-from wsi_pipe.bag.write import write_attention, write_bag, write_feature_file
+from wsi_pipe.bag.values import (
+    SCHEMA,
+    SCHEMA_VERSION,
+    Bag,
+    BagAttrs,
+    BagLevel,
+    Features,
+    SlideVector,
+    TileValues,
+    content_digest,
+)
+from wsi_pipe.bag.write import write_attention, write_bag, write_feature_file, write_slide_vector
 
 __all__ = [
     "SCHEMA",
@@ -37,10 +49,12 @@ __all__ = [
     "FeatureFileHeader",
     "FeatureHeader",
     "Features",
+    "SlideVector",
     "TileValues",
     "check_bag",
     "check_feature_file",
     "content_digest",
+    "read_attention",
     "read_attrs",
     "read_bag",
     "read_feature_file",
@@ -49,10 +63,12 @@ __all__ = [
     "read_header",
     "read_level",
     "read_quality",
+    "read_slide_vectors",
     "refuse_unsafe",
     "skim_file",
     "unreachable",
     "write_attention",
     "write_bag",
     "write_feature_file",
+    "write_slide_vector",
 ]

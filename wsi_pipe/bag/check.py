@@ -31,7 +31,7 @@ def check_bag(path: Path) -> list[str]:
         with open_bag(path) as file:
             attrs = _attrs(path, file)
             labels = level_labels(file)
-            problems = list(_root_problems(file, attrs, labels))
+            problems = [*_root_problems(file, attrs, labels), *_vector_problems(file)]
             coarser: TileGrid | None = None
             for label in labels:
                 found, coarser = _level_problems(file["levels"][label], label, attrs, coarser)
@@ -117,6 +117,17 @@ def _level_problems(
             elif n and not (finite(values) and values.min() >= least and values.max() <= most):
                 problems.append(f"{label}: {kind} {slug} leaves the range {least:g} to {most:g}")
     return problems, grid
+
+
+def _vector_problems(file: Any) -> Iterator[str]:
+    for name, data in file["slide"].items() if "slide" in file else ():
+        values = data[()]
+        if values.ndim != 1 or values.dtype != np.float32:
+            yield f"slide {name} is {values.dtype} {values.shape}, not float32 (D,)"
+        elif not finite(values):
+            yield f"slide {name} holds NaN or infinity"
+        elif "sha256" in data.attrs and content_digest([values]) != str(data.attrs["sha256"]):
+            yield f"slide {name} is not what was written: its digest differs"
 
 
 def _feature_problems(group: Any, where: str, n: int | None) -> Iterator[str]:

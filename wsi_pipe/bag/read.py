@@ -22,6 +22,7 @@ from wsi_pipe.bag.values import (
     BagLevel,
     FeatureArray,
     Features,
+    SlideVector,
     TileValues,
     content_digest,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "FeatureFileHeader",
     "FeatureHeader",
     "open_bag",
+    "read_attention",
     "read_attrs",
     "read_bag",
     "read_feature_file",
@@ -44,6 +46,7 @@ __all__ = [
     "read_header",
     "read_level",
     "read_quality",
+    "read_slide_vectors",
 ]
 
 
@@ -297,7 +300,37 @@ def read_bag(path: Path) -> Bag:
                     **_tile_values(group),
                 )
             )
-        return Bag(_attrs(path, file), tuple(levels))
+        return Bag(_attrs(path, file), tuple(levels), _vectors(file))
+
+
+def _vectors(file: Any) -> dict[str, SlideVector]:
+    return {
+        name: SlideVector(
+            values=_values_of(data),
+            **{item.name: str(data.attrs.get(item.name, "")) for item in fields(SlideVector) if item.name != "values"},
+        )
+        for name, data in (file["slide"].items() if "slide" in file else ())
+    }
+
+
+def read_slide_vectors(path: Path) -> dict[str, SlideVector]:
+    """The vectors of the whole slide that a bag holds, by name. Raises BagError when it is no bag or is damaged."""
+    with open_bag(path) as file:
+        return _vectors(file)
+
+
+def read_attention(path: Path, model: str) -> dict[str, NDArray[np.float32]]:
+    """A model's attention by level label, float32 (N,) each, wherever the bag holds it.
+
+    Raises BagError that names what there is where it holds none of that model.
+    """
+    with open_bag(path) as file:
+        groups = {label: file["levels"][label].get("attention", {}) for label in level_labels(file)}
+        found = {label: group[model][()] for label, group in groups.items() if model in group}
+        if not found:
+            have = ", ".join(sorted({name for group in groups.values() for name in group})) or "none"
+            raise BagError(f"{path}: has no attention of {model}", remedy=f"what it has: {have}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -307,7 +340,7 @@ class BagLevelView:
     features: (N, D) float16 or float32. parent: int32 (N,) rows in the next coarser level, None for the coarsest;
     parent_label: the label of that level. layers: CLS of blocks, (N, D) each, when they are stored. annotation: by
     name of the class, the fraction of each tile that its regions cover, float32 (N,). quality: by measure, float32
-    (N,), as far as the bag holds any.
+    (N,), as far as the bag holds any. encoder_saw: see ``Features``.
     """
 
     attrs: BagAttrs
@@ -322,6 +355,7 @@ class BagLevelView:
     annotation: dict[str, NDArray[np.float32]]
     weights: str = ""
     quality: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    encoder_saw: str = ""
 
 
 def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bool = False) -> BagLevelView:
@@ -363,6 +397,7 @@ def read_level(path: Path, label: str, encoder: str | None = None, *, layers: bo
             },
             weights=weights_of(slug, data.attrs),
             quality={name: item.values for name, item in per_tile.get("quality", {}).items()},
+            encoder_saw=str(data.attrs.get("encoder_saw", "")),
         )
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "BagAttrs",
     "BagLevel",
     "Features",
+    "SlideVector",
     "TileValues",
     "content_digest",
     "fits_next",
@@ -132,11 +133,32 @@ class BagLevel:
 
 
 @dataclass(frozen=True)
+class SlideVector:
+    """One vector for the whole slide.
+
+    values: float32 (D,). slide_encoder: what made it. level, encoder, features: label, slug and fingerprint of the tile
+    features that it was made of. weights_sha256: of the slide encoder, "" where it has none. made: JSON text on the
+    rest of what it was made with. encoder_saw: as in ``Features``.
+    """
+
+    values: NDArray[np.float32]
+    slide_encoder: str
+    level: str
+    encoder: str
+    features: str
+    weights_sha256: str = ""
+    licence: str = ""
+    made: str = "{}"
+    encoder_saw: str = ""
+
+
+@dataclass(frozen=True)
 class Bag:
-    """One slide's bag; levels coarsest first."""
+    """One slide's bag; levels coarsest first. slide: vectors of the whole slide by name; earlier versions have none."""
 
     attrs: BagAttrs
     levels: tuple[BagLevel, ...]
+    slide: Mapping[str, SlideVector] = field(default_factory=dict)
 
 
 def content_digest(blocks: Iterable[NDArray[Any]]) -> str:

@@ -13,12 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.bag.check import check_bag, check_feature_file
-from wsi_pipe.bag.values import PER_TILE, SCHEMA, SCHEMA_VERSION, Bag, BagLevel, Features, TileValues, content_digest
+from wsi_pipe.bag.values import (
+    PER_TILE,
+    SCHEMA,
+    SCHEMA_VERSION,
+    Bag,
+    BagLevel,
+    Features,
+    SlideVector,
+    TileValues,
+    content_digest,
+)
 from wsi_pipe.errors import BagError
 from wsi_pipe.files import atomic_path, output_error
 from wsi_pipe.geometry import MICROMETRES_PER_MAGNIFICATION
 
-__all__ = ["write_attention", "write_bag", "write_feature_file"]
+__all__ = ["write_attention", "write_bag", "write_feature_file", "write_slide_vector"]
 
 CHUNK_BYTES = 1 << 20
 
@@ -40,6 +50,8 @@ def write_bag(path: Path, bag: Bag) -> None:
         levels = file.create_group("levels")
         for level in bag.levels:
             _write_level(levels.create_group(level.grid.label), bag, level)
+        for name, vector in bag.slide.items():
+            _write_vector(file, name, vector)
         primary = f"/levels/{bag.attrs.primary_level}"
         file["coords"] = h5py.SoftLink(f"{primary}/coords")
         if bag.attrs.primary_encoder:
@@ -92,6 +104,15 @@ def _write_level(group: Any, bag: Bag, level: BagLevel) -> None:
         _dataset(group.require_group("attention"), model, np.asarray(attention, np.float32))
     for kind in PER_TILE:
         _write_values(group, kind, getattr(level, kind))
+
+
+def _write_vector(file: Any, name: str, vector: SlideVector) -> None:
+    values = np.asarray(vector.values, np.float32)
+    attrs = file.require_group("slide").create_dataset(name, data=values).attrs
+    for item in fields(vector):
+        if item.name != "values":
+            attrs[item.name] = getattr(vector, item.name)
+    attrs["sha256"] = content_digest([values])
 
 
 def _write_values(group: Any, kind: str, values: Mapping[str, TileValues]) -> None:
@@ -158,28 +179,49 @@ def write_feature_file(
         _write_values(file, "quality", quality or {})
 
 
-def write_attention(path: Path, label: str, model: str, values: NDArray[np.float32]) -> None:
-    """Put a model's attention, float32 (N,) that sums to 1, into a bag, replacing what it gave before.
+@contextmanager
+def _changed(path: Path) -> Iterator[Any]:
+    """A bag opened for change: copied, changed and renamed into place, so that an interrupted write leaves the old one.
 
-    The bag is copied, changed and renamed into place, so that an interrupted write leaves the old one.
-    Raises BagError when the level is not in the bag or the length differs, OutputError when it cannot be written.
+    Raises BagError where what was made of it is no bag, OutputError when it cannot be written.
     """
     import shutil
 
-    weights = np.asarray(values, np.float32)
     with atomic_path(path, check=_refuser(path, check_bag)) as temporary:
         try:
             shutil.copyfile(path, temporary)
         except OSError as error:
             raise output_error(path, error) from error
         with _file_at(temporary, "r+") as file:
-            level = file.get(f"levels/{label}")
-            if level is None:
-                known = ", ".join(file["levels"]) if "levels" in file else "none"
-                raise BagError(f"{path}: has no level {label}", remedy=f"its levels are {known}")
-            if weights.shape != (len(level["cells"]),):
-                raise BagError(f"{path}: attention {weights.shape} does not fit {len(level['cells'])} tiles at {label}")
-            group = level.require_group("attention")
-            if model in group:
-                del group[model]
-            _dataset(group, model, weights)
+            yield file
+
+
+def write_attention(path: Path, label: str, model: str, values: NDArray[np.float32]) -> None:
+    """Put a model's attention, float32 (N,) that sums to 1, into a bag, replacing what it gave before.
+
+    Raises BagError when the level is not in the bag or the length differs, OutputError when it cannot be written.
+    """
+    weights = np.asarray(values, np.float32)
+    with _changed(path) as file:
+        level = file.get(f"levels/{label}")
+        if level is None:
+            known = ", ".join(file["levels"]) if "levels" in file else "none"
+            raise BagError(f"{path}: has no level {label}", remedy=f"its levels are {known}")
+        if weights.shape != (len(level["cells"]),):
+            raise BagError(f"{path}: attention {weights.shape} does not fit {len(level['cells'])} tiles at {label}")
+        group = level.require_group("attention")
+        if model in group:
+            del group[model]
+        _dataset(group, model, weights)
+
+
+def write_slide_vector(path: Path, name: str, vector: SlideVector) -> None:
+    """Put a vector of the whole slide into a bag as ``/slide/<name>``, replacing what stood there.
+
+    Raises BagError when it is not finite, OutputError when it cannot be written.
+    """
+    with _changed(path) as file:
+        group = file.require_group("slide")
+        if name in group:
+            del group[name]
+        _write_vector(file, name, vector)

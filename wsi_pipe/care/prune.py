@@ -205,7 +205,9 @@ def _left_of_bag(
         levels.append(dataclasses.replace(level, grid=kept[level.grid.label], features=own))
     primary = next(level for level in levels if level.grid.label == attrs.primary_level)
     first = attrs.primary_encoder if attrs.primary_encoder in primary.features else next(iter(primary.features), "")
-    return Bag(dataclasses.replace(attrs, primary_encoder=first, created_utc=utc_now()), tuple(levels))
+    made_of = {features.fingerprint for level in levels for features in level.features.values()}
+    vectors = {name: vector for name, vector in bag.slide.items() if vector.features in made_of}
+    return Bag(dataclasses.replace(attrs, primary_encoder=first, created_utc=utc_now()), tuple(levels), vectors)
 
 
 def left_of(grids: Sequence[TileGrid], gone: Sequence[str]) -> Iterator[TileGrid]:

@@ -60,6 +60,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("wsi_pipe.cli.care:prune", "Take features or resolutions out of a job; lists them first."),
     "adopt": ("wsi_pipe.cli.adopt:adopt", "Take another tool's features into the bags of a job."),
     "export": ("wsi_pipe.cli.export:export", "Write a job's features as another tool's files."),
+    "pool": ("wsi_pipe.cli.pool:pool", "Make one vector a slide: a mean, or by a slide encoder."),
     "report": ("wsi_pipe.cli.report:report", "Write the page of a job again, and print its figures."),
     "view": ("wsi_pipe.cli.view:view", "Look at slides, grids and values of tiles in the browser."),
     "benchmark": ("wsi_pipe.cli.benchmark:benchmark", "Measure what low resolution saves, stage by stage."),

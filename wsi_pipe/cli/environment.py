@@ -21,6 +21,8 @@ FORBIDDEN = frozenset({
     "--slide-mpp", "--scene", "--z", "--mask", "--annotations", "--tissue-class", "--frame",
     # Which part of the slides, cases or folds counts.
     "--only", "--limit", "--cases", "--fold", "--by", "--positive", "--part",
+    # What a label table means, and what is predicted.
+    "--target", "--map", "--case-from", "--labels-by",
     # Any setting at all, and secrets' places, which go with a switch.
     "--set", "--salt",
 })  # fmt: skip

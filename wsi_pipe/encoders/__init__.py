@@ -28,12 +28,13 @@ def load_encoder(
     """The encoder called ``name``, ready to encode.
 
     name: "texture", a name of the registry, either of them followed by ``@FILE`` for weights of one's own,
-    ``timm:MODEL`` or ``timm:MODEL@FILE``, or the path of an LR encoder (``.safetensors``). device: a device, several
-    separated by commas (a replica on each), or "auto" (every GPU, else the CPU). precision: "auto" (half where the
-    device has hardware for it), "float32", "bfloat16" or "float16". random_weights: weights drawn anew, the same for
-    one name in every process, for trying things out without a download; name and slug end with "-random", and weights
-    that are given as a file are never drawn. compile: through torch.compile. input_px:
-    another input side than the network's own; a ViT's position embeddings are interpolated to it.
+    ``timm:MODEL`` or ``timm:MODEL@FILE``, a name of ``wp.register_encoder``, or the path of an LR encoder
+    (``.safetensors``). device: a device, several separated by commas (a replica on each), or "auto" (every GPU,
+    else the CPU). precision: "auto" (half where the device has hardware for it), "float32", "bfloat16" or
+    "float16". random_weights: weights drawn anew, the same for one name in every process, for trying things out
+    without a download; name and slug end with "-random", and weights that are given as a file are never drawn.
+    compile: through torch.compile. input_px: another input side than the network's own; a ViT's position embeddings
+    are interpolated to it.
 
     Raises UnknownEncoderError, WeightsError (not there, gated, keys missing), DeviceError or ConfigError.
     """
@@ -41,6 +42,11 @@ def load_encoder(
         from wsi_pipe.encoders.texture import TextureEncoder
 
         return TextureEncoder()
+    from wsi_pipe.encoders.own import handed_over
+
+    ready = handed_over(name)
+    if ready is not None:
+        return ready
     from wsi_pipe.encoders.loading import load_torch_encoder
 
     return load_torch_encoder(

@@ -9,6 +9,7 @@ from wsi_pipe.encoders import hub
 from wsi_pipe.encoders.base import MPP_TOLERANCE
 from wsi_pipe.encoders.lr_file import LrHeader, read_lr_header
 from wsi_pipe.encoders.naming import is_lr_file
+from wsi_pipe.encoders.own import handed_over
 from wsi_pipe.encoders.registry import RegistryEntry, find_entry
 from wsi_pipe.errors import ResolutionError, WeightsError
 from wsi_pipe.geometry import TileSpec, level_label
@@ -23,7 +24,7 @@ def check_encoder(name: str, specs: Sequence[TileSpec], mpp_tolerance: float, *,
     asked for. Raises UnknownEncoderError, WeightsError, or ResolutionError for an LR encoder on other tiles than its
     own.
     """
-    if name == "texture":
+    if name == "texture" or handed_over(name) is not None:
         return
     if is_lr_file(name):
         header = read_lr_header(Path(name))
@@ -49,7 +50,9 @@ def check_encoder(name: str, specs: Sequence[TileSpec], mpp_tolerance: float, *,
 
 
 def _check_hub(entry: RegistryEntry) -> None:
-    error = hub.obstacle(entry.name, entry.hub_id, entry.files, gated=entry.gated, repo_type=entry.hub_type)
+    error = hub.obstacle(
+        entry.name, entry.hub_id, entry.files, gated=entry.gated, repo_type=entry.hub_type, revision=entry.revision
+    )
     if error is not None:
         raise error
 
@@ -92,7 +95,7 @@ def weights_file(name: str) -> Path | None:
 
     Raises UnknownEncoderError.
     """
-    if name == "texture":
+    if name == "texture" or handed_over(name) is not None:
         return None
     base, _, checkpoint = name.partition("@")
     if is_lr_file(name) or checkpoint:
@@ -106,12 +109,12 @@ def weights_file(name: str) -> Path | None:
     entry = find_entry(base)
     if entry.local_file is not None:
         return entry.local_file if entry.local_file.is_file() else None
-    return hub.find_local(entry.name, entry.hub_id, entry.files, repo_type=entry.hub_type)
+    return hub.find_local(entry.name, entry.hub_id, entry.files, repo_type=entry.hub_type, revision=entry.revision)
 
 
 def to_download(name: str) -> str | None:
     """The page that an encoder's weights would come from; None where they are here, or not from the hub."""
-    if name == "texture" or is_lr_file(name) or "@" in name:
+    if name == "texture" or handed_over(name) is not None or is_lr_file(name) or "@" in name:
         return None
     if name.startswith("timm:"):
         from wsi_pipe.encoders.architectures import timm_recipe
@@ -120,7 +123,9 @@ def to_download(name: str) -> str | None:
         found = hub.find_local(name, facts["hub_id"], _timm_files(facts))
         return None if found else f"https://huggingface.co/{facts['hub_id']}"
     entry = find_entry(name)
-    if entry.local_file is not None or hub.find_local(entry.name, entry.hub_id, entry.files, repo_type=entry.hub_type):
+    if entry.local_file is not None or hub.find_local(
+        entry.name, entry.hub_id, entry.files, repo_type=entry.hub_type, revision=entry.revision
+    ):
         return None
     return entry.page
 
@@ -136,4 +141,6 @@ def fetch_weights(name: str) -> None:
         hub.download(name, facts["hub_id"], _timm_files(facts))
         return
     entry = find_entry(name)
-    hub.download(entry.name, entry.hub_id, entry.files, gated=entry.gated, repo_type=entry.hub_type)
+    hub.download(
+        entry.name, entry.hub_id, entry.files, gated=entry.gated, repo_type=entry.hub_type, revision=entry.revision
+    )

@@ -8,7 +8,7 @@ import torch
 
 from wsi_pipe.encoders.architectures import PooledNetwork, build
 from wsi_pipe.encoders.recipe import Recipe
-from wsi_pipe.errors import ConfigError, WeightsError
+from wsi_pipe.errors import ConfigError, WeightsError, WsiPipeError
 
 __all__ = ["build_random", "check_dimension"]
 
@@ -22,6 +22,8 @@ def check_dimension(network: PooledNetwork, recipe: Recipe, name: str, source: s
     try:
         with torch.inference_mode():
             dim = network(torch.zeros(1, 3, side, side)).shape[-1]
+    except WsiPipeError:
+        raise
     except (AssertionError, RuntimeError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wsi_pipe.encoders.base import encoder_slug
+from wsi_pipe.encoders.pins import recorded_revision
 from wsi_pipe.errors import WeightsError
 
 __all__ = [
@@ -28,11 +29,13 @@ WEIGHTS_FOLDER_VARIABLE = "WSI_PIPE_WEIGHTS"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
-def find_local(name: str, repo_id: str, filenames: Sequence[str], *, repo_type: str = "model") -> Path | None:
+def find_local(
+    name: str, repo_id: str, filenames: Sequence[str], *, repo_type: str = "model", revision: str = ""
+) -> Path | None:
     """The weights' file if it lies on this machine, without any network.
 
     Looked for in this order: ``$WSI_PIPE_WEIGHTS/<slug>.safetensors`` (or .pt, .pth, .bin), ``$WSI_PIPE_WEIGHTS/<slug>/
-    <file name on the hub>``, then the Hugging Face cache.
+    <file name on the hub>``, then the Hugging Face cache: the pinned commit, else ``revision``, else the newest.
     """
     folder = os.environ.get(WEIGHTS_FOLDER_VARIABLE)
     if folder:
@@ -45,10 +48,12 @@ def find_local(name: str, repo_id: str, filenames: Sequence[str], *, repo_type: 
     if repo_id:
         from huggingface_hub import try_to_load_from_cache
 
-        for filename in filenames:
-            found = try_to_load_from_cache(repo_id, filename, repo_type=repo_type)
-            if isinstance(found, str):
-                return Path(found)
+        wanted = recorded_revision(repo_id, revision)
+        for commit in [wanted, None] if wanted else [None]:
+            for filename in filenames:
+                found = try_to_load_from_cache(repo_id, filename, repo_type=repo_type, revision=commit)
+                if isinstance(found, str):
+                    return Path(found)
     return None
 
 
@@ -60,14 +65,23 @@ def has_token() -> bool:
 
 
 def download(
-    name: str, repo_id: str, filenames: Sequence[str], *, gated: bool = False, repo_type: str = "model"
+    name: str,
+    repo_id: str,
+    filenames: Sequence[str],
+    *,
+    gated: bool = False,
+    repo_type: str = "model",
+    revision: str = "",
+    newest: bool = False,
 ) -> Path:
     """The weights' file from this machine or, where it is not there yet, from the hub.
 
-    filenames: in order of preference; the first that the hub has is taken. Raises WeightsError that says what is in
-    the way: no network, no login, a licence not yet accepted, a file or repository that does not exist.
+    filenames: in order of preference; the first that the hub has is taken. revision: the commit to take where none is
+    pinned, empty for the newest. newest: ask the hub for its newest, whatever lies here or is pinned. Raises
+    WeightsError that says what is in the way: no network, no login, a licence not yet accepted, a file, revision or
+    repository that does not exist.
     """
-    found = find_local(name, repo_id, filenames, repo_type=repo_type)
+    found = None if newest else find_local(name, repo_id, filenames, repo_type=repo_type, revision=revision)
     if found is not None:
         return found
     if not repo_id:
@@ -78,9 +92,15 @@ def download(
     page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
     if not reachable():
         raise _no_network(name, page)
+    commit = None if newest else recorded_revision(repo_id, revision) or None
     for filename in filenames:
         try:
-            return Path(hub.hf_hub_download(repo_id, filename, repo_type=repo_type))
+            return Path(hub.hf_hub_download(repo_id, filename, repo_type=repo_type, revision=commit))
+        except errors.RevisionNotFoundError as error:
+            raise WeightsError(
+                f"encoder {name}: {page} has no revision {commit} any more, which is the one that is pinned",
+                remedy=f"look at what its authors changed, then accept the newest: wsi-pipe encoders --pin {name}",
+            ) from error
         except errors.GatedRepoError as error:
             raise _gated(name, page) from error
         except errors.RepositoryNotFoundError as error:
@@ -101,10 +121,16 @@ def download(
 
 
 def obstacle(
-    name: str, repo_id: str, filenames: Sequence[str], *, gated: bool = False, repo_type: str = "model"
+    name: str,
+    repo_id: str,
+    filenames: Sequence[str],
+    *,
+    gated: bool = False,
+    repo_type: str = "model",
+    revision: str = "",
 ) -> WeightsError | None:
     """What would keep ``download`` from giving the file, as far as it shows without downloading; None if nothing."""
-    if find_local(name, repo_id, filenames, repo_type=repo_type) is not None:
+    if find_local(name, repo_id, filenames, repo_type=repo_type, revision=revision) is not None:
         return None
     if not repo_id:
         return WeightsError(f"encoder {name} has no weights to download", remedy=_by_hand(name, ""))

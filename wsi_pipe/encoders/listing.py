@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wsi_pipe.encoders import hub
+from wsi_pipe.encoders.pins import recorded_revision
 from wsi_pipe.encoders.registry import RegistryEntry, load_registry
 
-__all__ = ["EncoderListing", "list_encoders"]
+__all__ = ["EncoderListing", "list_encoders", "ranked"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class EncoderListing:
 
     loads: True where ``load_encoder`` needs nothing more than what is on this machine. lacks: what it needs
     otherwise, and how to get it; empty where it loads. weights: the file that it would load. The rest as in
-    RegistryEntry.
+    RegistryEntry. fit: how an encoder fits the resolution that was asked for, in words, where one was.
     """
 
     name: str
@@ -35,6 +39,11 @@ class EncoderListing:
     weights: str = ""
     verified: bool = True
     note: str = ""
+    mpp_range: tuple[float, float] | None = None
+    parameters: int | None = None
+    commercial: bool = True
+    revision: str = ""
+    fit: str = ""
 
 
 def list_encoders() -> list[EncoderListing]:
@@ -59,7 +68,7 @@ def _listing(entry: RegistryEntry, token: bool) -> EncoderListing:
         found = path if path.is_file() else None
         lacks = f"the file {path}"
     else:
-        found = hub.find_local(entry.name, entry.hub_id, entry.files, repo_type=entry.hub_type)
+        found = hub.find_local(entry.name, entry.hub_id, entry.files, repo_type=entry.hub_type, revision=entry.revision)
         steps = []
         if entry.gated:
             steps.append(f"licence accepted at {entry.page}")
@@ -84,4 +93,41 @@ def _listing(entry: RegistryEntry, token: bool) -> EncoderListing:
         str(found or ""),
         entry.verified,
         entry.note,
+        entry.mpp_range,
+        entry.parameters,
+        entry.commercial,
+        recorded_revision(entry.hub_id, entry.revision) if entry.hub_id else "",
     )
+
+
+def ranked(found: Sequence[EncoderListing], mpp: float) -> list[EncoderListing]:
+    """Encoders by how well they suit ``mpp`` um/px, best first, each with its ``fit`` in words.
+
+    First those whose range of training holds it, then the others by their distance from it in powers of two, last
+    those of which no range is stated; among equals the smaller network. What needs no weights suits any.
+    """
+
+    def place(item: EncoderListing) -> tuple[float, int, str]:
+        away = _octaves(item, mpp)
+        return (math.inf if away is None else round(abs(away), 2), item.parameters or 0, item.name)
+
+    return [dataclasses.replace(item, fit=_fit(item, mpp)) for item in sorted(found, key=place)]
+
+
+def _octaves(item: EncoderListing, mpp: float) -> float | None:
+    """How many powers of two ``mpp`` is coarser (above zero) or finer than an encoder's range; None: not stated."""
+    if item.mpp_range is None:
+        return 0.0 if item.input_px is None else None
+    finest, coarsest = item.mpp_range
+    if finest <= mpp <= coarsest:
+        return 0.0
+    return math.log2(mpp / (coarsest if mpp > coarsest else finest))
+
+
+def _fit(item: EncoderListing, mpp: float) -> str:
+    away = _octaves(item, mpp)
+    if away is None:
+        return "no resolution is stated"
+    if away == 0:
+        return "trained at it" if item.mpp_range else "any"
+    return f"{2 ** abs(away):.3g} times {'coarser' if away > 0 else 'finer'} than trained"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from wsi_pipe.encoders import hub
@@ -12,11 +12,13 @@ from wsi_pipe.encoders.architectures import PooledNetwork, build_unfilled, timm_
 from wsi_pipe.encoders.base import EncoderInfo
 from wsi_pipe.encoders.building import build_random, check_dimension
 from wsi_pipe.encoders.devices import resolve_devices, shared_precision
+from wsi_pipe.encoders.graphs import graph_network
 from wsi_pipe.encoders.lr_file import load_lr_network
 from wsi_pipe.encoders.naming import is_lr_file, slug_of
+from wsi_pipe.encoders.pins import check_pin
 from wsi_pipe.encoders.random_id import RANDOM_SUFFIX, random_weights_id
 from wsi_pipe.encoders.recipe import Recipe
-from wsi_pipe.encoders.registry import RegistryEntry, find_entry
+from wsi_pipe.encoders.registry import GRAPHS, RegistryEntry, find_entry
 from wsi_pipe.encoders.torch_encoder import ReplicatedEncoder, TorchEncoder
 from wsi_pipe.encoders.weights import (
     KEY_MAPS,
@@ -45,6 +47,9 @@ class _Source:
     hub_type: str = "model"
     files: tuple[str, ...] = ()
     gated: bool = False
+    revision: str = ""
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    trusted: bool = False
     nested: str | None = None
     prefix: str = ""
     keys: str = "timm"
@@ -133,6 +138,9 @@ def _from_registry(entry: RegistryEntry, name: str) -> tuple[Recipe, EncoderInfo
         hub_type=entry.hub_type,
         files=entry.files,
         gated=entry.gated,
+        revision=entry.revision,
+        sha256=entry.sha256,
+        trusted=entry.trusted,
         nested=entry.nested,
         prefix=entry.prefix,
         keys=entry.keys,
@@ -148,13 +156,25 @@ def _network(
     if random_weights:
         return build_random(recipe, info.slug, input_px=input_px), random_weights_id(info.slug)
     path = source.path or hub.download(
-        source.known_as, source.hub_id, source.files, gated=source.gated, repo_type=source.hub_type
+        source.known_as,
+        source.hub_id,
+        source.files,
+        gated=source.gated,
+        repo_type=source.hub_type,
+        revision=source.revision,
     )
+    sha256 = file_sha256(path)
+    if source.path is None:
+        check_pin(source.known_as, source.hub_id, path, sha256, source.sha256)
+    if recipe.architecture in GRAPHS:
+        network = PooledNetwork(graph_network(recipe.architecture, path, trusted=source.trusted), "model").eval()
+        check_dimension(network, recipe, name, str(path))
+        return network, sha256
     network = build_unfilled(recipe, name=name, input_px=input_px)
     state = normalised_state(network, read_state(path, source.nested), name, str(path), source.prefix, source.keys)
     load_into(network.trunk, state, name, str(path), ignore=source.ignore)
     check_dimension(network, recipe, name, str(path))
-    return network, file_sha256(path)
+    return network, sha256
 
 
 def normalised_state(
@@ -166,7 +186,11 @@ def normalised_state(
     """
     if prefix and any(key.startswith(prefix) for key in state):
         state = without_prefix(state, prefix)
-    if keys in KEY_MAPS and state.keys() != network.trunk.state_dict().keys():
+    own = network.trunk.state_dict()
+    # Of the same names, a position embedding may still be of another grid.
+    if keys in KEY_MAPS and (
+        state.keys() != own.keys() or any(value.shape != own[key].shape for key, value in state.items())
+    ):
         try:
             return KEY_MAPS[keys](state, network.trunk)
         except (KeyError, RuntimeError, AttributeError, ValueError) as error:

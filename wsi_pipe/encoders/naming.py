@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from wsi_pipe.encoders.base import encoder_slug
+from wsi_pipe.encoders.own import handed_over
 from wsi_pipe.encoders.registry import find_entry
 from wsi_pipe.errors import ConfigError, EncoderError, UnknownEncoderError
 
@@ -23,7 +24,7 @@ def is_lr_file(name: str) -> bool:
 def draws_weights(name: str) -> bool:
     """Whether ``--random-weights`` draws the weights of an encoder: of one that has any, and whose none is a file."""
     base, _, checkpoint = name.partition("@")
-    if name == "texture" or checkpoint or is_lr_file(name):
+    if name == "texture" or checkpoint or is_lr_file(name) or handed_over(name) is not None:
         return False
     if base.startswith("timm:"):
         return True
@@ -48,6 +49,9 @@ def known_dim(name: str) -> int | None:
     """How many features the encoder of that name gives, as far as that can be told without loading it: not of timm's
     models, nor of what is not there."""
     with suppress(EncoderError, ConfigError):
+        ready = handed_over(name)
+        if ready is not None:
+            return ready.info.dim
         if is_lr_file(name):
             from wsi_pipe.encoders.lr_file import read_lr_header
 

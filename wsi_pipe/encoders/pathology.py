@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BUILDERS", "AttentionPool", "AttentionPooledViT", "ConvStem", "LinearAttentionPool"]
+__all__ = ["BUILDERS", "AttentionPool", "AttentionPooledViT", "ConvStem", "LinearAttentionPool", "ProjectedViT"]
 
 TimmBuilder = Callable[[str, Mapping[str, Any]], nn.Module]
 
@@ -102,18 +102,12 @@ class LinearAttentionPool(nn.Module):
         return pooled
 
 
-class AttentionPooledViT(nn.Module):
-    """A timm ViT whose tokens one attention query pools: CONCH's image tower before the contrastive projection.
+class _Wrapped(nn.Module):
+    """A timm ViT inside another network, which has what timm's own networks have of it."""
 
-    Has what timm's own networks have (``forward_features``, ``forward_head``, ``forward_intermediates``, ``blocks``),
-    so that it is pooled and looked into as they are.
-    """
-
-    def __init__(self, trunk: nn.Module, pool: nn.Module, dim: int) -> None:
+    def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
         self.trunk: Any = trunk
-        self.attn_pool_contrast = pool
-        self.ln_contrast = nn.LayerNorm(dim)
 
     @property
     def blocks(self) -> nn.Module:
@@ -131,18 +125,53 @@ class AttentionPooledViT(nn.Module):
         tokens: Tensor = self.trunk.forward_features(images)
         return tokens
 
-    def forward_head(self, tokens: Tensor, pre_logits: bool = True) -> Tensor:
-        """Pooled features (B, D) of final tokens (B, N, C)."""
-        pooled: Tensor = self.ln_contrast(self.attn_pool_contrast(tokens))
-        return pooled
-
     def forward_intermediates(self, images: Tensor, **options: Any) -> Any:
         """See timm's VisionTransformer.forward_intermediates."""
         return self.trunk.forward_intermediates(images, **options)
 
+    def forward_head(self, tokens: Tensor, pre_logits: bool = True) -> Tensor:
+        """Features (B, D) of final tokens (B, N, C)."""
+        raise NotImplementedError
+
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D) of images (B, 3, H, W)."""
         return self.forward_head(self.forward_features(images))
+
+
+class ProjectedViT(_Wrapped):
+    """A timm ViT whose CLS a head projects into the space that images and texts share.
+
+    unit: the projection is brought to length one. Sources: Radford et al., CLIP, arXiv 2103.00020 (a matrix without
+    bias); Zhou et al., KEEP, Cancer Cell 2026 (two layers with a GELU between, then length one).
+    """
+
+    def __init__(self, trunk: nn.Module, head: nn.Module, *, unit: bool) -> None:
+        super().__init__(trunk)
+        self.head = head
+        self.unit = unit
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = True) -> Tensor:
+        """Features (B, D) of final tokens (B, N, C)."""
+        projected: Tensor = self.head(tokens[:, 0])
+        return F.normalize(projected, dim=-1) if self.unit else projected
+
+
+class AttentionPooledViT(_Wrapped):
+    """A timm ViT whose tokens one attention query pools: CONCH's image tower before the contrastive projection.
+
+    Has what timm's own networks have (``forward_features``, ``forward_head``, ``forward_intermediates``, ``blocks``),
+    so that it is pooled and looked into as they are.
+    """
+
+    def __init__(self, trunk: nn.Module, pool: nn.Module, dim: int) -> None:
+        super().__init__(trunk)
+        self.attn_pool_contrast = pool
+        self.ln_contrast = nn.LayerNorm(dim)
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = True) -> Tensor:
+        """Pooled features (B, D) of final tokens (B, N, C)."""
+        pooled: Tensor = self.ln_contrast(self.attn_pool_contrast(tokens))
+        return pooled
 
 
 def _ctranspath(args: Mapping[str, Any], timm_model: TimmBuilder) -> nn.Module:
@@ -156,9 +185,21 @@ def _conch(args: Mapping[str, Any], timm_model: TimmBuilder, pool: type[nn.Modul
     return AttentionPooledViT(vit, pool(dim, vit.embed_dim, heads), dim)
 
 
+def _projected(args: Mapping[str, Any], timm_model: TimmBuilder, *, layers: int) -> nn.Module:
+    rest = dict(args)
+    trunk, dim = rest.pop("trunk"), int(rest.pop("dim"))
+    vit: Any = timm_model(trunk, rest)
+    if layers == 1:
+        return ProjectedViT(vit, nn.Linear(vit.embed_dim, dim, bias=False), unit=False)
+    head = nn.Sequential(nn.Linear(vit.embed_dim, dim), nn.GELU(), nn.Linear(dim, dim))
+    return ProjectedViT(vit, head, unit=True)
+
+
 BUILDERS: Mapping[str, Callable[[Mapping[str, Any], TimmBuilder], nn.Module]] = {
     "ctranspath": _ctranspath,
     "conch": lambda args, timm_model: _conch(args, timm_model, AttentionPool),
     "conch_v1_5": lambda args, timm_model: _conch(args, timm_model, LinearAttentionPool),
+    "vit-projection": lambda args, timm_model: _projected(args, timm_model, layers=1),
+    "vit-mlp-head": lambda args, timm_model: _projected(args, timm_model, layers=2),
 }
 """Networks by the name that a recipe's ``architecture`` uses: from arguments and a builder of timm models."""

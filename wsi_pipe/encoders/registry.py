@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,10 @@ __all__ = ["ENCODER_FILES_VARIABLE", "RegistryEntry", "find_entry", "load_regist
 
 ENCODER_FILES_VARIABLE = "WSI_PIPE_ENCODERS"
 LOADERS = ("hub", "local")
-KEY_NAMES = ("timm", "hf-vit", "own")
+GRAPHS = ("onnx", "torchscript")
+KEY_NAMES = ("timm", "hf-vit", "hf-clip", "hf-siglip", "keep", "own")
+FREE_LICENCES = frozenset({"Apache-2.0", "BSD-3-Clause", "CC-BY-4.0", "GPL-3.0", "MIT"})
+"""Licences that allow commercial use; whoever reads a licence of its own may find that it does too."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,14 @@ class RegistryEntry:
     title: the name its authors use. loader: "hub" (weights from ``hub_id``) or "local" (weights only from ``file``,
     a path relative to the table's). files: names on the hub in order of preference; hub_type: "model" or "dataset".
     nested, prefix: the key under which a checkpoint holds the weights, and what stands before each of their names.
-    keys: how names become the network's, "timm", "hf-vit" or "own" (as they are). ignore: patterns of entries of no
-    use. architecture, args, dim, pooling: see Recipe. input_px, resize_px, mean, std, interpolation: see
-    Preprocessing. mpp: recommended um/px, where its authors state one. precision: the half precision that its authors
-    run it in, "auto" where they name none. elsewhere: tool to its name for the same features; these are aliases too.
-    licence, gated, paper: as on its page. sources: where these facts were
-    read. verified: False where one of them could not be checked; ``note`` says which.
+    revision, sha256: the commit of the hub, and the hash of each file at it, as a source states them.
+    keys: how names become the network's, one of ``KEY_NAMES``; "own" takes them as they are. ignore: patterns of
+    entries of no use. architecture, args, dim, pooling: see Recipe; also one of ``GRAPHS``. input_px, resize_px, mean,
+    std, interpolation: see Preprocessing. parameters: of the network, in millions. mpp: recommended um/px, where its
+    authors state one. mpp_min, mpp_max: the ends of what it was trained at, where that is more than one. precision: the
+    half precision that its authors run it in, "auto" where they name none. elsewhere: tool to its name for the same
+    features; these are aliases too. licence, gated, paper: as on its page. sources: where these facts were read.
+    trusted: the maker of a TorchScript file is. verified: False where a fact could not be checked; ``note`` says which.
     """
 
     name: str
@@ -50,6 +56,8 @@ class RegistryEntry:
     hub_id: str = ""
     hub_type: str = "model"
     files: tuple[str, ...] = ()
+    revision: str = ""
+    sha256: Mapping[str, str] = field(default_factory=dict)
     file: str | None = None
     nested: str | None = None
     prefix: str = ""
@@ -58,13 +66,17 @@ class RegistryEntry:
     pooling: str = "model"
     resize_px: int | None = None
     interpolation: str = "bilinear"
+    parameters: int | None = None
     mpp: float | None = None
+    mpp_min: float | None = None
+    mpp_max: float | None = None
     precision: str = "auto"
     gated: bool = False
     paper: str = ""
     aliases: tuple[str, ...] = ()
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    trusted: bool = False
     verified: bool = True
     note: str = ""
     args: Mapping[str, Any] = field(default_factory=dict)
@@ -79,10 +91,21 @@ class RegistryEntry:
             raise ConfigError("an encoder from the hub needs hub_id and files")
         if self.loader == "local" and not self.file:
             raise ConfigError("a local encoder needs file, the path of its weights")
+        if self.architecture in GRAPHS and self.loader != "local":
+            raise ConfigError(f"an encoder that is one {self.architecture} file needs loader = 'local' and file")
         if self.precision not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"precision {self.precision!r} must be auto, float32, bfloat16 or float16")
         if self.mpp is not None and self.mpp <= 0:
             raise ConfigError(f"mpp {self.mpp} must be above zero")
+        if (self.mpp_min is None) != (self.mpp_max is None):
+            raise ConfigError("mpp_min and mpp_max go together")
+        if self.mpp_min is not None and self.mpp_max is not None and not 0 < self.mpp_min <= self.mpp_max:
+            raise ConfigError(f"mpp_min {self.mpp_min} must be above zero and at most mpp_max {self.mpp_max}")
+        if self.revision and not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise ConfigError(f"revision {self.revision!r} must be a commit of the hub, 40 hexadecimal digits")
+        bad = [name for name, value in self.sha256.items() if not re.fullmatch(r"[0-9a-f]{64}", value)]
+        if bad:
+            raise ConfigError(f"sha256 of {bad[0]} must be 64 hexadecimal digits")
         _ = self.recipe  # the recipe's own checks
 
     @property
@@ -90,6 +113,18 @@ class RegistryEntry:
         """How the encoder is built and fed."""
         pre = Preprocessing(self.input_px, self.mean, self.std, self.interpolation, self.resize_px)
         return Recipe(self.architecture, self.dim, pre, self.pooling, dict(self.args))
+
+    @property
+    def mpp_range(self) -> tuple[float, float] | None:
+        """The finest and the coarsest um/px that it was trained at; None where no source states any."""
+        if self.mpp_min is not None and self.mpp_max is not None:
+            return (self.mpp_min, self.mpp_max)
+        return None if self.mpp is None else (self.mpp, self.mpp)
+
+    @property
+    def commercial(self) -> bool:
+        """Whether its licence is one of ``FREE_LICENCES``."""
+        return self.licence in FREE_LICENCES
 
     @property
     def page(self) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wsi_pipe.encoders.tower_keys import TOWER_KEYS
 from wsi_pipe.errors import WeightsError
 from wsi_pipe.files import file_sha256
 
@@ -187,5 +188,7 @@ def _fit_position(state: State, trunk: nn.Module) -> State:
     return state
 
 
-KEY_MAPS: Mapping[str, Callable[[State, nn.Module], State]] = {"timm": timm_keys, "hf-vit": _hf_vit_keys}
+KEY_MAPS: Mapping[str, Callable[[State, nn.Module], State]] = {
+    "timm": timm_keys, "hf-vit": _hf_vit_keys, **TOWER_KEYS,
+}  # fmt: skip
 """How a checkpoint's key names become the network's, by the name that the registry's table uses."""

@@ -28,7 +28,7 @@ from wsi_pipe.job.record import load_slides, read_outcomes
 from wsi_pipe.locking import hold_file
 from wsi_pipe.ownership import claim_folder
 
-__all__ = ["Exported", "Plan", "export_job", "plan_export"]
+__all__ = ["Chosen", "Exported", "Plan", "bags_of", "choose_features", "export_job", "plan_export"]
 
 MARKER = ".wsi-pipe-export"
 LOCK = ".wsi-pipe-export.lock"
@@ -52,17 +52,23 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be exported: of which bags, at which level, of which encoder. absent: slides without such features,
-    with the reason. encoder: its name as the bags hold it."""
+class Chosen:
+    """One encoder's features of one level of a job: in which bags. absent: slides without them, with the reason.
+    encoder: its name as the bags hold it."""
 
     root: Path
-    exporter: Exporter
     level: str
     slug: str
     encoder: str
     bags: dict[str, Path]
     absent: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Plan(Chosen):
+    """What is to be exported, and for which tool."""
+
+    exporter: Exporter
 
     @property
     def key(self) -> str:
@@ -73,14 +79,21 @@ class Plan:
 def plan_export(
     root: Path, to: str, level: str | None = None, encoder: str | None = None, *, allow_random: bool = False
 ) -> Plan:
-    """Look at the bags of a job, or of a folder of bags, and choose what is exported.
+    """Look at the bags of a job, or of a folder of bags, and choose what is exported; see ``choose_features``."""
+    found = choose_features(root, level, encoder, allow_random=allow_random)
+    return Plan(root, found.level, found.slug, found.encoder, found.bags, found.absent, EXPORTERS[to])
+
+
+def choose_features(
+    root: Path, level: str | None = None, encoder: str | None = None, *, allow_random: bool = False
+) -> Chosen:
+    """Choose one encoder's features of one level of a job, or of a folder of bags.
 
     level: a label such as "20x"; encoder: its name, an alias, or its slug; None where the bags hold only one.
     Raises ConfigError where the choice is not clear, no slide has such features, or they are of random weights and not
     ``allow_random``.
     """
-    exporter = EXPORTERS[to]
-    paths, absent = _bags_of(root)
+    paths, absent = bags_of(root)
     contents: dict[str, _Contents] = {}
     for slide_id, path in paths.items():
         try:
@@ -112,7 +125,7 @@ def plan_export(
         chosen[slide_id] = paths[slide_id]
     order = list(paths) + [slide_id for slide_id in absent if slide_id not in paths]
     named = {slide_id: absent[slide_id] for slide_id in order if slide_id in absent}
-    return Plan(root, exporter, label, slug, held[label, slug], chosen, named)
+    return Chosen(root, label, slug, held[label, slug], chosen, named)
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,7 @@ def _contents(path: Path) -> _Contents:
     )
 
 
-def _bags_of(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
+def bags_of(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """Bags by slide id, and the slides of a job that have none, with the reason."""
     job = JobPaths(root)
     if not (job.marker.is_file() or job.config.is_file()):

@@ -279,7 +279,10 @@ def assemble(
         )
         levels.append(BagLevel(grid, own, attention, labels.get(grid.label, {}), quality))
     attrs = attrs_of_bag(prepared, wanted, header, levels)
-    write_bag(path, Bag(dataclasses.replace(attrs, created_utc=utc_now()), tuple(levels)))
+    # A vector of the whole slide holds for as long as the features do that it was made of.
+    made_of = {features.fingerprint for level in levels for features in level.features.values()}
+    vectors = {name: vector for name, vector in (old.slide.items() if old else ()) if vector.features in made_of}
+    write_bag(path, Bag(dataclasses.replace(attrs, created_utc=utc_now()), tuple(levels), vectors))
     _clean(slide_id, wanted, paths, keep_features)
     gone = f"features of tiles that are no more left its bag: {', '.join(lost)}"
     return True, (gone,) if lost else ()
@@ -291,7 +294,8 @@ def _annotation(prepared: Prepared, paths: JobPaths) -> dict[str, Mapping[str, T
         return {}
     if prepared.annotation is not None:
         return dict(prepared.annotation)
-    levels = read_guarded(read_bag, paths.tiles(prepared.entry.slide_id)).levels
+    tiles, slide_id = paths.tiles(prepared.entry.slide_id), prepared.entry.slide_id
+    levels = read_guarded(read_bag, tiles if tiles.is_file() else paths.bag(slide_id)).levels
     return {level.grid.label: level.annotation for level in levels}
 
 

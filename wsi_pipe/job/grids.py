@@ -7,14 +7,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-import numpy as np
-
 from wsi_pipe import __version__
 from wsi_pipe.bag import Bag, BagAttrs, BagHeader, BagLevel, TileValues, write_bag
 from wsi_pipe.config import JobSettings, TileSettings
 from wsi_pipe.errors import ResolutionError, StaleWorkError
 from wsi_pipe.geometry import FloatPair, TileGrid, TissueMask
 from wsi_pipe.job.annotate import annotate, read_annotations, stored_annotation
+from wsi_pipe.job.drawing import SlidePictures, grid_picture_of
 from wsi_pipe.job.fingerprints import grid_fingerprint
 from wsi_pipe.job.fits import Identity, grids_fit, grids_record, tile_fingerprint
 from wsi_pipe.job.focus import drop_blurred, left_out_notes
@@ -24,13 +23,11 @@ from wsi_pipe.job.prepared import Prepared, StageClock, stale_error
 from wsi_pipe.job.private import told
 from wsi_pipe.job.record import utc_now
 from wsi_pipe.manifest import SlideEntry
-from wsi_pipe.overview import read_overview
-from wsi_pipe.pictures import thumbnail_with_grids, write_image
 from wsi_pipe.slides.base import Slide
 from wsi_pipe.tiling import plan_grids
 from wsi_pipe.tissue import Bounds, Region, qupath_origin
 
-__all__ = ["as_it_would_be", "laid_attrs", "make_grids"]
+__all__ = ["as_it_would_be", "laid_attrs", "make_grids", "store_grids"]
 
 
 def make_grids(
@@ -43,15 +40,19 @@ def make_grids(
     job: JobSettings,
     paths: JobPaths,
     clock: StageClock,
+    *,
+    into_bag: bool = False,
 ) -> Prepared:
     """The slide with its grids: those that are there where they fit, with the resolutions that are asked for added.
 
-    before: what the slide has. Raises StaleWorkError where they were laid otherwise, unless ``redo``; ResolutionError,
-    MaskError for annotations, OutputError.
+    before: what the slide has. into_bag: a bag follows, which holds the grids: a file of their own is written only
+    where there is one, which must not fall behind, or where they took reading all tiles. Raises StaleWorkError where
+    they were laid otherwise, unless ``redo``; ResolutionError, MaskError for annotations, OutputError.
     """
     redo = job.redo
     content = mask_content(mask.mask)
     path = paths.tiles(entry.slide_id)
+    own_file = not into_bag or bool(settings.min_sharpness) or path.is_file()
     counts = {"tissue_mm2": mask.mask.area_um2(_mpp(slide)) / 1e6}
     asked = tuple(spec.label for spec in settings.specs)
     bounds = slide.info.bounds_l0 or (0, 0, *slide.pyramid.size_l0)
@@ -78,11 +79,12 @@ def make_grids(
         annotations = read_annotations(entry, slide, attrs.fingerprint_tile)
         about = stored_annotation(attrs.annotation)
         if about.get("fingerprint") == (annotations.fingerprint if annotations else None):
-            if not attrs.annotation and (attrs != before.attrs or not path.is_file()):
+            if own_file and not attrs.annotation and (attrs != before.attrs or not path.is_file()):
                 write_bag(path, Bag(attrs, tuple(BagLevel(grid) for grid in grids)))
-            if path.is_file() and attrs.annotation == before.attrs.annotation:
+            if (path.is_file() or not own_file) and attrs.annotation == before.attrs.annotation:
                 clock.notes += (*left_out_notes(attrs.left_out), *(str(note) for note in about.get("notes") or ()))
                 if attrs == before.attrs or not attrs.annotation:
+                    clock.pictures = _undrawn(entry, slide, mask, grids, paths)
                     return Prepared(entry, attrs, grids, asked, ("tile",), counts)
         attrs = dataclasses.replace(attrs, created_utc=utc_now(), annotation="")
     clock.notes += tuple(left_out_notes(attrs.left_out))
@@ -93,9 +95,27 @@ def make_grids(
         text = _told_annotation(entry, text)
         attrs = dataclasses.replace(attrs, annotation=text)
         clock.notes += tuple(note for note in stored_annotation(text)["notes"] if note not in clock.notes)
-    write_bag(path, Bag(attrs, tuple(BagLevel(grid, annotation=values.get(grid.label, {})) for grid in grids)))
-    _draw_grids(entry, slide, grids, mask.mask, paths, regions)
-    return Prepared(entry, attrs, grids, asked, (), counts, annotation=values)
+    clock.pictures = grid_picture_of(entry.slide_id, slide, mask.mask, grids, regions, mask.pictures, paths)
+    prepared = Prepared(entry, attrs, grids, asked, (), counts, annotation=values, stored=own_file)
+    if own_file:
+        store_grids(prepared, paths)
+    return prepared
+
+
+def store_grids(prepared: Prepared, paths: JobPaths) -> None:
+    """Write grids, and what is drawn on the slide, to a file of their own. Raises OutputError when that fails."""
+    values = prepared.annotation or {}
+    levels = tuple(BagLevel(grid, annotation=values.get(grid.label, {})) for grid in prepared.grids)
+    write_bag(paths.tiles(prepared.entry.slide_id), Bag(prepared.attrs, levels))
+
+
+def _undrawn(
+    entry: SlideEntry, slide: Slide, mask: SlideMask, grids: Sequence[TileGrid], paths: JobPaths
+) -> SlidePictures | None:
+    """The pictures of a slide whose run was broken off before they were drawn."""
+    if mask.pictures is None or paths.grid_picture(entry.slide_id).is_file():
+        return mask.pictures
+    return grid_picture_of(entry.slide_id, slide, mask.mask, grids, (), mask.pictures, paths)
 
 
 def _told_annotation(entry: SlideEntry, text: str) -> str:
@@ -237,24 +257,3 @@ def _mpp(slide: Slide) -> FloatPair:
     mpp = slide.pyramid.isotropic_mpp
     assert mpp is not None, "the segment stage refuses slides without a resolution"
     return mpp
-
-
-def _draw_grids(
-    entry: SlideEntry,
-    slide: Slide,
-    grids: tuple[TileGrid, ...],
-    mask: TissueMask,
-    paths: JobPaths,
-    regions: Sequence[Region],
-) -> None:
-    import cv2
-
-    stored = cv2.imread(str(paths.overview_picture(entry.slide_id)), cv2.IMREAD_COLOR)
-    rgb = read_overview(slide).rgb if stored is None else np.asarray(cv2.cvtColor(stored, cv2.COLOR_BGR2RGB), np.uint8)
-    scale_l0 = (slide.pyramid.size_l0[0] / rgb.shape[1], slide.pyramid.size_l0[1] / rgb.shape[0])
-    mpp = _mpp(slide)
-    um_per_px = (scale_l0[0] * mpp[0], scale_l0[1] * mpp[1])
-    picture = thumbnail_with_grids(
-        rgb, scale_l0, grids, mask=mask, um_per_px=um_per_px, title=entry.slide_id, regions=regions
-    )
-    write_image(paths.grid_picture(entry.slide_id), picture)

@@ -133,7 +133,9 @@ def files_of(entry: SlideEntry, paths: JobPaths) -> list[str] | None:
     slide = _slide_files(entry.path)
     if slide is None:
         return None
-    own = [paths.tissue(entry.slide_id), paths.tiles(entry.slide_id), paths.bag(entry.slide_id)]
+    tiles = paths.tiles(entry.slide_id)
+    # Where a slide went to its bag in one go, the bag alone holds its grids.
+    own = [paths.tissue(entry.slide_id), *([tiles] if tiles.is_file() else []), paths.bag(entry.slide_id)]
     return [*slide, *_given(entry), *(str(path) for path in own)]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from wsi_pipe import __version__
 from wsi_pipe.bag import unreachable
@@ -19,6 +18,7 @@ from wsi_pipe.config import JobSettings, SegmentSettings
 from wsi_pipe.errors import MaskError
 from wsi_pipe.files import output_error, write_text_atomically
 from wsi_pipe.geometry import IntPair, TissueMask
+from wsi_pipe.job.drawing import SlidePictures, tissue_picture_of
 from wsi_pipe.job.fits import Identity, mask_fit, mask_record, segment_fingerprint
 from wsi_pipe.job.given import given_mask, how_given, placed_mask, read_given
 from wsi_pipe.job.opening import missing_mpp
@@ -26,16 +26,20 @@ from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.job.prepared import StageClock, stale_error
 from wsi_pipe.job.private import told
 from wsi_pipe.manifest import SlideEntry
-from wsi_pipe.overview import Overview, read_overview
-from wsi_pipe.pictures import thumbnail_with_contours, write_image
+from wsi_pipe.overview import read_overview
+from wsi_pipe.pictures import Outlines
 from wsi_pipe.slides.base import Slide
-from wsi_pipe.tissue import GivenMask, find_tissue, mask_from_geojson, mask_to_geojson, qupath_origin
+from wsi_pipe.tissue import (
+    GivenMask,
+    find_tissue,
+    mask_from_geojson,
+    mask_to_geojson,
+    qupath_origin,
+    trace_mask,
+)
 from wsi_pipe.tissue.frame import MEMBER
 
 __all__ = ["SlideMask", "how_found", "make_mask", "mask_content", "slide_mask", "stored_mask", "stored_mask_content"]
-
-PICTURE_PX = 1024
-"""Longest side of the pictures in ``thumbnails/``."""
 
 GEOJSON_KEY = MEMBER
 """Where a GeoJSON holds what belongs to the job: programs that edit it drop the key, which shows that it is theirs."""
@@ -43,12 +47,14 @@ GEOJSON_KEY = MEMBER
 
 @dataclass(frozen=True)
 class SlideMask:
-    """A slide's mask. fingerprint: of the stage that made it; cached: it was there; older: by an earlier version."""
+    """A slide's mask. fingerprint: of the stage that made it; cached: it was there; older: by an earlier version.
+    pictures: what is to be drawn of it."""
 
     mask: TissueMask
     fingerprint: str
     cached: bool = False
     older: bool = False
+    pictures: SlidePictures | None = None
 
 
 def make_mask(
@@ -81,7 +87,13 @@ def make_mask(
             if "frame" not in own and qupath_origin(slide.info.bounds_l0) != (0, 0):
                 # Of a version that counted from the whole image, where QuPath does not.
                 _write_mask(path, kept, slide, own)
-            return SlideMask(kept, str(own["fingerprint"]), cached=True, older=fit.kind == "older")
+            return SlideMask(
+                kept,
+                str(own["fingerprint"]),
+                cached=True,
+                older=fit.kind == "older",
+                pictures=_left_undrawn(entry, slide, settings, kept, paths),
+            )
     stage = segment_fingerprint(identity.now, mpp, job.reader, how)
     overview = read_overview(slide, settings.mpp)
     if given is None:
@@ -92,7 +104,8 @@ def make_mask(
     mask, notes = found.mask, tuple(told(entry, note) for note in found.notes)
     if entry.hides and mask.empty_reason:
         mask = dataclasses.replace(mask, empty_reason=told(entry, mask.empty_reason))
-    _draw_tissue(entry, overview, mask, paths)
+    # Traced once: for the file, and for both pictures.
+    outlines = trace_mask(mask.mask)
     own = {
         "fingerprint": stage,
         "slide_id": entry.slide_id,
@@ -100,9 +113,18 @@ def make_mask(
         "made_with": mask_record(mpp, job.reader, __version__),
         "tissue_um2": mask.area_um2(mpp),
     }
-    _write_mask(path, mask, slide, own | ({"notes": list(notes)} if notes else {}))
+    _write_mask(path, mask, slide, own | ({"notes": list(notes)} if notes else {}), outlines)
     clock.notes += notes
-    return SlideMask(mask, stage)
+    return SlideMask(mask, stage, pictures=tissue_picture_of(entry.slide_id, slide, overview.rgb, mask, outlines))
+
+
+def _left_undrawn(
+    entry: SlideEntry, slide: Slide, settings: SegmentSettings, mask: TissueMask, paths: JobPaths
+) -> SlidePictures | None:
+    """The pictures of a mask whose run was broken off before they were drawn."""
+    if paths.overview_picture(entry.slide_id).is_file() or paths.tissue_picture(entry.slide_id).is_file():
+        return None
+    return tissue_picture_of(entry.slide_id, slide, read_overview(slide, settings.mpp).rgb, mask)
 
 
 def how_found(entry: SlideEntry, slide: Slide, settings: SegmentSettings, given_sha256: str | None) -> dict[str, Any]:
@@ -116,9 +138,11 @@ def how_found(entry: SlideEntry, slide: Slide, settings: SegmentSettings, given_
     return how | {name: value for name in ("scene", "z") if (value := getattr(entry, name)) is not None}
 
 
-def _write_mask(path: Path, mask: TissueMask, slide: Slide, own: Mapping[str, Any]) -> None:
+def _write_mask(
+    path: Path, mask: TissueMask, slide: Slide, own: Mapping[str, Any], outlines: Outlines | None = None
+) -> None:
     """The mask as GeoJSON in QuPath's frame, with what the job says of it."""
-    data = mask_to_geojson(mask, origin_l0=qupath_origin(slide.info.bounds_l0))
+    data = mask_to_geojson(mask, origin_l0=qupath_origin(slide.info.bounds_l0), outlines=outlines)
     data[GEOJSON_KEY] = {**own, **{k: v for k, v in data[GEOJSON_KEY].items() if k != "settings"}}
     write_text_atomically(path, json.dumps(data))
 
@@ -169,23 +193,6 @@ def _usable_mask(data: dict[str, Any], own: dict[str, Any], slide: Slide) -> Tis
         return mask_from_geojson(data, slide.pyramid.size_l0, (float(scale[0]), float(scale[1])))
     except (MaskError, KeyError, TypeError, ValueError, IndexError):
         return None
-
-
-def _draw_tissue(entry: SlideEntry, overview: Overview, mask: TissueMask, paths: JobPaths) -> None:
-    write_image(paths.overview_picture(entry.slide_id), _shrunk(overview.rgb))
-    picture = thumbnail_with_contours(overview.rgb, mask, um_per_px=overview.um_per_px, title=entry.slide_id)
-    write_image(paths.tissue_picture(entry.slide_id), picture)
-
-
-def _shrunk(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    import cv2
-
-    longest = max(rgb.shape[:2])
-    if longest <= PICTURE_PX:
-        return rgb
-    factor = PICTURE_PX / longest
-    size = (max(round(rgb.shape[1] * factor), 1), max(round(rgb.shape[0] * factor), 1))
-    return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def mask_content(mask: TissueMask) -> str:

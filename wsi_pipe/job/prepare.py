@@ -29,8 +29,11 @@ def prepare(
     clock: StageClock,
     *,
     tile: bool = True,
+    into_bag: bool = False,
 ) -> Prepared:
     """Segment and tile one slide, as far as that is not done yet. Without ``tile`` the mask is all that is written.
+
+    into_bag: the grids go into a bag, as in ``make_grids``. Pictures are the caller's to draw: ``clock.pictures``.
 
     What an earlier version made of the same slide with the same settings stays as it is. What was made otherwise is
     made anew with ``settings.redo`` and refused without.
@@ -49,12 +52,15 @@ def prepare(
             if before is not None and not identity.knows(before.attrs) and not settings.redo:
                 raise _replaced(entry, before.attrs)
             found = make_mask(entry, slide, identity, segment_settings, settings, paths, clock)
+        clock.pictures = found.pictures
         clock.notes += tuple(share_notes(found.mask, slide.pyramid.size_l0))
         if found.cached:
             clock.cached = ("segment",)
         with clock("tile" if tile else "segment"):
             if tile:
-                prepared = make_grids(entry, slide, identity, found, before, tile_settings, settings, paths, clock)
+                prepared = make_grids(
+                    entry, slide, identity, found, before, tile_settings, settings, paths, clock, into_bag=into_bag
+                )
             else:
                 prepared = as_it_would_be(entry, slide, found, tile_settings)
         if not found.cached:

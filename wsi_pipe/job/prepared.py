@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from wsi_pipe.bag import BagAttrs, TileValues
 from wsi_pipe.errors import StaleWorkError
 from wsi_pipe.geometry import TileGrid
+from wsi_pipe.job.drawing import SlidePictures
 from wsi_pipe.manifest import SlideEntry
 from wsi_pipe.outcome import Stage
 from wsi_pipe.stopping import Stop, StopRequested
@@ -20,6 +21,8 @@ __all__ = ["Prepared", "StageClock", "stale_error"]
 class StageClock:
     """Wall seconds by stage of one slide, the stage it is in, whether its mask was valid already, and notes on it.
 
+    pictures: what is to be drawn of it as far as it got, also where it gets no further.
+
     Raises StopRequested where a stage would begin after ``stop`` was asked for.
     """
 
@@ -29,6 +32,7 @@ class StageClock:
         self.cached: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
         self.stage: Stage = "open"
+        self.pictures: SlidePictures | None = None
 
     @contextmanager
     def __call__(self, stage: Stage) -> Iterator[None]:
@@ -49,7 +53,8 @@ class Prepared:
     that the call is about. cached: stages that were valid already. notes: what is to be said of the slide.
     counts: for the outcome. "tissue_mm2", and where tissue was looked for now "prepare_bytes_fetched": what was read of
     the file until then, its header, what its fingerprint is made of and the overview. annotation: covered fractions by
-    level label and class, None where the file of grids holds them.
+    level label and class, None where the file of grids, or the bag, holds them. stored: whether grids are in a file
+    already, of their own or the bag.
     """
 
     entry: SlideEntry
@@ -60,6 +65,7 @@ class Prepared:
     counts: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     annotation: Mapping[str, Mapping[str, TileValues]] | None = None
+    stored: bool = True
 
 
 def stale_error(entry: SlideEntry, what: str, why: Sequence[str]) -> StaleWorkError:

@@ -13,12 +13,15 @@ from itertools import chain
 from pathlib import Path
 
 from wsi_pipe.config import JobSettings
+from wsi_pipe.cores import available_cores
 from wsi_pipe.encoders import encoder_of_job
-from wsi_pipe.encoders.base import Encoder, LayeredEncoder, block_indices
+from wsi_pipe.encoders.base import Encoder, EncoderInfo, LayeredEncoder, block_indices
 from wsi_pipe.encoders.naming import check_slugs, slug_of
 from wsi_pipe.errors import EncoderError, FileAccessError, NotOursError, OutputError, StaleWorkError, WsiPipeError
 from wsi_pipe.extract import ExtractItem, SlideFailure, SlideFeatures, SlidePart, extract_features
 from wsi_pipe.geometry import TileGrid
+from wsi_pipe.job.ahead import Ahead
+from wsi_pipe.job.drawing import draw_slide
 from wsi_pipe.job.features import (
     Wanted,
     assemble,
@@ -27,6 +30,7 @@ from wsi_pipe.job.features import (
     store_features,
     wanted_features,
 )
+from wsi_pipe.job.grids import store_grids
 from wsi_pipe.job.index import JobIndex, Stamp, wanted_of
 from wsi_pipe.job.opening import open_entry
 from wsi_pipe.job.partial import drop_part, load_part, store_part
@@ -46,6 +50,15 @@ __all__ = ["Progress", "load_encoders", "process"]
 Progress = Callable[[str, str, int], None]
 """Called with a slide's id, what is going on, and a number: "segment" and 1 as work begins on it, "laid" and how many
 tiles it has for all its encoders together, then a level's label and by how many tiles that advanced."""
+
+
+PREPARE_MIB = 256
+"""What one slide takes while it is prepared: tissue on 25 x 25 mm at 8 um/px."""
+
+
+def preparing_threads(settings: JobSettings) -> int:
+    """How many slides are prepared at a time: one a core, as far as the memory budget goes."""
+    return max(min(available_cores(), settings.extract.memory_mib // PREPARE_MIB), 1)
 
 
 def load_encoders(settings: JobSettings) -> dict[str, Encoder]:
@@ -75,6 +88,7 @@ class _Work:
     missing: list[Wanted] = field(default_factory=list)
     costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     begun: tuple[Stamp, ...] | None = None
+    error: Exception | None = None
 
 
 def process(
@@ -92,7 +106,8 @@ def process(
     """Take slides through the stages up to ``until``, doing just what is missing or stale; one outcome each.
 
     Outcomes come, and with ``record`` are noted in the job, as slides finish. A slide's error ends that slide alone.
-    ``entries`` is consumed lazily; while one slide's tiles are encoded the next one is segmented. Raises OutputError
+    ``entries`` is consumed lazily; while one slide's tiles are encoded the next ones are segmented, as many at a time
+    as ``preparing_threads`` says. Raises OutputError
     when the job's folder cannot be written any more and DeviceError when the device fails, both after what was done
     is on disk. stopped: as in ``extract_features``, for ``entries`` that wait. Raises StopRequested once it is told to
     stop; features of the slide under way are kept for the next run.
@@ -104,7 +119,7 @@ def process(
         else:
             yield from run.with_features(entries)
     finally:
-        run.release_copies()
+        run.end()
 
 
 class _Run:
@@ -132,9 +147,15 @@ class _Run:
         self.under_way: dict[str, _Work] = {}
         self.copies: dict[str, Keep] = {}
         self.index: JobIndex | None = None
+        self.ahead: Ahead[SlideEntry, SlideOutcome | _Work] | Ahead[SlideEntry, _Work] | None = None
 
-    def release_copies(self) -> None:
-        """Give free the copies of the slides that were not finished."""
+    def end(self) -> None:
+        """Wait for slides that are prepared in vain, and give free the copies of those that were not finished."""
+        if self.stopped is not None:
+            # Whatever waits for the next slide waits in vain.
+            self.stopped.set()
+        if self.ahead is not None:
+            self.ahead.close()
         while self.copies:
             self.copies.popitem()[1].release()
 
@@ -154,16 +175,27 @@ class _Run:
         return _Work(entry, StageClock(self.stop), begun=self.index.begin(entry) if self.index else None)
 
     def without_features(self, entries: Iterable[SlideEntry]) -> Iterator[SlideOutcome]:
-        for entry in entries:
+        def ready(entry: SlideEntry) -> _Work:
             work = self._begin(entry)
-            if self._prepare(work, tile=self.until == "tile"):
-                self._finish(work)
-            yield from self._drain()
+            self._prepare(work, tile=self.until == "tile")
+            return work
+
+        ahead = Ahead(entries, ready, preparing_threads(self.settings), Stop(self.stopped))
+        self.ahead = ahead
+        with contextlib.closing(iter(ahead)) as done:
+            for work in done:
+                if work.error is None:
+                    self._finish(work)
+                else:
+                    self._fail(work, work.error)
+                yield from self._drain()
 
     def with_features(self, entries: Iterable[SlideEntry]) -> Iterator[SlideOutcome]:
         encoders = self.encoders if self.encoders is not None else load_encoders(self.settings)
         extract = self.settings.extract
-        items = self._items(entries, encoders)
+        # Set by the engine too, once its work ends early.
+        stopped = self.stopped or threading.Event()
+        items = self._items(entries, encoders, Stop(stopped))
         # Slides that lack nothing, which come first in a run that resumes, are handed out one by one: the engine's
         # thread, which takes the others, has no way to.
         first: ExtractItem | None = None
@@ -183,7 +215,7 @@ class _Run:
             dtype=extract.dtype,
             layers=extract.layers,
             progress=self.progress,
-            stopped=self.stopped,
+            stopped=stopped,
             keep=self._keep,
         )
         try:
@@ -199,64 +231,92 @@ class _Run:
             raise
         yield from self._drain()
 
-    def _prepare(self, work: _Work, *, tile: bool) -> bool:
-        """Segment and tile; False where the slide failed."""
+    def _prepare(self, work: _Work, *, tile: bool) -> None:
+        """Segment and tile; ``work.error`` says where the slide failed. In any thread: nothing is noted."""
         self.progress(work.entry.slide_id, "segment", 1)
         try:
-            work.prepared = prepare(work.entry, self.settings, self.paths, work.clock, tile=tile)
+            into_bag = self.until == "assemble"
+            work.prepared = prepare(work.entry, self.settings, self.paths, work.clock, tile=tile, into_bag=into_bag)
         except OutputError:
             raise
         except Exception as error:
-            self._fail(work, error)
-            return False
-        return True
+            work.error = error
 
-    def _items(self, entries: Iterable[SlideEntry], encoders: Mapping[str, Encoder]) -> Iterator[ExtractItem | None]:
-        """Slides that lack features; those that lack none, or fail, are finished on the way and give None."""
+    def _items(
+        self, entries: Iterable[SlideEntry], encoders: Mapping[str, Encoder], stop: Stop
+    ) -> Iterator[ExtractItem | None]:
+        """Slides that lack features; those that lack none, or fail, are finished on the way and give None.
+
+        Several are prepared at a time, in threads. They come, and are noted, in the order of ``entries``.
+        """
         infos = {name: encoder.info for name, encoder in encoders.items()}
         # What is to be made anew is not asked whether it is known.
         if self.until == "assemble" and not self.settings.redo:
             wanted = wanted_of(self.settings, infos, keep_features=self.keep_features)
             self.index = JobIndex(self.paths, wanted)
+        entries = iter(entries)
         for entry in entries:
             if self.stop.asked:
                 raise StopRequested
-            if self._is_known(entry):
-                yield None
-                continue
-            work = self._begin(entry)
-            if not self._prepare(work, tile=True) or work.prepared is None:
-                yield None
-                continue
-            settings = self.settings
-            work.wanted = wanted_features(work.prepared, settings.extract, infos, settings.reader)
-            try:
-                work.missing = missing_features(
-                    work.prepared, work.wanted, settings.extract, settings.reader, self.paths, redo=settings.redo
-                )
-                if self.until != "assemble" or self.keep_features:
-                    refuse_foreign_features(entry.slide_id, work.missing, self.paths)
-            except (StaleWorkError, FileAccessError, NotOursError) as error:
-                # What it holds is not wanted so, or not known, or another's: it is neither made again nor taken for
-                # done.
-                work.clock.stage = "extract"
-                self._fail(work, error)
-                yield None
-                continue
-            grids = [grid for grid in work.prepared.grids if self._names(work, grid)]
-            if not grids:
-                self._assemble(work)
-                yield None
-                continue
-            self.under_way[entry.slide_id] = work
-            self.progress(entry.slide_id, "laid", sum(len(grid) * len(self._names(work, grid)) for grid in grids))
-            yield ExtractItem(
-                slide_id=entry.slide_id,
-                open=partial(open_entry, entry, settings.reader, settings.cache),
-                grids=grids,
-                encoders={grid.label: self._names(work, grid) for grid in grids},
-                parts=load_part(work.prepared, work.missing, self.paths, settings.extract.dtype),
+            if not self._is_known(entry):
+                entries = chain([entry], entries)
+                break
+            yield None
+        else:
+            return
+
+        def ready(entry: SlideEntry) -> SlideOutcome | _Work:
+            known = self.index.known(entry) if self.index else None
+            return known if known is not None else self._made_ready(entry, infos)
+
+        self.ahead = ahead = Ahead(entries, ready, preparing_threads(self.settings), stop)
+        with contextlib.closing(iter(ahead)) as done:
+            for work in done:
+                if self.stop.asked:
+                    raise StopRequested
+                yield self._item_of(work)
+
+    def _made_ready(self, entry: SlideEntry, infos: Mapping[str, EncoderInfo]) -> _Work:
+        """A slide with its grids, and what it lacks. In any thread: nothing is noted."""
+        work, settings = self._begin(entry), self.settings
+        self._prepare(work, tile=True)
+        if work.prepared is None:
+            return work
+        work.wanted = wanted_features(work.prepared, settings.extract, infos, settings.reader)
+        try:
+            work.missing = missing_features(
+                work.prepared, work.wanted, settings.extract, settings.reader, self.paths, redo=settings.redo
             )
+            if self.until != "assemble" or self.keep_features:
+                refuse_foreign_features(entry.slide_id, work.missing, self.paths)
+        except (StaleWorkError, FileAccessError, NotOursError) as error:
+            # What it holds is not wanted so, or not known, or another's: it is neither made again nor taken for done.
+            work.clock.stage = "extract"
+            work.error = error
+        return work
+
+    def _item_of(self, work: SlideOutcome | _Work) -> ExtractItem | None:
+        """What the engine is to do of a slide; None where that is nothing: it is noted then."""
+        if isinstance(work, SlideOutcome):
+            self._note(replace(work, finished_utc=utc_now()))
+            return None
+        if work.error is not None or work.prepared is None:
+            self._fail(work, work.error or RuntimeError("no grids were laid"))
+            return None
+        entry, settings = work.entry, self.settings
+        grids = [grid for grid in work.prepared.grids if self._names(work, grid)]
+        if not grids:
+            self._assemble(work)
+            return None
+        self.under_way[entry.slide_id] = work
+        self.progress(entry.slide_id, "laid", sum(len(grid) * len(self._names(work, grid)) for grid in grids))
+        return ExtractItem(
+            slide_id=entry.slide_id,
+            open=partial(open_entry, entry, settings.reader, settings.cache),
+            grids=grids,
+            encoders={grid.label: self._names(work, grid) for grid in grids},
+            parts=load_part(work.prepared, work.missing, self.paths, settings.extract.dtype),
+        )
 
     def _keep(self, part: SlidePart) -> None:
         """What there is of a slide under way. A disk that is full shows where finished slides are written."""
@@ -265,6 +325,9 @@ class _Run:
             putting_by.set()
             try:
                 with contextlib.suppress(OSError):
+                    if not work.prepared.stored and not self.paths.tiles(part.slide_id).is_file():
+                        # What the next call may find other settings for, and must then not take for its own.
+                        store_grids(work.prepared, self.paths)
                     store_part(part, work.prepared, work.missing, self.paths)
             finally:
                 putting_by.clear()
@@ -325,6 +388,8 @@ class _Run:
         self._finish(work, cached)
 
     def _finish(self, work: _Work, cached: tuple[str, ...] | None = None) -> None:
+        """Draw the slide, whose results are safe by now, and note it as done."""
+        self._draw(work)
         prepared = work.prepared
         empty = prepared is not None and prepared.attrs.status == "empty"
         self._note(
@@ -349,8 +414,21 @@ class _Run:
             work,
         )
 
+    def _draw(self, work: _Work) -> None:
+        """Draw what there is of a slide. Raises OutputError; what else goes wrong with pictures is worth a note."""
+        pictures, work.clock.pictures = work.clock.pictures, None
+        if pictures is None:
+            return
+        try:
+            draw_slide(pictures, self.paths)
+        except OutputError:
+            raise
+        except Exception as error:
+            work.clock.notes += (f"its pictures could not be drawn: {told_of(work.entry, error)[0]}",)
+
     def _fail(self, work: _Work, error: Exception) -> None:
         """Note a failure. An error that nobody foresaw fails its slide too, with its type in the reason."""
+        self._draw(work)
         reason, remedy = told_of(work.entry, error)
         kind = type(error).__name__ if isinstance(error, WsiPipeError) else _trace(error)
         self._note(

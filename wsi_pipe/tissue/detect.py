@@ -21,7 +21,7 @@ from wsi_pipe.errors import MaskError
 from wsi_pipe.geometry import FloatPair, TissueMask
 from wsi_pipe.tissue.glass import NEAR_WHITE_SHARE, optical_density, white_map
 from wsi_pipe.tissue.marks import find_marks
-from wsi_pipe.tissue.shapes import close_gaps, components, disc, drop_lines, extremes
+from wsi_pipe.tissue.shapes import Planes, close_gaps, components, drop_lines, grow_values, planes_of
 
 __all__ = ["find_tissue", "share_notes"]
 
@@ -60,12 +60,13 @@ def find_tissue(
     if not all(math.isfinite(um) and um > 0 for um in um_per_px):
         raise MaskError(f"the overview's resolution {um_per_px} um/px must be above zero")
     blank = np.zeros(rgb.shape[:2], bool)
-    reason = _dark_reason(rgb, settings)
+    planes = planes_of(rgb)
+    reason = _dark_reason(planes, settings)
     if reason is not None:
         return TissueMask(blank, scale_l0, reason)
-    od = optical_density(rgb, white_map(rgb, um_per_px, settings.white_min))
+    od = optical_density(rgb, planes, white_map(rgb, um_per_px, settings.white_min, planes))
     marks = find_marks(od, um_per_px, settings)
-    candidates = _candidates(rgb, od, marks.core | marks.halo, um_per_px, settings)
+    candidates = _candidates(rgb, planes, od, marks.core | marks.halo, um_per_px, settings)
     mask = _cleaned(candidates, marks.core, marks.halo, um_per_px, settings)
     if mask.any():
         return TissueMask(mask, scale_l0)
@@ -107,9 +108,9 @@ def share_notes(mask: TissueMask, size_l0: tuple[int, int]) -> list[str]:
     return []
 
 
-def _dark_reason(rgb: NDArray[np.uint8], settings: SegmentSettings) -> str | None:
+def _dark_reason(planes: Planes, settings: SegmentSettings) -> str | None:
     """Why a slide is not bright-field, or None; black that was not scanned does not make it dark."""
-    dimmest, brightest = extremes(rgb)
+    dimmest, brightest = planes.least, planes.most
     if float(np.mean(dimmest >= settings.white_min)) >= NEAR_WHITE_SHARE:
         return None
     seen = brightest > 12  # black that was never scanned says nothing
@@ -124,7 +125,7 @@ def _dark_reason(rgb: NDArray[np.uint8], settings: SegmentSettings) -> str | Non
 
 
 def _candidates(
-    rgb: NDArray[np.uint8], od: Floats, marked: Bools, um_per_px: FloatPair, settings: SegmentSettings
+    rgb: NDArray[np.uint8], planes: Planes, od: Planes, marked: Bools, um_per_px: FloatPair, settings: SegmentSettings
 ) -> _Candidates:
     if settings.method == "otsu-saturation":
         import cv2
@@ -132,29 +133,33 @@ def _candidates(
         saturation = cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV)[..., 1].astype(np.float32)
         smooth = _smooth(saturation, um_per_px, settings.smooth_um)
         return _above(smooth, _otsu(smooth[~marked], 256.0))
-    import cv2
-
-    dimmest, brightest = extremes(rgb)
-    is_grey = float(np.mean(brightest - dimmest <= _GREY_SPREAD)) > 0.999
+    is_grey = float(np.mean(planes.most - planes.least <= _GREY_SPREAD)) > 0.999
     if settings.method == "od" or is_grey:
-        density = _smooth(od.mean(axis=2), um_per_px, settings.smooth_um)
+        density = _smooth(np.stack(od[:3], axis=2).mean(axis=2), um_per_px, settings.smooth_um)
         if is_grey and float(np.ptp(np.percentile(density, (1, 99)))) < _LEAST_CONTRAST:
             return _above(density, np.inf)  # one grey all over is glass under a dim lamp
         # Otsu splits any histogram: the limits keep it from splitting glass from glass or tissue from tissue.
         return _above(density, min(max(_otsu(density[~marked], 2.0), 0.05), 0.20))
-    stain = _smooth(od[..., 1] - np.minimum(od[..., 0], od[..., 2]), um_per_px, settings.smooth_um)
-    glass = (extremes(od)[1] < 0.05) & ~marked
-    noise = float(1.4826 * np.median(np.abs(stain[glass] - np.median(stain[glass])))) if glass.any() else 0.0
-    # Half of the seed's density is the most that noise can ask for: beyond it the slide is all pale tissue.
-    low = max(settings.stain_min, min(settings.noise_factor * noise, (settings.stain_min + settings.stain_seed) / 2))
+    stain = _smooth(od.g - np.minimum(od.r, od.b), um_per_px, settings.smooth_um)
+    low = _pale_from(stain[(od.most < 0.05) & ~marked], settings)
+    pale = stain > low
     if settings.edge_share > 0:
         # At the edge of dark tissue the blur of optics and overview reaches outwards: the edge is where the density has
         # a share of what it has a little further in.
-        near = cv2.dilate(stain, disc(_EDGE_REACH_UM, um_per_px))
-        low_map = np.maximum(low, settings.edge_share * near)
-    else:
-        low_map = np.full_like(stain, low)
-    return _Candidates(stain > low_map, stain > np.maximum(settings.stain_seed, low_map))
+        pale &= stain > settings.edge_share * grow_values(stain, _EDGE_REACH_UM, um_per_px)
+    return _Candidates(pale, pale & (stain > settings.stain_seed))
+
+
+def _pale_from(glass: Floats, settings: SegmentSettings) -> float:
+    """The stain density from which a pixel may be pale tissue, by that of the glass, which is noise."""
+    # The noise's own measure takes two medians. Where more than half of the glass lies within half of what would
+    # matter, they lie within all of it.
+    within = settings.stain_min / max(settings.noise_factor, 1e-9) / 1.4826 / 2 * (1 - 1e-5)
+    if 2 * np.count_nonzero(np.abs(glass) <= within) > len(glass) or not len(glass):
+        return settings.stain_min
+    noise = float(1.4826 * np.median(np.abs(glass - np.median(glass))))
+    # Half of the seed's density is the most that noise can ask for: beyond it the slide is all pale tissue.
+    return max(settings.stain_min, min(settings.noise_factor * noise, (settings.stain_min + settings.stain_seed) / 2))
 
 
 def _above(values: Floats, threshold: float) -> _Candidates:
@@ -195,7 +200,7 @@ def _cleaned(
     labels, stats = components(pale)
     keep = stats[:, cv2.CC_STAT_AREA] * pixel_um2 >= settings.min_area_um2
     has_seed = np.zeros(len(stats), bool)
-    has_seed[np.unique(labels[candidates.sure & ~marked])] = True
+    has_seed[labels[candidates.sure & ~marked]] = True
     keep &= has_seed
     keep[0] = False
     keep = drop_lines(labels, stats, keep, um_per_px, settings.edge_width_um)

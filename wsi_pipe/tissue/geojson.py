@@ -52,17 +52,22 @@ class GivenMask:
 
 
 def mask_to_geojson(
-    mask: TissueMask, settings: Mapping[str, Any] | None = None, *, origin_l0: FloatPair = (0, 0)
+    mask: TissueMask,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    origin_l0: FloatPair = (0, 0),
+    outlines: Sequence[Sequence[NDArray[np.int64]]] | None = None,
 ) -> dict[str, Any]:
     """A FeatureCollection (JSON-able) of the mask's pieces, along pixel edges, in level-0 pixels from ``origin_l0``.
 
     origin_l0: what QuPath counts from on this slide, (x, y) in the whole image; see ``qupath_origin``.
     ``mask_from_geojson`` gives exactly the same mask. settings: plain values to keep with it, such as
-    ``wsi_pipe.config.to_mapping(settings)``.
+    ``wsi_pipe.config.to_mapping(settings)``. outlines: the mask's (``trace_mask``), where they are known.
     """
     scale, origin = np.asarray(mask.scale_l0), np.asarray(origin_l0, float)
     features = []
-    for number, rings in enumerate(trace_mask(mask.mask), start=1):
+    polygons = trace_mask(mask.mask) if outlines is None else outlines
+    for number, rings in enumerate(polygons, start=1):
         closed = [np.round(np.concatenate([ring, ring[:1]]) * scale - origin, _DECIMALS) for ring in rings]
         features.append(
             {

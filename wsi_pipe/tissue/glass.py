@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.geometry import FloatPair
-from wsi_pipe.tissue.shapes import components, extremes
+from wsi_pipe.tissue.shapes import Planes, components, planes_of
 
 __all__ = ["DEFAULT_WHITE", "optical_density", "white_map", "white_reference"]
 
@@ -50,6 +50,10 @@ _BORDER_UM = 56.0
 _STRAIGHT_SHARE = 0.4
 _LEAST_RIM_PX = 6
 _TOUCHING_SHARE = 0.08
+_BAND_ROWS = 128
+_MOST_LEVELS = 96
+_COUNTED_AT_ONCE = 1 << 23
+"""Pixels, fewer than float32 counts one by one."""
 
 
 class _Piece(NamedTuple):
@@ -66,78 +70,115 @@ class _Piece(NamedTuple):
     log: NDArray[np.float64]
 
 
-def white_reference(rgb: Picture, white_min: float = 200.0) -> Floats:
+def white_reference(rgb: Picture, planes: Planes, white_min: float = 200.0) -> Floats:
     """RGB of the empty glass, float32 (3,), where it is all but grey.
 
     The most frequent value of each channel among pixels that are bright (``white_min`` or more) and nearly grey; pure
     white counts only where there is no other glass, since scanners fill with it what they did not scan. Where less
     than 0.5 % of the slide qualifies, there is no glass in view and the reference is what scanners calibrate to.
     """
-    bright = rgb[extremes(rgb)[0] >= white_min]
     enough = NEAR_WHITE_SHARE * rgb.shape[0] * rgb.shape[1]
-    log = _LOG_LEVELS[bright]
-    least, most = extremes(log)
+    # There are few bright colours: each is judged once, and counts as often as it is there.
+    colours, counts = _bright_colours(rgb, planes, white_min)
+    log = _LOG_LEVELS[colours]
+    least, most = log.min(axis=1), log.max(axis=1)
     # A tint towards pink or violet must be slight: beyond that it is pale tissue that fills the slide.
     pink = np.maximum(log[:, 0], log[:, 2]) - log[:, 1]
-    glass = bright[(most - least <= _MAX_WHITE_CHROMA) & (pink <= _MAX_WHITE_STAIN)]
-    scanned = glass[extremes(glass)[0] < _UNSCANNED]
-    chosen = scanned if len(scanned) >= enough else glass
-    if len(chosen) < enough or len(chosen) == 0:
+    glass = (most - least <= _MAX_WHITE_CHROMA) & (pink <= _MAX_WHITE_STAIN)
+    scanned = glass & (colours.min(axis=1) < _UNSCANNED)
+    chosen = scanned if counts[scanned].sum() >= enough else glass
+    if counts[chosen].sum() < enough or not chosen.any():
         return np.full(3, DEFAULT_WHITE, np.float32)
     # A mode and not a mean: the pale parts of tissue and uneven light are among these pixels.
-    return np.array([_mode(chosen[:, channel]) for channel in range(3)], np.float32)
+    return np.array([_mode(colours[chosen, channel], counts[chosen]) for channel in range(3)], np.float32)
 
 
-def _mode(values: NDArray[np.uint8]) -> float:
-    counts = np.bincount(values, minlength=256).astype(np.float64)
-    return float(np.argmax(np.convolve(counts, np.ones(5), mode="same")))
+def _bright_colours(rgb: Picture, planes: Planes, white_min: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The colours, int64 (n, 3), whose channels are all ``white_min`` or more, and how many pixels have each."""
+    import cv2
+
+    lowest = int(np.clip(np.ceil(white_min), 0, 256))
+    side = 256 - lowest
+    if side == 0:
+        return np.zeros((0, 3), np.int64), np.zeros(0)
+    if side > _MOST_LEVELS:
+        found, counts = np.unique(rgb[planes.least >= lowest], axis=0, return_counts=True)
+        return found.astype(np.int64), counts.astype(np.float64)
+    table = np.zeros((side, side, side))
+    rows = max(_COUNTED_AT_ONCE // rgb.shape[1], 1)
+    for start in range(0, rgb.shape[0], rows):
+        part = np.ascontiguousarray(rgb[start : start + rows])
+        table += cv2.calcHist([part], [0, 1, 2], None, [side] * 3, [float(lowest), 256.0] * 3)
+    colours = np.argwhere(table > 0)
+    return colours + lowest, table[tuple(colours.T)]
 
 
-def optical_density(rgb: Picture, white: Floats) -> Floats:
-    """``log10((white + 1) / (value + 1))`` by channel, float32 (H, W, 3), not below zero.
+def _mode(values: NDArray[np.int64], counts: NDArray[np.float64]) -> float:
+    levels = np.bincount(values, counts, minlength=256)
+    return float(np.argmax(np.convolve(levels, np.ones(5), mode="same")))
+
+
+def optical_density(rgb: Picture, planes: Planes, white: Floats) -> Planes:
+    """``log10((white + 1) / (value + 1))`` by channel, planes of float32 (H, W), not below zero.
 
     white: float32 (3,), or (H, W, 3) where it differs from place to place.
     """
     import cv2
 
+    channels = (planes.r, planes.g, planes.b)
     if white.ndim == 3:
-        od = cv2.log(white + np.float32(1)) / np.float32(np.log(10)) - np.log10(np.float32(256))
-        return np.asarray(np.maximum(od - _LOG_LEVELS[rgb], 0), np.float32)
+        found = []
+        for channel, plane in enumerate(channels):
+            own = cv2.log(np.ascontiguousarray(white[..., channel]) + np.float32(1))
+            od = own / np.float32(np.log(10)) - np.log10(np.float32(256))
+            found.append(np.asarray(np.maximum(od - _LOG_LEVELS[plane], 0), np.float32))
+        return Planes.of(*found)
     levels = np.arange(256, dtype=np.float64)[:, None]
     table = np.maximum(np.log10((white[None].astype(np.float64) + 1) / (levels + 1)), 0).astype(np.float32)
-    return np.asarray(cv2.LUT(np.ascontiguousarray(rgb), table[None]), np.float32)
+    return Planes.of(*(np.asarray(cv2.LUT(p, np.ascontiguousarray(table[:, c]))) for c, p in enumerate(channels)))
 
 
-def white_map(rgb: Picture, um_per_px: FloatPair, white_min: float = 200.0) -> Floats:
+def white_map(rgb: Picture, um_per_px: FloatPair, white_min: float = 200.0, planes: Planes | None = None) -> Floats:
     """RGB of the glass, float32 (3,), or (H, W, 3) where one colour does not do for the whole slide.
 
     The single colour of ``white_reference`` stands where all glass is within 0.007 OD of it. Else each place has the
     colour of the glass it is on, smoothed over 0.25 mm within the piece, and tissue that of the nearest glass.
+    planes: of rgb, where they are there already.
     """
-    common = white_reference(rgb, white_min)
-    dimmest, brightest = extremes(rgb)
-    log = _LOG_LEVELS[rgb]
-    least, most = extremes(log)
+    planes = planes or planes_of(rgb)
+    common = white_reference(rgb, planes, white_min)
     # What was not scanned says nothing of the lamp.
-    pale = (dimmest >= white_min) & (most - least <= _MAX_TINT) & (dimmest < _UNSCANNED)
+    pale = (planes.most <= _palest(white_min)[planes.least]) & (planes.least >= white_min)
     variance = _variance(rgb, um_per_px)
-    labels, pieces = _pieces(pale & (variance <= _FLAT_SD**2), log, um_per_px)
+    labels, pieces = _pieces(pale & (variance <= _FLAT_SD**2), rgb, um_per_px)
     if _share(pieces, rgb) < NEAR_WHITE_SHARE:
         # A noisy picture. One that is alike all over may as well be pale tissue.
-        labels, pieces = _pieces(pale & (variance <= (2 * _FLAT_SD) ** 2), log, um_per_px)
+        labels, pieces = _pieces(pale & (variance <= (2 * _FLAT_SD) ** 2), rgb, um_per_px)
         if _share(pieces, rgb) > _MOST_NOISY_SHARE:
             return common
     if not pieces:
         return common
-    off_scan = (dimmest >= _UNSCANNED) | (brightest <= 12)
-    glass = _glass_pieces(labels, pieces, off_scan, um_per_px, rgb.shape[0] * rgb.shape[1])
+    glass = _glass_pieces(labels, pieces, planes, um_per_px)
     if not glass:
         return common
-    drifted = {piece.label: _drift(labels, piece, log, um_per_px) for piece in glass}
     reference = np.log10((common.astype(np.float64) + 1) / 256)
+    coarse = {piece.label: _coarse_drift(labels, piece, rgb, um_per_px) for piece in glass}
+    # What lies between the coarse map's points is stained no more than the most stained of them.
+    if all(_stain(reference - colours).max() <= _TINT_THAT_MATTERS - 1e-5 for colours in coarse.values()):
+        return common
+    drifted = {piece.label: _drift(piece, coarse[piece.label]) for piece in glass}
     if all(_stain(reference - colours).max() <= _TINT_THAT_MATTERS for colours in _sampled(glass, drifted, labels)):
         return common
     return _spread(labels, glass, drifted, um_per_px)
+
+
+def _palest(white_min: float) -> NDArray[np.uint8]:
+    """By the least of a pixel's channels, uint8 (256,): how much the most may be in nearly grey glass."""
+    levels = np.arange(256)
+    near = _LOG_LEVELS[None, :] - _LOG_LEVELS[:, None] <= _MAX_TINT
+    highest = np.where(near & (levels[None, :] >= levels[:, None]), levels[None, :], 0).max(axis=1)
+    highest[_UNSCANNED:] = 0
+    return np.asarray(highest, np.uint8)
 
 
 def _stain(od: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -154,28 +195,40 @@ def _variance(rgb: Picture, um_per_px: FloatPair) -> Floats:
     """The largest variance of any channel over a window of 40 um, of values averaged over about 8 um."""
     import cv2
 
-    values = rgb.astype(np.float32)
     fine = tuple(max(round(_NOISE_UM / um), 1) for um in um_per_px)
-    if max(fine) > 1:
-        values = np.asarray(cv2.blur(values, fine), np.float32)
     window = _odd(_FLAT_WINDOW_UM, um_per_px)
-    mean = cv2.blur(values, window)
-    variance = cv2.blur(cv2.multiply(values, values), window) - cv2.multiply(mean, mean)
-    return np.asarray(extremes(variance)[1], np.float32)
+    # A band of rows at a time, with what its windows see beyond it, stays in the processor's cache.
+    margin = window[1] // 2 + (fine[1] if max(fine) > 1 else 0) + 1
+    out = np.empty(rgb.shape[:2], np.float32)
+    for start in range(0, rgb.shape[0], _BAND_ROWS):
+        end = min(start + _BAND_ROWS, rgb.shape[0])
+        first, last = max(start - margin, 0), min(end + margin, rgb.shape[0])
+        values = rgb[first:last].astype(np.float32)
+        if max(fine) > 1:
+            values = np.asarray(cv2.blur(values, fine), np.float32)
+        mean = cv2.blur(values, window)
+        variance = cv2.subtract(cv2.blur(cv2.multiply(values, values), window), cv2.multiply(mean, mean))
+        r, g, b = cv2.split(variance)
+        out[start:end] = cv2.max(cv2.max(r, g), b)[start - first : end - first]
+    return out
 
 
 def _share(pieces: list[_Piece], rgb: Picture) -> float:
     return float(sum(piece.area_px for piece in pieces)) / float(rgb.shape[0] * rgb.shape[1])
 
 
-def _pieces(smooth: Bools, log: Floats, um_per_px: FloatPair) -> tuple[NDArray[np.int32], list[_Piece]]:
+def _pieces(smooth: Bools, rgb: Picture, um_per_px: FloatPair) -> tuple[NDArray[np.int32], list[_Piece]]:
     import cv2
 
     labels, stats = components(smooth)
     areas = stats[:, cv2.CC_STAT_AREA]
     large = np.flatnonzero(areas * um_per_px[0] * um_per_px[1] >= _PIECE_UM2)
-    flat_labels = labels.ravel()
-    sums = np.stack([np.bincount(flat_labels, log[..., c].ravel(), len(stats)) for c in range(3)], axis=1)
+    kept = np.zeros(len(stats), bool)
+    kept[large] = True
+    kept[0] = False
+    own = np.flatnonzero(kept[labels])
+    of, colours = labels.ravel()[own], rgb.reshape(-1, 3)[own]
+    sums = np.stack([np.bincount(of, _LOG_LEVELS[colours[:, c]], len(stats)) for c in range(3)], axis=1)
     pieces = []
     for label in large[large > 0]:
         mean = sums[label] / areas[label]
@@ -185,9 +238,10 @@ def _pieces(smooth: Bools, log: Floats, um_per_px: FloatPair) -> tuple[NDArray[n
 
 
 def _glass_pieces(
-    labels: NDArray[np.int32], pieces: list[_Piece], off_scan: Bools, um_per_px: FloatPair, slide_px: int
+    labels: NDArray[np.int32], pieces: list[_Piece], planes: Planes, um_per_px: FloatPair
 ) -> list[_Piece]:
     """Those pieces that are glass; none where there is too little of it to tell."""
+    slide_px = labels.size
     smooth_px = sum(piece.area_px for piece in pieces)
     enough = max(NEAR_WHITE_SHARE * slide_px, 0.05 * smooth_px)
     total = 0
@@ -199,14 +253,18 @@ def _glass_pieces(
             break
     if main is None:
         return []
+    glass = [piece for piece in pieces if piece.tint - main.tint <= _SAME_TINT]
+    tinted = [piece for piece in pieces if piece.tint - main.tint > _SAME_TINT]
+    if not tinted:
+        return glass
     kept = np.zeros(int(labels.max()) + 1, bool)
     kept[[piece.label for piece in pieces]] = True
+    off_scan = (planes.least >= _UNSCANNED) | (planes.most <= 12)
     others = kept[labels] | off_scan
-    glass: list[_Piece] = []
-    doubtful: list[_Piece] = []
-    for piece in pieces:
-        is_main = piece.tint - main.tint <= _SAME_TINT
-        (glass if is_main or _is_field(labels, piece, others, um_per_px) else doubtful).append(piece)
+    fields = {piece.label for piece in tinted if _is_field(labels, piece, others, um_per_px)}
+    main_or_field = {piece.label for piece in glass} | fields
+    glass = [piece for piece in pieces if piece.label in main_or_field]
+    doubtful = [piece for piece in tinted if piece.label not in fields]
     # Between tissue on all sides, or a sliver: glass where it has the colour of other glass.
     known = np.array([piece.log for piece in glass])
     glass += [p for p in doubtful if np.abs(known - p.log).max(axis=1).min() <= _SAME_TINT]
@@ -255,8 +313,8 @@ def _is_field(labels: NDArray[np.int32], piece: _Piece, others: Bools, um_per_px
     return bool(np.count_nonzero(at_end) >= _TOUCHING_SHARE * perimeter)
 
 
-def _drift(labels: NDArray[np.int32], piece: _Piece, log: Floats, um_per_px: FloatPair) -> Floats:
-    """Colours of a piece, log10 levels float32 (h, w, 3) over its box, smoothed within the piece."""
+def _coarse_drift(labels: NDArray[np.int32], piece: _Piece, rgb: Picture, um_per_px: FloatPair) -> Floats:
+    """Colours of a piece, log10 levels float32 (h, w, 3) of a few points over its box, smoothed within the piece."""
     import cv2
 
     x, y, w, h = piece.box
@@ -268,11 +326,18 @@ def _drift(labels: NDArray[np.int32], piece: _Piece, log: Floats, um_per_px: Flo
     sigma = (max(sx * size[0] / w, 0.3), max(sy * size[1] / h, 0.3))
     edge = cv2.BORDER_CONSTANT
     weight = cv2.resize(own, size, interpolation=cv2.INTER_AREA)
-    values = cv2.resize(log[y : y + h, x : x + w] * own[..., None], size, interpolation=cv2.INTER_AREA)
+    log = np.asarray(cv2.LUT(np.ascontiguousarray(rgb[y : y + h, x : x + w]), _LOG_LEVELS))
+    values = cv2.resize(log * own[..., None], size, interpolation=cv2.INTER_AREA)
     weight = cv2.GaussianBlur(weight, (0, 0), sigmaX=sigma[0], sigmaY=sigma[1], borderType=edge)
     values = cv2.GaussianBlur(values, (0, 0), sigmaX=sigma[0], sigmaY=sigma[1], borderType=edge)
-    smooth = np.asarray(values).reshape(size[1], size[0], 3) / np.maximum(weight, 1e-6)[..., None]
-    return np.asarray(cv2.resize(smooth, (w, h), interpolation=cv2.INTER_LINEAR), np.float32)
+    return np.asarray(np.asarray(values).reshape(size[1], size[0], 3) / np.maximum(weight, 1e-6)[..., None], np.float32)
+
+
+def _drift(piece: _Piece, coarse: Floats) -> Floats:
+    """``_coarse_drift`` at every pixel of the piece's box."""
+    import cv2
+
+    return np.asarray(cv2.resize(coarse, piece.box[2:], interpolation=cv2.INTER_LINEAR), np.float32)
 
 
 def _sampled(glass: list[_Piece], drifted: dict[int, Floats], labels: NDArray[np.int32]) -> list[Floats]:

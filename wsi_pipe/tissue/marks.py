@@ -11,6 +11,7 @@ With r, g and b the densities of red, green and blue light (haematoxylin has r :
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from wsi_pipe.config import SegmentSettings
 from wsi_pipe.geometry import FloatPair
-from wsi_pipe.tissue.shapes import close_gaps, components, extremes, grow
+from wsi_pipe.tissue.shapes import Planes, box_of, close_gaps, components, grow
 
 __all__ = ["Marks", "find_marks"]
 
@@ -41,48 +42,70 @@ class Marks(NamedTuple):
     halo: Bools
 
 
-def find_marks(od: Floats, um_per_px: FloatPair, settings: SegmentSettings) -> Marks:
-    """Pen and debris of an overview's optical density, float32 (H, W, 3)."""
+def find_marks(od: Planes, um_per_px: FloatPair, settings: SegmentSettings) -> Marks:
+    """Pen and debris of an overview's optical density, planes of float32 (H, W)."""
     import cv2
 
-    core = np.zeros(od.shape[:2], bool)
+    core = np.zeros(od.r.shape, bool)
     halo = np.zeros_like(core)
-    r, g, b = od[..., 0], od[..., 1], od[..., 2]
-    least, densest = extremes(od)
-    kinds: list[tuple[Bools, Bools, bool]] = []
+    kinds: list[tuple[NDArray[np.int64], Callable[[Floats, Floats, Floats], Bools], bool]] = []
     if settings.drop_dark:
         # Keratin and folds are as dense, but coloured; what lets no light through in any channel has no colour left.
-        dark = (least > settings.dark_od) & ((least > 0.68 * densest) | (least > 2 * settings.dark_od))
-        kinds.append((dark, least > 0.5 * densest, False))
+        some = np.flatnonzero(od.least > settings.dark_od)
+        least, most = od.least.ravel()[some], od.most.ravel()[some]
+        dark = (least > 0.68 * most) | (least > 2 * settings.dark_od)
+        kinds.append((some[dark], _is_grey, False))
     if settings.drop_pen:
-        strong = densest > settings.pen_od
+        # All that is asked of ink, but for its density, is asked of the few pixels that have that.
+        strong = np.flatnonzero(od.most > settings.pen_od)
+        r, g, b = od.part(strong)
         # Over tissue the two add up: even then red is absorbed more than green, and a lot.
-        blue = (r > b) & ((strong & (r > 1.25 * g)) | ((r > 2 * settings.pen_od) & (r > 1.05 * g)))
-        green = strong & (r > 1.35 * g) & (b > 1.05 * g)
-        red = strong & (g > 2 * settings.pen_od) & (b > 0.72 * g) & (b < 1.3 * g) & (r < 0.10 * g)
+        blue = (r > b) & ((r > 1.25 * g) | ((r > 2 * settings.pen_od) & (r > 1.05 * g)))
+        green = (r > 1.35 * g) & (b > 1.05 * g)
+        red = (g > 2 * settings.pen_od) & (b > 0.72 * g) & (b < 1.3 * g) & (r < 0.10 * g)
         # Over tissue: denser than pools of blood, which absorb more red for it.
         red |= (g > 4 * settings.pen_od) & (b > 0.62 * g) & (b < 1.3 * g) & (r < 0.18 * g)
-        kinds.append((blue, (r > 1.05 * g), True))
-        kinds.append((green, (r > 1.05 * g), True))
-        kinds.append((red, (b > 0.6 * g) & (r < 0.25 * g), True))
-    pixel_um2 = um_per_px[0] * um_per_px[1]
-    for sure, alike, inks in kinds:
+        kinds.append((strong[blue], _is_cold, True))
+        kinds.append((strong[green], _is_cold, True))
+        kinds.append((strong[red], _is_warm, True))
+    least_px = settings.mark_area_um2 / (um_per_px[0] * um_per_px[1])
+    for pixels, alike, inks in kinds:
+        sure = np.zeros_like(core)
+        sure.ravel()[pixels] = True
         # Noise in what is nearly black leaves pores: one mark is one piece.
-        labels, stats = components(close_gaps(sure, um_per_px, _PORE_UM))
-        large = stats[:, cv2.CC_STAT_AREA] * pixel_um2 >= settings.mark_area_um2
+        closed = close_gaps(sure, um_per_px, _PORE_UM)
+        if np.count_nonzero(closed) < least_px:
+            continue
+        box = box_of(closed)
+        labels, stats = components(np.ascontiguousarray(closed[box]))
+        large = stats[:, cv2.CC_STAT_AREA] * (um_per_px[0] * um_per_px[1]) >= settings.mark_area_um2
         large[0] = False
         if not large.any():
             continue
-        found: Bools = large[labels]
+        found: Bools = np.zeros_like(core)
+        found[box] = large[labels]
         core |= found
         # Ink thins out at its rim and lenses fringe black with colour: what is near, and faint or alike, goes too.
-        halo |= grow(found, settings.mark_margin_um, um_per_px) & ~found & alike
+        rim = np.flatnonzero(grow(found, settings.mark_margin_um, um_per_px) & ~found)
+        halo.ravel()[rim[alike(*od.part(rim))]] = True
         if inks:
             halo |= _bled(od, found, um_per_px, settings)
     return Marks(core, halo)
 
 
-def _bled(od: Floats, found: Bools, um_per_px: FloatPair, settings: SegmentSettings) -> Bools:
+def _is_grey(r: Floats, g: Floats, b: Floats) -> Bools:
+    return np.asarray(np.minimum(np.minimum(r, g), b) > 0.5 * np.maximum(np.maximum(r, g), b), bool)
+
+
+def _is_cold(r: Floats, g: Floats, b: Floats) -> Bools:
+    return r > 1.05 * g
+
+
+def _is_warm(r: Floats, g: Floats, b: Floats) -> Bools:
+    return (b > 0.6 * g) & (r < 0.25 * g)
+
+
+def _bled(od: Planes, found: Bools, um_per_px: FloatPair, settings: SegmentSettings) -> Bools:
     """Ink that has run: what leads away from a stroke in just its colour, ever fainter, off and beyond its margin.
 
     The colour is the stroke's own, measured where it is least dense: there it lies on glass and not on tissue.
@@ -90,25 +113,47 @@ def _bled(od: Floats, found: Bools, um_per_px: FloatPair, settings: SegmentSetti
     import cv2
 
     zone = grow(found, _BLED_MARGINS * settings.mark_margin_um, um_per_px)
-    rows, columns = np.flatnonzero(zone.any(axis=1)), np.flatnonzero(zone.any(axis=0))
-    part = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+    part = box_of(zone)
     sx, sy = (max(_BLED_SMOOTH_UM / um, 0.3) for um in um_per_px)
-    soft = np.asarray(cv2.GaussianBlur(np.ascontiguousarray(od[part]), (0, 0), sigmaX=sx, sigmaY=sy), np.float32)
+    dense = np.stack(od.part(part), axis=2)
+    soft = np.asarray(cv2.GaussianBlur(dense, (0, 0), sigmaX=sx, sigmaY=sy), np.float32)
     length = np.sqrt(np.einsum("ijk,ijk->ij", soft, soft))
     own = found[part]
     faint = own & (length <= np.quantile(length[own], 0.3))
     ink = np.median(soft[faint] / length[faint][:, None], axis=0)
     cosine = soft @ (ink / np.linalg.norm(ink)) / np.maximum(length, 1e-6)
     # What smoothing carries over from the stroke onto clear glass is no ink.
-    clear = extremes(od[part])[1] <= settings.stain_min
+    clear = od.most[part] <= settings.stain_min
     alike = zone[part] & ~own & (cosine >= _BLED_COSINE) & ~clear
-    # Away from the stroke ink only fades; tissue in its way, of much the same colour, grows dense again.
-    run, fresh = own, own
-    element = np.ones((3, 3), np.uint8)
-    while fresh.any():
-        nearby = cv2.dilate(np.where(fresh, length, np.float32(0)), element)
-        fresh = alike & ~run & (nearby * _BLED_RISE >= length)
-        run = run | fresh
     out = np.zeros_like(found)
-    out[part] = run & ~own
+    out[part] = _run(length, own, alike)
     return out
+
+
+def _run(length: Floats, own: Bools, alike: Bools) -> Bools:
+    """What of ``alike`` is reached from ``own`` by steps from pixel to pixel on which ``length`` does not rise.
+
+    Away from the stroke ink only fades; tissue in its way, of much the same colour, grows dense again.
+    """
+    # A rim, so that every pixel has eight neighbours.
+    open_px, dense = np.pad(alike, 1).ravel(), np.pad(length, 1).ravel()
+    width = alike.shape[1] + 2
+    steps = np.array([-width - 1, -width, -width + 1, -1, 1, width - 1, width, width + 1])
+    # All of the stroke but its edge has only itself around it.
+    around = np.asarray(_touching(alike) & own)
+    fresh = np.flatnonzero(np.pad(around, 1).ravel())
+    reached = np.zeros(open_px.shape, bool)
+    while len(fresh):
+        nearby = fresh[:, None] + steps
+        falls = open_px[nearby] & ((dense[fresh] * np.float32(_BLED_RISE))[:, None] >= dense[nearby])
+        reached[nearby[falls]] = True
+        fresh = np.unique(nearby[falls])
+        open_px[fresh] = False
+    return reached.reshape(alike.shape[0] + 2, width)[1:-1, 1:-1]
+
+
+def _touching(mask: Bools) -> Bools:
+    """The mask and the eight neighbours of its pixels."""
+    import cv2
+
+    return np.asarray(cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0, bool)

@@ -19,6 +19,10 @@ _BAND_PIXELS = 1 << 24
 _CORNER = np.array([bin(code).count("1") in (1, 3) for code in range(16)])
 _ABOVE_LEFT, _ABOVE_RIGHT, _BELOW_LEFT, _BELOW_RIGHT = 1, 2, 4, 8
 _SADDLE_DOWN, _SADDLE_UP = _ABOVE_LEFT | _BELOW_RIGHT, _ABOVE_RIGHT | _BELOW_LEFT
+_TURN = np.zeros(256, np.uint8)
+"""1 where outlines turn at a point, by its code."""
+_TURN[:16] = _CORNER
+_TURN[[_SADDLE_DOWN, _SADDLE_UP]] = 1
 
 
 def trace_mask(mask: NDArray[np.bool_]) -> list[list[NDArray[np.int64]]]:
@@ -35,9 +39,9 @@ def trace_mask(mask: NDArray[np.bool_]) -> list[list[NDArray[np.int64]]]:
     padded = np.zeros((height + 2, width + 2), np.uint8)
     padded[1:-1, 1:-1] = mask
     code = padded[:-1, :-1] | padded[:-1, 1:] << 1 | padded[1:, :-1] << 2 | padded[1:, 1:] << 3
-    saddle = (code == _SADDLE_DOWN) | (code == _SADDLE_UP)
-    ys, xs = np.nonzero(_CORNER[code] | saddle)
-    codes = code[ys, xs]
+    turns = np.flatnonzero(cv2.LUT(code, _TURN))
+    ys, xs = np.divmod(turns, width + 1)
+    codes = code.ravel()[turns]
     del code
     # Where two pixels meet at a point only, the point is a turn of both: it is listed twice.
     repeat = np.where((codes == _SADDLE_DOWN) | (codes == _SADDLE_UP), 2, 1)

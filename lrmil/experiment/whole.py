@@ -1,35 +1,43 @@
 """The whole LRMIL experiment: slides and labels in; one table, one JSON and one picture out.
 
-    python -m pipelines.lrmil_experiment pipelines/presets/cpu.toml -o out
-    python -m pipelines.lrmil_experiment PRESET -o out --slides slides.csv --labels labels.csv
-    python -m pipelines.lrmil_experiment PRESET -o out --set cohort.slides=60 --set distill.epochs=8
-
 Run again, it goes on where it stopped: every stage keeps what is done and still fits the settings.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lrmil.config import LossSettings
 from lrmil.distill import DistillRequest, DistillResult, run_distillation
-from lrmil.experiment import Cohort, TeacherSource, evaluate_run, load_cohort, train_folds
-from lrmil.experiment.cohort import open_features
-from lrmil.experiment.folds import SPLITS_NAME
+from lrmil.experiment.baselines import (
+    BASELINES,
+    EAGLE_TILES,
+    guided_rows,
+    kept,
+    model_of,
+    random_rows,
+    tile_attention,
+    with_parents,
+    zoomed_rows,
+)
+from lrmil.experiment.cohort import Cohort, load_cohort, open_features
+from lrmil.experiment.figures import evaluate_run
+from lrmil.experiment.folds import SPLITS_NAME, TeacherSource, train_folds
+from lrmil.experiment.report import write_results
+from lrmil.experiment.results import Arm, Results, measure_cost, summarise
+from lrmil.experiment.settings import ABLATIONS, ExperimentSettings
 from lrmil.pictures.distill import draw_distillation
-from lrmil.splits import SplitTable, make_splits, read_splits
+from lrmil.splits import SplitTable, make_splits
 from lrmil.store import FeatureStore
-from pipelines.experiment_results import Arm, Results, measure_cost, summarise, write_results
-from pipelines.experiment_settings import ABLATIONS, ExperimentSettings, cohort_changes, load_experiment
 from wsi_pipe.config import fingerprint, to_mapping
-from wsi_pipe.cores import available_cores
 from wsi_pipe.encoders import load_encoder
-from wsi_pipe.errors import ConfigError, JobError, WsiPipeError
+from wsi_pipe.errors import ConfigError, JobError
 from wsi_pipe.execute import Where
 from wsi_pipe.files import write_text_atomically
 from wsi_pipe.job import open_job, utc_now
@@ -38,15 +46,10 @@ from wsi_pipe.job.lock import hold_job
 from wsi_pipe.manifest import read_manifest
 from wsi_pipe.synthetic import make_cohort
 
-__all__ = ["Experiment", "main"]
+__all__ = ["HR", "LR", "STAGE1", "STAGE2", "Experiment"]
 
 HR, LR, STAGE1, STAGE2 = "HR", "LR", "LR, stage 1", "LR, stages 1 and 2"
 FOLDERS = {HR: "hr", LR: "lr", STAGE1: "lr-stage1", STAGE2: "lr-stage2"}
-
-
-def say(text: str) -> None:
-    """One line of progress, on standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Experiment:
     cases: Mapping[str, str] = field(default_factory=dict)
     workers: int = 1
 
-    def run(self, *, ablation: str | None = None, progress: Callable[[str], object] = say) -> Results:
+    def run(self, *, ablation: str | None = None, progress: Callable[[str], object] = str) -> Results:
         """Every stage in turn; ``ablation``: a fold on which the loss terms are left out one by one as well.
 
         Raises LeakageError when a case is in two parts of a fold or a fold's student saw its test slides, and what the
@@ -89,13 +92,17 @@ class Experiment:
         self.extract([result.path for result in students.values()])
         for fold, result in students.items():
             self.train_student(fold, result.path, splits, hr_cohort.store, self.run_folder(STAGE1), None)
-            loss = self.settings.student_loss
-            self.train_student(fold, result.path, splits, hr_cohort.store, self.run_folder(STAGE2), loss)
+            for rule, loss in self.settings.taught.items():
+                self.train_student(fold, result.path, splits, hr_cohort.store, self.run_folder(STAGE2, rule), loss)
         arms = [
             Arm(HR, self.settings.hr, self.settings.teacher, self.run_folder(HR)),
             Arm(LR, self.settings.lr, self.settings.teacher, self.run_folder(LR)),
             Arm(STAGE1, self.settings.lr, self.settings.student, self.run_folder(STAGE1)),
-            Arm(STAGE2, self.settings.lr, self.settings.student, self.run_folder(STAGE2)),
+            *(
+                Arm(_with(STAGE2, rule), self.settings.lr, self.settings.student, self.run_folder(STAGE2, rule), STAGE1)
+                for rule in self.settings.taught
+            ),
+            *(self.baseline(name, cohort, hr_cohort, splits) for name in self.settings.baselines),
         ]
         results = dataclasses.replace(summarise(self.settings, arms, students), synthetic=synthetic)
         # Written before the dear parts, so that an interrupted run leaves its figures.
@@ -109,9 +116,9 @@ class Experiment:
             write_results(self.out, results)
         return results
 
-    def run_folder(self, arm: str) -> Path:
-        """Where the classifiers of an arm are."""
-        return self.out / "runs" / FOLDERS[arm]
+    def run_folder(self, arm: str, rule: str = "") -> Path:
+        """Where the classifiers of an arm are. rule: for parents, where there are several arms of that name."""
+        return self.out / "runs" / (f"{FOLDERS[arm]}-{rule}" if rule else FOLDERS[arm])
 
     def prepare_slides(self) -> None:
         """The given slides, or a synthetic cohort. Raises ConfigError when only one of slides and labels is given."""
@@ -222,6 +229,49 @@ class Experiment:
         settings = self.settings.mil_settings(loss)
         train_folds(cohort, splits, [fold], settings, out, teacher=teacher, hr_store=hr if loss else None)
 
+    def baseline(self, name: str, lr: Cohort, hr: Cohort, splits: SplitTable) -> Arm:
+        """The classifiers of a baseline, every fold."""
+        found = BASELINES[name]
+        out = self.out / "runs" / f"baseline-{name}"
+        plain = self.settings.mil_settings()
+        settings = dataclasses.replace(plain, model=model_of(plain.model, found))
+        self.say(found.name)
+        own: FeatureStore = hr.store
+        guided = found.features in ("guided", "zoomed")
+        if found.features == "random":
+            own = kept(hr.store, random_rows(hr.store.lengths.tolist(), lr.store.lengths.tolist(), settings.seed))
+        elif found.features == "both":
+            own = with_parents(hr.store, lr.store)
+        tiles = [float(own.lengths.mean())]
+        if not guided:
+            train_folds(dataclasses.replace(hr, store=own), splits, list(splits.folds), settings, out)
+        else:
+            tiles = []
+            joint = with_parents(hr.store, lr.store) if found.features == "zoomed" else hr.store
+            for fold in splits.folds:
+                # The fold's own LR classifier looks, which has not seen the fold's test cases.
+                attention = tile_attention(self.run_folder(LR) / fold / "model.safetensors", lr.store)
+                own = kept(joint, self._looked_at(found.features, attention, hr.store))
+                tiles.append(float(own.lengths.mean()))
+                train_folds(dataclasses.replace(hr, store=own), splits, [fold], settings, out)
+        # Those that look at LR tiles, or use them, read them too.
+        also = float(lr.store.lengths.mean()) if guided or found.features == "both" else 0.0
+        return Arm(found.name, self.settings.hr, self.settings.teacher, out, "", float(np.mean(tiles)) + also)
+
+    def _looked_at(
+        self, features: str, attention: Sequence[NDArray[np.float32]], hr: FeatureStore
+    ) -> list[NDArray[np.int64]]:
+        """The rows of each HR bag that the attention on its LR tiles leads to."""
+        assert hr.parents is not None
+        rows = []
+        for own, start, stop in zip(attention, hr.offsets[:-1], hr.offsets[1:], strict=True):
+            parents = np.asarray(hr.parents[start:stop], np.int64)
+            if features == "guided":
+                rows.append(guided_rows(own, parents, EAGLE_TILES))
+            else:
+                rows.append(zoomed_rows(own, parents, self.settings.zoom_tiles))
+        return rows
+
     def cost(self, encoder: Path, test: Sequence[int], cohort: Cohort) -> Mapping[str, Mapping[str, object]]:
         """What inference costs on some test slides, HR and LR."""
         assert self.slides is not None
@@ -258,44 +308,6 @@ def ablation_figures(out: Path, fold: str, settings: ExperimentSettings) -> dict
     return {"auc": estimate.value, "auc_low": estimate.low, "auc_high": estimate.high}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, print the table; 2 for the user's mistakes."""
-    parser = argparse.ArgumentParser(prog="lrmil_experiment", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("preset", type=Path, help="TOML settings, such as pipelines/presets/cpu.toml")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the experiment")
-    parser.add_argument("--slides", type=Path, help="CSV of slides, as wsi-pipe takes it  [a synthetic cohort]")
-    parser.add_argument("--labels", type=Path, help="CSV of labels, as lrmil takes it")
-    parser.add_argument("--splits", type=Path, help="CSV of folds, as lrmil split writes it  [made anew]")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], dest="changes",
-        help="a setting over the preset's, such as distill.epochs=8; may be given again",
-    )  # fmt: skip
-    parser.add_argument("--signal", help="signal of the synthetic cohort, over the preset's")
-    parser.add_argument("--ablation", metavar="FOLD", help="leave out the losses one by one on this fold")
-    given = parser.parse_args(arguments)
-    try:
-        idle = [f"--set {change}" for change in cohort_changes(given.changes)]
-        idle += [f"--signal {given.signal}"] if given.signal else []
-        if given.slides and idle:
-            raise ConfigError(
-                f"{', '.join(idle)}: is about the synthetic cohort, which --slides stands in for",
-                remedy="leave out the one or the other",
-            )
-        settings = load_experiment(given.preset, given.changes)
-        if given.signal:
-            settings = dataclasses.replace(settings, cohort=dataclasses.replace(settings.cohort, signal=given.signal))
-        splits = read_splits(given.splits) if given.splits else None
-        experiment = Experiment(settings, given.out, given.slides, given.labels, splits, workers=available_cores())
-        experiment.run(ablation=given.ablation)
-    except WsiPipeError as error:
-        print(f"lrmil_experiment: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("lrmil_experiment: interrupted; run again to go on", file=sys.stderr)
-        return 130
-    print((given.out / "results.md").read_text(encoding="utf-8"))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _with(arm: str, rule: str) -> str:
+    """The name of an arm with its rule for parents, where there are several."""
+    return f"{arm}, {rule} of children" if rule else arm

@@ -1,35 +1,21 @@
-"""Figures of the LRMIL experiment: accuracy of the arms, cost at inference, a table, a JSON and a picture."""
+"""What the LRMIL experiment found, to read: a table, a JSON and a picture."""
 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import platform
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from lrmil.distill import DistillResult
-from lrmil.errors import FiguresError
-from lrmil.experiment import read_predictions
-from lrmil.experiment.figures import PREDICTIONS_NAME, FoldPredictions, fold_folders, write_json
-from lrmil.metrics import Difference, Estimate, compare, evaluate, evaluate_folds
-from lrmil.metrics import figures as fold_figures
-from lrmil.pictures.canvas import COLOURS, canvas
-from pipelines.experiment_settings import ExperimentSettings
+from lrmil.experiment.figures import write_json
+from lrmil.experiment.results import Results
 from wsi_pipe import __version__
-from wsi_pipe.benchmark.analysis import totals
-from wsi_pipe.benchmark.measure import run_benchmark
-from wsi_pipe.config import ExtractSettings, to_mapping
+from wsi_pipe.config import to_mapping
 from wsi_pipe.files import write_text_atomically
-from wsi_pipe.manifest import SlideEntry
 
-__all__ = ["Arm", "Results", "measure_cost", "summarise", "write_results"]
+__all__ = ["write_results"]
 
 FIGURES = ("auc", "balanced_accuracy", "ece")
 MARGIN = 0.03
@@ -41,147 +27,6 @@ FIXED_STAGES = ("open", "segment", "plan")
 TRANSFER = "transfer"
 """Measured once more by itself; ``encode`` holds it."""
 NAMES = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "ece": "calibration error"}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way to classify slides. level: whose tiles it reads. encoder: what computes their features. run: its folds."""
-
-    name: str
-    level: str
-    encoder: str
-    run: Path
-
-
-@dataclass(frozen=True)
-class Results:
-    """What the experiment found.
-
-    figures: by arm, means over the folds' test sets. Folds are not pooled for them: each has a model of its own, whose
-    probabilities need not compare with another's, and a model that failed would pass unseen among the others. pooled:
-    by arm, the same over all test predictions together. fold_auc: arm -> fold -> AUC. differences: arm -> reference arm
-    -> figure, paired by case within folds. distillation: by fold, explained variance and cosine, with the linear
-    baseline. synthetic: whether the slides were made here. cost: by arm, per slide. ablation: variant -> figures of one
-    fold.
-    """
-
-    settings: ExperimentSettings
-    arms: tuple[Arm, ...]
-    slides: int
-    cases: int
-    figures: Mapping[str, Mapping[str, Estimate]]
-    pooled: Mapping[str, Mapping[str, Estimate]]
-    fold_auc: Mapping[str, Mapping[str, float]]
-    differences: Mapping[str, Mapping[str, Mapping[str, Difference]]]
-    distillation: Mapping[str, Mapping[str, Any]]
-    synthetic: bool = True
-    cost: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    ablation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    def cost_of(self, arm: str) -> Mapping[str, Any]:
-        """The cost of an arm; both distilled ones have the same encoder and so the same."""
-        return self.cost.get(arm) or self.cost[self.arms[2].name]
-
-
-def summarise(settings: ExperimentSettings, arms: Sequence[Arm], students: Mapping[str, DistillResult]) -> Results:
-    """Figures of every arm and its paired differences against the first two, all by case and fold.
-
-    Raises FiguresError when the arms predicted different slides.
-    """
-    found = {arm.name: _predictions(arm.run) for arm in arms}
-    first = found[arms[0].name]
-    for arm in arms[1:]:
-        # What is paired must be the same slides in the same order.
-        if {fold: p.slide_ids for fold, p in found[arm.name].items()} != {f: p.slide_ids for f, p in first.items()}:
-            raise FiguresError(f"{arm.run} predicted other slides than {arms[0].run}", remedy="delete both, run again")
-    options: dict[str, Any] = {"replicates": settings.replicates}
-    labels, cases = [p.labels for p in first.values()], [p.case_ids for p in first.values()]
-    scores = {name: [p.probabilities for p in parts.values()] for name, parts in found.items()}
-    figures = {name: evaluate_folds(labels, scores[name], cases, **options) for name in found}
-    together = [case for part in cases for case in part]
-    pooled = {
-        name: evaluate(
-            np.concatenate(labels),
-            np.concatenate(scores[name]),
-            together,
-            classes=next(iter(parts.values())).classes,
-            **options,
-        )
-        for name, parts in found.items()
-    }
-    fold_auc = {
-        name: {fold: fold_figures(p.labels, p.probabilities)["auc"] for fold, p in parts.items()}
-        for name, parts in found.items()
-    }
-    differences = {
-        arm.name: {
-            other.name: compare(labels, scores[arm.name], scores[other.name], cases, **options)
-            for other in arms[:2]
-            if other.name != arm.name
-        }
-        for arm in arms
-    }
-    distillation = {
-        fold: {
-            "best_epoch": result.history.best,
-            "student": dict(result.figures),
-            "linear_baseline": {name: dataclasses.asdict(a) for name, a in result.baseline.items()},
-            "mean_baseline": {name: dataclasses.asdict(a) for name, a in result.mean.items()},
-        }
-        for fold, result in students.items()
-    }
-    return Results(
-        settings, tuple(arms), len(together), len(set(together)), figures, pooled, fold_auc, differences, distillation
-    )
-
-
-def _predictions(run: Path) -> dict[str, FoldPredictions]:
-    """Test predictions of a run by fold."""
-    return {folder.name: read_predictions(folder / PREDICTIONS_NAME) for folder in fold_folders(run)}
-
-
-def measure_cost(
-    settings: ExperimentSettings, lr_encoder: str, entries: Sequence[SlideEntry], names: tuple[str, str, str]
-) -> dict[str, dict[str, Any]]:
-    """Inference per slide by arm: tiles, bytes, seconds by stage and end to end, peak memory in bytes.
-
-    names: of the arms HR with the teacher, LR with the teacher, LR with the distilled encoder. Each reads its own level
-    alone, taking turns, in a process of their own, whose memory holds nothing of the training. Peak memory is that
-    process's, the libraries included. The classifier itself, a few milliseconds, is not in it.
-    """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure, settings, lr_encoder, entries, names).result()
-
-
-def _measure(
-    settings: ExperimentSettings, lr_encoder: str, entries: Sequence[SlideEntry], names: tuple[str, str, str]
-) -> dict[str, dict[str, Any]]:
-    job = settings.job()
-    extract = ExtractSettings(
-        encoders={settings.hr: (settings.teacher,), settings.lr: (settings.teacher, lr_encoder)},
-        precision=settings.precision,
-        random_weights=settings.random_teacher,
-    )
-    record = run_benchmark(entries, dataclasses.replace(job, extract=extract), repeats=settings.cost_repeats)
-    cost = {}
-    for arm, total in zip(record.arms, totals(record), strict=True):
-        n = total.slides
-        name = names[0] if arm.label == settings.hr else names[1 if arm.encoder == settings.teacher else 2]
-        cost[name] = {
-            "slides": n,
-            "tiles": total.tiles / n,
-            "native_tiles": total.native_tiles / n,
-            "bytes_read": total.bytes_read / n,
-            "bytes_written": total.bytes_written / n,
-            "stages_s": {stage: wall / n for stage, (wall, _) in total.stages.items()},
-            "stages_cpu_s": {stage: cpu / n for stage, (_, cpu) in total.stages.items()},
-            "end_to_end_s": None if total.end_to_end_s is None else total.end_to_end_s / n,
-            "end_to_end_cpu_s": None if total.end_to_end_cpu_s is None else total.end_to_end_cpu_s / n,
-            "peak_memory_bytes": total.peak_memory_bytes,
-            "peak_memory_growth_bytes": total.peak_memory_growth_bytes,
-            "foreign_load": record.foreign_load,
-        }
-    return cost
 
 
 def write_results(out: Path, results: Results) -> None:
@@ -220,8 +65,9 @@ def _markdown(results: Results) -> list[str]:
             found = results.differences[arm.name].get(other)
             row.append(_interval(found["auc"].value, found["auc"].low, found["auc"].high, "+") if found else "")
         if results.cost:
-            cost = results.cost_of(arm.name)
-            row += [f"{cost['tiles']:.0f}", f"{cost['end_to_end_s']:.3f}"]
+            cost = results.cost_of(arm)
+            tiles = cost["tiles"] if cost else arm.tiles
+            row += ["" if tiles is None else f"{tiles:.0f}", f"{cost['end_to_end_s']:.3f}" if cost else ""]
         rows.append(row)
     signal = f", signal {s.cohort.signal}" if results.synthetic else ""
     text = (
@@ -344,9 +190,15 @@ def _ablation(results: Results) -> str:
 
 def _draw(path: Path, results: Results) -> None:
     """Accuracy against seconds a slide, one point an arm."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    from lrmil.pictures.canvas import COLOURS, canvas
+
     with canvas(path, (5.5, 4.0)) as (axes,):
         for colour, arm in zip(COLOURS, results.arms, strict=False):
-            auc, cost = results.figures[arm.name]["auc"], results.cost_of(arm.name)
+            auc, cost = results.figures[arm.name]["auc"], results.cost_of(arm)
+            if cost is None:
+                continue
             bars = [[max(auc.value - auc.low, 0)], [max(auc.high - auc.value, 0)]]
             label = f"{arm.name} ({cost['tiles']:.0f} tiles)"
             axes.errorbar([cost["end_to_end_s"]], [auc.value], yerr=bars, fmt="o", color=colour, capsize=3, label=label)

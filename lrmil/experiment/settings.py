@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lrmil.config import LossSettings, TrainSettings
+from lrmil.config import PARENTS, LossSettings, TrainSettings
 from lrmil.distill import DistillSettings
+from lrmil.experiment.baselines import BASELINES
 from wsi_pipe.config import ExtractSettings, JobSettings, TileSettings, from_mapping, load_toml, to_mapping
 from wsi_pipe.encoders.random_id import RANDOM_SUFFIX
 from wsi_pipe.errors import ConfigError
@@ -54,8 +55,10 @@ class ExperimentSettings:
     its input, None for the tiles' own. compute_targets: run the teacher for its layers once, into a folder that all
     folds share, rather than read its final features from the bags. precision: of extraction. attention_weights: weigh
     children by the fold's HR teacher in L_final. folds, split_seed, val_fraction: of the splits. mil: of every
-    classifier. student_loss: of the last arm. cost_slides, cost_repeats: of the benchmark. replicates: of the
-    bootstrap.
+    classifier. student_loss: of the arm with a teacher. parent_rules: such an arm for each of these rules of
+    ``LossSettings.parents``, by default one with the loss's own. cost_slides, cost_repeats: of the benchmark.
+    replicates: of the bootstrap. baselines: further arms, of ``lrmil.experiment.baselines.BASELINES``. zoom_tiles: LR
+    tiles that "zoom" looks into.
     """
 
     cohort: CohortSettings = CohortSettings()
@@ -76,13 +79,24 @@ class ExperimentSettings:
     distill: DistillSettings = field(default_factory=DistillSettings)
     mil: TrainSettings = field(default_factory=TrainSettings)
     student_loss: LossSettings = field(default_factory=LossSettings)
+    parent_rules: tuple[str, ...] = ()
     cost_slides: int = 5
     cost_repeats: int = 3
     replicates: int = 2000
+    baselines: tuple[str, ...] = ()
+    zoom_tiles: int = 4
 
     def __post_init__(self) -> None:
         if not self.hr_mpp < self.lr_mpp:
             raise ConfigError(f"hr_mpp {self.hr_mpp:g} must be finer than lr_mpp {self.lr_mpp:g}")
+        unknown = [name for name in self.baselines if name not in BASELINES]
+        if unknown:
+            raise ConfigError(f"no baseline is called {unknown[0]!r}", remedy=f"known ones are {', '.join(BASELINES)}")
+        if self.zoom_tiles < 1:
+            raise ConfigError(f"zoom_tiles {self.zoom_tiles} must be at least 1")
+        odd = [rule for rule in self.parent_rules if rule not in PARENTS]
+        if odd:
+            raise ConfigError(f"parent_rules {odd[0]!r} must be of {', '.join(PARENTS)}")
         if self.folds < 2:
             raise ConfigError(f"{self.folds} folds do not test every case", remedy="give 2 or more")
 
@@ -95,6 +109,13 @@ class ExperimentSettings:
     def lr(self) -> str:
         """Label of the LR level."""
         return level_label(self.lr_mpp)
+
+    @property
+    def taught(self) -> dict[str, LossSettings]:
+        """The losses of the arms with a teacher, by their rule for parents; "" where there is one arm alone."""
+        if not self.parent_rules:
+            return {"": self.student_loss}
+        return {rule: dataclasses.replace(self.student_loss, parents=rule) for rule in self.parent_rules}
 
     @property
     def teacher_features(self) -> str:

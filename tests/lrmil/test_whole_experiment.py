@@ -9,21 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lrmil.cli import group
 from lrmil.errors import LeakageError
+from lrmil.experiment import whole
 from lrmil.experiment.folds import SPLITS_NAME
+from lrmil.experiment.presets import find_preset, preset_names
+from lrmil.experiment.settings import ABLATIONS, CohortSettings, ExperimentSettings, load_experiment
+from lrmil.experiment.whole import HR, LR, STAGE1, STAGE2, Experiment
 from lrmil.splits import read_splits
-from pipelines import lrmil_experiment
-from pipelines.experiment_settings import ABLATIONS, CohortSettings, ExperimentSettings, load_experiment
-from pipelines.lrmil_experiment import HR, LR, STAGE1, STAGE2, Experiment, main
+from lrmil.store import FeatureStore
+from wsi_pipe.cli import run_group
 from wsi_pipe.config import load_toml
 from wsi_pipe.errors import ConfigError
 
-PRESETS = Path(__file__).parents[1] / "pipelines" / "presets"
+CPU, SMALL = find_preset("cpu"), find_preset("cpu-small")
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in PRESETS.glob("*.toml")))
+def main(arguments: list[str]) -> int:
+    return run_group(group, "lrmil", ["experiment", *arguments])
+
+
+@pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_valid(name: str) -> None:
-    settings = load_toml(ExperimentSettings, PRESETS / name)
+    settings = load_toml(ExperimentSettings, find_preset(name))
     job = settings.job(("lr.safetensors",))
     assert job.extract.encoders_of(settings.hr) == (settings.teacher,)
     assert job.extract.encoders_of(settings.lr) == (settings.teacher, "lr.safetensors")
@@ -49,7 +57,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
 
 
 def test_settings_over_the_preset() -> None:
-    preset = PRESETS / "cpu.toml"
+    preset = CPU
     plain = load_toml(ExperimentSettings, preset)
     assert load_experiment(preset) == plain
     found = load_experiment(
@@ -99,9 +107,9 @@ def test_wrong_settings_over_the_preset_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_experiment(PRESETS / "cpu.toml", ["split_seed=1", change])
-    assert main([str(PRESETS / "cpu.toml"), "-o", str(tmp_path / "out"), "--set", change]) == 2
-    assert capsys.readouterr().err.startswith(f"lrmil_experiment: error: --set {change}: ")
+        load_experiment(CPU, ["split_seed=1", change])
+    assert main(["cpu", "-o", str(tmp_path / "out"), "--set", change]) == 2
+    assert capsys.readouterr().err.startswith(f"lrmil: error: --set {change}: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -113,14 +121,14 @@ def test_a_signal_and_settings_go_together(tmp_path: Path, monkeypatch: pytest.M
         raise ConfigError("enough")
 
     monkeypatch.setattr(Experiment, "run", stop)
-    arguments = [str(PRESETS / "cpu.toml"), "-o", str(tmp_path / "out"), "--signal", "coarse"]
+    arguments = ["cpu", "-o", str(tmp_path / "out"), "--signal", "coarse"]
     assert main([*arguments, "--set", "cohort.slides=7", "--set", "cohort.seed=3"]) == 2
     assert seen[0].cohort == CohortSettings(signal="coarse", slides=7, seed=3)
 
 
 def test_slides_without_labels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "slides.csv").write_text("slide\n")
-    arguments = [str(PRESETS / "cpu-small.toml"), "-o", str(tmp_path / "out"), "--slides", str(tmp_path / "slides.csv")]
+    arguments = ["cpu-small", "-o", str(tmp_path / "out"), "--slides", str(tmp_path / "slides.csv")]
     assert main(arguments) == 2
     assert "go together" in capsys.readouterr().err
 
@@ -130,8 +138,10 @@ def test_settings_of_a_cohort_that_is_not_made_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], idle: list[str]
 ) -> None:
     monkeypatch.setattr(Experiment, "run", lambda self, **_: (_ for _ in ()).throw(ConfigError("went on")))
+    for name in ("slides.csv", "labels.csv"):
+        (tmp_path / name).touch()
     slides = ["--slides", str(tmp_path / "slides.csv"), "--labels", str(tmp_path / "labels.csv")]
-    preset = [str(PRESETS / "cpu-small.toml"), "-o", str(tmp_path / "out")]
+    preset = ["cpu-small", "-o", str(tmp_path / "out")]
     assert main([*preset, *slides, *idle]) == 2
     assert f"{' '.join(idle)}: is about the synthetic cohort, which --slides" in capsys.readouterr().err
     for fine in ([*preset, *idle], [*preset, *slides, "--set", "folds=3"]):
@@ -148,17 +158,21 @@ def test_only_the_command_draws_its_cohort_in_several_processes(
         asked.append(workers)
         raise ConfigError("enough")
 
-    monkeypatch.setattr(lrmil_experiment, "make_cohort", drawn)
-    monkeypatch.setattr(lrmil_experiment, "available_cores", lambda: 3)
+    monkeypatch.setattr(whole, "make_cohort", drawn)
+    monkeypatch.setattr("wsi_pipe.cores.available_cores", lambda: 3)
     with pytest.raises(ConfigError, match="enough"):
         Experiment(ExperimentSettings(), tmp_path).run(progress=str)
-    assert main([str(PRESETS / "cpu-small.toml"), "-o", str(tmp_path)]) == 2
+    assert main(["cpu-small", "-o", str(tmp_path)]) == 2
     assert asked == [1, 3]
+
+
+def cohort_lengths(folder: Path, store: str) -> np.ndarray:
+    return FeatureStore.open(folder / "stores" / store).lengths
 
 
 @pytest.mark.slow
 def test_a_whole_small_experiment_runs_and_runs_again_at_once(tmp_path: Path) -> None:
-    settings = load_toml(ExperimentSettings, PRESETS / "cpu-small.toml")
+    settings = load_toml(ExperimentSettings, SMALL)
     lines: list[str] = []
     experiment = Experiment(settings, tmp_path)
     results = experiment.run(progress=lines.append)
@@ -173,7 +187,16 @@ def test_a_whole_small_experiment_runs_and_runs_again_at_once(tmp_path: Path) ->
     assert (tmp_path / "results.png").stat().st_size > 1000
     table = (tmp_path / "results.md").read_text()
     assert table.count("\n| LR") == 6  # of the figures and of the folds
-    assert table.count("not inferior") == 2
+    assert table.count("not inferior") == 2 + len(settings.baselines)
+    # Baselines read what they say: as many random HR tiles as there are LR tiles, 25 and one LR tile's children more.
+    tiles = {arm.name: arm.tiles for arm in results.arms}
+    low = float(cohort_lengths(tmp_path, "lr").mean())
+    high = cohort_lengths(tmp_path, "hr")
+    assert tiles["HR, random tiles, as many as LR"] == pytest.approx(low)
+    assert tiles["HR, 25 tiles by LR attention (EAGLE)"] == pytest.approx(low + np.minimum(high, 25).mean(), abs=1)
+    assert low < (tiles["HR and LR where LR attends (ZoomMIL-like)"] or 0) <= low + 16
+    assert tiles["HR and LR together"] == pytest.approx(low + high.mean())
+    assert tiles["HR, DTFD-MIL"] == pytest.approx(high.mean())
     # The mean over folds, not that of what the folds have together.
     for arm, values in found["fold_auc"].items():
         assert found["figures"][arm]["auc"]["value"] == pytest.approx(sum(values.values()) / len(values))
