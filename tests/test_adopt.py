@@ -174,6 +174,7 @@ def test_what_is_no_output_of_the_tool_is_refused(job: Path, tmp_path: Path) -> 
     assert cli("adopt", tmp_path / "clam", "--from", "clam", *slides, "-o", tmp_path / "job") == 1
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_adopted_features(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher is one that cannot be had; nothing but its features is asked."""
     from lrmil.distill.request import DistillRequest

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +16,12 @@ from lrmil.errors import FiguresError, ModelMismatchError
 from lrmil.experiment.cohort import Cohort
 from lrmil.experiment.figures import PREDICTIONS_NAME, FoldPredictions, fold_folders, read_predictions
 from lrmil.experiment.folds import check_store
-from lrmil.experiment.guided import attention_of_bag, match_bags, parents_of_bag
+from lrmil.experiment.guided import GUIDED_NAME, attention_of_bag, match_bags, parents_of_bag
 from lrmil.leaks import Judged, check_encoder, check_model, judged_of
 from lrmil.predictor import Predictor
 from lrmil.store import FeatureStore
 from lrmil.subsets import chosen_rows
+from wsi_pipe.files import parse_json
 
 __all__ = ["Evidence", "RunModels", "on_bags", "out_of_fold", "run_models"]
 
@@ -90,6 +90,8 @@ def out_of_fold(
             remedy="train both runs on the same splits",
         )
     guide = None if budget == 1 else _GuidedStores.open(hr)
+    if guide is not None and guide.trained != budget and say is not None:
+        say(f"{hr} was trained on parts of {guide.trained:g} of the tiles, the cascade reads {budget:g}")
     parts = []
     for fold in low.folders:
         of_low = [read_predictions(folder / PREDICTIONS_NAME) for folder in low.folders[fold]]
@@ -197,19 +199,25 @@ def _tensor(store: FeatureStore, index: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _GuidedStores:
-    """The features that a run with guided subsets keeps: its own with parents, and those that guide it."""
+    """The features that a run with guided subsets keeps: its own with parents, and those that guide it.
+
+    trained: share of the tiles in the parts that it was trained on.
+    """
 
     low: FeatureStore
     high: FeatureStore
+    trained: float
 
     @classmethod
     def open(cls, hr: Path) -> _GuidedStores:
-        if not (hr / "store-lr" / "store.json").is_file():
+        try:
+            trained = float(parse_json((hr / GUIDED_NAME).read_text(encoding="utf-8"))["budget"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise FiguresError(
                 f"{hr} was not trained with guided subsets of its tiles, so a part of them is strange to it",
                 remedy="train it with --guided-by RUN_LR, or fit the cascade with --hr-budget 1",
-            )
-        return cls(FeatureStore.open(hr / "store-lr"), FeatureStore.open(hr / "store"))
+            ) from error
+        return cls(FeatureStore.open(hr / "store-lr"), FeatureStore.open(hr / "store"), trained)
 
     def read(self, slides: Sequence[str], lr: Sequence[Path], hr: Sequence[Path], budget: float) -> Array:
         """Probabilities (N, C) of a fold's high-resolution models on the tiles that its low-resolution ones choose."""
@@ -262,13 +270,3 @@ def as_predictors(models: RunModels, device: str = "auto") -> list[Predictor]:
             )
         found.append(Predictor(module, card, device=device, name=path.parent.name))
     return found
-
-
-def described(evidence: Evidence) -> dict[str, Any]:
-    """What a cascade's file says of the slides that it was calibrated on."""
-    return {
-        "basis": evidence.basis,
-        "slides": len(evidence.slide_ids),
-        "cases": len(set(evidence.case_ids)),
-        "low_models": len(evidence.low),
-    }

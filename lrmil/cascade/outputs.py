@@ -30,8 +30,9 @@ def predictions_table(found: Sequence[CascadePrediction], classes: Sequence[str]
         row += [f"{p.probabilities[name]:.6g}" if done else "" for name in classes]
         row += [p.resolution, p.level, "" if math.isnan(p.score) else f"{p.score:.6g}"]
         row += [f"{p.low_probabilities[name]:.6g}" if done else "" for name in classes]
-        rows.append([*row, *_cells(p.low), *_cells(p.high), "; ".join(p.notes), p.reason or ""])
-    return csv_text([*columns, "notes", "reason"], rows)
+        ood: list[object] = ["", ""] if p.ood is None else [f"{p.ood.distance:.4g}", f"{p.ood.percentile:.4g}"]
+        rows.append([*row, *_cells(p.low), *_cells(p.high), *ood, "; ".join(p.notes), p.reason or ""])
+    return csv_text([*columns, "ood_distance", "ood_percentile", "notes", "reason"], rows)
 
 
 def _cells(cost: Cost) -> list[object]:

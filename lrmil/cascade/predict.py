@@ -18,6 +18,7 @@ from lrmil.cascade.card import CascadeCard, unpacked
 from lrmil.cascade.evidence import mean_attention, probabilities_of
 from lrmil.cascade.scores import uncertainty
 from lrmil.errors import ModelFileError
+from lrmil.ood import Outlying, together
 from lrmil.predictor import Predictor, SlidePrediction
 from lrmil.store.formats import read_features, read_places
 from lrmil.subsets import chosen_rows
@@ -49,7 +50,8 @@ class CascadePrediction:
 
     status, reason, remedy: as of SlidePrediction. resolution: whose word this is, "low" or "high". level: its label.
     probabilities: calibrated, by class. score: of uncertainty, at low resolution. low_probabilities: by class.
-    low, high: what was read. notes: what is to be known of the decision.
+    low, high: what was read. ood: how far the slide's low-resolution tiles lie from those of the training, None where
+    the models keep none. notes: what is to be known of the decision.
     """
 
     slide_id: str
@@ -65,6 +67,7 @@ class CascadePrediction:
     low_probabilities: Mapping[str, float] = field(default_factory=dict)
     low: Cost = Cost()
     high: Cost = Cost()
+    ood: Outlying | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -137,6 +140,10 @@ class CascadePredictor:
         if ask:
             whole = np.full(len(features), 1 / len(features))
             attention = whole if self.budget == 1 else mean_attention(self.low, features)
+        rows = features.cpu().numpy()
+        far = [one for model in self.low if (one := model.outlying(rows)) is not None]
+        ood = together(far) if far else None
+        strange = (f"{ood.note}: the promise does not reach that far",) if ood is not None and ood.beyond else ()
         p = members.mean(axis=0)
         named = dict(zip(self.card.classes, map(float, p), strict=True))
         found = CascadePrediction(
@@ -150,7 +157,8 @@ class CascadePredictor:
             score=score,
             low_probabilities=named,
             low=Cost(len(features), len(features), seconds=time.perf_counter() - start),
-            notes=self.notes,
+            ood=ood,
+            notes=(*self.notes, *strange),
         )
         return found, attention
 

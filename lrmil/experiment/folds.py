@@ -144,6 +144,7 @@ def train_folds(
         if teacher is not None:
             raise ConfigError("a student is not trained on parts of bags", remedy="leave out --guided-by or --teacher")
         guide.check(names, splits, cohort, allow=allow_seen, say=say)
+        guide.write(out)
     device = choose_device(settings.device)
     resident = ResidentStore.of(cohort.store, device, choose_precision(settings.precision, device))
     hr_resident: ResidentStore | None = None if hr_store is None else ResidentStore.of(hr_store, device)

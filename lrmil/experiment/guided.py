@@ -8,6 +8,7 @@ and test slides stay whole. A subset has its slide's case, so inner folds keep t
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,11 @@ from lrmil.splits import FoldIndices, SplitTable
 from lrmil.store import FeatureStore, ResidentStore
 from lrmil.subsets import chosen_rows, drawn_rows
 from lrmil.trainer import choose_precision
+from wsi_pipe.files import write_text_atomically
 
-__all__ = ["Guide", "attention_of_bag", "match_bags", "parents_of_bag", "with_subsets"]
+__all__ = ["GUIDED_NAME", "Guide", "attention_of_bag", "match_bags", "parents_of_bag", "with_subsets"]
+
+GUIDED_NAME = "guided.json"
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,10 @@ class Guide:
         device = resident.device
         return ResidentStore.of(store, device, choose_precision(settings.precision, device)), table, split
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON-able values, for the record of a run."""
-        return {"lr": str(self.run), "level": self.store.meta.level, "budget": self.budget, "draws": self.draws}
+    def write(self, out: Path) -> None:
+        """Note in ``out/guided.json`` what a run was guided by. Raises OutputError when it cannot be written."""
+        told = {"lr": str(self.run), "level": self.store.meta.level, "budget": self.budget, "draws": self.draws}
+        write_text_atomically(out / GUIDED_NAME, json.dumps(told, indent=1) + "\n")
 
 
 def attention_of_bag(model: MILModel, features: NDArray[Any] | torch.Tensor, where: str) -> NDArray[np.float64]:

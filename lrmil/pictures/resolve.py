@@ -52,12 +52,16 @@ def draw_audit(path: Path, groups: Mapping[str, Sequence[Point]], margin: float)
                 axes.axhline(points[0].auc - margin, color="0.6", linestyle="--", linewidth=1)
         if timed:
             axes.set_xscale("log")
+            # A few seconds are read as such, not as powers of ten.
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("{x:g}")
             axes.set_xlabel("seconds of work a slide, as the job measured them")
         else:
             first = next(iter(groups.values()))
             axes.set_xticks(range(len(first)), [point.name for point in first])
             axes.set_xlabel("resolution; the job's cost is not known")
         axes.set_ylabel("AUC, mean over folds")
+        axes.margins(x=0.15)
         axes.legend(
             frameon=False,
             loc="lower right",

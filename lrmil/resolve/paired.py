@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lrmil.metrics.auc import Auc, AucInterval, mean_auc
+from lrmil.metrics.auc import Auc, AucInterval, auc_difference, mean_auc
 
 __all__ = ["Paired", "paired_difference"]
 
@@ -42,6 +42,10 @@ def paired_difference(a: Sequence[Auc], b: Sequence[Auc], *, level: float = 0.95
         return Paired(value, math.nan, math.nan, of_a.reason or of_b.reason)
     errors = [np.sum([auc.pos + auc.neg for auc in own], axis=0) for own in (first, second)]
     size = math.sqrt(float(errors[0] @ errors[0]) * float(errors[1] @ errors[1]))
+    if not errors[0].any() and not errors[1].any():
+        # Both order all slides rightly: what is known of the difference is DeLong's pseudo-case.
+        alike = auc_difference(first, second, level=level)
+        return Paired(value, alike.low, alike.high, alike.reason)
     # Where one of them shows no error there is nothing to correlate, and the wider interval is taken.
     together = float(np.clip(errors[0] @ errors[1] / size, -1, 1)) if size > 0 else 0.0
     down = _apart(of_a.value - of_a.low, of_b.high - of_b.value, together)

@@ -78,6 +78,7 @@ def test_tiles_below_the_most_attended_are_chosen() -> None:
 
 
 def test_parts_of_training_bags_are_trained_on_and_nobody_is_judged_on_them(runs: Path) -> None:
+    assert json.loads((runs / "hr" / "guided.json").read_text())["budget"] == 0.5
     whole = FeatureStore.open(runs / "hr" / "store")
     assert len(whole) == CASES
     for fold in ("fold_1", "fold_2"):
@@ -114,6 +115,8 @@ def test_a_cascade_from_runs_to_predictions(runs: Path, tmp_path: Path, capsys: 
     with open(out / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["resolution"] for row in rows] == [s["resolution"] for s in text["slides"]]
+    # Beside each decision, how far the slide lies from those of the training.
+    assert all(0 <= float(row["ood_percentile"]) <= 100 for row in rows)
     # Another budget than that of the calibration is possible, and void.
     assert lrmil("predict", "--model", path, "--bags", runs / "bags", "-o", tmp_path / "all", "--hr-budget", 1) == 0
     slides = json.loads((tmp_path / "all" / "predictions.json").read_text())["slides"]

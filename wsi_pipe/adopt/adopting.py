@@ -81,7 +81,8 @@ def adopt(
 
     files: with their slides. encoder: what the features are called, by default as the file says. coarser: um per pixel
     of grids above, which get no features. check: tiles a slide that are encoded again and compared, where the encoder
-    can be loaded. A bag that is there already is left where it was made of the same file, else its slide fails.
+    can be loaded. A bag that is there is made again where it was made of the same file, else its slide
+    fails.
     """
     loaded: dict[str, Encoder | str] = {}
     for path, entry in files:
