@@ -64,7 +64,7 @@ def test_a_network_is_normalised_and_resized() -> None:
     np.testing.assert_allclose(found[:, :3], means(TILES) / 255, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["uni", "texture", "timm:vit", "a.safetensors"])
+@pytest.mark.parametrize("name", ["uni", "texture", "timm:vit", "a.safetensors", "mine+macenko"])
 def test_a_name_that_is_taken_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="is the name of an encoder of this program"):
         wp.register_encoder(name, means)
