@@ -167,7 +167,7 @@ def test_verify_compares_with_recorded_features(small: Hub, tmp_path: Path, caps
 
 def test_verify_without_weights_says_how_to_get_them(small: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_group(group, "wsi-pipe", ["encoders", "--verify", "uni"]) == 2
-    assert "uni" in capsys.readouterr().err
+    assert "--pin uni" in capsys.readouterr().err
 
 
 def test_the_picture_is_the_same_everywhere() -> None:
