@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from numpy.typing import NDArray
 
 import wsi_pipe as wp
 from wsi_pipe.asked import settings_from
+from wsi_pipe.bag import check_bag, read_bag
+from wsi_pipe.cli import group, run_group
 from wsi_pipe.config import JobSettings, fingerprint
 from wsi_pipe.encoders import load_encoder, own
 from wsi_pipe.encoders.availability import check_encoder, to_download
@@ -163,3 +167,22 @@ def test_without_the_option_settings_and_fingerprints_are_as_before() -> None:
     assert settings_from({}, None, None, lambda line: None) == JobSettings()
     # As it was before there was such an option.
     assert fingerprint(JobSettings().extract) == "479b4a045577fd7db631a3de3061dcf905ae23c05265ccc5a5eba18a017397db"
+
+
+def test_a_job_s_normalised_features_stand_beside_the_others(make_slide: Callable[..., Path], tmp_path: Path) -> None:
+    make_slide(tmp_path / "slides" / "a.tif")
+    call = ["run", str(tmp_path / "slides"), "-o", str(tmp_path / "job"), "-r", "10x", "-e", "texture"]
+    assert run_group(group, "wsi-pipe", [*call, "--normalise", "reinhard"]) == 0
+    assert run_group(group, "wsi-pipe", call) == 0
+    path = tmp_path / "job" / "bags" / "a.h5"
+    assert check_bag(path) == []
+    (level,) = read_bag(path).levels
+    assert set(level.features) == {"texture", "texture+reinhard"}
+    normal, plain = level.features["texture+reinhard"], level.features["texture"]
+    assert json.loads(normal.transform)["stain"]["reference"] == REFERENCES["reinhard"]
+    assert "stain" not in plain.transform
+    assert normal.fingerprint != plain.fingerprint
+    assert np.abs(normal.values.astype(np.float32) - plain.values.astype(np.float32)).max() > 0.01
+    before = path.read_bytes()
+    assert run_group(group, "wsi-pipe", [*call, "--normalise", "reinhard"]) == 0
+    assert path.read_bytes() == before
