@@ -25,7 +25,8 @@ from lrmil.splits import FoldIndices
 from lrmil.store import FeatureStore
 from lrmil.trainer import TrainResult, train
 from lrmil.trainer.inner import inner_folds
-from lrmil.trainer.linear import logistic_path
+from lrmil.trainer.linear import PENALTIES, logistic_path
+from lrmil.trainer.newton import newton_paths
 from wsi_pipe.errors import ConfigError
 
 DIM = 9
@@ -63,6 +64,29 @@ def test_the_fit_is_that_of_scikit_learn(classes: int) -> None:
     other.fit(values, labels, sample_weight=weights)
     np.testing.assert_allclose(weight, other.coef_, atol=2e-4)
     np.testing.assert_allclose(bias - bias.mean(), other.intercept_ - other.intercept_.mean(), atol=2e-4)
+
+
+def test_folds_that_are_fitted_together_are_fitted_as_they_would_be_alone() -> None:
+    rng = np.random.default_rng(4)
+    values, weights = rng.normal(size=(40, 12)), rng.uniform(0.5, 2, 40)
+    # Far from each other, so that every row is right long before the weakest penalty.
+    labels = (values[:, 0] > 0).astype(np.int64)
+    folds = np.arange(40) % 4
+    together = newton_paths(20 * values, labels, weights, folds != np.arange(4)[:, None], PENALTIES)
+    assert len(together) == len(PENALTIES)
+    for fold in range(4):
+        kept = folds != fold
+        alone = logistic_path(20 * values[kept], labels[kept], weights[kept], 2, PENALTIES)
+        for penalty, (weight, bias), (own, shift) in zip(PENALTIES, together, alone, strict=True):
+            assert weight[fold] == pytest.approx(own, abs=1e-4)
+            assert bias[fold] == pytest.approx(shift, abs=1e-4)
+            assert np.isfinite(weight).all()
+            share = weights[kept] / weights[kept].sum()
+            z = 20 * values[kept] @ weight[fold].T + bias[fold]
+            off = share[:, None] * (np.exp(z - np.logaddexp.reduce(z, axis=1)[:, None]) - np.eye(2)[labels[kept]])
+            # At the least value the gradient is nothing: of the free bias, and of the penalised weights.
+            assert np.abs(off.sum(0)).max() < 1e-6
+            assert np.abs(off.T @ (20 * values[kept]) + penalty * weight[fold]).max() < 1e-6
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM in the middle of ``lrmil train``, ``distill`` and ``predict``: what is finished is kept, and the
-same command goes on."""
+"""Ctrl-C and SIGTERM in the middle of ``lrmil train``, ``distill``, ``finetune`` and ``predict``: what is finished is
+kept, and the same command goes on."""
 
 from __future__ import annotations
 
@@ -115,6 +115,25 @@ def test_a_stopped_distillation_goes_on(lines: Callable[..., Lines], distill_coh
         distilling.stop(number)
         assert not out.exists()
         assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_stopped_fine_tuning_goes_on(lines: Callable[..., Lines], distill_cohort: Path, tmp_path: Path) -> None:
+    bags = distill_cohort / "job/bags"
+    rows = [f"{path.stem},{'ab'[i % 2]}" for i, path in enumerate(sorted(bags.glob("*.h5")))]
+    (tmp_path / "labels.csv").write_text("slide_id,label\n" + "\n".join(rows) + "\n")
+    out = tmp_path / "run"
+    command = ["finetune", "--bags", bags, "--labels", tmp_path / "labels.csv", "-e", "timm:test_resnet", "-r", "5x"]
+    command += ["--random-weights", "-o", out, "--folds", "2", "--fold", "1", "--steps", ENDLESS, "--device", "cpu"]
+    reached = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        tuning = lines(*command)
+        first = int(tuning.until(r"^fold_1 step (\d+)/")[1])
+        assert first > reached, "it goes on after the last pass whose state was kept"
+        reached = int(tuning.until(rf"^fold_1 step (?!{first}/)(\d+)/")[1])
+        tuning.stop(number)
+        assert (out / "fold_1/state.safetensors").is_file()
+        assert not (out / "fold_1/model.safetensors").exists()
+        assert not list(out.rglob("*.partial"))
 
 
 HANG = """
