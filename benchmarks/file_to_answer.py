@@ -166,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=Path, help="Folder that keeps slides and models for the next call.")
+    parser.add_argument("--only-prepare", action="store_true", help="With --work: write slides and models and end.")
     parser.add_argument("--student", default="mobilenetv4_conv_small", help="A timm model.")
     parser.add_argument("--student-px", type=int, default=128)
     parser.add_argument("--vit-px", type=int, default=224)
@@ -174,7 +175,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs=2, default=(4, 4), help="Sections side by side.")
     parser.add_argument("--onnx", nargs="*", default=["int8", "float32"], help="Precisions of exported files.")
     parser.add_argument("--torch", nargs="*", default=["float32", "bfloat16"], help="Precisions of model.safetensors.")
-    parser.add_argument("--vit-int8", action="store_true", help="Calibrate ViT-S too, which takes a minute.")
+    parser.add_argument("--vit-onnx", nargs="*", default=["float32"], help="The same of ViT-S.")
     parser.add_argument("--hr-blocks", type=int, nargs=2, default=(1, 1))
     parser.add_argument("--hr-block-px", type=int, default=4096, help="Side of the sections of the HR way's part.")
     parser.add_argument("--hr-precisions", nargs="*", default=["float32", "bfloat16"])
@@ -192,11 +193,12 @@ def main() -> None:
         large = make_model(root, "vit-b-hr", "vit_base_patch16_224", 224, HR, seen)
         arms: dict[str, tuple[Path, str]] = {}
         for name, model in (("student", student), ("ViT-S", small)):
-            for precision in args.onnx:
-                if (name, precision) != ("ViT-S", "int8") or args.vit_int8:
-                    arms[f"{name} {precision}, onnxruntime"] = (exported(model, job, precision), precision)
+            for precision in args.onnx if name == "student" else args.vit_onnx:
+                arms[f"{name} {precision}, onnxruntime"] = (exported(model, job, precision), precision)
             for precision in args.torch:
                 arms[f"{name} {precision}, torch"] = (model, precision)
+        if args.only_prepare:
+            return
         found: dict[str, list[dict[str, Any]]] = {}
         for turn in range(args.turns):
             for arm, (model, precision) in arms.items():

@@ -1,7 +1,7 @@
 """How often an AUC that loses just the margin is called "not worse": by DeLong's interval, and by lrmil resolve's.
 
-Normal scores of two resolutions on the same cases, correlated; the true difference is minus the margin, so that "enough"
-and "loses" should each be said in at most 2.5 % of draws.
+Normal scores of two resolutions on the same cases, correlated; the true difference is minus the margin, so that
+"enough" and "loses" should each be said in at most 2.5 % of draws.
 
     python benchmarks/resolve_interval.py --draws 600
 """

@@ -30,6 +30,7 @@ from wsi_pipe.benchmark.projection import assumptions_in_words, project
 from wsi_pipe.benchmark.records import (
     END_TO_END,
     STAGED,
+    ArchivePass,
     Arm,
     BenchmarkRecord,
     GpuSpent,
@@ -389,6 +390,29 @@ def test_the_answer_comes_first(tmp_path: Path) -> None:
     json.dumps(answers(record, Assumptions()), allow_nan=False)
 
 
+def test_all_slides_in_one_pass_come_before_one_slide_at_a_time(tmp_path: Path) -> None:
+    """Two slides in 10 s and in 2 s; encoding takes 24 and 1.5 s of the processor, as the stage passes have it."""
+    at_once = tuple(
+        ArchivePass(arm.id, repeat, wall_s, cpu_s, 2, 30)
+        for repeat in range(3)
+        for arm, wall_s, cpu_s in ((LR, 2.0, 3.5), (HR, 10.0, 44.0))
+    )
+    record = record_of(archive=at_once)
+    first, second, *_ = headline(record)
+    assert first == (
+        "All 2 slides in one pass: 5x (texture) takes 1/5 of the time of 20x (texture), 3,600 slides an hour against "
+        "720, and 1/10 of the processor time outside of the encoder."
+    )
+    assert second.startswith("5x (texture) costs, one slide at a time, beside 20x (texture): 1/5.09 end to end")
+    assert "| 20x | 10 | 44 | 10 | 720 |" in markdown(record, Assumptions())
+    lr, hr = project(record, Assumptions(slides=2000))
+    assert (lr.hours, hr.hours) == (pytest.approx(1000 * 2 / 3600), pytest.approx(1000 * 10 / 3600))
+    assert any("all slides in one pass" in words for words in assumptions_in_words(record, Assumptions()))
+    assert balance(record).parts["passes over all slides"] == pytest.approx(3 * 47.5)
+    write_record(tmp_path / "benchmark.json", record)
+    assert read_record(tmp_path / "benchmark.json") == record
+
+
 # Measuring
 
 
@@ -417,6 +441,11 @@ def test_every_pass_is_made_and_arms_take_turns(measured: BenchmarkRecord, cohor
     assert firsts == ids[:2]
     assert list(measured.skipped) == ["bad"]
     assert len(measured.slides) == 2
+    # Once all slides are through one by one, all in one pass.
+    at_once = [(one.arm, one.repeat, one.slides) for one in measured.archive]
+    assert at_once == [(ids[0], 0, 2), (ids[1], 0, 2), (ids[1], 1, 2), (ids[0], 1, 2)]
+    for one in measured.archive:
+        assert one.tiles == sum(m.tiles for m in measured.of(one.arm, STAGED) if m.repeat == one.repeat)
     assert list(measured.once) == ["start-up", "load encoders", "warm up"]
     assert not [p for p in cohort.iterdir() if p.is_dir()], "the scratch folder is gone"
 

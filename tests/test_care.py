@@ -127,6 +127,7 @@ def test_repair_puts_aside_what_is_wrong_and_nothing_else(
     archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = tmp_path / "job"
+    assert cli("tile", archive, "-o", job, "-r", "5x") == 0
     assert cli("run", archive, "-o", job, "-r", "5x", "--keep-features") == 0
     before = features(job)
     untouched = {p: p.stat().st_mtime_ns for p in (job / "bags").glob("s[345].h5")}

@@ -20,7 +20,10 @@ from wsi_pipe.bag import check_bag, read_attrs, read_bag
 from wsi_pipe.care import Wish, prune_list
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.job import fingerprints, load_settings, load_slides, read_outcomes
+from wsi_pipe.job import run as job_run
+from wsi_pipe.job.drawing import SlidePictures, draw_slide
 from wsi_pipe.job.lock import hold_job
+from wsi_pipe.job.paths import JobPaths
 from wsi_pipe.outcome import focus_of
 
 MakeSlide = Callable[..., Path]
@@ -204,11 +207,41 @@ def test_how_sharp_tiles_are_is_known_as_long_as_they_are_there(job: Path, again
 
 
 def test_a_bag_follows_its_own_grids_where_tiles_were_deleted(job: Path, again: Again) -> None:
+    """A run keeps grids in the bag alone; the stage that ends with them writes a file, and takes them from there."""
     before = (job / "bags/a.h5").read_bytes()
+    assert not (job / "tiles").exists()
+    code, outcomes, _ = again(command="tile")
+    assert (code, outcomes["a"]["cached"]) == (0, ["segment", "tile"])
+    (low, _), (own, _) = (read_bag(job / folder / "a.h5").levels for folder in ("bags", "tiles"))
+    np.testing.assert_array_equal(low.grid.cells, own.grid.cells)
     (job / "tiles/a.h5").unlink()
     assert again()[0] == 0
     assert (job / "bags/a.h5").read_bytes() == before
-    assert (job / "tiles/a.h5").is_file()
+    assert not (job / "tiles/a.h5").is_file()
+
+
+def test_a_run_writes_one_hdf5_file_a_slide_and_its_pictures_after_it(
+    job: Path, again: Again, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = sorted(str(path.relative_to(job)) for path in job.rglob("*") if path.is_file() and path.stem[:1] in "ab")
+    each = ("bags/{}.h5", "thumbnails/{}.grid.jpg", "thumbnails/{}.jpg", "thumbnails/{}.raw.jpg", "tissue/{}.geojson")
+    assert files == sorted(name.format(slide) for slide in "ab" for name in each)
+    # Broken off between the bag and its pictures: they are drawn by the next run, and nothing else is made.
+    bag = (job / "bags/a.h5").read_bytes()
+    for path in (job / "thumbnails").glob("a.*"):
+        path.unlink()
+    (job / ".index.jsonl").unlink()
+    seen = []
+
+    def drawing(pictures: SlidePictures, paths: JobPaths) -> None:
+        seen.append((pictures.slide_id, paths.bag(pictures.slide_id).is_file()))
+        draw_slide(pictures, paths)
+
+    monkeypatch.setattr(job_run, "draw_slide", drawing)
+    code, outcomes, _ = again()
+    assert (code, seen, set(outcomes["a"]["cached"])) == (0, [("a", True)], ALL)
+    assert (job / "bags/a.h5").read_bytes() == bag
+    assert len(list((job / "thumbnails").glob("a.*"))) == 3
 
 
 def test_prune_lists_first_and_then_takes_out(job: Path, again: Again, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,6 +274,7 @@ def test_prune_takes_feature_files_and_what_is_kept_of_half_done_slides(
     job: Path, again: Again, weights: tuple[str, Path]
 ) -> None:
     own = f"timm-test_vit-{Path(weights[0]).stem}"
+    assert again(command="tile")[0] == 0
     assert again("-r", "10x", "--keep-features")[0] == 0
     assert again("-e", weights[0], "-r", "5x", "-r", "20x", "--keep-features")[0] == 0
     mine = job / "features/a/20x.mine.h5"

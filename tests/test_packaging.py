@@ -44,6 +44,16 @@ def test_every_kind_of_file_in_the_packages_is_installed(setup: configparser.Con
     assert "py.typed" in kinds
 
 
+def test_presets_of_the_experiment_are_installed(setup: configparser.ConfigParser) -> None:
+    setuptools = pytest.importorskip("setuptools")
+    # Patterns are looked for in folders that are packages, and not below them.
+    found = setuptools.find_packages(str(ROOT), include=setup["options.packages.find"]["include"].split())
+    assert "lrmil.experiment.presets" in found
+    names = {path.name for path in (ROOT / "lrmil/experiment/presets").iterdir()}
+    assert {"paper.toml", "paper-small.toml", "cpu.toml", "cpu-small.toml", "gpu-full.toml"} <= names
+    assert "*.toml" in setup["options.package_data"]["*"]
+
+
 def imported_at_all(package: str) -> set[str]:
     found = set()
     for path in (ROOT / package).rglob("*.py"):

@@ -258,6 +258,8 @@ def test_the_next_run_of_a_job_continues_a_half_done_slide(slides: Path, tmp_pat
     assert stop_job(slides, job, at=3).batches == 3
     paths = open_job(job, SETTINGS, collect_slides([str(slides)]))
     assert half_done(paths) == ["s0"]
+    # With the grids that the part belongs to, so that other settings of the next call are seen.
+    assert [path.name for path in sorted((job / "tiles").iterdir())] == ["s0.h5"]
     assert job_status(job).half_done == 1
     again = Texture()
     assert job_of(slides, job, again) == ["done", "done"]

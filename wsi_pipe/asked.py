@@ -20,7 +20,7 @@ from wsi_pipe.config import (
     call_only_in,
     load_toml,
 )
-from wsi_pipe.encoders.naming import is_lr_file
+from wsi_pipe.encoders.naming import is_lr_file, split_stain, with_stain
 from wsi_pipe.errors import ConfigError, ManifestError
 from wsi_pipe.execute import Where
 from wsi_pipe.geometry import MPP_BOUNDS, in_mpp_bounds, level_label, parse_resolution
@@ -98,8 +98,23 @@ def settings_from(values: Mapping[str, Any], job: Path | None, config: Path | No
         )
     except TypeError as error:
         raise ConfigError(f"options: {error}") from error
+    if values.get("normalise"):
+        settings = _normalised(settings, values["normalise"], say)
     _check_encoder_levels(settings)
     return settings
+
+
+def _normalised(settings: JobSettings, method: str, say: Callable[[str], object]) -> JobSettings:
+    """The settings with that stain normalisation behind every encoder's name; LR encoders stay as they are."""
+    encoders = settings.extract.encoders
+    for name in dict.fromkeys(name for names in encoders.values() for name in names):
+        if is_lr_file(name) and method != "none":
+            say(f"note: {name} was distilled from tiles as they are, and gets them so: --normalise is not for it")
+    named = {
+        label: tuple(dict.fromkeys(name if is_lr_file(name) else with_stain(name, method) for name in names))
+        for label, names in encoders.items()
+    }
+    return dataclasses.replace(settings, extract=dataclasses.replace(settings.extract, encoders=named))
 
 
 def _refuse_twice(changes: tuple[str, ...], parts: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) -> None:
@@ -175,6 +190,9 @@ def parse_encoders(given: tuple[str, ...] | list[str]) -> dict[str, tuple[str, .
 
 def absolute_file(name: str) -> str:
     """An encoder whose weights are a file by its whole path: bags and settings name it, and are read elsewhere."""
+    name, stain = split_stain(name)
+    if stain is not None:
+        return with_stain(absolute_file(name), stain)
     if is_lr_file(name):
         return str(Path(name).absolute())
     base, _, checkpoint = name.partition("@")

@@ -140,6 +140,7 @@ class Model:
         facts: list[tuple[str, object]] = [
             ("file", self.path),
             ("architecture", self.card.model.name),
+            ("models", len(self.cards)),
             ("classes", ", ".join(self.classes)),
             ("features", f"{self.card.encoder or 'unnamed'} at {self.card.level or 'an unstated level'}"),
             ("calibration", self.card.calibration),

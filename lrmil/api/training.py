@@ -159,6 +159,8 @@ def evaluate(
     encoder: str | None = None,
     label_column: str | None = None,
     slide_table: PathLike | None = None,
+    renames: Mapping[str, str] | None = None,
+    case_from: str | None = None,
     positive: str | None = None,
     at_sensitivity: Sequence[float] = (),
     abstain: str | None = None,
@@ -208,6 +210,8 @@ def evaluate(
         slide_table=None if slide_table is None else Path(slide_table),
         targets=judged.card.training.get("targets", ()),
         like=judged.card.target if judged.card.target_state else None,
+        renames=renames,
+        case_from=case_from,
         unit=str(judged.card.training.get("unit", "slide")),
     )
     table = None if splits is None else splits if isinstance(splits, SplitTable) else read_splits(Path(splits))

@@ -82,8 +82,8 @@ def predict(**values: Any) -> int:
     from lrmil.cascade.card import is_cascade
     from lrmil.cli.cascade import predict_with_cascade
     from lrmil.experiment.slide_files import write_slide_files
-    from lrmil.predictor import load_predictor, write_predictions
-    from lrmil.predictor.cases import CASE_TABLE_NAME, write_case_predictions
+    from lrmil.predictor import load_predictor, write_case_predictions, write_predictions
+    from lrmil.predictor.cases import CASE_TABLE_NAME
 
     if bool(values["bags"]) == bool(values["sources"] or values["manifest"]):
         raise click.UsageError("give SLIDES, or --bags, and not both")
@@ -97,8 +97,9 @@ def predict(**values: Any) -> int:
         click.echo(str(predictor.abstain(values["abstain"])), err=True)
     wanted = {name: values[name] for name in ("attention", "geojson", "heatmaps", "pyramids", "smooth")}
     found: list[Any] = []
+    place: dict[str, int] = {}
     try:
-        results = _from_bags(predictor, values) if values["bags"] else _from_slides(predictor, values)
+        results = _from_bags(predictor, values) if values["bags"] else _from_slides(predictor, values, place)
         if values["case_from"]:
             results = map(_of_barcode, results)
         found.extend(write_slide_files(result, predictor, values["out"], **wanted) for result in results)
@@ -130,11 +131,13 @@ def _from_bags(predictor: Any, values: dict[str, Any]) -> Iterator[Any]:
     yield from predictor.predict_bags(paths, level=level, encoder=values["encoder"], top_tiles=values["top"])
 
 
-def _from_slides(predictor: Any, values: dict[str, Any]) -> Iterator[Any]:
+def _from_slides(predictor: Any, values: dict[str, Any], place: dict[str, int]) -> Iterator[Any]:
+    """The predictions as they come; place: gets each slide's place in the list."""
     from lrmil.predictor import find_encoder, predict_slides
 
     job = values["job"] or values["out"] / "job"
     entries = collect_entries(values, job)
+    place |= {entry.slide_id: i for i, entry in enumerate(entries)}
     encoder = find_encoder(predictor.card, values["model"], values["encoder"])
     # A job that is there keeps its settings of segmentation; an exported classifier brings those of its training.
     base = load_toml(JobSettings, values["config"]) if values["config"] else load_settings(job)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lrmil.checkpoint import ModelCard, load_model
+from lrmil.config import ATTENTION_MODELS
 from lrmil.distill.request import DistillRequest
 from lrmil.distill.selection import Selection
 from lrmil.distill.targets import DistillSlide, attention_weights
@@ -61,12 +62,17 @@ def open_attention(request: DistillRequest, selection: Selection, teachers: Sequ
     """The MIL teacher of a request, checked; None where there is none.
 
     Raises LeakageError when it saw a case of the fold's test part, or may have, BagMismatchError when it is one of
-    another fold or of other features.
+    another fold or of other features, SettingsError when it has no attention.
     """
     path = request.mil_teacher
     if path is None:
         return None
     model, card = load_model(path)
+    if card.model.name not in ATTENTION_MODELS:
+        raise SettingsError(
+            f"{path}: a {card.model.name} model has no attention to weigh tiles by",
+            remedy="train it with --model gated-abmil, or leave out --mil-teacher: children then weigh alike",
+        )
     names = [teacher.encoder.info.name for teacher in teachers]
     number = names.index(card.encoder) if card.encoder in names else 0
     info = teachers[number].encoder.info

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lrmil.data import LabelTable, cases_by_table, load_labels
 from lrmil.errors import LabelError, RandomFeaturesError
@@ -26,13 +27,16 @@ __all__ = ["Cohort", "load_cohort", "open_features"]
 @dataclass(frozen=True)
 class Cohort:
     """A store, the labels of its bags, and the sites of their cases as far as they are known. remarks: on the table
-    that told the bags' cases, where one did. unit: what a bag is, a slide or a case."""
+    that told the bags' cases, where one did. unit: what a bag is, a slide or a case; of cases, slides: the store
+    with one bag a slide, and members: the places there of each case's."""
 
     store: FeatureStore
     table: LabelTable
     sites: Sites = field(default_factory=Sites)
     remarks: tuple[str, ...] = ()
     unit: str = "slide"
+    slides: FeatureStore | None = None
+    members: tuple[NDArray[np.int64], ...] = ()
 
     def fold(self, splits: SplitTable, name: str) -> FoldIndices:
         """A fold's usable bags: labelled, and with tiles. Raises SplitError or LeakageError as SplitTable does."""
@@ -146,15 +150,18 @@ def load_cohort(
         table = load_targets(labels, store.slide_ids, cases, parse_targets(targets), like=like, **common)
     else:
         table = load_labels(labels, store.slide_ids, cases, label_column=label_column, classes=classes, **common)
+    own_slides: FeatureStore | None = None
+    members: list[NDArray[np.int64]] = []
     if unit == "case":
-        store, slides = join_cases(store, table.case_ids)
-        table = table_by_case(table, slides, store.slide_ids, store.lengths)
-        several = sum(len(own) > 1 for own in slides)
-        remarks = (*remarks, f"{len(slides)} cases as one bag each, {several} of them of several slides")
+        own_slides = store
+        store, members = join_cases(store, table.case_ids)
+        table = table_by_case(table, members, store.slide_ids, store.lengths)
+        several = sum(len(own) > 1 for own in members)
+        remarks = (*remarks, f"{len(members)} cases as one bag each, {several} of them of several slides")
     if isinstance(table, TargetTable):
         remarks = (*remarks, *table.counts())
     sites = read_sites(labels, store.slide_ids, table.case_ids, column=site_column)
-    return Cohort(store, table, sites, remarks, unit)
+    return Cohort(store, table, sites, remarks, unit, own_slides, tuple(members))
 
 
 def cases_of(

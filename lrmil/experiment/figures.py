@@ -213,7 +213,7 @@ def evaluate_run(
         answered = None
         if rule is not None:
             answered = answered_of(p, _abstention(folder, rule), positive=sought, replicates=replicates, seed=seed)
-        by_case, torn = case_estimates([as_fold(p)], replicates=replicates, seed=seed)
+        by_case, torn = case_estimates([as_fold(p, sought)], replicates=replicates, seed=seed)
         cases = len(set(p.case_ids))
         folds.append(
             FoldFigures(folder.name, len(p.labels), cases, estimates, prevalences(p), points, answered, by_case, torn)
@@ -225,7 +225,7 @@ def evaluate_run(
         if pictures:
             draw_fold(folder, p, part)
     result = summarise(part, folds, found, positive=sought, replicates=replicates, seed=seed)
-    by_case, _ = case_estimates([as_fold(p) for p in found], replicates=replicates, seed=seed)
+    by_case, _ = case_estimates([as_fold(p, sought) for p in found], replicates=replicates, seed=seed)
     return _written(run, folders, replace(result, by_case=by_case))
 
 
@@ -238,11 +238,11 @@ def _written(run: Path, folders: Sequence[Path], result: RunFigures) -> RunFigur
     return result
 
 
-def as_fold(p: FoldPredictions) -> Fold:
+def as_fold(p: FoldPredictions, positive: int = 1) -> Fold:
     """Classes as their target has them: outputs whose softmax is the calibrated probabilities."""
     with np.errstate(divide="ignore"):
         outputs = np.maximum(np.log(p.probabilities), -700.0)
-    return Fold(Classification(classes=p.classes), p.labels, outputs, p.case_ids)
+    return Fold(Classification(classes=p.classes, positive=positive), p.labels, outputs, p.case_ids)
 
 
 def _evaluate_targets(

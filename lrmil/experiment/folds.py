@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from lrmil.checkpoint import MODEL_NAME, ModelCard, load_model, read_card
-from lrmil.config import TrainSettings
-from lrmil.errors import ModelFileError, ModelMismatchError
+from lrmil.config import ATTENTION_MODELS, LossSettings, TrainSettings
+from lrmil.errors import ModelFileError, ModelMismatchError, SettingsError
 from lrmil.experiment.cohort import Cohort
 from lrmil.experiment.guided import Guide
 from lrmil.experiment.model_card import write_model_card, write_run_card
@@ -17,9 +19,11 @@ from lrmil.model import MILModel
 from lrmil.splits import SPLITS_NAME, SplitTable, read_splits
 from lrmil.store import FeatureStore, ResidentStore
 from lrmil.targets import TargetTable
-from lrmil.trainer import TrainResult, choose_device, choose_precision, train
+from lrmil.trainer import TrainResult, bag_logits, choose_device, choose_precision, train
+from lrmil.trainer.predictions import predictions_csv
 from wsi_pipe.encoders.elsewhere import slug_asked_for
 from wsi_pipe.errors import ConfigError
+from wsi_pipe.files import write_text_atomically
 from wsi_pipe.seen import NOBODY, Seen
 
 __all__ = [
@@ -27,10 +31,15 @@ __all__ = [
     "TeacherSource",
     "check_folds",
     "check_store",
+    "check_teachers",
     "keep_splits",
     "load_teacher",
     "train_folds",
 ]
+
+SLIDE_PREDICTIONS_NAME = "predictions-slides.csv"
+"""Of single slides, by a model of cases."""
+SLIDE_TOKENS = 32768
 
 
 @dataclass(frozen=True)
@@ -121,12 +130,14 @@ def train_folds(
     too, see ``lrmil.experiment.guided``. progress: called with folder name and figures of each epoch. Returns results
     by folder name.
 
-    Raises LeakageError before anything is trained where the features' encoder or the teacher saw validation or test
+    Raises SettingsError where a teacher has no attention to learn from, and
+    LeakageError before anything is trained where the features' encoder or the teacher saw validation or test
     cases; with allow_seen such an overlap is told to ``say`` and stated in the models' cards. The rest as
     ``lrmil.trainer.train`` does.
     """
     names = [splits.fold_name(fold) for fold in folds]
     indices = {name: cohort.fold(splits, name) for name in names}
+    check_teachers(teacher, names, settings.loss)
     allowed = check_folds(cohort, splits, names, teacher=teacher, hr_store=hr_store, allow_seen=allow_seen, say=say)
     keep_splits(splits, out)
     if guide is not None:
@@ -169,9 +180,27 @@ def train_folds(
                 say=tell,
                 sites=confounded.to_json() if confounded else {},
             )
+            if cohort.slides is not None:
+                _write_slides(out / folder / SLIDE_PREDICTIONS_NAME, results[folder], cohort, device)
             write_model_card(out / folder)
     write_run_card(out)
     return results
+
+
+def _write_slides(path: Path, result: TrainResult, cohort: Cohort, device: torch.device) -> None:
+    """What a model of joined bags says of each slide alone, which has its case's truth."""
+    assert cohort.slides is not None
+    resident = ResidentStore.of(cohort.slides, device, place="mapped")
+    place = {case: i for i, case in enumerate(cohort.store.slide_ids)}
+    rows = []
+    for case in result.predictions:
+        own = [i for i in cohort.members[place[case.slide_id]].tolist() if resident.lengths[i]]
+        logits = bag_logits(result.model, resident, own, token_budget=SLIDE_TOKENS).tolist()
+        rows += [
+            replace(case, slide_id=cohort.slides.slide_ids[i], logits=tuple(z))
+            for i, z in zip(own, logits, strict=True)
+        ]
+    write_text_atomically(path, predictions_csv(rows, result.card))
 
 
 def check_folds(
@@ -205,6 +234,27 @@ def check_folds(
         for note in notes:
             (say or (lambda text: None))(f"{name}: {note}")
     return allowed
+
+
+def check_teachers(teacher: TeacherSource | None, names: Sequence[str], loss: LossSettings) -> None:
+    """Raise SettingsError where a fold's teacher has no attention, but its attention is to be learned.
+
+    A linear model's mean over tiles is no attention: taken for one, it would teach that every tile matters alike.
+    """
+    if teacher is None or not (loss.soft > 0 or loss.hard > 0):
+        return
+    for name in names:
+        path = teacher.model_path(name)
+        card = read_card(path)
+        if card.model.name in ATTENTION_MODELS:
+            continue
+        asked = card.training.get("model", {}).get("name")
+        chosen = ", which auto chose for this fold" if asked == "auto" else ""
+        raise SettingsError(
+            f"the teacher {path} is a {card.model.name} model{chosen}, and has no attention to learn from",
+            remedy="train it with --model gated-abmil in a folder of its own, or learn from its probabilities alone: "
+            "--l-soft 0 --l-hard 0",
+        )
 
 
 def keep_splits(splits: SplitTable, out: Path) -> None:

@@ -96,7 +96,7 @@ def run_card(files: Sequence[Path]) -> str:
         part = card.data.get("train", {})
         rows.append([f"[{name}]({name}/{CARD_NAME})", card.model.name, str(part.get("slides", "")), shown])
     try:
-        check_agreement(list(zip(map(str, files), cards, strict=True)))
+        check_agreement(list(zip(names, cards, strict=True)))
         use = (
             f"`lrmil predict --model` with this folder asks the {len(files)} models together: the mean of their "
             "calibrated probabilities, with their disagreement. Each saw cases that others were tested on, so that "

@@ -102,7 +102,10 @@ def caption_of(prediction: SlidePrediction) -> str:
     """A slide's name, what it is taken for, and how probable that is."""
     if prediction.predicted is None:
         return prediction.slide_id
-    probability = prediction.probabilities[prediction.predicted]
+    probability = prediction.probabilities.get(prediction.predicted)
+    if probability is None:
+        # Another target than a class: what it says first is its decision.
+        return f"{prediction.slide_id}: {next(iter(prediction.said), '')} {prediction.predicted}"
     return f"{prediction.slide_id}: {prediction.predicted}, probability {probability:.2f}"
 
 

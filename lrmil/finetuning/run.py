@@ -17,7 +17,7 @@ from lrmil.config import LossSettings
 from lrmil.distill.pupil import load_student
 from lrmil.errors import ModelFileError, ResumeError, SettingsError, SplitError, TrainingError
 from lrmil.experiment.cohort import Cohort
-from lrmil.experiment.folds import TeacherSource, check_folds, keep_splits, load_teacher
+from lrmil.experiment.folds import TeacherSource, check_folds, check_teachers, keep_splits, load_teacher
 from lrmil.finetuning.cohort import FoldTiles, TileBags, fold_tiles
 from lrmil.finetuning.loop import Row, fit_tiles, slide_logits
 from lrmil.finetuning.network import TileClassifier
@@ -118,6 +118,7 @@ def finetune_folds(
     if request.unlabelled and request.teacher is not None and not settings.loss.needs_teacher:
         raise SettingsError("a teacher is given, but nothing is learned from it", remedy="give a weight above 0")
     names = [splits.fold_name(fold) for fold in request.folds]
+    check_teachers(request.teacher, names, settings.loss)
     allowed = check_folds(
         cohort,
         splits,

@@ -19,8 +19,9 @@ class ClassWise(nn.Linear):
     """A linear classifier a class, each on the bag vector of its own class: (B, C * H) -> (B, C)."""
 
     def forward(self, bags: Tensor) -> Tensor:
-        own: Tensor = (bags.reshape(len(bags), *self.weight.shape) * self.weight).sum(2) + self.bias
-        return own
+        own = bags.reshape(len(bags), *self.weight.shape)
+        logits: Tensor = (own * self.weight).sum(2) + self.bias
+        return logits
 
 
 class ClamMB(MILModel):

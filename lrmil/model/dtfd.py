@@ -55,7 +55,7 @@ class DTFD(MILModel):
         # A bag of fewer tiles than groups leaves some of them empty.
         held = counts > 0
         first_offsets = torch.cat([offsets.new_zeros(1), counts[held].cumsum(0)])
-        own = held.view(bags, groups).sum(1)
+        own = held.reshape(bags, groups).sum(1)
         second_offsets = torch.cat([offsets.new_zeros(1), own.cumsum(0)])
         ordered = instances[order]
         within = segment_log_softmax(scores[order], first_offsets)

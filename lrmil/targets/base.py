@@ -240,8 +240,11 @@ class Target(ABC):
         return {name: float(values[0]) for name, values in found.items()}
 
     def validation(self, truth: NDArray[Any], outputs: Array) -> dict[str, float]:
-        """The figures, and "loss", of the validation bags of an epoch."""
-        loss = float(self.row_losses(outputs, truth, weighted=False).mean())
+        """The figures, and "loss", of the validation bags of an epoch; NaN where nothing counts."""
+        with torch.no_grad():
+            _, counts = self.losses(torch.from_numpy(outputs), torch.from_numpy(truth))
+        there = bool(counts.sum() > 0)
+        loss = float(self.row_losses(outputs, truth, weighted=False).mean()) if there else float("nan")
         return {**self.figures(truth, outputs), "loss": loss}
 
     def estimates(self, folds: Sequence[Fold], *, replicates: int = 2000, seed: int = 0) -> dict[str, Estimate]:

@@ -28,7 +28,7 @@ __all__ = ["Classification", "class_weights"]
 
 @dataclass(frozen=True)
 class Classification(Target):
-    """One of ``classes``; of two the second is the positive one.
+    """One of ``classes``; of two ``positive`` is looked for.
 
     weights: (C,) of the cross-entropy, whose mean over the training bags is 1; none is 1 for each. temperature, bias,
     method: of the calibration, see ``lrmil.metrics.Calibration``.
@@ -48,6 +48,7 @@ class Classification(Target):
     temperature: float = 1.0
     bias: tuple[float, ...] = ()
     method: str = "none"
+    positive: int = 1
 
     @classmethod
     def read(cls, name: str, options: Mapping[str, str], columns: Columns) -> tuple[Self, NDArray[np.float64]]:
@@ -173,7 +174,9 @@ class Classification(Target):
         known = labels >= 0
         if not known.any():
             return {name: np.full(len(weights), np.nan) for name in NAMES}
-        return weighted_figures(labels[known], self.probabilities(outputs[known]), weights[:, known])
+        return weighted_figures(
+            labels[known], self.probabilities(outputs[known]), weights[:, known], positive=self.positive
+        )
 
     def validation(self, truth: NDArray[Any], outputs: Array) -> dict[str, float]:
         labels = _labels(truth)
@@ -189,13 +192,17 @@ class Classification(Target):
             labels = _labels(fold.truth)
             known = labels >= 0
             cases = [case for case, there in zip(fold.cases, known.tolist(), strict=True) if there]
-            found.append((labels[known], fold.target.probabilities(fold.outputs[known]), cases))
+            if cases:
+                found.append((labels[known], fold.target.probabilities(fold.outputs[known]), cases))
+        if not found:
+            return {name: Estimate(np.nan, np.nan, np.nan, "no slide has a label") for name in NAMES}
         if len(found) == 1:
-            return evaluate(*found[0], classes=self.classes, replicates=replicates, seed=seed)
+            return evaluate(*found[0], classes=self.classes, positive=self.positive, replicates=replicates, seed=seed)
         return evaluate_folds(
             [y for y, _, _ in found],
             [p for _, p, _ in found],
             [own for _, _, own in found],
+            positive=self.positive,
             replicates=replicates,
             seed=seed,
         )

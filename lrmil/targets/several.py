@@ -148,7 +148,8 @@ class Several(Target):
 
     def validation(self, truth: NDArray[Any], outputs: Array) -> dict[str, float]:
         found = [(part, part.validation(own, inside)) for part, own, inside in self.each(truth, outputs)]
-        return {"loss": float(np.mean([own["loss"] for _, own in found])), **self._named(found)}
+        losses = [own["loss"] for _, own in found if np.isfinite(own["loss"])]
+        return {"loss": float(np.mean(losses)) if losses else float("nan"), **self._named(found)}
 
     def estimates(self, folds: Sequence[Fold], *, replicates: int = 2000, seed: int = 0) -> dict[str, Estimate]:
         return self._named(

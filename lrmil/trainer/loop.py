@@ -156,7 +156,7 @@ def _keep_best(model: MILModel, progress: Progress, row: EpochFigures, run: Run)
     if value is None:
         raise SettingsError(
             f"{monitor} is undefined on the validation bags, so it cannot be monitored",
-            remedy="monitor the loss, or make splits with every class among the validation cases",
+            remedy="monitor the loss, or make splits with every class (or an event) among the validation cases",
         )
     sign = 1.0 if monitor.rpartition(".")[2] in run.goal.lower_is_better else -1.0
     if progress.best_value is None or sign * value < sign * progress.best_value:

@@ -64,7 +64,7 @@ def test_a_network_is_normalised_and_resized() -> None:
     np.testing.assert_allclose(found[:, :3], means(TILES) / 255, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["uni", "texture", "timm:vit", "a.safetensors"])
+@pytest.mark.parametrize("name", ["uni", "texture", "timm:vit", "a.safetensors", "mine+macenko"])
 def test_a_name_that_is_taken_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="is the name of an encoder of this program"):
         wp.register_encoder(name, means)
@@ -99,7 +99,8 @@ def table(folder: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, file
 
 def onnx_file(path: Path, batch: int | str = "batch") -> None:
     """The network above as an ONNX graph, made operator by operator."""
-    import onnx
+    onnx: Any = pytest.importorskip("onnx", reason="of the extra test")
+    pytest.importorskip("onnxruntime", reason="of the extra onnx")
     from onnx import TensorProto, helper
 
     images = helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, 32, 32])
@@ -132,6 +133,7 @@ def test_an_onnx_file_gives_what_its_network_gives(
 
 
 def test_a_damaged_onnx_file_and_a_wrong_dimension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime", reason="of the extra onnx")
     (tmp_path / "mine.onnx").write_bytes(b"no graph")
     table(tmp_path, monkeypatch, "onnx", "mine.onnx")
     with pytest.raises(WeightsError, match=r"mine\.onnx is no ONNX file"):
@@ -146,7 +148,7 @@ def test_a_damaged_onnx_file_and_a_wrong_dimension(tmp_path: Path, monkeypatch: 
 
 
 def test_without_onnxruntime_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    onnx_file(tmp_path / "mine.onnx")
+    (tmp_path / "mine.onnx").write_bytes(b"a graph")
     table(tmp_path, monkeypatch, "onnx", "mine.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError) as caught:

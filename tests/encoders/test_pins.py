@@ -167,7 +167,7 @@ def test_verify_compares_with_recorded_features(small: Hub, tmp_path: Path, caps
 
 def test_verify_without_weights_says_how_to_get_them(small: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_group(group, "wsi-pipe", ["encoders", "--verify", "uni"]) == 2
-    assert "uni" in capsys.readouterr().err
+    assert "--pin uni" in capsys.readouterr().err
 
 
 def test_the_picture_is_the_same_everywhere() -> None:
@@ -182,10 +182,10 @@ def test_the_picture_is_the_same_everywhere() -> None:
 def test_encoders_are_ranked_by_what_they_were_trained_at(small: Hub) -> None:
     names = [item.name for item in ranked(list_encoders(), 2.0)]
     fits = {item.name: item.fit for item in ranked(list_encoders(), 2.0)}
-    assert names.index("virchow2") < names.index("retccl") < names.index("uni") < names.index("digepath")
+    assert names.index("virchow2") < names.index("retccl") < names.index("uni") < names.index("keep")
     assert fits["virchow2"] == "trained at it"
     assert fits["retccl"] == "2 times coarser than trained"
-    assert fits["digepath"] == "no resolution is stated"
+    assert fits["keep"] == "no resolution is stated"
     assert fits["texture"] == "any"
     # Of those that are as far away, the smaller network comes first.
     assert names.index("kaiko-vits16") < names.index("kaiko-vitb16") < names.index("h-optimus-0")

@@ -288,6 +288,17 @@ def test_the_command_lists_them() -> None:
     assert {item["name"] for item in told} == {"texture", *PUBLISHED}
 
 
+def test_the_page_s_table_is_that_of_the_registry() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "encoders.md").read_text(encoding="utf-8")
+    table = page.split("| name | M parameters |")[1].split("\n\n")[0]
+    rows = {cells[0].strip(" `"): cells for line in table.splitlines()[2:] if (cells := line.strip("|").split("|"))}
+    assert list(rows) == list(load_registry())
+    for entry in load_registry().values():
+        told = [cell.strip() for cell in rows[entry.name]]
+        assert told[1:4] == [str(entry.parameters), str(entry.dim), str(entry.input_px)], entry.name
+        assert told[5:8] == [entry.licence, "yes" if entry.gated else "no", "yes" if entry.verified else "unverified"]
+
+
 def test_an_entry_that_could_not_be_checked_says_so() -> None:
     for entry in load_registry().values():
         assert entry.sources, entry.name

@@ -304,6 +304,32 @@ def test_the_command_makes_an_encoder_and_a_model_that_predict_the_same(
     assert "another --out" in capsys.readouterr().err
 
 
+def test_a_teacher_without_attention_is_refused_before_anything_is_trained(
+    distill_cohort: Path, given: Path, tmp_path: Path
+) -> None:
+    bags, labels = distill_cohort / "job/bags", given / "labels.csv"
+    options: dict[str, Any] = {"splits": given / "splits.csv", "device": "cpu", "replicates": 20}
+    lrmil.train(bags, labels, tmp_path / "hr", resolution="20x", model="linear", **options)
+    student: dict[str, Any] = {"resolution": "5x", "teacher": tmp_path / "hr", "model": "gated-abmil", **options}
+    student |= {"epochs": 1, "hidden": 8, "attention_dim": 4}
+    with pytest.raises(SettingsError, match="is a linear model, and has no attention") as refused:
+        lrmil.train(bags, labels, tmp_path / "lr", **student)
+    assert "--l-soft 0 --l-hard 0" in str(refused.value.remedy)
+    assert not (tmp_path / "lr/fold_1").exists()
+    with pytest.raises(SettingsError, match="is a linear model"):
+        lrmil.finetune(
+            bags, labels, tmp_path / "ft", encoder=given / "lr.safetensors", teacher=tmp_path / "hr", **options
+        )
+    # Its probabilities alone can be learned.
+    assert lrmil.train(bags, labels, tmp_path / "lr", soft=0.0, hard=0.0, **student).card.teacher["model"] == "linear"
+    weighed = tmp_path / "hr/fold_1/model.safetensors"
+    with pytest.raises(SettingsError, match="to weigh tiles by"):
+        lrmil.distill(
+            bags, tmp_path / "lr.safetensors", teacher="texture", student="timm:test_resnet", random_student=True,
+            splits=given / "splits.csv", fold=1, mil_teacher=weighed,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+import wsi_pipe as wp
 from wsi_pipe.bag import check_bag, read_bag, read_grids, read_slide_vectors, write_attention
 from wsi_pipe.cli import group, run_group
 from wsi_pipe.errors import ConfigError, ResolutionError, UnknownEncoderError, WeightsError
@@ -191,6 +192,7 @@ def test_a_cohort_is_pooled_by_its_means(make_bag: MakeBag, tmp_path: Path, caps
     held = read_slide_vectors(job / "a.h5")
     assert set(held) == {"mean", "both"}
     np.testing.assert_allclose(held["both"].values[4:], features["a"].std(0), atol=1e-6)
+    np.testing.assert_array_equal(wp.open_bag(job / "a.h5").vectors["both"], held["both"].values)
 
 
 def test_new_features_are_pooled_anew(make_bag: MakeBag) -> None:

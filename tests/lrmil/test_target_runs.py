@@ -111,6 +111,10 @@ def test_survival_and_age_of_patients_from_training_to_prediction(
         assert float(cases[row["case_id"]]["os_risk"]) == pytest.approx(float(row["os_risk"]), abs=1e-4)
         assert float(cases[row["case_id"]]["age"]) == pytest.approx(float(row["age"]), abs=1e-3)
     slides = {row["slide_id"]: row for row in rows_of(out / "predictions.csv")}
+    alone = rows_of(run / "fold_1" / "predictions-slides.csv")
+    assert len(alone) == sum(int(cases[row["case_id"]]["slides"]) for row in rows)
+    for row in alone:
+        assert float(slides[row["slide_id"]]["os_risk"]) == pytest.approx(float(row["os_risk"]), abs=1e-4)
     assert slides["TCGA-A1-0001-01Z-00-DX1"]["os_risk"] != slides["TCGA-A1-0001-01Z-00-DX2"]["os_risk"]
 
     external = tmp_path / "external"
@@ -145,6 +149,10 @@ def test_slides_that_disagree_are_averaged_by_patient(
     test = [row for (_, part), row in cases.items() if part == "test"]
     right = [(float(row["probability_luminal"]) > 0.5) == (row["label"] == "luminal") for row in test]
     assert figures["by_case"]["accuracy"]["value"] == pytest.approx(np.mean(right))
+    capsys.readouterr()
+    assert lrmil("evaluate", run, "--positive", "Basal", "--replicates", 50, "--json") == 0
+    turned = json.loads(capsys.readouterr().out)["folds"][0]["by_case"]
+    assert turned["sensitivity"]["value"] == figures["by_case"]["specificity"]["value"]
 
 
 def test_joined_bags_hold_the_tiles_of_a_patient_and_know_all_of_its_slides(archive: Path, tmp_path: Path) -> None:

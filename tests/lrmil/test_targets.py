@@ -317,6 +317,41 @@ def test_a_model_file_without_a_target_tells_classes() -> None:
         ModelCard(ModelSettings("mean", 4, 2), ("a", "b"), target_state=Regression("age").to_json())
 
 
+def test_classes_among_several_are_masked_too() -> None:
+    from lrmil.targets import Classification
+
+    target = Several("", (Classification("kind", ("a", "b", "c")), Regression("age")))
+    truth = np.array([[0.0, 50.0], [2.0, np.nan], [np.nan, 60.0], [1.0, 40.0]])
+    fitted = target.fitted(truth)
+    z = RNG.normal(size=(4, 4))
+    known = np.array([0, 1, 3])
+    p = np.exp(z[known, :3]) / np.exp(z[known, :3]).sum(1, keepdims=True)
+    ce = -np.log(p[np.arange(3), [0, 2, 1]]).mean()
+    off = (truth[[0, 2, 3], 1] - 50) / truth[[0, 2, 3], 1].std() - z[[0, 2, 3], 3]
+    huber = np.where(np.abs(off) <= 1, off**2 / 2, np.abs(off) - 0.5).mean()
+    assert float(fitted.loss(torch.from_numpy(z), torch.from_numpy(truth))) == pytest.approx((ce + huber) / 2, rel=1e-6)
+    blank = Fold(fitted, np.full_like(truth, np.nan), z, ("a", "b", "c", "d"))
+    assert "no slide" in str(fitted.estimates([blank], replicates=10)["kind.auc"].reason)
+    found = fitted.figures(truth, z)
+    assert found["kind.accuracy"] == pytest.approx((z[known, :3].argmax(1) == [0, 2, 1]).mean())
+    assert list(fitted.said(z))[:2] == ["kind", "probability_kind_a"]
+
+
+def test_a_validation_part_without_an_event_has_no_loss() -> None:
+    truth = np.array([[1.0, 0], [2.0, 0]])
+    found = Cox("os", horizons=(1.5,)).validation(truth, np.zeros((2, 1)))
+    assert np.isnan(found["loss"])
+    assert np.isnan(found["concordance"])
+
+
+def test_a_heat_map_is_titled_by_what_the_target_says_first() -> None:
+    from lrmil.experiment.slide_files import caption_of
+    from lrmil.predictor import SlidePrediction
+
+    said = {"os_group": "high", "os_risk": 1.5}
+    assert caption_of(SlidePrediction("s1", "done", predicted="high", said=said)) == "s1: os_group high"
+
+
 def test_what_a_student_learns_of_its_teachers_outputs() -> None:
     z, t = torch.tensor([[1.0], [3.0]], requires_grad=True), torch.tensor([[2.0], [1.0]])
     assert Regression("age").distilled(z, t, 2.0).item() == pytest.approx((1 + 4) / 2)
@@ -370,3 +405,20 @@ def test_estimates_count_cases(tmp_path: Path) -> None:
     drawn = target.draw(tmp_path, "", Fold(target, truth, x[:, :1], cases))
     assert [path.name for path in drawn] == ["os-survival.png"]
     assert all(path.stat().st_size > 5000 for path in drawn)
+
+
+def test_every_kind_draws_its_pictures(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    z, cases = rng.normal(size=(30, 2)), tuple(map(str, range(30)))
+    labels = (z + rng.normal(size=(30, 2)) > 0).astype(float)
+    labels[::4, 1] = np.nan
+    grades = np.digitize(z[:, :1], [-0.5, 0.5]).astype(float)
+    parts = (Regression("age"), Ordinal("grade", ("low", "mid", "high")), MultiLabel("markers", ("ER", "PR")))
+    truth, outputs = np.concatenate([z[:, :1], grades, labels], axis=1), np.concatenate([z[:, :1], z, z], axis=1)
+    target = Several("", parts).fitted(truth)
+    drawn = target.draw(tmp_path, "-val", Fold(target, truth, outputs, cases))
+    assert [p.name for p in drawn] == ["age-agreement-val.png", "grade-grades-val.png", "markers-roc-val.png"]
+    assert all(p.stat().st_size > 5000 for p in drawn)
+    nothing = Fold(target, np.full_like(truth, np.nan), outputs, cases)
+    assert target.draw(tmp_path, "-none", nothing) == []
+    assert all(np.isnan(value) for value in target.figures(nothing.truth, outputs).values())

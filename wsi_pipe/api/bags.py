@@ -16,7 +16,7 @@ from wsi_pipe.api.grids import Grids, as_label, is_among
 from wsi_pipe.api.layout import Layout, frame_of
 from wsi_pipe.api.show import card, number
 from wsi_pipe.api.slide import Slide
-from wsi_pipe.bag import BagAttrs, BagHeader, check_bag, read_header, read_level
+from wsi_pipe.bag import BagAttrs, BagHeader, check_bag, read_header, read_level, read_slide_vectors
 from wsi_pipe.bag import write_bag as write_file
 from wsi_pipe.bag.columns import read_columns
 from wsi_pipe.encoders.naming import check_slugs, slug_of
@@ -247,6 +247,11 @@ class Bag(Mapping[str, BagLevel]):
     def is_empty(self) -> bool:
         """Whether the slide has no tile; ``attrs.empty_reason`` says why."""
         return self.attrs.status == "empty"
+
+    @property
+    def vectors(self) -> Mapping[str, NDArray[np.float32]]:
+        """Vectors of the whole slide, float32 (D,), by name; ``wsi-pipe pool`` makes them. Read anew each time."""
+        return {name: item.values for name, item in read_guarded(read_slide_vectors, self.path).items()}
 
     def check(self) -> list[str]:
         """What is wrong with the file, as ``wsi-pipe verify`` finds it; nothing where it is right."""

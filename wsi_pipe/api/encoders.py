@@ -17,6 +17,7 @@ from wsi_pipe.asked import absolute_file
 from wsi_pipe.config import ExtractSettings
 from wsi_pipe.encoders import encoder_of_job
 from wsi_pipe.encoders.base import Encoder, EncoderInfo, check_finite, encoder_slug
+from wsi_pipe.encoders.naming import split_stain
 from wsi_pipe.encoders.random_id import RANDOM_SUFFIX
 from wsi_pipe.encoders.registry import find_entry
 from wsi_pipe.errors import ConfigError, EncoderOutputError, UnknownEncoderError
@@ -206,6 +207,7 @@ def _own_name(encoder: Any, given: str | None) -> str:
     if not encoder_slug(name) or name == "<lambda>":
         raise ConfigError("the encoder has no name to stand under in bags", remedy="give one: name='my-encoder'")
     taken = name == "texture" or name.endswith((RANDOM_SUFFIX, ".safetensors")) or name.startswith("timm:")
+    taken = taken or split_stain(name)[1] is not None
     with contextlib.suppress(UnknownEncoderError):
         taken = taken or bool(find_entry(name))
     if taken:

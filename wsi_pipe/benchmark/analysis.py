@@ -24,10 +24,12 @@ from wsi_pipe.benchmark.records import (
 )
 
 __all__ = [
+    "ArchiveTotals",
     "ArmTotals",
     "Balance",
     "Comparison",
     "Ratio",
+    "archive_totals",
     "arm_name",
     "balance",
     "comparisons",
@@ -294,8 +296,44 @@ def balance(record: BenchmarkRecord) -> Balance:
         cpu = math.fsum(stage_cpu(m, (stage,)) for m in record.measurements if m.kind == STAGED)
         if cpu:
             parts[stage] = cpu
+    if record.archive:
+        parts["passes over all slides"] = math.fsum(one.cpu_s for one in record.archive)
     parts["end-to-end passes"] = math.fsum(m.cpu_s for m in record.measurements if m.kind == END_TO_END)
     return Balance(parts, math.fsum(parts.values()), record.process.cpu_s)
+
+
+@dataclass(frozen=True)
+class ArchiveTotals:
+    """All slides in one pass of one arm, means over repeats.
+
+    outside_s: processor seconds beside those of encoding, as the stage passes have them. gpu energy is not among them.
+    """
+
+    arm: str
+    slides: int
+    tiles: int
+    wall_s: float
+    cpu_s: float
+    outside_s: float
+
+    @property
+    def slides_an_hour(self) -> float:
+        """Slides that this machine takes in an hour."""
+        return 3600 * self.slides / self.wall_s
+
+
+def archive_totals(record: BenchmarkRecord) -> dict[str, ArchiveTotals]:
+    """Every arm that took all slides in one pass, by its id."""
+    encoding = {arm.arm: arm.cpu(ENCODE_STAGES) for arm in totals(record)}
+    found = {}
+    for arm in record.arms:
+        passes = [one for one in record.archive if one.arm == arm.id]
+        if not passes:
+            continue
+        wall, cpu = (math.fsum(getattr(one, name) for one in passes) / len(passes) for name in ("wall_s", "cpu_s"))
+        outside = max(cpu - encoding[arm.id], 0.0)
+        found[arm.id] = ArchiveTotals(arm.id, passes[0].slides, passes[0].tiles, wall, cpu, outside)
+    return found
 
 
 MIN_SLIDES = 5

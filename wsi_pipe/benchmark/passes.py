@@ -29,7 +29,7 @@ from wsi_pipe.benchmark.meters import (
     io_read_bytes,
 )
 from wsi_pipe.benchmark.peer import read_singly
-from wsi_pipe.benchmark.records import END_TO_END, STAGED, Arm, Measurement, SlideFacts, Spent
+from wsi_pipe.benchmark.records import END_TO_END, STAGED, ArchivePass, Arm, Measurement, SlideFacts, Spent
 from wsi_pipe.config import JobSettings
 from wsi_pipe.encoders.base import Encoder, LayeredEncoder, LayerFeatures
 from wsi_pipe.errors import ConfigError, in_words
@@ -296,6 +296,25 @@ class Passes:
             gpu=gpu[0] if gpu else None,
             peak_memory_growth_bytes=max(memory - peak.start_bytes, 0),
         )
+
+    def archive(self, entries: Sequence[SlideEntry], arm: Arm) -> ArchivePass | None:
+        """All slides through ``process`` in one job, from nothing to their bags; None where one of them fails."""
+        for entry in entries:
+            self._before(entry)
+        settings = self._settings(arm)
+        root = self.scratch / "archive"
+        shutil.rmtree(root, ignore_errors=True)
+        paths = open_job(root, settings, list(entries))
+        give_back_memory()
+        with self.gpu.watch() as gpu:
+            meter = Meter()
+            outcomes = list(process(entries, settings, paths, encoders={arm.encoder: self.encoders[arm.encoder]}))
+            spent = meter.spent()
+        shutil.rmtree(root)
+        if any(outcome.status != "done" for outcome in outcomes):
+            return None
+        tiles = sum(int(outcome.tiles[arm.label]) for outcome in outcomes)
+        return ArchivePass(arm.id, 0, spent.wall_s, spent.cpu_s, len(outcomes), tiles, gpu[0] if gpu else None)
 
     def _bag(self, slide: Slide, entry: SlideEntry, arm: Arm, grid: TileGrid, values: NDArray[np.float32]) -> Bag:
         """The bag that ``run`` would write, with nothing in the fields that say where it comes from."""

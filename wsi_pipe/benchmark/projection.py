@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wsi_pipe.benchmark.analysis import ArmTotals, totals
+from wsi_pipe.benchmark.analysis import ArchiveTotals, ArmTotals, archive_totals, totals
 from wsi_pipe.benchmark.records import BenchmarkRecord
 
 __all__ = ["Assumptions", "Projection", "assumptions_in_words", "project"]
@@ -42,13 +42,18 @@ class Projection:
 
 def project(record: BenchmarkRecord, assumptions: Assumptions) -> list[Projection]:
     """Every arm that was measured end to end."""
-    return [_project(t, assumptions) for t in totals(record) if t.end_to_end_s is not None]
+    at_once = archive_totals(record)
+    return [_project(t, at_once.get(t.arm), assumptions) for t in totals(record) if t.end_to_end_s is not None]
 
 
-def _project(arm: ArmTotals, a: Assumptions) -> Projection:
+def _project(arm: ArmTotals, at_once: ArchiveTotals | None, a: Assumptions) -> Projection:
     factor = a.slides / arm.slides
-    hours = factor * (arm.end_to_end_s or 0.0) / SECONDS_PER_HOUR
-    joules = (arm.end_to_end_cpu_s or 0.0) * a.watts_per_core + (arm.energy_j or 0.0)
+    # An archive is taken in one pass, where that was measured.
+    wall_s, cpu_s = (
+        (at_once.wall_s, at_once.cpu_s) if at_once else (arm.end_to_end_s or 0.0, arm.end_to_end_cpu_s or 0.0)
+    )
+    hours = factor * wall_s / SECONDS_PER_HOUR
+    joules = cpu_s * a.watts_per_core + (arm.energy_j or 0.0)
     kwh = factor * joules / JOULES_PER_KWH
     priced = a.price_per_hour > 0 or a.price_per_kwh > 0
     return Projection(
@@ -66,9 +71,10 @@ def assumptions_in_words(record: BenchmarkRecord, a: Assumptions) -> list[str]:
     n = len(record.slides)
     tissue = sum(slide.tissue_mm2 for slide in record.slides) / n
     measured = any(t.energy_j is not None for t in totals(record))
+    how = "all slides in one pass" if record.archive else "one slide at a time"
     words = [
         f"{a.slides:,} slides a year, on average like the {n} measured here ({tissue:,.0f} mm2 of tissue each).",
-        f"One machine as described, one process, one slide at a time; {record.cache} cache, storage as fast as here.",
+        f"One machine as described, one process, {how}; {record.cache} cache, storage as fast as here.",
         f"Energy: processor seconds times {a.watts_per_core:g} W a core, which is assumed"
         + (", plus what the GPU drew, which was measured." if measured else "; no GPU was measured."),
     ]

@@ -26,6 +26,7 @@ __all__ = [
     "STAGED",
     "STAGES",
     "TRANSFER",
+    "ArchivePass",
     "Arm",
     "BenchmarkRecord",
     "GpuSpent",
@@ -148,6 +149,23 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class ArchivePass:
+    """All slides in one pass of one arm, as ``wsi-pipe run`` takes an archive: the next slides are prepared and read
+    while one is encoded.
+
+    slides, tiles: how many. gpu: as in ``Measurement``.
+    """
+
+    arm: str
+    repeat: int
+    wall_s: float
+    cpu_s: float
+    slides: int
+    tiles: int
+    gpu: GpuSpent | None = None
+
+
+@dataclass(frozen=True)
 class Machine:
     """Where it was measured. cores: that the process may use. versions: of what the figures depend on."""
 
@@ -166,7 +184,8 @@ class BenchmarkRecord:
 
     once: what is paid once a process: "start-up" (imports too), "load encoders", "warm up"; and "left out", passes that
     are not among the measurements, of slides that failed or a round that was broken off. repeats: complete rounds.
-    interrupted: when and why measuring ended before all rounds were complete. cache: "warm" or "cold".
+    interrupted: when and why measuring ended before all rounds were complete. archive: passes over all slides at once,
+    of arms that go through ``run``, where there are several slides. cache: "warm" or "cold".
     process: the whole process from its start to the end of the last pass. foreign_load: share of the machine's
     processors that other programs used meanwhile, 0 to 1. skipped: slides left out, with the reason.
     """
@@ -187,6 +206,7 @@ class BenchmarkRecord:
     skipped: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
     interrupted: str | None = None
+    archive: tuple[ArchivePass, ...] = ()
     schema: str = SCHEMA
     schema_version: int = SCHEMA_VERSION
 
@@ -232,4 +252,6 @@ def read_record(path: Path) -> BenchmarkRecord:
     for m in record.measurements:
         if m.arm not in arms or m.slide not in slides:
             raise ConfigError(f"{path}: a measurement names an arm or a slide that the file does not list")
+    if any(one.arm not in arms for one in record.archive):
+        raise ConfigError(f"{path}: a pass over all slides names an arm that the file does not list")
     return record

@@ -12,6 +12,7 @@ from wsi_pipe.benchmark.analysis import (
     Balance,
     Comparison,
     Ratio,
+    archive_totals,
     arm_name,
     balance,
     comparisons,
@@ -25,6 +26,7 @@ from wsi_pipe.benchmark.records import (
     READ_STAGES,
     STAGES,
     TRANSFER,
+    Arm,
     BenchmarkRecord,
     write_record,
 )
@@ -99,8 +101,10 @@ def headline(record: BenchmarkRecord) -> list[str]:
                 parts.append(f"1/{figure(ratio.value)} {words}{bounds if ratio.low is not None else ''}")
         tiles = head.ratio("tiles")
         dear, cheap = record.arm(head.dear), record.arm(head.cheap)
+        sentences += _at_once(record, dear, cheap)
+        alone = "one slide at a time, " if sentences else ""
         sentences.append(
-            f"{cheap.label} ({cheap.encoder}) costs, beside {dear.label} ({dear.encoder}): {', '.join(parts)}."
+            f"{cheap.label} ({cheap.encoder}) costs, {alone}beside {dear.label} ({dear.encoder}): {', '.join(parts)}."
         )
         if tiles is not None and tiles.value is not None:
             sentences.append(f"It has 1/{figure(tiles.value)} of the tiles.")
@@ -112,6 +116,34 @@ def headline(record: BenchmarkRecord) -> list[str]:
         if ratio is not None and ratio.value is not None:
             sentences.append(f"{other.title[0].upper()}{other.title[1:]}: {interval(ratio)} times the seconds, {what}.")
     return sentences
+
+
+def _at_once(record: BenchmarkRecord, dear: Arm, cheap: Arm) -> list[str]:
+    """What an archive wants to know first: all slides in one pass; nothing where that was not measured of both arms."""
+    found = archive_totals(record)
+    high, low = found.get(dear.id), found.get(cheap.id)
+    if high is None or low is None:
+        return []
+    words = (
+        f"All {low.slides} slides in one pass: {cheap.label} ({cheap.encoder}) takes "
+        f"1/{figure(high.wall_s / low.wall_s)} of the time of {dear.label} ({dear.encoder}), "
+        f"{figure(low.slides_an_hour)} slides an hour against {figure(high.slides_an_hour)}"
+    )
+    if low.outside_s > 0:
+        words += f", and 1/{figure(high.outside_s / low.outside_s)} of the processor time outside of the encoder"
+    return [f"{words}."]
+
+
+def archive_table(record: BenchmarkRecord) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows: every arm that took all slides in one pass."""
+    rows = [
+        [
+            arm_name(record, t.arm),
+            *(figure(v) for v in (t.wall_s, t.cpu_s, t.outside_s / t.slides, t.slides_an_hour)),
+        ]
+        for t in archive_totals(record).values()
+    ]
+    return ["all slides in one pass", "s", "CPU s", "CPU s a slide outside the encoder", "slides an hour"], rows
 
 
 def stage_table(record: BenchmarkRecord) -> tuple[list[str], list[list[str]]]:
@@ -187,6 +219,8 @@ def markdown(record: BenchmarkRecord, assumptions: Assumptions) -> str:
         dear, cheap = (arm_name(record, arm) for arm in (comparison.dear, comparison.cheap))
         lines += [f"## {comparison.title[0].upper()}{comparison.title[1:]}", ""]
         lines += [*_table(["", "unit", dear, cheap, "ratio (95 % interval)"], _ratio_rows(comparison)), ""]
+    if record.archive:
+        lines += ["## All slides in one pass", "", *_table(*archive_table(record)), ""]
     lines += ["## An archive", ""]
     heading = ["", "hours", "GB read", "GB written", "kWh", f"cost, {assumptions.currency}"]
     rows = [
@@ -277,6 +311,9 @@ def answers(record: BenchmarkRecord, assumptions: Assumptions) -> dict[str, Any]
         "headline": headline(record),
         "warnings": warnings_of(record),
         "comparisons": [dataclasses.asdict(c) for c in comparisons(record)],
+        "archive": [
+            {**dataclasses.asdict(t), "slides_an_hour": t.slides_an_hour} for t in archive_totals(record).values()
+        ],
         "totals": [_totals_json(t) for t in totals(record)],
         "projections": [dataclasses.asdict(p) for p in project(record, assumptions)],
         "assumptions": {**to_mapping(assumptions), "words": assumptions_in_words(record, assumptions)},

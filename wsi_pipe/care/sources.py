@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wsi_pipe.bag import BagHeader, read_header
 from wsi_pipe.config import JobSettings
-from wsi_pipe.encoders.naming import is_lr_file, slug_of
+from wsi_pipe.encoders.naming import is_lr_file, slug_of, split_stain
 from wsi_pipe.errors import BagError, in_words
 from wsi_pipe.job.annotate import stored_annotation
 from wsi_pipe.job.guard import read_guarded
@@ -130,6 +130,7 @@ def _slide(entry: SlideEntry) -> str:
 
 def _file_of(name: str) -> Path | None:
     """The file that an encoder's name points at: an LR encoder's, or the weights behind an "@"."""
+    name, _ = split_stain(name)
     if is_lr_file(name):
         return Path(name)
     _, _, checkpoint = name.partition("@")

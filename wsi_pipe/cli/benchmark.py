@@ -163,13 +163,17 @@ def _show(done: int, total: int, what: str) -> None:
 def _print(record: BenchmarkRecord, assumptions: Assumptions, written: list[Path]) -> None:
     from wsi_pipe.benchmark.analysis import arm_name, warnings_of
     from wsi_pipe.benchmark.projection import assumptions_in_words, project
-    from wsi_pipe.benchmark.render import figure, headline, stage_table
+    from wsi_pipe.benchmark.render import archive_table, figure, headline, stage_table
 
     for sentence in headline(record):
         click.echo(sentence)
     for doubt in warnings_of(record):
         click.echo(f"note: {doubt}")
     click.echo()
+    if record.archive:
+        heading, rows = archive_table(record)
+        print_table({name: "right" if i else "left" for i, name in enumerate(heading)}, rows)
+        click.echo()
     heading, rows = stage_table(record)
     print_table({name: "right" if i else "left" for i, name in enumerate(heading)}, rows)
     click.echo()

@@ -34,6 +34,21 @@ __all__ = ["encoders"]
 @click.option(
     "--record", type=click.Path(dir_okay=False, path_type=Path), help="With --verify: write features as a reference."
 )
+@click.option(
+    "--robustness",
+    "slide",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="SLIDE",
+    help="How far features of this slide's tiles move under stain, blur, JPEG and scale; at --for, or 20x.",
+)
+@click.option(
+    "-e", "--encoder", "names", multiple=True, metavar="NAME", help="With --robustness; repeatable.  [texture]"
+)
+@click.option(
+    "--tiles", type=click.IntRange(2), default=64, show_default=True, metavar="TILES", help="With --robustness."
+)
+@click.option("--slide-mpp", metavar="MPP", help="With --robustness: um/px of the slide where its file says none.")
+@click.option("--random-weights", is_flag=True, help="With --robustness: draw weights, for tests.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def encoders(
     resolution: str | None,
@@ -42,11 +57,20 @@ def encoders(
     to_verify: str | None,
     reference: Path | None,
     record: Path | None,
+    slide: Path | None,
+    names: tuple[str, ...],
+    tiles: int,
+    slide_mpp: str | None,
+    random_weights: bool,
     as_json: bool,
 ) -> int:
     """List encoders: dimension, resolution, licence, whether each can load now, and what the others lack."""
     if (reference or record) and not to_verify:
         raise click.UsageError("--reference and --record go with --verify NAME")
+    if slide is None and (names or slide_mpp or random_weights):
+        raise click.UsageError("--encoder, --slide-mpp and --random-weights go with --robustness SLIDE")
+    if slide is not None:
+        return _robustness(slide, names or ("texture",), resolution or "20x", tiles, slide_mpp, random_weights, as_json)
     if to_pin:
         return _pin(to_pin, as_json)
     if to_verify:
@@ -73,6 +97,43 @@ def encoders(
         )
     if left_out:
         click.echo(f"{left_out} more have a licence that forbids commercial use, or has terms of its own")
+    return 0
+
+
+def _robustness(
+    path: Path, names: tuple[str, ...], resolution: str, count: int, mpp: str | None, random: bool, as_json: bool
+) -> int:
+    import numpy as np
+
+    from wsi_pipe.api.slide import open as open_slide
+    from wsi_pipe.asked import parse_mpp
+    from wsi_pipe.encoders import load_encoder
+    from wsi_pipe.encoders.naming import draws_weights
+    from wsi_pipe.encoders.robustness import measure_robustness
+    from wsi_pipe.errors import ConfigError
+
+    with open_slide(path, mpp=parse_mpp(mpp)) as slide:
+        grid = slide.grids(resolution)[resolution]
+        if len(grid) < 2:
+            raise ConfigError(
+                f"{path}: has {len(grid)} tiles at {resolution}, and two are needed", remedy="give a finer --for"
+            )
+        rows = np.unique(np.linspace(0, len(grid) - 1, min(count, len(grid))).astype(int))
+        tiles = np.concatenate([batch.pixels for batch in grid.tiles(rows=rows)])
+    told = {}
+    for name in names:
+        encoder = load_encoder(name, random_weights=random and draws_weights(name))
+        told[encoder.info.name] = measure_robustness(encoder, tiles)
+    if as_json:
+        print_json({name: [dataclasses.asdict(item) for item in found] for name, found in told.items()})
+        return 0
+    click.echo(f"{len(tiles)} tiles of {path.name} at {resolution}; cosine before and after: mean, 5th percentile")
+    changes = [item.change for item in next(iter(told.values()))]
+    rows_of = [
+        [change, *(f"{found[place].cosine:.3f}, {found[place].low:.3f}" for found in told.values())]
+        for place, change in enumerate(changes)
+    ]
+    print_table({"change": "left"} | dict.fromkeys(told, "right"), rows_of)
     return 0
 
 

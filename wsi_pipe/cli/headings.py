@@ -49,7 +49,8 @@ WSI_PIPE = Layout(
             "--mpp-tolerance", "--allow-upsampling",
         ),
         "Features": (
-            "--encoder", "--encoder-lr", "--layers", "--dtype", "--precision", "--random-weights", "--primary",
+            "--encoder", "--encoder-lr", "--normalise", "--layers", "--dtype", "--precision", "--random-weights",
+            "--primary",
         ),
         "Tiles as images": ("--save-tiles", "--save-most"),
         "Machine": (

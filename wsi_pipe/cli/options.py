@@ -359,6 +359,11 @@ def extract_options(function: F) -> F:
             shell_complete=_encoder_names,
             help="Encoder for all resolutions, or for one (5x=NAME); repeatable. See wsi-pipe encoders.  [texture]",
         ),
+        click.option(
+            "--normalise",
+            type=click.Choice(["none", "macenko", "reinhard"]),
+            help="Bring tiles to one reference's colours first; features are NAME+macenko then.  [as named]",
+        ),
         click.option("--layers", metavar="N,N", help="Store the CLS of these ViT blocks too, or none.  [none]"),
         click.option(
             "--dtype", "extract_dtype", type=click.Choice(["float16", "float32"]), help="Of stored features.  [float16]"

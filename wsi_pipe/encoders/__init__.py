@@ -36,8 +36,26 @@ def load_encoder(
     compile: through torch.compile. input_px: another input side than the network's own; a ViT's position embeddings
     are interpolated to it.
 
+    Behind each of them may stand ``+macenko`` or ``+reinhard``: tiles are brought to one reference's colours first.
+
     Raises UnknownEncoderError, WeightsError (not there, gated, keys missing), DeviceError or ConfigError.
     """
+    from wsi_pipe.encoders.naming import split_stain
+
+    bare, stain = split_stain(name)
+    if stain is not None:
+        from wsi_pipe.encoders.own import handed_over
+        from wsi_pipe.encoders.stain import stained
+
+        plain = load_encoder(
+            bare,
+            device=device,
+            precision=precision,
+            random_weights=random_weights,
+            compile=compile,
+            input_px=input_px,
+        )
+        return stained(plain, stain, own=handed_over(bare) is None)
     if name == "texture":
         from wsi_pipe.encoders.texture import TextureEncoder
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from wsi_pipe.encoders import hub
 from wsi_pipe.encoders.base import MPP_TOLERANCE
 from wsi_pipe.encoders.lr_file import LrHeader, read_lr_header
-from wsi_pipe.encoders.naming import is_lr_file
+from wsi_pipe.encoders.naming import is_lr_file, split_stain
 from wsi_pipe.encoders.own import handed_over
 from wsi_pipe.encoders.registry import RegistryEntry, find_entry
-from wsi_pipe.errors import ResolutionError, WeightsError
+from wsi_pipe.errors import ConfigError, ResolutionError, WeightsError
 from wsi_pipe.geometry import TileSpec, level_label
 
 __all__ = ["check_encoder", "fetch_weights", "to_download", "weights_file"]
@@ -24,9 +24,14 @@ def check_encoder(name: str, specs: Sequence[TileSpec], mpp_tolerance: float, *,
     asked for. Raises UnknownEncoderError, WeightsError, or ResolutionError for an LR encoder on other tiles than its
     own.
     """
+    name, stain = split_stain(name)
     if name == "texture" or handed_over(name) is not None:
         return
     if is_lr_file(name):
+        if stain is not None:
+            raise ConfigError(
+                f"encoder {name} was distilled from tiles as they are", remedy=f"leave out +{stain}, or --normalise"
+            )
         header = read_lr_header(Path(name))
         for spec in specs:
             _check_tiles(name, header, spec, mpp_tolerance)
@@ -95,6 +100,7 @@ def weights_file(name: str) -> Path | None:
 
     Raises UnknownEncoderError.
     """
+    name, _ = split_stain(name)
     if name == "texture" or handed_over(name) is not None:
         return None
     base, _, checkpoint = name.partition("@")
@@ -114,6 +120,7 @@ def weights_file(name: str) -> Path | None:
 
 def to_download(name: str) -> str | None:
     """The page that an encoder's weights would come from; None where they are here, or not from the hub."""
+    name, _ = split_stain(name)
     if name == "texture" or handed_over(name) is not None or is_lr_file(name) or "@" in name:
         return None
     if name.startswith("timm:"):
@@ -132,6 +139,7 @@ def to_download(name: str) -> str | None:
 
 def fetch_weights(name: str) -> None:
     """Download an encoder's weights where they are not on this machine yet. Raises WeightsError."""
+    name, _ = split_stain(name)
     if to_download(name) is None:
         return
     if name.startswith("timm:"):

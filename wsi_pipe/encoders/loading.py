@@ -163,6 +163,8 @@ def _network(
         repo_type=source.hub_type,
         revision=source.revision,
     )
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such file", remedy="give the path of a checkpoint")
     sha256 = file_sha256(path)
     if source.path is None:
         check_pin(source.known_as, source.hub_id, path, sha256, source.sha256)

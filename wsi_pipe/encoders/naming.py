@@ -11,7 +11,31 @@ from wsi_pipe.encoders.own import handed_over
 from wsi_pipe.encoders.registry import find_entry
 from wsi_pipe.errors import ConfigError, EncoderError, UnknownEncoderError
 
-__all__ = ["check_slugs", "draws_weights", "is_lr_file", "known_dim", "slug_of"]
+__all__ = [
+    "STAINS",
+    "check_slugs",
+    "draws_weights",
+    "is_lr_file",
+    "known_dim",
+    "slug_of",
+    "split_stain",
+    "with_stain",
+]
+
+STAINS = ("macenko", "reinhard")
+"""Stain normalisations that may stand behind an encoder's name, ``NAME+macenko``."""
+
+
+def split_stain(name: str) -> tuple[str, str | None]:
+    """An encoder's name without the stain normalisation behind it, and that; None where there is none."""
+    base, plus, method = name.rpartition("+")
+    return (base, method) if plus and base and method in STAINS else (name, None)
+
+
+def with_stain(name: str, method: str) -> str:
+    """An encoder's name with that stain normalisation in the place of any, without one for "none"."""
+    base, _ = split_stain(name)
+    return base if method == "none" else f"{base}+{method}"
 
 
 def is_lr_file(name: str) -> bool:
@@ -23,6 +47,7 @@ def is_lr_file(name: str) -> bool:
 
 def draws_weights(name: str) -> bool:
     """Whether ``--random-weights`` draws the weights of an encoder: of one that has any, and whose none is a file."""
+    name, _ = split_stain(name)
     base, _, checkpoint = name.partition("@")
     if name == "texture" or checkpoint or is_lr_file(name) or handed_over(name) is not None:
         return False
@@ -35,6 +60,9 @@ def draws_weights(name: str) -> bool:
 
 def slug_of(name: str) -> str:
     """The slug of an encoder's name: one for a name and its aliases in any case, and for a file wherever it lies."""
+    name, stain = split_stain(name)
+    if stain is not None:
+        return f"{slug_of(name)}+{stain}"
     if is_lr_file(name):
         return encoder_slug(Path(name).stem)
     base, _, checkpoint = name.partition("@")
@@ -48,6 +76,7 @@ def slug_of(name: str) -> str:
 def known_dim(name: str) -> int | None:
     """How many features the encoder of that name gives, as far as that can be told without loading it: not of timm's
     models, nor of what is not there."""
+    name, _ = split_stain(name)
     with suppress(EncoderError, ConfigError):
         ready = handed_over(name)
         if ready is not None:

@@ -92,6 +92,8 @@ class _PendingLayers(_Result):
 class TorchEncoder:
     """An encoder that runs a network on one device.
 
+    ``prepare``, where it is set, gets the uint8 tiles on the device first, and gives tiles of that shape.
+
     network: see ``architectures.PooledNetwork``; it is moved to the device and changed in place. info: its
     ``precision`` and ``transform`` are set here. precision: "auto", "float32", "bfloat16" or "float16"; half
     precisions run the matrix products in it and keep norms and the residual stream in float32. compile: run the
@@ -131,6 +133,7 @@ class TorchEncoder:
             ) from error
         self._compile = compile
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.network) if compile else self.network
+        self.prepare: Callable[[Tensor], Tensor] | None = None
         self._limit: int | None = None
         self._suggested: dict[int, int] = {}
         self._largest = 0
@@ -329,7 +332,7 @@ class TorchEncoder:
 
     def _compute(self, tiles: Tensor, wanted: _Wanted) -> tuple[Tensor, list[Tokens]]:
         """Features float32 (B, D), and the wanted tokens, of uint8 tiles on the device."""
-        images = self._normalise(tiles)
+        images = self._normalise(tiles if self.prepare is None else self.prepare(tiles))
         with self._numbers():
             if not wanted.layers:
                 return self._forward(images).float(), []

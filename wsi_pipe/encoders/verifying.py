@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipe.encoders import load_encoder
-from wsi_pipe.encoders.availability import weights_file
+from wsi_pipe.encoders.availability import to_download, weights_file
 from wsi_pipe.encoders.pins import revision_of
-from wsi_pipe.errors import ConfigError
+from wsi_pipe.errors import ConfigError, WeightsError
 from wsi_pipe.files import write_text_atomically
 
 __all__ = ["LEAST_COSINE", "Verification", "read_reference", "reference_picture", "verify_encoder", "write_reference"]
@@ -63,6 +63,10 @@ def verify_encoder(name: str, *, reference: Path | None = None, device: str = "c
     reference: a file of ``write_reference``. Raises WeightsError where the weights are not here, or keys, shapes or the
     dimension do not fit; ConfigError for a reference of another encoder or picture.
     """
+    if to_download(name) is not None:
+        raise WeightsError(
+            f"weights of encoder {name} are not on this machine", remedy=f"get them: wsi-pipe encoders --pin {name}"
+        )
     encoder = load_encoder(name, device=device, precision="float32")
     path = weights_file(name)
     features = encoder.encode(reference_picture()[None])[0]

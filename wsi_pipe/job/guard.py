@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,9 @@ from wsi_pipe.execute import run_bounded
 __all__ = ["problems_guarded", "read_guarded", "read_many_guarded"]
 
 R = TypeVar("R")
+
+_in_turns = threading.Lock()
+"""Slides are prepared by several threads: they share one child, which is quick, and whose start takes longest."""
 
 CPU_S = 10.0
 BYTES_PER_CPU_S = 10e6
@@ -37,10 +41,12 @@ def read_guarded(fn: Callable[[Path], R], path: Path) -> R:
         raise unreachable(path, error) or BagError(f"{path}: {error.strerror}") from error
     try:
         try:
-            return run_bounded(fn, limit_s, path)
+            with _in_turns:
+                return run_bounded(fn, limit_s, path)
         except WorkerError:
             # It may have been killed for another's sake: what is wrong with the file happens again.
-            return run_bounded(fn, limit_s, path)
+            with _in_turns:
+                return run_bounded(fn, limit_s, path)
     except TaskTimeoutError as error:
         raise BagError(f"{path}: unreadable: HDF5 did not return within {limit_s:.0f} s of computing") from error
     except WorkerError as error:

@@ -150,12 +150,16 @@ class _Run:
         self.ahead: Ahead[SlideEntry, SlideOutcome | _Work] | Ahead[SlideEntry, _Work] | None = None
 
     def end(self) -> None:
-        """Wait for slides that are prepared in vain, and give free the copies of those that were not finished."""
+        """Wait for slides that are prepared in vain, and let go of all."""
         if self.stopped is not None:
             # Whatever waits for the next slide waits in vain.
             self.stopped.set()
         if self.ahead is not None:
             self.ahead.close()
+        self.release_copies()
+
+    def release_copies(self) -> None:
+        """Give free the copies of the slides that were not finished."""
         while self.copies:
             self.copies.popitem()[1].release()
 
@@ -235,7 +239,7 @@ class _Run:
         """Segment and tile; ``work.error`` says where the slide failed. In any thread: nothing is noted."""
         self.progress(work.entry.slide_id, "segment", 1)
         try:
-            into_bag = self.until == "assemble"
+            into_bag = self.until == "assemble" and not self.keep_features
             work.prepared = prepare(work.entry, self.settings, self.paths, work.clock, tile=tile, into_bag=into_bag)
         except OutputError:
             raise
