@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from lrmil.trainer.newton import newton_paths
 from numpy.typing import NDArray
 
 from lrmil.checkpoint import load_model
@@ -26,7 +27,6 @@ from lrmil.store import FeatureStore
 from lrmil.trainer import TrainResult, train
 from lrmil.trainer.inner import inner_folds
 from lrmil.trainer.linear import PENALTIES, logistic_path
-from lrmil.trainer.newton import newton_paths
 from wsi_pipe.errors import ConfigError
 
 DIM = 9
