@@ -137,8 +137,8 @@ def train_folds(
     """
     names = [splits.fold_name(fold) for fold in folds]
     indices = {name: cohort.fold(splits, name) for name in names}
-    check_teachers(teacher, names, settings.loss)
     allowed = check_folds(cohort, splits, names, teacher=teacher, hr_store=hr_store, allow_seen=allow_seen, say=say)
+    check_teachers(teacher, names, settings.loss)
     keep_splits(splits, out)
     if guide is not None:
         if teacher is not None:

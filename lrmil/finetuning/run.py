@@ -118,7 +118,6 @@ def finetune_folds(
     if request.unlabelled and request.teacher is not None and not settings.loss.needs_teacher:
         raise SettingsError("a teacher is given, but nothing is learned from it", remedy="give a weight above 0")
     names = [splits.fold_name(fold) for fold in request.folds]
-    check_teachers(request.teacher, names, settings.loss)
     allowed = check_folds(
         cohort,
         splits,
@@ -128,6 +127,7 @@ def finetune_folds(
         allow_seen=request.allow_seen,
         say=tell,
     )
+    check_teachers(request.teacher, names, settings.loss)
     keep_splits(splits, request.out)
     device = choose_device(settings.device)
     hr_resident = None if request.hr_store is None else ResidentStore.of(request.hr_store, device)
