@@ -5,6 +5,7 @@ Module names follow the published checkpoints, so that their keys fit without a 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -102,7 +103,7 @@ class LinearAttentionPool(nn.Module):
         return pooled
 
 
-class _Wrapped(nn.Module):
+class _Wrapped(nn.Module, ABC):
     """A timm ViT inside another network, which has what timm's own networks have of it."""
 
     def __init__(self, trunk: nn.Module) -> None:
@@ -129,9 +130,9 @@ class _Wrapped(nn.Module):
         """See timm's VisionTransformer.forward_intermediates."""
         return self.trunk.forward_intermediates(images, **options)
 
+    @abstractmethod
     def forward_head(self, tokens: Tensor, pre_logits: bool = True) -> Tensor:
         """Features (B, D) of final tokens (B, N, C)."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D) of images (B, 3, H, W)."""

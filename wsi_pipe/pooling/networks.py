@@ -7,6 +7,7 @@ error that names the keys.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -37,12 +38,12 @@ class GatedAttention(nn.Module):
         return scores
 
 
-class SlideNetwork(nn.Module):
+class SlideNetwork(nn.Module, ABC):
     """Features of a slide's tiles (N, D) in; its vector (W,), and the attention that made it (N,), out."""
 
+    @abstractmethod
     def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         """Attention sums to 1; of several heads it is their mean."""
-        raise NotImplementedError
 
 
 class ChiefNetwork(SlideNetwork):
