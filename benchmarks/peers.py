@@ -62,7 +62,7 @@ side = round(tile_l0 / downsamples[level])
 native = hasattr(slide, "convert_level0_to_level_native")
 def read(x, y):
     at = slide.convert_level0_to_level_native(x, y, level) if native else (x, y)
-    return fitted(np.asarray(slide.read_region(tuple(at), level, (side, side))))
+    return fitted(slide.read_region(tuple(at), level, (side, side)).numpy()[..., :3])
 """,
     ),
     "cucim": (

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from lrmil.trainer.newton import newton_paths
 from numpy.typing import NDArray
 
 from lrmil.checkpoint import load_model
@@ -24,6 +23,7 @@ from lrmil.model import build_model
 from lrmil.model.linear import summaries
 from lrmil.splits import FoldIndices
 from lrmil.store import FeatureStore
+from lrmil.targets.newton import newton_paths
 from lrmil.trainer import TrainResult, train
 from lrmil.trainer.inner import inner_folds
 from lrmil.trainer.linear import PENALTIES, logistic_path
