@@ -80,6 +80,7 @@ def test_a_bag_that_hdf5_loops_on_is_found_put_aside_and_made_anew(
 
     monkeypatch.setattr(guard, "CPU_S", 1.0)
     job = tmp_path / "job"
+    assert cli("tile", archive, "-o", job, "-r", "5x", "--limit", "3") == 0
     assert cli("run", archive, "-o", job, "-r", "5x", "--limit", "3") == 0
     before = features(job)
     try:

@@ -114,6 +114,6 @@ def _base(values: dict[str, Any]) -> Any:
     """The settings to start from, without a teacher. Raises ConfigError when one is refused."""
     from lrmil.cli.train import settings_from
 
-    own = {"config": values["config"], "changes": values["changes"], "seeds": (), "teacher": None}
+    own = {"config": values["config"], "changes": values["changes"], "seeds": (), "teacher": None, "targets": ()}
     losses = {f"loss_{name}": None for name in ("bag", "soft", "hard")}
     return settings_from({**own, **losses, "model_name": values["model"], "device": values["device"]})

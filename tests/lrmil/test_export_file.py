@@ -72,10 +72,12 @@ class Trained:
         self.slides = sorted((cohort / "slides").glob("*.svs")) or sorted((cohort / "slides").glob("*.tif*"))
 
     def run(self, *arguments: object) -> Said:
-        done = CliRunner().invoke(group, list(map(str, arguments)))
+        done = CliRunner().invoke(group, list(map(str, arguments)), standalone_mode=False)
         if isinstance(done.exception, WsiPipeError):
             return Said(2, str(done.exception))
-        return Said(done.exit_code, done.output + (repr(done.exception) if done.exception else ""))
+        return Said(
+            done.exit_code or done.return_value or 0, done.output + (repr(done.exception) if done.exception else "")
+        )
 
 
 @pytest.fixture(scope="session")

@@ -137,15 +137,15 @@ def test_a_stopped_fine_tuning_goes_on(lines: Callable[..., Lines], distill_coho
 
 
 HANG = """
-import lrmil.experiment
-real, seen = lrmil.experiment.write_slide_files, []
+from lrmil.experiment import slide_files
+real, seen = slide_files.write_slide_files, []
 def hang(*arguments, **options):
     if seen:
         print('two slides are classified', file=sys.stderr, flush=True)
         time.sleep(600)
     seen.append(real(*arguments, **options))
     return seen[-1]
-lrmil.experiment.write_slide_files = hang
+slide_files.write_slide_files = hang
 """
 
 

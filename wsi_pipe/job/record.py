@@ -131,7 +131,10 @@ def load_slides(root: Path) -> list[SlideEntry]:
 
 
 def append_outcome(paths: JobPaths, outcome: SlideOutcome) -> None:
-    """Add one line to the outcomes. Raises OutputError when it cannot be written."""
+    """Add one line to the outcomes. Raises OutputError when it cannot be written, or the job's folder is gone."""
+    # A thread that prepares another slide may have made an empty folder of that name: the job is not in it.
+    if not paths.config.is_file():
+        raise output_error(paths.root, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
     append_line(paths.outcomes, json.dumps(outcome.to_json(), ensure_ascii=False))
 
 

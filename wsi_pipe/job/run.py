@@ -43,6 +43,7 @@ from wsi_pipe.manifest import SlideEntry, is_url
 from wsi_pipe.outcome import STAGES, SlideOutcome, Stage
 from wsi_pipe.quality import quality_counts
 from wsi_pipe.slides.storage.in_use import Keep, keep_copy
+from wsi_pipe.slides.storage.staging import trim_copies
 from wsi_pipe.stopping import Stop, StopRequested, putting_by
 
 __all__ = ["Progress", "load_encoders", "process"]
@@ -456,6 +457,8 @@ class _Run:
             outcome = replace(outcome, mark=self.index.mark(done.entry, done.begun, outcome, weights))
         if (copy := self.copies.pop(outcome.slide_id, None)) is not None:
             copy.release()
+            cache = self.settings.cache
+            trim_copies(Path(cache.folder) if cache.folder else None, int(cache.gib * 2**30))
         if self.log:
             self.log.note(outcome)
         self.finished.append(outcome)

@@ -42,7 +42,7 @@ from wsi_pipe.slides.storage.run_folder import folder_for_run
 from wsi_pipe.slides.storage.transfer import DISK_FULL, copy_file, no_space
 from wsi_pipe.stopping import StopRequested, stop_event
 
-__all__ = ["CACHE_VARIABLE", "Staged", "default_cache_dir", "stage"]
+__all__ = ["CACHE_VARIABLE", "Staged", "default_cache_dir", "stage", "trim_copies"]
 
 CACHE_VARIABLE = "WSI_PIPE_CACHE"
 """Environment variable that names the folder for copies."""
@@ -115,6 +115,16 @@ def stage(url: str, cache_dir: Path | None = None, *, limit_bytes: int = LIMIT_B
             staged = _fetch_once(url, files, inner, path, size, limit_bytes, own=folder is not None)
     tell_keepers(url, staged.mark)
     return staged
+
+
+def trim_copies(cache_dir: Path | None, limit_bytes: int) -> None:
+    """Drop the copies unused for longest until the rest takes at most ``limit_bytes``: slides that were under way at the
+    same time may have taken more. What cannot be dropped stays."""
+    shared = (default_cache_dir() if cache_dir is None else cache_dir) / "slides"
+    with contextlib.suppress(OSError):
+        folder = folder_for_run(shared) or shared
+        if folder.is_dir():
+            _make_room(folder, limit_bytes, told=False)
 
 
 def _found(path: Path, size: int | None) -> Staged | None:
