@@ -118,8 +118,10 @@ def stage(url: str, cache_dir: Path | None = None, *, limit_bytes: int = LIMIT_B
 
 
 def trim_copies(cache_dir: Path | None, limit_bytes: int) -> None:
-    """Drop the copies unused for longest until the rest takes at most ``limit_bytes``: slides that were under way at the
-    same time may have taken more. What cannot be dropped stays."""
+    """Drop the copies unused for longest until the rest takes at most ``limit_bytes``.
+
+    Slides that were under way at the same time may have taken more. What cannot be dropped stays.
+    """
     shared = (default_cache_dir() if cache_dir is None else cache_dir) / "slides"
     with contextlib.suppress(OSError):
         folder = folder_for_run(shared) or shared
