@@ -131,10 +131,7 @@ def load_slides(root: Path) -> list[SlideEntry]:
 
 
 def append_outcome(paths: JobPaths, outcome: SlideOutcome) -> None:
-    """Add one line to the outcomes. Raises OutputError when it cannot be written, or the job's folder is gone."""
-    # A thread that prepares another slide may have made an empty folder of that name: the job is not in it.
-    if not paths.config.is_file():
-        raise output_error(paths.root, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+    """Add one line to the outcomes. Raises OutputError when it cannot be written."""
     append_line(paths.outcomes, json.dumps(outcome.to_json(), ensure_ascii=False))
 
 
@@ -185,9 +182,16 @@ class OutcomeLog:
     def __init__(self, paths: JobPaths) -> None:
         self._paths = paths
         self._before = read_outcomes(paths.root)
+        self._settled = paths.config.is_file()
 
     def note(self, outcome: SlideOutcome) -> None:
-        """Add the outcome as far as it says anything new. Raises OutputError when it cannot be written."""
+        """Add the outcome as far as it says anything new.
+
+        Raises OutputError when it cannot be written, or the job that was there when the run began is gone.
+        """
+        if self._settled and not self._paths.config.is_file():
+            # A thread that prepares another slide may have made an empty folder of that name: the job is not in it.
+            raise output_error(self._paths.root, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
         if outcome.mark is not None:
             _append_mark(self._paths, outcome.mark.to_json())
         before = self._before.get(outcome.slide_id)
