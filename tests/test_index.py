@@ -53,7 +53,8 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_run_that_resumes_opens_nothing(archive: Path, tmp_path: Path, looked: list[str]) -> None:
     job = tmp_path / "job"
     assert cli("run", archive, "-o", job, "-r", "5x") == 0
-    assert looked == ["s0", "s1", "s2"]
+    # Several threads look, in any order.
+    assert sorted(looked) == ["s0", "s1", "s2"]
     lines = (job / "outcomes.jsonl").read_text()
     looked.clear()
     assert cli("run", archive, "-o", job, "-r", "5x") == 0
@@ -205,7 +206,8 @@ def test_lines_that_are_none_are_passed_over(archive: Path, tmp_path: Path, look
     assert looked == []
     index.unlink()
     assert cli("run", archive, "-o", job, "-r", "5x") == 0
-    assert looked == ["s0", "s1", "s2"]
+    # Several threads look, in any order.
+    assert sorted(looked) == ["s0", "s1", "s2"]
 
 
 def test_the_index_does_not_grow_without_end(tmp_path: Path) -> None:
@@ -263,4 +265,5 @@ def test_a_job_that_was_copied_elsewhere_is_looked_at_in_full(archive: Path, tmp
     shutil.copytree(tmp_path / "job", tmp_path / "copy")
     looked.clear()
     assert cli("run", archive, "-o", tmp_path / "copy", "-r", "5x") == 0
-    assert looked == ["s0", "s1", "s2"]
+    # Several threads look, in any order.
+    assert sorted(looked) == ["s0", "s1", "s2"]
